@@ -1,0 +1,1 @@
+"""Pre-train, register and serve LLaMA models on Ray."""

@@ -1,0 +1,1 @@
+"""What a LLaMA is, and its checkpoint format."""

@@ -1,0 +1,181 @@
+"""What shape a LLaMA has, and what that shape costs in parameters and operations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched so that a model reads further than it was first trained for.
+
+    `linear` divides every frequency by `factor` (position interpolation, Chen et al. 2023, arXiv:2306.15595).
+    `llama3` divides only the slow ones: wavelengths above `original_max_seq_len / low_freq_factor` tokens are
+    stretched, those below `original_max_seq_len / high_freq_factor` are kept, with a smooth passage between
+    (Llama 3.1, Grattafiori et al. 2024, arXiv:2407.21783).
+    """
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(f"rope_type {self.rope_type!r} is not supported; use 'linear' or 'llama3'")
+        if self.factor < 1:
+            raise ValueError(f"the rope scaling factor is {self.factor}, below its least value of 1")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a LLaMA (Touvron et al. 2023, arXiv:2302.13971).
+
+    `num_kv_heads` below `num_heads` is grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); 0 means
+    as many as `num_heads`. `head_dim` 0 means `hidden_size / num_heads`. `max_seq_len` is in tokens.
+    A shape that cannot be built raises ValueError.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    intermediate_size: int
+    max_seq_len: int = 2048
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "intermediate_size",
+            "max_seq_len",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        # The dataclass is frozen; the two sizes that default to a function of the others are filled in once here.
+        if self.num_kv_heads == 0:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim == 0:
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "
+                    "change one of them or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim is {self.head_dim}; rotary embedding turns pairs, so it must be even "
+                "(hidden_size / num_heads, unless head_dim is given)"
+            )
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}; "
+                "each key-value head serves the same number of query heads"
+            )
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """The published shape called `name`, with single fields replaced by `overrides`.
+
+        Raises ValueError for an unknown name. A preset's `head_dim` is derived again where `hidden_size` or
+        `num_heads` is overridden, and its `num_kv_heads` follows `num_heads` where the preset has no groups.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as YAML and JSON hold them; `from_dict` gives the config back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        scaling = values.get("rope_scaling")
+        return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+    def num_parameters(self) -> int:
+        """How many weights the model holds; a tied embedding counts once."""
+        embeddings = self.vocab_size * self.hidden_size
+        norms = (2 * self.num_layers + 1) * self.hidden_size
+        return self._matmul_parameters() + norms + (0 if self.tie_embeddings else embeddings)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating point operations of one training token (forward and backward) in a sequence of `seq_len`.
+
+        6 N + 12 L d s with N the weights that are multiplied (all but norms and the embedding table) and
+        attention counted in full, not halved for causality: the convention of PaLM (Chowdhery et al. 2022,
+        arXiv:2204.02311, appendix B), which published MFU figures follow.
+        """
+        attention = 12 * self.num_layers * self.num_heads * self.head_dim * seq_len
+        return 6 * self._matmul_parameters() + attention
+
+    def _matmul_parameters(self) -> int:
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * (attention + mlp) + self.vocab_size * self.hidden_size
+
+
+def _shape(
+    hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "vocab_size": 32000,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "intermediate_size": intermediate_size,
+        **more,
+    }
+
+
+_LLAMA2 = {"max_seq_len": 4096, "norm_eps": 1e-5}
+_LLAMA3 = {
+    "vocab_size": 128_256,
+    "num_kv_heads": 8,
+    "max_seq_len": 8192,
+    "rope_theta": 500_000.0,
+    "norm_eps": 1e-5,
+}
+_LLAMA32 = {
+    **_LLAMA3,
+    "max_seq_len": 131_072,
+    "rope_scaling": RopeScaling(rope_type="llama3", factor=32.0),
+    "tie_embeddings": True,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-tiny": _shape(64, 2, 4, 176, vocab_size=512, num_kv_heads=2, max_seq_len=256),
+    "llama-30m": _shape(512, 8, 8, 1376, vocab_size=8192, max_seq_len=1024),
+    "llama-110m": _shape(768, 12, 12, 2048, max_seq_len=1024),
+    "llama-7b": _shape(4096, 32, 32, 11008),
+    "llama-13b": _shape(5120, 40, 40, 13824),
+    "llama-33b": _shape(6656, 60, 52, 17920),
+    "llama-65b": _shape(8192, 80, 64, 22016),
+    "llama-2-7b": _shape(4096, 32, 32, 11008, **_LLAMA2),
+    "llama-2-13b": _shape(5120, 40, 40, 13824, **_LLAMA2),
+    "llama-2-70b": _shape(8192, 80, 64, 28672, num_kv_heads=8, **_LLAMA2),
+    "llama-3-8b": _shape(4096, 32, 32, 14336, **_LLAMA3),
+    "llama-3-70b": _shape(8192, 80, 64, 28672, **_LLAMA3),
+    "llama-3.2-1b": _shape(2048, 16, 32, 8192, **_LLAMA32),
+    "llama-3.2-3b": _shape(3072, 28, 24, 8192, **_LLAMA32),
+    "tinyllama-1.1b": _shape(2048, 22, 32, 5632, num_kv_heads=4, norm_eps=1e-5),
+}

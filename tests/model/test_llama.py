@@ -1,0 +1,111 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaForCausalLM
+
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.layers import causal_attention
+from llama_ray.model.llama import Llama
+from llama_ray.model.loss import IGNORE, cross_entropy_sum
+
+
+def tokens_for(config: LlamaConfig, batch: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config.vocab_size, (batch, config.max_seq_len), generator=generator)
+
+
+def test_logits_equal_those_of_transformers(model: Llama, peer: LlamaForCausalLM) -> None:
+    tokens = tokens_for(model.config)
+    with torch.no_grad():
+        ours, theirs = model(tokens), peer(tokens).logits
+    assert theirs.std() > 0.1  # not a comparison of zeros
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_gradients_equal_those_of_transformers(model: Llama, peer: LlamaForCausalLM) -> None:
+    tokens = tokens_for(model.config)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, :5] = IGNORE
+    count = (targets != IGNORE).sum()
+    (cross_entropy_sum(model(inputs), targets) / count).backward()
+    F.cross_entropy(peer(inputs).logits.flatten(0, 1), targets.flatten()).backward()
+    theirs = dict(peer.named_parameters())
+    for name, parameter in model.named_parameters():
+        other = theirs[name if name.startswith("lm_head") else f"model.{name}"].grad
+        torch.testing.assert_close(parameter.grad, other, atol=1e-4, rtol=1e-3)
+
+
+def test_a_position_does_not_see_those_after_it(model: Llama) -> None:
+    tokens = tokens_for(model.config)
+    changed = tokens.clone()
+    changed[:, 40:] = (changed[:, 40:] + 1) % model.config.vocab_size
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :40], after[:, :40])
+    assert not torch.allclose(before[:, 40:], after[:, 40:])
+
+
+def test_positions_can_be_given_for_each_row() -> None:
+    model = Llama(LlamaConfig.preset("llama-tiny"))
+    tokens = torch.randint(0, 512, (2, 8))
+    rows = torch.stack((torch.arange(8), torch.arange(100, 108)))
+    with torch.no_grad():
+        together = model(tokens, rows)
+        alone = torch.cat([model(tokens[i : i + 1], rows[i]) for i in range(2)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_attention_is_handed_in() -> None:
+    model = Llama(LlamaConfig.preset("llama-tiny"))
+    seen: list[int] = []
+
+    def spy(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        assert q.shape == (1, 4, 5, 16)
+        assert k.shape == v.shape == (1, 2, 5, 16)
+        seen.append(layer)
+        return causal_attention(layer, q, k, v)
+
+    model(torch.zeros(1, 5, dtype=torch.int64), attend=spy)
+    assert seen == [0, 1]
+
+
+def test_positions_beyond_the_limit_are_refused() -> None:
+    model = Llama(LlamaConfig.preset("llama-tiny"))
+    with pytest.raises(ValueError, match="position 256 is beyond this model's max_seq_len of 256"):
+        model(torch.zeros(1, 257, dtype=torch.int64))
+    with pytest.raises(ValueError, match="position 300 is beyond"):
+        model(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([300]))
+
+
+def test_initial_weights_follow_the_seed_alone() -> None:
+    config = LlamaConfig.preset("llama-tiny")
+    a, b, other = Llama(config, seed=3), Llama(config, device="meta"), Llama(config, seed=4)
+    b.materialize("cpu")
+    b.reset_parameters(3)
+    for (name, p), q, r in zip(a.named_parameters(), b.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert p.dim() == 1 or not torch.equal(p, r), name
+
+
+def test_projections_into_the_residual_stream_start_smaller() -> None:
+    model = Llama(LlamaConfig.preset("llama-tiny", num_layers=8))
+    layer = model.layers[0]
+    assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
+    config = LlamaConfig.preset("llama-tiny")
+    tokens = tokens_for(config)
+    with torch.no_grad():
+        loss = cross_entropy_sum(Llama(config)(tokens), tokens) / tokens.numel()
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(512.0)).item(), abs=0.1)
+
+
+def test_there_are_no_biases_and_rotary_angles_stay_exact_in_bf16() -> None:
+    config = LlamaConfig.preset("llama-tiny")
+    model = Llama(config).to(torch.bfloat16)
+    assert not any("bias" in name for name in model.state_dict())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(model.rotary.cos, Llama(config).rotary.cos, atol=0, rtol=0)

@@ -1,0 +1,121 @@
+"""What a training run is told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, on how much at once, and how a model is trained. A value that cannot work raises ValueError.
+
+    Args:
+        epochs: Passes over the training split; `max_steps` replaces it where given.
+        max_steps: Optimizer steps.
+        batch_size: Sequences per worker and micro-step.
+        gradient_accumulation_steps: Micro-steps per optimizer step; gradients are exchanged in the last one only.
+        seq_len: Tokens per sequence; 0 means the model's max_seq_len.
+        precision: Of matrix products: bf16 or fp16 (with a gradient scaler) by autocast, or fp32. Weights and
+            optimizer state are fp32 in all three.
+        learning_rate: The highest one, reached after the warm-up.
+        min_learning_rate_ratio: Where the cosine ends, as a share of `learning_rate`.
+        warmup_steps: Steps of linear warm-up; by default a tenth of the run, at most 2000.
+        weight_decay: Decoupled, on matrices only.
+        beta1: AdamW's decay of the gradient average.
+        beta2: AdamW's decay of the squared gradient average.
+        max_grad_norm: Global norm that gradients are clipped to; 0 switches clipping off.
+        log_every: Steps between two logged points.
+        validate_every: Steps between two validations; by default each epoch. The last step always validates.
+        validation_batches: Batches per validation, over all workers; 0 means the whole split.
+        checkpoint_every: Steps between two checkpoints; by default each epoch. The last step always saves.
+        keep_checkpoints: How many checkpoints stay on disk, newest first.
+        compile: torch.compile the blocks; by default on a GPU only.
+        seed: Of the initial weights and the order of the data.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    seq_len: int = 0
+    precision: Precision = "bf16"
+    learning_rate: float = 3e-4
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    log_every: int = 10
+    validate_every: int | None = None
+    validation_batches: int = 50
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 3
+    compile: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {
+            "epochs": 1,
+            "max_steps": 1,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "seq_len": 0,
+            "warmup_steps": 0,
+            "weight_decay": 0,
+            "max_grad_norm": 0,
+            "log_every": 1,
+            "validate_every": 1,
+            "validation_batches": 0,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 1,
+            "seed": 0,
+        }
+        for name, limit in least.items():
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                raise ValueError(f"{name} is {value}; it must be at least {limit}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        for name in ("min_learning_rate_ratio", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        if self.precision not in ("bf16", "fp16", "fp32"):
+            raise ValueError(f"precision is {self.precision!r}; choose bf16, fp16 or fp32")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as YAML and MLflow hold them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the run is and when something happens, in steps: `TrainConfig` once the size of the data is known."""
+
+    total_steps: int
+    warmup_steps: int
+    validate_every: int
+    checkpoint_every: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, batches_per_epoch: int) -> Schedule:
+        """Resolve the defaults that depend on how many global batches an epoch has."""
+        total = config.max_steps or config.epochs * batches_per_epoch
+        warmup = min(total // 10, 2000) if config.warmup_steps is None else config.warmup_steps
+        return cls(
+            total_steps=total,
+            warmup_steps=warmup,
+            validate_every=config.validate_every or batches_per_epoch,
+            checkpoint_every=config.checkpoint_every or batches_per_epoch,
+        )
+
+    def validates(self, step: int) -> bool:
+        """Whether `step` (counted from 1) ends with a validation."""
+        return step % self.validate_every == 0 or step == self.total_steps
+
+    def saves(self, step: int) -> bool:
+        """Whether `step` (counted from 1) ends with a checkpoint."""
+        return step % self.checkpoint_every == 0 or step == self.total_steps

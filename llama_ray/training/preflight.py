@@ -1,0 +1,66 @@
+"""What can be known to be wrong before a worker starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama_ray.data.loader import Loader, TokenDataset, validation_batches
+from llama_ray.data.shards import DatasetError, read_info
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.model.checkpoint import load_config
+from llama_ray.model.config import LlamaConfig
+from llama_ray.training.config import TrainConfig
+
+
+def check_run(
+    model: LlamaConfig,
+    config: TrainConfig,
+    data: str | Path,
+    world_size: int,
+    resume_from: Path | None = None,
+) -> None:
+    """Raise ValueError (one line, with the way out) where model, data, checkpoint and batch do not fit together."""
+    seq_len = config.seq_len or model.max_seq_len
+    if seq_len > model.max_seq_len:
+        raise ValueError(
+            f"seq_len {seq_len} is above the model's max_seq_len {model.max_seq_len}; raise one or lower the other"
+        )
+    info = read_info(data)
+    tokenizer = Tokenizer.load(data)
+    if tokenizer.fingerprint != info.tokenizer_fingerprint:
+        raise DatasetError(
+            f"{data} was tokenised with another tokenizer than the tokenizer.json in it; prepare the data again"
+        )
+    if info.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"vocab_size {model.vocab_size} is smaller than the {info.vocab_size} tokens of the tokenizer in {data}; "
+            f"give --vocab_size {info.vocab_size} or more, or prepare data with a smaller vocabulary"
+        )
+    Loader(
+        TokenDataset(data, "train"),
+        seq_len=seq_len,
+        batch_size=config.batch_size,
+        rank=0,
+        world_size=world_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        seed=config.seed,
+    )
+    validation_batches(TokenDataset(data, "validation"), seq_len, config.batch_size)
+    if resume_from is not None:
+        _check_resume(model, tokenizer, data, resume_from)
+
+
+def _check_resume(model: LlamaConfig, tokenizer: Tokenizer, data: str | Path, resume_from: Path) -> None:
+    stored = load_config(resume_from)
+    if stored != model:
+        a, b = stored.to_dict(), model.to_dict()
+        changed = ", ".join(f"{name} {a[name]} there, {b[name]} here" for name in a if a[name] != b[name])
+        raise ValueError(
+            f"{resume_from} holds a model of another shape ({changed}); resume with the same shape"
+        )
+    before = Tokenizer.load(resume_from).fingerprint
+    if before != tokenizer.fingerprint:
+        raise ValueError(
+            f"{data} was made with another tokenizer ({tokenizer.fingerprint[:12]}) than "
+            f"{resume_from} was trained with ({before[:12]}); prepare the data with --tokenizer {resume_from}"
+        )

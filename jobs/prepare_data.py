@@ -1,0 +1,44 @@
+"""Text to a tokenised dataset: ``python jobs/prepare_data.py --source builtin --output data/builtin``."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import ray
+from _cli import main, parse
+from jsonargparse import ArgumentParser
+
+from llama_ray.data.prepare import PrepareConfig, prepare
+from llama_ray.data.sources import BUILTIN
+from llama_ray.paths import absolute, existing
+
+
+def run() -> None:
+    """Reads the flags, connects to the cluster (RAY_ADDRESS, or a local one) and prepares the data."""
+    config = _config()
+    ray.init(log_to_driver=False)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # prepare tells the progress itself
+    prepare(config, log=lambda line: print(line, flush=True))
+
+
+def _config() -> PrepareConfig:
+    parser = ArgumentParser(prog="prepare_data.py", description="Turns text into a tokenised dataset.")
+    parser.add_class_arguments(PrepareConfig, skip={"overwrite", "vocab_size", "tokenizer"})
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--vocab_size", type=int, default=32000, help="Most entries of a tokenizer trained on the text."
+    )
+    either.add_argument("--tokenizer", type=str, help="A tokenizer.json, or a directory that holds one.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what --output already holds.")
+    config = PrepareConfig(**vars(parse(parser)))
+    return dataclasses.replace(
+        config,
+        source=config.source if config.source == BUILTIN else existing(config.source),
+        output=absolute(config.output),
+        tokenizer=config.tokenizer and existing(config.tokenizer),
+    )
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,175 @@
+"""A tokenised dataset on disk: shards of token ids, the tokenizer that made them, and ``dataset.json``.
+
+A shard is a header (``MAGIC``, format version, bytes a token, number of tokens; little-endian) and the
+token ids, little-endian uint16 where the vocabulary allows it, else uint32. Every document is bos, its
+tokens, eos. ``dataset.json`` is written last: a directory without it is not a dataset.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC = b"LLAMARAY"
+FORMAT_VERSION = 1
+INFO_FILE = "dataset.json"
+SPLITS = ("train", "validation")
+_HEADER = struct.Struct("<8sIIQ")
+_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+Tokens = npt.NDArray[np.integer]
+
+
+class DatasetError(ValueError):
+    """A data directory that cannot be used; the message is one line with the way out."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens."""
+
+    file: str
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The content of ``dataset.json``.
+
+    ``fingerprint`` identifies what the dataset was made from (settings and source files),
+    ``tokenizer_fingerprint`` the tokenizer beside it, ``token_bytes`` (2 or 4) the width of a token id on
+    disk.
+    """
+
+    source: str
+    seed: int
+    fingerprint: str
+    vocab_size: int
+    tokenizer_fingerprint: str
+    token_bytes: int
+    splits: dict[str, tuple[Shard, ...]]
+
+    def tokens(self, split: str) -> int:
+        """Number of tokens in ``split``, bos and eos included."""
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def documents(self, split: str) -> int:
+        """Number of documents in ``split``."""
+        return sum(shard.documents for shard in self.splits[split])
+
+
+def token_bytes(vocab_size: int) -> int:
+    """Bytes that a token id takes on disk."""
+    return 2 if vocab_size <= 2**16 else 4
+
+
+def shard_name(split: str, index: int) -> str:
+    """``train-00000.bin`` and so on."""
+    return f"{split}-{index:05d}.bin"
+
+
+def write_shard(path: Path, pieces: Iterable[Tokens], width: int) -> int:
+    """Writes token ids (``width`` bytes each), piece by piece, and returns their number.
+
+    The file appears under its name only when it is complete and on disk, so a killed writer leaves no half
+    shard.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    count = 0
+    try:
+        with partial.open("wb") as file:
+            file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, 0))
+            for piece in pieces:
+                file.write(piece.astype(_DTYPES[width]).tobytes())
+                count += len(piece)
+            file.seek(0)
+            file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, count))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def open_shard(path: Path) -> Tokens:
+    """The token ids of a shard, memory-mapped and read-only.
+
+    Raises DatasetError for a missing file, a file that is not a shard, one of another format version, and
+    one that is shorter or longer than its header says.
+    """
+    again = "prepare the data again (--overwrite)"
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER.size)
+        size = path.stat().st_size
+    except OSError as error:
+        raise DatasetError(f"cannot read shard {path}: {error.strerror}; {again}") from error
+    if len(header) < _HEADER.size or not header.startswith(MAGIC):
+        raise DatasetError(f"{path} is not a token shard: {again}")
+    _, version, width, count = _HEADER.unpack(header)
+    if version != FORMAT_VERSION or width not in _DTYPES:
+        raise DatasetError(
+            f"{path} has format version {version} with {width}-byte tokens; this version reads "
+            f"{FORMAT_VERSION} with 2 or 4: {again}"
+        )
+    expected = _HEADER.size + count * width
+    if size != expected:
+        raise DatasetError(f"{path} has {size} bytes, but {count} tokens need {expected}: {again}")
+    if count == 0:  # an empty file part cannot be mapped
+        return np.empty(0, dtype=_DTYPES[width])
+    return np.memmap(path, dtype=_DTYPES[width], mode="r", offset=_HEADER.size, shape=(count,))
+
+
+def write_info(directory: Path, info: DatasetInfo) -> None:
+    """Writes ``dataset.json`` in one atomic step; call it when everything else is on disk."""
+    content = {"format_version": FORMAT_VERSION, **asdict(info)}
+    content["totals"] = {
+        split: {"tokens": info.tokens(split), "documents": info.documents(split)} for split in info.splits
+    }
+    partial = directory / f".{INFO_FILE}.{os.getpid()}"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(directory / INFO_FILE)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the names of the shards, too, survive a power cut
+    finally:
+        os.close(handle)
+
+
+def read_info(directory: str | Path) -> DatasetInfo:
+    """Reads ``dataset.json``. Raises DatasetError where there is none, or not one that this version reads."""
+    file = Path(directory) / INFO_FILE
+    if not file.is_file():
+        raise DatasetError(
+            f"{directory} is not a prepared dataset (no {INFO_FILE}): run jobs/prepare_data.py"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise DatasetError(
+                f"{file} has format version {version}, this version reads {FORMAT_VERSION}: prepare the data again"
+            )
+        content.pop("totals")
+        content["splits"] = {
+            split: tuple(Shard(**shard) for shard in shards) for split, shards in content["splits"].items()
+        }
+        return DatasetInfo(**content)
+    except DatasetError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DatasetError(f"{file} is damaged ({error!r}): prepare the data again") from error

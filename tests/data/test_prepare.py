@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from llama_ray.data import prepare as module
+from llama_ray.data.loader import TokenDataset
+from llama_ray.data.prepare import PrepareConfig, prepare
+from llama_ray.data.shards import DatasetError, open_shard, read_info
+from llama_ray.data.sources import SourceError, find, read
+from llama_ray.data.tokenizer import Tokenizer, TokenizerError
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def files(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"Document {number} says hello to the world.\n" * (number + 1))
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, corpus: Path) -> PrepareConfig:
+    return PrepareConfig(str(corpus), str(tmp_path / "data"), vocab_size=300, validation_fraction=0.2)
+
+
+def documents(directory: Path, split: str) -> list[str]:
+    """The documents of a split, decoded; each lies between bos and eos."""
+    tokenizer = Tokenizer.load(directory)
+    found = []
+    for shard in read_info(directory).splits[split]:
+        tokens = open_shard(directory / shard.file).tolist()
+        while tokens:
+            assert tokens[0] == tokenizer.bos_id
+            end = tokens.index(tokenizer.eos_id)
+            found.append(tokenizer.decode(tokens[1:end]))
+            tokens = tokens[end + 1 :]
+    return found
+
+
+def test_every_document_is_in_one_split(config: PrepareConfig, corpus: Path) -> None:
+    lines: list[str] = []
+    info = prepare(config, lines.append)
+    directory = Path(config.output)
+    train, validation = documents(directory, "train"), documents(directory, "validation")
+    assert sorted(train + validation) == sorted(path.read_text() for path in corpus.iterdir())
+    assert 2 <= len(validation) <= 16
+    assert info == read_info(directory)
+    assert (info.documents("train"), info.documents("validation")) == (len(train), len(validation))
+    assert info.tokens("train") == len(TokenDataset(directory, "train"))
+    assert info.tokenizer_fingerprint == Tokenizer.load(directory).fingerprint
+    assert sorted(files(directory)) == [
+        "dataset.json", "tokenizer.json", "tokenizer_config.json", "train-00000.bin", "validation-00000.bin",
+    ]  # fmt: skip
+    assert lines[0].startswith("40 documents")
+    assert "tokenised 2 of 2 shards" in "\n".join(lines)
+
+
+def test_the_same_text_gives_the_same_files_in_several_shards(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GROUP_BYTES", 5000)
+    again = dataclasses.replace(config, output=config.output + "2")
+    info = prepare(config, lambda line: None)
+    prepare(again, lambda line: None)
+    assert len(info.splits["train"]) > 3
+    assert files(Path(config.output)) == files(Path(again.output))
+
+
+def test_a_finished_dataset_is_reused_and_another_one_not_replaced(
+    config: PrepareConfig, corpus: Path
+) -> None:
+    first = prepare(config, lambda line: None)
+    before = files(Path(config.output))
+    lines: list[str] = []
+    assert prepare(config, lines.append) == first
+    assert "already holds this dataset" in lines[-1]
+
+    other = dataclasses.replace(config, seed=7)
+    with pytest.raises(DatasetError, match="choose another --output, or give --overwrite"):
+        prepare(other, lambda line: None)
+    (corpus / "0.txt").write_text("changed")
+    with pytest.raises(DatasetError, match="made from other text or settings"):
+        prepare(config, lambda line: None)
+    assert files(Path(config.output)) == before
+
+    replaced = prepare(dataclasses.replace(other, overwrite=True), lambda line: None)
+    assert replaced != first
+    assert read_info(config.output) == replaced
+    assert prepare(other, lambda line: None) == replaced
+
+
+def test_a_given_tokenizer_is_used_as_it_is(config: PrepareConfig, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(iter(["other text"]), 260)
+    tokenizer.save(tmp_path / "tokenizer")
+    info = prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer")), lambda line: None)
+    assert info.tokenizer_fingerprint == tokenizer.fingerprint == Tokenizer.load(config.output).fingerprint
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": null}')
+    with pytest.raises(TokenizerError, match="has no bos_token"):
+        prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer")), lambda line: None)
+
+
+def test_documents_that_are_not_utf8_are_skipped_and_counted(config: PrepareConfig, corpus: Path) -> None:
+    (corpus / "latin.txt").write_bytes(b"caf\xe9")
+    lines: list[str] = []
+    info = prepare(config, lines.append)
+    assert "skipped 1 documents that are not UTF-8" in lines
+    assert info.documents("train") + info.documents("validation") == 40
+
+
+def test_a_failure_leaves_nothing_behind(config: PrepareConfig, corpus: Path) -> None:
+    (corpus / "bad.jsonl").write_text("not json\n")
+    with pytest.raises(SourceError, match=r"bad\.jsonl: a line behind byte 0") as raised:
+        prepare(config, lambda line: None)
+    assert "\n" not in str(raised.value)
+    assert not list(Path(config.output).iterdir())
+    (corpus / "bad.jsonl").unlink()
+    prepare(config, lambda line: None)
+
+
+def test_what_a_killed_run_left_is_no_obstacle(config: PrepareConfig) -> None:
+    output = Path(config.output)
+    (output / ".partial").mkdir(parents=True)
+    (output / ".partial" / "train-00007.bin").write_text("half")
+    (output / "train-00009.bin").write_text("moved before the end")
+    prepare(config, lambda line: None)
+    assert "train-00009.bin" not in files(output)
+    assert "train-00007.bin" not in files(output)
+
+
+def test_one_large_file_is_split_too(config: PrepareConfig, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"Paragraph {number}, and a few words more.\n\n" for number in range(20_000)))
+    prepare(dataclasses.replace(config, source=str(path)), lambda line: None)
+    parts = [text for document in find(str(path)).documents for text in read(document)]
+    directory = Path(config.output)
+    assert sorted(documents(directory, "train") + documents(directory, "validation")) == sorted(parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "{tmp}/nowhere"}, "no text found in"),
+        ({"source": "{tmp}/corpus/1.txt"}, "has 1 document, but training and validation need one each"),
+        ({"output": "{tmp}/corpus"}, r"holds other files \(.*.txt\)"),
+        ({"output": "{tmp}/corpus/1.txt"}, "is a file: give a directory"),
+        ({"output": "{tmp}/corpus/1.txt/data"}, "cannot write to .* choose another output"),
+        ({"output": "s3://bucket/data"}, "give a directory on storage that all nodes share"),
+        ({"tokenizer": "{tmp}/corpus"}, "no tokenizer at"),
+        ({"vocab_size": 257}, "vocab_size is 257, must be at least 258"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+        ({"max_bytes": 0}, "max_bytes is 0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    config: PrepareConfig, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    filled = {
+        key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=message) as raised:
+        prepare(dataclasses.replace(config, **filled), lambda line: None)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+JOBS = Path(__file__).parents[2] / "jobs"
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from _cli import main, parse
+from jsonargparse import ArgumentParser
+
+def job():
+    parser = ArgumentParser()
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--prompt", default="")
+    parser.add_argument("rest", nargs="*")
+    flags = parse(parser)
+    if flags.prompt == "fail":
+        raise ValueError("two\\nlines")
+    if flags.prompt == "bug":
+        raise RuntimeError("bug")
+    print(flags.batch_size, flags.prompt, flags.rest)
+
+main(job)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(JOBS), *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("flag", ["--batch_size", "--batch-size"])
+def test_names_take_dashes_and_values_keep_them(flag: str) -> None:
+    assert run(flag, "3", "--prompt=--a-b=c-d").stdout == "3 --a-b=c-d []\n"
+    assert run(f"{flag}=3", "--prompt", "a-b", "c-d", "--", "--e-f").stdout == "3 a-b ['c-d', '--e-f']\n"
+
+
+def test_errors_of_the_user_are_one_line_with_exit_code_2() -> None:
+    for arguments, message in (
+        (["--prompt", "fail"], "error: two lines\n"),
+        (["--batch-size", "x"], "error: "),
+        (["--nonsense", "x"], "error: unrecognized arguments: --nonsense"),
+    ):
+        failed = run(*arguments)
+        assert failed.returncode == 2
+        assert failed.stderr.startswith(message)
+        assert failed.stderr.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback() -> None:
+    failed = run("--prompt", "bug")
+    assert failed.returncode == 1
+    assert "Traceback" in failed.stderr

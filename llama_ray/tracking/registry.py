@@ -1,0 +1,210 @@
+"""Registered checkpoints: put one in, find one by reference, and decide which one is the champion."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import mlflow
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+from llama_ray.tracking.fetch import fetch
+from llama_ray.tracking.package import check_checkpoint, requirements, write_model
+from llama_ray.tracking.runs import Run
+from llama_ray.tracking.uri import TrackingError, connect
+from llama_ray.tracking.versions import (
+    Version,
+    check_name,
+    find,
+    from_mlflow,
+    holder,
+    latest_version,
+    resolve_version,
+)
+
+__all__ = [
+    "CHAMPION",
+    "Policy",
+    "PromotionDecision",
+    "TrackingError",
+    "Version",
+    "check_name",
+    "download",
+    "latest_version",
+    "promote",
+    "register",
+    "resolve_version",
+]
+
+CHAMPION = "champion"
+Policy = Literal["if_better", "always", "never"]
+
+
+@dataclass(frozen=True)
+class PromotionDecision:
+    """Whether the alias moved, and why or why not."""
+
+    promoted: bool
+    reason: str
+
+
+def register(
+    run: Run,
+    *,
+    name: str,
+    checkpoint: Path,
+    python_model: Path,
+    validation_loss: float,
+    data_fingerprint: str,
+    tags: Mapping[str, str],
+    description: str,
+    pip_requirements: Sequence[str] | None = None,
+) -> Version:
+    """Register the Hugging Face directory `checkpoint` as the next version of the model `name`.
+
+    `python_model` is a file that defines an `mlflow.pyfunc.PythonModel` and calls `mlflow.models.set_model`; MLflow
+    stores its source (nothing is pickled) and runs it once here to check it. The model finds the checkpoint at
+    `context.artifacts["checkpoint"]`; annotated `model_input: list[str]`, its `predict` gets just that, whether
+    the caller gave strings or a data frame. The run's status is left as it is. Raises ValueError for a bad name
+    or directory before anything is uploaded.
+    """
+    check_name(name)
+    check_checkpoint(checkpoint)
+    client = connect(run.uri)
+    try:
+        client.create_registered_model(name, description=f"LLaMA models trained as `{name}`.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    measured = next(
+        (p for p in reversed(run.history("validation/loss")) if math.isclose(p.value, validation_loss)), None
+    )
+    step = measured.step if measured else 0
+    logged = client.create_logged_model(
+        run.experiment_id,
+        name=re.sub(r"[.%\"']", "-", name),
+        source_run_id=run.run_id,
+        params=dict(client.get_run(run.run_id).data.params),
+        tags={key: str(value) for key, value in tags.items()},
+    )
+    try:
+        client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=step)])
+        if measured:  # the same point again, now tied to the model: the UI shows it beside the model's name
+            client.log_batch(run.run_id, metrics=[_of_model(measured, logged.model_id)])
+        model = Model(
+            artifact_path=logged.artifact_location,
+            run_id=run.run_id,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+        )
+        with tempfile.TemporaryDirectory() as staging:
+            directory = Path(staging, "model")
+            write_model(
+                directory,
+                model,
+                checkpoint=checkpoint,
+                python_model=python_model,
+                pip_requirements=requirements() if pip_requirements is None else pip_requirements,
+            )
+            client.log_model_artifacts(logged.model_id, str(directory))
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+        raise
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    ours = {
+        "run_id": run.run_id,
+        "validation_loss": repr(float(validation_loss)),
+        "data_fingerprint": data_fingerprint,
+    }
+    with _default_uri(run.uri):
+        # The UI links a version to its model by this form of the source. Behind a database URI MLflow looks it
+        # up at the default tracking URI, which set_tracking_uri may have pointed elsewhere.
+        here = run.uri.startswith("http") or mlflow.get_tracking_uri() == run.uri
+        created = client.create_model_version(
+            name,
+            source=f"models:/{logged.model_id}" if here else logged.artifact_location,
+            run_id=run.run_id,
+            tags={key: str(value) for key, value in tags.items()} | ours,
+            description=description,
+            model_id=logged.model_id,
+        )
+    return from_mlflow(created)
+
+
+def promote(
+    name: str, version: int, *, policy: Policy, uri: str | None = None, alias: str = CHAMPION
+) -> PromotionDecision:
+    """Point `alias` at `version` where `policy` says so.
+
+    `if_better` wants a validation loss below the current holder's, measured on the same data; with no holder
+    the version takes the alias. A loss that is not finite never does, under no policy.
+    """
+    client = connect(uri)
+    new = find(client, f"models:/{name}/{version}")
+    old = holder(client, name, alias)
+    promoted, reason = _decide(new, old, policy, alias)
+    if promoted:
+        client.set_registered_model_alias(name, alias, str(version))
+    return PromotionDecision(promoted, reason)
+
+
+def download(ref: str, uri: str | None = None, cache_dir: Path | None = None) -> Path:
+    """The Hugging Face directory of `models:/name/7` or `models:/name@alias` on this machine; no model code runs.
+
+    Fetched once into `cache_dir` (default `~/.cache/llama_ray/models`), safely when several processes ask at
+    once; where the artifact store is a local folder, that folder itself, to be read only. Raises TrackingError.
+    """
+    client = connect(uri)
+    version = find(client, ref)
+    return fetch(client, version.name, version.version, cache_dir)
+
+
+def _decide(new: Version, old: Version | None, policy: Policy, alias: str) -> tuple[bool, str]:
+    loss, label = new.validation_loss, f"version {new.version}"
+    if policy == "never":
+        return False, "promotion is switched off (--promote never)"
+    if not math.isfinite(loss):
+        return False, f"{label} has validation loss {loss}"
+    if old is not None and old.version == new.version:
+        return False, f"{label} is {alias} already"
+    if policy == "always":
+        return True, f"{label} is promoted whatever its loss ({loss:.4f})"
+    if old is None:
+        return True, f"{label} is the first {alias} (validation loss {loss:.4f})"
+    best = old.validation_loss
+    versus = f"{loss:.4f} against {best:.4f} of version {old.version}"
+    if old.data_fingerprint != new.data_fingerprint or not new.data_fingerprint:
+        return False, (
+            f"{label} was validated on other data than version {old.version}, the {alias}, so their losses "
+            "do not compare; --promote always moves the alias anyway"
+        )
+    if loss < best or math.isnan(best):
+        return True, f"{label} is better: validation loss {versus}"
+    return False, f"{label} is not better: validation loss {versus}"
+
+
+def _of_model(point: Metric, model_id: str) -> Metric:
+    return Metric(point.key, point.value, point.timestamp, point.step, model_id=model_id)
+
+
+@contextmanager
+def _default_uri(uri: str) -> Iterator[None]:
+    # mlflow.set_tracking_uri cannot be undone: it leaves the variable set, or deletes the caller's.
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before

@@ -1,0 +1,233 @@
+"""One MLflow run for one training run.
+
+The driver creates the run and hands `run_id` and `uri` down; the process that trains attaches to it by id. All calls
+go through MlflowClient: there is no active run and no other global state, so nothing ends the run by accident.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import yaml
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+
+from llama_ray.tracking.figures import loss_curve
+from llama_ray.tracking.uri import TrackingError, artifact_location, connect, tracking_uri
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Run:
+    """A run by its id. Make one with `Run.create` or `Run.attach`."""
+
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str) -> None:
+        self._client = client
+        self.run_id = run_id
+        self.experiment_id = experiment_id
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        experiment: str,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        description: str,
+        uri: str | None = None,
+    ) -> Run:
+        """Start a run, and its experiment where it is new. Nested `params` become `outer.inner`.
+
+        `description` is Markdown, shown at the top of the run's page. A parameter longer than MLflow takes is
+        cut there; `log_config` keeps it whole. Raises TrackingError, within seconds, if nothing answers at `uri`.
+        """
+        uri = uri or tracking_uri()
+        client = connect(uri)
+        experiment_id = _experiment(client, experiment, uri)
+        created = client.create_run(
+            experiment_id, run_name=name, tags={**tags, "mlflow.note.content": description}
+        )
+        run = cls(client, created.info.run_id, experiment_id)
+        entries = [Param(key, _clip(str(value))) for key, value in _flatten(params)]
+        for start in range(0, len(entries), MAX_PARAMS_TAGS_PER_BATCH):
+            client.log_batch(run.run_id, params=entries[start : start + MAX_PARAMS_TAGS_PER_BATCH])
+        return run
+
+    @classmethod
+    def attach(cls, run_id: str, uri: str | None = None) -> Run:
+        """The run with this id, to log more to it. Raises TrackingError if it does not exist or was deleted.
+
+        Unlike `create` this waits, as MLflow does, for a server that is away: a restarted worker can afford it.
+        """
+        client = connect(uri, patient=True)
+        try:
+            info = client.get_run(run_id).info
+        except MlflowException as error:
+            raise TrackingError(f"no run {run_id} at {client.tracking_uri}: {_first_line(error)}") from error
+        if info.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"run {run_id} was deleted; bring it back with: mlflow runs restore --run-id {run_id}"
+            )
+        return cls(client, run_id, info.experiment_id)
+
+    @property
+    def uri(self) -> str:
+        """The tracking URI, the same in every process."""
+        return str(self._client.tracking_uri)
+
+    @property
+    def url(self) -> str | None:
+        """The run's page in the UI of the tracking server; None without a server."""
+        if not self.uri.startswith("http"):
+            return None
+        return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log all `metrics` for one step in one request. Infinities become NaN, a gap in the chart.
+
+        SQL stores would turn an infinity into 1.8e308, which flattens everything else in the chart.
+        """
+        now_ms = int(time.time() * 1000)
+        points = [Metric(name, _finite(value), now_ms, step) for name, value in metrics.items()]
+        for start in range(0, len(points), MAX_METRICS_PER_BATCH):
+            self._client.log_batch(self.run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
+
+    def last_step(self, metric: str) -> int | None:
+        """The largest step that `metric` was logged at; None if never. A resumed run goes on after it."""
+        # `data.metrics` drops the step and the public history reads every point: MLflow itself reads this list.
+        points: list[Metric] = self._client.get_run(self.run_id).data._metric_objs
+        return next((int(point.step) for point in points if point.key == metric), None)
+
+    def history(self, metric: str) -> list[Metric]:
+        """Every point of `metric` (`.step`, `.value`, `.timestamp` in ms), by step, the latest of each step."""
+        points = self._client.get_metric_history(self.run_id, metric)
+        by_step = {point.step: point for point in sorted(points, key=lambda p: (p.step, p.timestamp))}
+        return list(by_step.values())
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Keep the resolved configuration as the artifact `config.yaml`, in the given order."""
+        self.log_text(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True), "config.yaml")
+
+    def log_text(self, text: str, path: str) -> None:
+        """Keep `text` as the artifact `path`, replacing one of that name."""
+        self._client.log_text(self.run_id, text, path)
+
+    def log_figure(self, figure: Figure, path: str) -> None:
+        """Keep a Matplotlib figure as the artifact `path`; its suffix gives the format."""
+        self._client.log_figure(self.run_id, figure, path)
+
+    def log_loss_curve(self, path: str = "loss_curve.png") -> None:
+        """Draw what was logged as `train/loss` and `validation/loss`, over `progress/tokens` where that is there.
+
+        Reads the points back from MLflow, so that a resumed run shows its whole life.
+        """
+        tokens = {point.step: point.value for point in self.history("progress/tokens")}
+        train, validation = self.history("train/loss"), self.history("validation/loss")
+        over_tokens = bool(tokens) and all(point.step in tokens for point in [*train, *validation])
+        x = tokens if over_tokens else {point.step: point.step for point in [*train, *validation]}
+        figure = loss_curve(
+            {x[point.step]: point.value for point in train},
+            {x[point.step]: point.value for point in validation},
+            x_label="tokens" if over_tokens else "steps",
+        )
+        self.log_figure(figure, path)
+
+    def log_samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
+        """Keep (prompt, continuation) pairs of one validation as the Markdown artifact `samples/step_000100.md`."""
+        parts = [f"# Samples at step {step}"]
+        for prompt, continuation in samples:
+            ticks = re.findall("`+", prompt + continuation)
+            fence = "`" * max(3, 1 + max(map(len, ticks), default=0))
+            parts.append(f"**Prompt**\n{fence}text\n{prompt}\n{fence}")
+            parts.append(f"**Continuation**\n{fence}text\n{continuation}\n{fence}")
+        self.log_text("\n\n".join(parts) + "\n", f"samples/step_{step:06d}.md")
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags."""
+        for key, value in tags.items():
+            self._client.set_tag(self.run_id, key, value)
+
+    @contextmanager
+    def system_metrics(self, interval_s: float = 10.0) -> Iterator[None]:
+        """Log this machine's `system/*` metrics (CPU, memory, disk, network, GPUs) from a thread meanwhile.
+
+        After a restart it goes on behind the steps already there. MLflow's thread stops by itself once the run
+        is not RUNNING, so call `reopen` first on a run that had ended.
+        """
+        monitor: Any = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+            self.run_id, sampling_interval=interval_s, resume_logging=True, tracking_uri=self.uri
+        )
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+
+    def reopen(self) -> None:
+        """Mark a run that had ended as RUNNING again, for a resume."""
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def finish(self, status: Status) -> None:
+        """End the run, now."""
+        self._client.set_terminated(self.run_id, status)
+
+
+def _experiment(client: MlflowClient, name: str, uri: str) -> str:
+    """The id of the experiment, created with our artifact location where it is new."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        tags = {
+            "mlflow.experimentKind": "custom_model_development"
+        }  # the UI opens with charts, not with traces
+        try:
+            return str(client.create_experiment(name, artifact_location=artifact_location(uri), tags=tags))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another process may have been quicker
+            if found is None:
+                raise
+    experiment: Experiment = found
+    if experiment.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"experiment {name!r} was deleted; bring it back with: mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}, or take another name"
+        )
+    return str(experiment.experiment_id)
+
+
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _clip(value: str) -> str:
+    return value if len(value) <= MAX_PARAM_VAL_LENGTH else value[: MAX_PARAM_VAL_LENGTH - 1] + "…"
+
+
+def _finite(value: float) -> float:
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def _plain(value: Any) -> Any:
+    """`value` in types that YAML has: mappings, lists, strings, numbers, booleans and null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

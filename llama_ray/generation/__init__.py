@@ -1,0 +1,1 @@
+"""One generation engine, in one process: prompts in, text or a stream of text out."""

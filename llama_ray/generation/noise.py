@@ -1,0 +1,35 @@
+"""Random numbers that belong to a place, not to a moment: one per (seed, candidate, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of SplitMix64
+_MASK = (1 << 64) - 1
+
+
+def uniforms(
+    seeds: Sequence[int], candidates: Sequence[int], positions: Sequence[int]
+) -> NDArray[np.float32]:
+    """One number in [0, 1) for each row, fp32 [rows], each a multiple of 2^-24.
+
+    A counter-based generator: the number is a hash of its three coordinates, so no state is kept and a row draws
+    the same whichever rows stand beside it. It is output number `position` of a SplitMix64 (Steele, Lea and
+    Flood 2014, "Fast splittable pseudorandom number generators") whose start is hashed from seed and candidate.
+    Seeds are taken modulo 2^64.
+    """
+    state = _mix(np.array([s & _MASK for s in seeds], dtype=np.uint64) + _GAMMA)
+    state = _mix(state + _GAMMA * np.array(candidates, dtype=np.uint64))
+    bits = _mix(state + _GAMMA * np.array(positions, dtype=np.uint64))
+    # 24 bits are all that an fp32 below 1 holds exactly; more would round up to 1.
+    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64; arithmetic is modulo 2^64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

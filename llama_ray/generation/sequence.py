@@ -1,0 +1,102 @@
+"""One candidate completion on its way: its tokens, its text, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from typing import Literal
+
+from llama_ray.generation.sampler import Sample
+from llama_ray.generation.sampling import SamplingParams, TokenLogprob
+from llama_ray.generation.text import TextOutput
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step, or several that were taken together, added to candidate `index` of a request.
+
+    `text` may be empty although there are tokens: bytes of a character, or the beginning of a stop string, wait for
+    what follows. All texts of a candidate together are its completion's text. `token_ids` include an end-of-text
+    token and those of a stop string, though the text does not. `logprobs` has an entry for each token, or is
+    None where the request did not ask. `finish_reason` is set on the last delta of the candidate: "stop"
+    (end-of-text token or stop string), "length" (`max_tokens`), or "error" with the cause in `error`.
+    """
+
+    request_id: int
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason | None
+    error: str | None = None
+
+    def __add__(self, later: Delta) -> Delta:
+        """Both deltas of one candidate as one."""
+        logprobs = None
+        if self.logprobs is not None or later.logprobs is not None:
+            logprobs = (self.logprobs or []) + (later.logprobs or [])
+        return Delta(
+            self.request_id,
+            self.index,
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            logprobs,
+            later.finish_reason,
+            later.error,
+        )
+
+
+class Sequence:
+    """The state of one candidate. `slot` is the cache row it holds while it runs."""
+
+    def __init__(
+        self,
+        request_id: int,
+        index: int,
+        prompt: Ids[int],
+        params: SamplingParams,
+        seed: int,
+        text: TextOutput,
+        eos_ids: Collection[int],
+    ) -> None:
+        self.request_id, self.index = request_id, index
+        self.prompt, self.output = prompt, list[int]()
+        self.params, self.seed = params, seed
+        self.slot: int | None = None
+        self._text = text
+        self._eos_ids = () if params.ignore_eos else eos_ids
+
+    def append(self, sample: Sample) -> Delta:
+        """Take the token that was sampled. Where none could be, the sequence ends with an error."""
+        if sample.token_id is None:
+            return self._delta("", [], None, "error", _NOT_FINITE)
+        token = sample.token_id
+        self.output.append(token)
+        at_eos = token in self._eos_ids
+        text, stopped = ("", False) if at_eos else self._text.push(token)
+        done = at_eos or len(self.output) >= self.params.max_tokens
+        if done and not stopped:
+            rest, stopped = self._text.finish()
+            text += rest
+        finish: FinishReason | None = "stop" if at_eos or stopped else "length" if done else None
+        return self._delta(text, [token], sample.logprob, finish)
+
+    def _delta(
+        self,
+        text: str,
+        token_ids: list[int],
+        logprob: TokenLogprob | None,
+        finish: FinishReason | None,
+        error: str | None = None,
+    ) -> Delta:
+        logprobs = None if logprob is None else [logprob]
+        return Delta(self.request_id, self.index, text, token_ids, logprobs, finish, error)
+
+
+_NOT_FINITE = (
+    "the model's logits are not finite (its numbers overflowed or its weights hold NaN); "
+    "try dtype bfloat16 or float32"
+)

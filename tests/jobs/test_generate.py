@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.sampling import SamplingParams
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.llama import Llama
+from llama_ray.pretrained import save_pretrained
+
+JOB = Path(__file__).parents[2] / "jobs" / "generate.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = Tokenizer.train(iter(["The quick brown fox. 漢字 🙂"] * 5), 300)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=64,
+        max_seq_len=4096,
+    )
+    save_pretrained(Llama(config), tokenizer, directory)
+    return directory
+
+
+def run(
+    checkpoint: Path, *flags: str, stdin: str = "", cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(JOB), "--checkpoint", str(checkpoint), *flags],
+        cwd=cwd,
+        env={**os.environ, "PYTHONUTF8": "1"},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_prints_prompt_and_continuation_and_the_speed(checkpoint: Path) -> None:
+    done = run(
+        checkpoint, "--prompt", "The quick 🙂", "--max-tokens=20", "--temperature", "0.9", "--top_k", "40",
+        "--top_p", "0.95", "--seed", "7", "--repetition_penalty", "1.1", "--ignore_eos",
+        "--hidden_size", "32", "--num_kv_heads", "2", "--max_seq_len", "4096", "--device", "cpu",
+    )  # fmt: skip
+    params = SamplingParams(
+        max_tokens=20, temperature=0.9, top_k=40, top_p=0.95, seed=7, repetition_penalty=1.1, ignore_eos=True
+    )
+    expected = Engine.from_pretrained(checkpoint, device="cpu").generate("The quick 🙂", params)[0]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"The quick 🙂{expected.text}\n"
+    assert done.stderr.startswith("20 tokens in ")
+    assert done.stderr.endswith(" tokens/s\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_prompt_from_standard_input_and_a_relative_checkpoint(checkpoint: Path) -> None:
+    done = run(
+        Path(checkpoint.name), "--prompt", "-", "--max_tokens", "4", "--temperature", "0", "--dtype", "bfloat16",
+        stdin="two\nlines\n", cwd=checkpoint.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("two\nlines")
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "the reader leaves"])
+def test_ends_cleanly_in_the_middle(checkpoint: Path, end: str) -> None:
+    flags = ["--checkpoint", str(checkpoint), "--prompt", "The quick", "--max_tokens", "4000", "--ignore_eos"]
+    job = subprocess.Popen(
+        [sys.executable, str(JOB), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None
+    assert job.stderr is not None
+    assert job.stdout.read(20).startswith("The quick")
+    if end == "Ctrl-C":
+        job.send_signal(signal.SIGINT)
+        assert job.stdout.read().endswith("\n")
+    job.stdout.close()
+    assert job.wait(60) == (130 if end == "Ctrl-C" else 0)
+    assert "Traceback" not in job.stderr.read()
+    job.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hidden_size", "64"], "--hidden_size is 64 but the checkpoint's is 32"),
+        (["--num_kv_heads", "0"], "--num_kv_heads is 4 but the checkpoint's is 2"),
+        (["--max-seq-len", "128"], "--max_seq_len is 128 but the checkpoint's is 4096"),
+        (["--temperature", "-1"], "temperature is -1.0; it must be 0 (greedy) or above"),
+        (["--max_tokens", "5000"], "set max_tokens to at most"),
+        (["--dtype", "int8"], "--dtype"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_exit_code_2(
+    checkpoint: Path, flags: list[str], message: str
+) -> None:
+    done = run(checkpoint, "--prompt", "x", *flags)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    done = run(tmp_path / "nowhere", "--prompt", "x")
+    assert done.returncode == 2
+    assert "nowhere is no directory" in done.stderr

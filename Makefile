@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` shows the whole path on this machine, `make test` checks all of it.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo stop test lint format clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install: $(VENV)/.installed ## the virtual environment with every pinned dependency
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python is {v[0]}.{v[1]}, at least 3.11 is needed; give one with make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install ## prepare, train on 2 workers, register, serve, answer: all on this machine
+	$(BIN)/python deploy/demo.py start
+
+stop: ## end what `make demo` started, and nothing else
+	@test ! -x $(BIN)/python || $(BIN)/python deploy/demo.py stop
+
+test: lint ## lint, types and the whole suite
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## rewrite the code the way `make test` wants it
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: stop ## remove the environment and what the demo made
+	rm -rf $(VENV) .demo

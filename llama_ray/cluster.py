@@ -1,0 +1,38 @@
+"""What the Ray cluster has for a run, or could grow to."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+from ray._private.state import state as cluster_state
+
+
+def uses_gpu() -> bool:
+    """Whether the cluster has GPUs now, or would add nodes that have."""
+    return _most("GPU") > 0
+
+
+def check_workers(world_size: int, *, gpu: bool) -> None:
+    """Raise ValueError for more workers than the cluster can ever have: one GPU each, or one CPU without GPUs."""
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}; it must be at least 1")
+    kind = "GPU" if gpu else "CPU"
+    most = int(_most(kind))
+    if world_size > most:
+        raise ValueError(
+            f"world_size is {world_size}, but this cluster has at most {most} {kind}{'' if most == 1 else 's'} and a "
+            f"worker takes one; give --world_size {most} or less, or add nodes"
+        )
+
+
+def cpu_threads(workers_on_node: int) -> int:
+    """Threads for a worker that computes on the CPU: its share of the cores this process may run on."""
+    return max(1, len(os.sched_getaffinity(0)) // workers_on_node)
+
+
+def _most(resource: str) -> float:
+    now = float(ray.cluster_resources().get(resource, 0))  # type: ignore[no-untyped-call]
+    # Ray has no public call for what an autoscaling cluster may become; None where nothing scales it.
+    limits = cluster_state.get_max_resources_from_cluster_config() or {}
+    return max(now, float(limits.get(resource) or 0))

@@ -1,0 +1,57 @@
+"""A model that the suite itself prepares data for, trains on two workers and registers, once a session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from llama_ray.data.prepare import PrepareConfig, prepare
+from llama_ray.model.config import LlamaConfig
+from llama_ray.trainer import LaunchConfig, Outcome, train_on_ray
+from llama_ray.training.config import TrainConfig
+
+MODEL = LlamaConfig.preset("llama-tiny", vocab_size=1024, max_seq_len=64)
+CONFIG = TrainConfig(
+    max_steps=24, batch_size=4, learning_rate=3e-3, log_every=2, validate_every=10, checkpoint_every=9
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the session's training run was told and what came of it."""
+
+    data: Path
+    tracking_uri: str
+    launch: LaunchConfig
+    outcome: Outcome
+
+    def again(self, config: TrainConfig = CONFIG, **launch: object) -> Outcome:
+        """Another run like it, with single settings replaced."""
+        return train_on_ray(MODEL, config, replace(self.launch, **launch), str(self.data))
+
+
+@pytest.fixture(scope="session")
+def trained(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    directory = tmp_path_factory.mktemp("trained")
+    uri = f"sqlite:///{directory}/mlflow.db"
+    data = directory / "data"
+    prepare(
+        PrepareConfig(source="builtin", output=str(data), vocab_size=1024, max_bytes=400_000),
+        log=lambda _: None,
+    )
+    launch = LaunchConfig(
+        world_size=2, output_dir=str(directory / "checkpoints"), register_as="tiny", run_name="first"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        outcome = train_on_ray(MODEL, CONFIG, launch, str(data))
+    return Trained(data, uri, replace(launch, run_name=None), outcome)
+
+
+@pytest.fixture
+def tracking(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tracking URI of the session's run, set as a user would set it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", trained.tracking_uri)
+    return trained.tracking_uri

@@ -6,6 +6,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Precision = Literal["bf16", "fp16", "fp32"]
+Parallelism = Literal["auto", "ddp", "fsdp", "hsdp"]
+Checkpointing = Literal["none", "selective", "full"]
+OptimizerName = Literal["adamw", "muon"]
+ScheduleName = Literal["cosine", "linear", "wsd"]
+
+_CHOICES = {
+    "precision": ("bf16", "fp16", "fp32"),
+    "parallelism": ("auto", "ddp", "fsdp", "hsdp"),
+    "activation_checkpointing": ("none", "selective", "full"),
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "linear", "wsd"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +33,36 @@ class TrainConfig:
         precision: Of matrix products: bf16 or fp16 (with a gradient scaler) by autocast, or fp32. Weights and
             optimizer state are fp32 in all three.
         learning_rate: The highest one, reached after the warm-up.
-        min_learning_rate_ratio: Where the cosine ends, as a share of `learning_rate`.
+        min_learning_rate_ratio: Where the schedule ends, as a share of `learning_rate`.
         warmup_steps: Steps of linear warm-up; by default a tenth of the run, at most 2000.
+        schedule: How the rate falls after the warm-up: along a cosine, along a line, or wsd (warm-up, stable, decay):
+            flat until the last `decay_fraction` of the run, then along a line.
+        decay_fraction: Of all steps, the share in which wsd decays.
+        optimizer: adamw, or muon: Muon for the matrices of the blocks, AdamW for embeddings, head and norms.
         weight_decay: Decoupled, on matrices only.
         beta1: AdamW's decay of the gradient average.
         beta2: AdamW's decay of the squared gradient average.
         max_grad_norm: Global norm that gradients are clipped to; 0 switches clipping off.
+        z_loss: Weight of the squared log of the softmax normaliser, added to each target's loss; keeps logits small.
+            1e-4 in PaLM; 0 switches it off. Validation never includes it.
+        max_skipped_steps: Consecutive steps with a loss or gradient that is not finite (their updates are left out)
+            before the run stops.
+        parallelism: ddp: every worker holds the whole model. fsdp: parameters, gradients and optimizer state are
+            sharded over all workers. hsdp: sharded over `fsdp_size` workers and copied to each such group. auto
+            picks by model size, device memory and number of workers.
+        tensor_parallel: Workers that share every layer, each with a slice of its matrices; they see the same data.
+            1 switches it off. Keep it within a node.
+        fsdp_size: Workers that one copy of the model is sharded over under hsdp; 0 means those of one node.
+        activation_checkpointing: Which activations are computed again in the backward pass, to save memory: none,
+            selective (every second matrix product and all that is cheap), or full (whole blocks).
         log_every: Steps between two logged points.
         validate_every: Steps between two validations; by default each epoch. The last step always validates.
         validation_batches: Batches per validation, over all workers; 0 means the whole split.
         checkpoint_every: Steps between two checkpoints; by default each epoch. The last step always saves.
         keep_checkpoints: How many checkpoints stay on disk, newest first.
         compile: torch.compile the blocks; by default on a GPU only.
+        profile_steps: Steps to record with the torch profiler after the first ones; 0 records none.
+        collective_timeout_s: Seconds that workers wait for one another before the run counts as hung.
         seed: Of the initial weights and the order of the data.
     """
 
@@ -45,16 +75,27 @@ class TrainConfig:
     learning_rate: float = 3e-4
     min_learning_rate_ratio: float = 0.1
     warmup_steps: int | None = None
+    schedule: ScheduleName = "cosine"
+    decay_fraction: float = 0.2
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0
+    z_loss: float = 0.0
+    max_skipped_steps: int = 10
+    parallelism: Parallelism = "auto"
+    tensor_parallel: int = 1
+    fsdp_size: int = 0
+    activation_checkpointing: Checkpointing = "none"
     log_every: int = 10
     validate_every: int | None = None
     validation_batches: int = 50
     checkpoint_every: int | None = None
     keep_checkpoints: int = 3
     compile: bool | None = None
+    profile_steps: int = 0
+    collective_timeout_s: int = 600
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +108,12 @@ class TrainConfig:
             "warmup_steps": 0,
             "weight_decay": 0,
             "max_grad_norm": 0,
+            "z_loss": 0,
+            "max_skipped_steps": 1,
+            "tensor_parallel": 1,
+            "fsdp_size": 0,
+            "profile_steps": 0,
+            "collective_timeout_s": 1,
             "log_every": 1,
             "validate_every": 1,
             "validation_batches": 0,
@@ -80,11 +127,17 @@ class TrainConfig:
                 raise ValueError(f"{name} is {value}; it must be at least {limit}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        for name in ("min_learning_rate_ratio", "beta1", "beta2"):
+        for name in ("min_learning_rate_ratio", "decay_fraction", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if self.precision not in ("bf16", "fp16", "fp32"):
-            raise ValueError(f"precision is {self.precision!r}; choose bf16, fp16 or fp32")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {listed}")
+        if self.fsdp_size and self.parallelism != "hsdp":
+            raise ValueError(
+                f"fsdp_size {self.fsdp_size} is for parallelism hsdp, not {self.parallelism}; drop it or choose hsdp"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as YAML and MLflow hold them."""

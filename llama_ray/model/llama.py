@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import Attend, Block, RMSNorm, RotaryEmbedding, causal_attention
+from llama_ray.model.loss import Head
 
 INIT_STD = 0.02
 
@@ -36,7 +37,7 @@ class Llama(nn.Module):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Head(config.hidden_size, config.vocab_size)
             self.rotary = RotaryEmbedding(config)
         self.to(dtype or torch.get_default_dtype())
         if torch.device(device or "cpu").type == "meta":
@@ -58,29 +59,44 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Draw fresh weights: normal with deviation 0.02, norms 1.
+        """Draw fresh weights; see `draw`."""
+        for name, parameter in self.named_parameters():
+            self.draw(name, parameter, seed)
+
+    @torch.no_grad()
+    def draw(self, name: str, weight: Tensor, seed: int) -> None:
+        """Fill `weight` with the initial values of the parameter `name`: normal with deviation 0.02, norms 1.
 
         The two projections that write into the residual stream are scaled by 1 / sqrt(2 layers), so that its
         variance does not grow with depth (Radford et al. 2019, GPT-2). Each parameter draws from its own
         generator, seeded by (seed, name): the weights do not depend on which others are made, or in what order.
         """
-        residual_std = INIT_STD / math.sqrt(2 * self.config.num_layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator(parameter.device).manual_seed(
-                int.from_bytes(digest[:8], "little") >> 1
-            )
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            parameter.normal_(0.0, residual_std if residual else INIT_STD, generator=generator)
+        if weight.dim() == 1:
+            weight.fill_(1.0)
+            return
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        deviation = INIT_STD / math.sqrt(2 * self.config.num_layers) if residual else INIT_STD
+        weight.normal_(0.0, deviation, generator=generator)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        attend: Attend = causal_attention,
+        *,
+        targets: Tensor | None = None,
+        scale: Tensor | float = 1.0,
+        z_loss: float = 0.0,
     ) -> Tensor:
-        """Int64 [batch, seq] -> logits [batch, seq, vocab_size]; see `hidden` for the other arguments."""
-        return self.head(self.hidden(tokens, positions, attend))
+        """Int64 [batch, seq] -> logits [batch, seq, vocab_size]; with `targets` what `head_loss` returns for them.
+
+        See `hidden` for positions and attend, `head_loss` for scale and z_loss.
+        """
+        return self.lm_head(  # type: ignore[no-any-return]
+            self.hidden(tokens, positions, attend), targets, scale, z_loss
+        )
 
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention

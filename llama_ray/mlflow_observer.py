@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from llama_ray.data.loader import TokenDataset
@@ -9,9 +11,13 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.model.llama import Llama
+from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.runs import Run
+from llama_ray.training.checkpointer import Saved
 from llama_ray.training.config import Schedule
 from llama_ray.training.observer import Console, Metrics
+from llama_ray.training.parallel import world_size
+from llama_ray.training.state import Progress
 
 _PROMPTS, _PROMPT_TOKENS, _SAMPLE_TOKENS = 3, 16, 64
 
@@ -19,37 +25,59 @@ _PROMPTS, _PROMPT_TOKENS, _SAMPLE_TOKENS = 3, 16, 64
 class MLflowObserver(Console):
     """Logs what rank 0 observes to `run` (None on the other ranks): curves, a loss picture, samples of text.
 
-    After a restart from a checkpoint some steps are trained again; those that the run has already are not logged
-    twice.
+    Nothing here waits for the tracking server. After a restart from a checkpoint some steps are trained again;
+    points that the run has already are not logged twice.
     """
 
-    def __init__(self, run: Run | None, data: str) -> None:
+    def __init__(self, run: BufferedRun | None, data: str) -> None:
         super().__init__()
         self.run = run
         self._tokenizer = Tokenizer.load(data)
         self._prompts = _validation_prompts(data)
-        self._logged = (run.last_step("train/loss") or 0) if run else 0
-        self._validated = (run.last_step("validation/loss") or 0) if run else 0
 
-    def started(self, schedule: Schedule, step: int) -> None:
+    def started(self, schedule: Schedule, progress: Progress) -> None:
         """See `Observer`."""
-        super().started(schedule, step)
+        super().started(schedule, progress)
         if self.run:
-            self.run.set_tags({"total_steps": str(schedule.total_steps)})
+            self.run.restore(progress.unsent)
+            workers, step = world_size(), progress.step
+
+            def tell(run: Run) -> None:
+                before = run.tags
+                tags = {"total_steps": str(schedule.total_steps)}
+                if "total_steps" in before:  # somebody has trained in this run: it was restarted
+                    n = int(before.get("restarts", 0)) + 1
+                    tags |= {"restarts": str(n), f"restart.{n}": f"after step {step}, {workers} workers"}
+                run.set_tags(tags)
+
+            self.run.do("started", tell)
 
     def logged(self, step: int, metrics: Metrics) -> None:
         """See `Observer`."""
         super().logged(step, metrics)
-        if self.run and step > self._logged:
+        if self.run:
             self.run.log_metrics(metrics, step)
 
     def validated(self, step: int, metrics: Metrics, model: Llama) -> None:
         """See `Observer`."""
         super().validated(step, metrics, model)
-        if self.run and step > self._validated:
+        if self.run:
             self.run.log_metrics(metrics, step)
-            self.run.log_loss_curve()
-            self.run.log_samples(self._samples(model), step)
+            self.run.do("loss curve", lambda run: run.log_loss_curve())
+            samples = self._samples(model)
+            self.run.do(f"samples {step}", lambda run: run.log_samples(samples, step))
+
+    def checkpointed(self, saved: Saved) -> None:
+        """See `Observer`."""
+        super().checkpointed(saved)
+        if self.run:
+            metrics = {"checkpoint/stall_s": saved.stall_s, "checkpoint/write_s": saved.write_s}
+            failed = {"checkpoint/failed": 1.0}
+            self.run.log_metrics(failed if saved.error else metrics, saved.step)
+
+    def unsent(self) -> list[Any]:
+        """See `Observer`."""
+        return self.run.unsent() if self.run else []
 
     def _samples(self, model: Llama) -> list[tuple[str, str]]:
         """(prompt, continuation) for a few places in the validation text."""

@@ -1,13 +1,24 @@
-"""The directory that a run's checkpoints go to: a local or shared path, or a URI such as `s3://bucket/runs`."""
+"""The directory that a run's checkpoints go to: a local or shared path, or a URI such as `s3://bucket/runs`.
+
+A checkpoint is a directory `step_*` whose last written file, the marker, names every other file with its length and
+SHA-256. Without the marker a directory is none; with a file that differs from it, it is damaged. Both are passed over.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import warnings
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
 
-_COMPLETE = "training.json"
+MARKER = "training.json"
+_CHUNK = 1 << 22
 
 
 class StorageError(ValueError):
@@ -39,17 +50,100 @@ def latest_run(location: str) -> str:
         raise StorageError(
             f"output_dir {location} holds no run to resume; check --output_dir, or leave out --resume"
         )
-    return max(runs, key=lambda name: _modified(f"{runs[name]}/{_COMPLETE}"))
+    return max(runs, key=lambda name: _modified(f"{runs[name]}/{MARKER}"))
 
 
 def latest_checkpoint(run: str) -> str | None:
-    """The newest complete checkpoint below the run directory `run`; None where it has none."""
+    """The newest checkpoint below the run directory `run` whose files are all there in full; None without one."""
+    return next((c for c in checkpoints(run) if not missing_or_cut(c)), None)
+
+
+def checkpoints(run: str) -> list[str]:
+    """Directories below `run` that have a marker, newest first, looked into no further."""
     filesystem, path = open_storage(run)
-    for name in sorted(_directories(run), reverse=True):
-        marker = filesystem.get_file_info(f"{path}/{name}/{_COMPLETE}")
-        if name.startswith("step_") and marker.type == fs.FileType.File:
-            return f"{run}/{name}"
+    names = sorted((n for n in _directories(run) if n.startswith("step_")), reverse=True)
+    return [
+        f"{run}/{name}"
+        for name in names
+        if filesystem.get_file_info(f"{path}/{name}/{MARKER}").type == fs.FileType.File
+    ]
+
+
+def read_marker(checkpoint: str) -> dict[str, Any] | None:
+    """What the marker of `checkpoint` says; None where there is none, or it is no JSON object."""
+    try:
+        content = json.loads(read_text(f"{checkpoint}/{MARKER}") or "")
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else None
+
+
+def missing_or_cut(checkpoint: str) -> str | None:
+    """What is wrong with `checkpoint` as far as names and lengths of files tell; None for nothing. Warns of it."""
+    marker = read_marker(checkpoint)
+    if marker is None:
+        return _damaged(checkpoint, f"{MARKER} cannot be read")
+    filesystem, path = open_storage(checkpoint)
+    for file, record in marker["files"].items():
+        size = filesystem.get_file_info(f"{path}/{file}").size
+        if size != record["bytes"]:
+            return _damaged(checkpoint, f"{file} has {size or 0} bytes, {record['bytes']} were written")
     return None
+
+
+def altered(checkpoint: str, files: Iterable[str]) -> str | None:
+    """The first of `files` whose content is no longer what the marker of `checkpoint` recorded, as a sentence."""
+    marker = read_marker(checkpoint) or {"files": {}}
+    for file in files:
+        try:
+            found = sha256(f"{checkpoint}/{file}")
+        except OSError as e:
+            return _damaged(checkpoint, f"{file} cannot be read ({str(e).splitlines()[0]})")
+        if found != marker["files"][file]["sha256"]:
+            return _damaged(checkpoint, f"the content of {file} is not what was written")
+    return None
+
+
+def sha256(file: str) -> str:
+    """Hex digest of a file's content."""
+    filesystem, path = open_storage(file)
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_local(location: str) -> bool:
+    """Whether `location` is a directory of this machine or one mounted on it, not an object store."""
+    return isinstance(open_storage(location)[0], fs.LocalFileSystem)
+
+
+def upload(source: Path, target: str) -> None:
+    """Copy the local file `source` to `target`."""
+    filesystem, path = open_storage(target)
+    fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+
+
+def download(source: str, target: Path) -> None:
+    """Copy the directory `source` to the local directory `target`."""
+    filesystem, path = open_storage(source)
+    fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+
+
+def make_directory(location: str) -> None:
+    """Create `location` with what is above it; fine where it exists."""
+    filesystem, path = open_storage(location)
+    filesystem.create_dir(path, recursive=True)
+
+
+def remove(checkpoint: str) -> None:
+    """Delete a checkpoint, its marker first: what a crash leaves of it is never taken for a whole one."""
+    filesystem, path = open_storage(checkpoint)
+    if filesystem.get_file_info(f"{path}/{MARKER}").type == fs.FileType.File:
+        filesystem.delete_file(f"{path}/{MARKER}")
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        filesystem.delete_dir(path)
 
 
 def read_text(file: str) -> str | None:
@@ -62,16 +156,36 @@ def read_text(file: str) -> str | None:
 
 
 def write_text(file: str, content: str) -> None:
-    """Write `file`, with the directories above it."""
+    """Write `file`, with the directories above it, so that a reader sees the old content or the new."""
     filesystem, path = open_storage(file)
     filesystem.create_dir(str(Path(path).parent), recursive=True)
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(content.encode())
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:  # an object appears when its upload is complete
+            stream.write(content.encode())
+        return
+    partial = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}")
+    with partial.open("wb") as f:
+        f.write(content.encode())
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(path)
+
+
+def delete(file: str) -> None:
+    """Delete `file`; fine where there is none."""
+    filesystem, path = open_storage(file)
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        filesystem.delete_file(path)
 
 
 def open_storage(location: str) -> tuple[fs.FileSystem, str]:
     """(filesystem, path on it) of an absolute path or a URI. Raises ValueError for neither."""
     return fs.FileSystem.from_uri(location)  # type: ignore[no-any-return]
+
+
+def _damaged(checkpoint: str, reason: str) -> str:
+    warnings.warn(f"{checkpoint} is damaged and passed over: {reason}", stacklevel=3)
+    return reason
 
 
 def _directories(location: str) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from llama_ray import storage
 from llama_ray.cluster import check_workers, cpu_threads, uses_gpu
@@ -26,13 +25,17 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.paths import absolute, is_uri
 from llama_ray.publish import publish
 from llama_ray.report import describe_run, describe_version, short_count
+from llama_ray.requests import Requests, request_stop, until_signal, withdraw_stop
+from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.registry import Policy, PromotionDecision, Version, check_name
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
+from llama_ray.training.checkpointer import checkpoint_name, fetched, newest_whole
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.loop import train
-from llama_ray.training.observer import Metrics, checkpoint_name
-from llama_ray.training.parallel import rank
+from llama_ray.training.elastic import check_range, for_workers
+from llama_ray.training.interrupt import Stopped
+from llama_ray.training.loop import TrainingError, train
+from llama_ray.training.parallel import rank, world_size
 from llama_ray.training.preflight import check_run
 from llama_ray.training.state import load_progress
 
@@ -42,7 +45,9 @@ class LaunchConfig:
     """Where a run happens, where it keeps things, and what becomes of its model.
 
     Args:
-        world_size: Workers: one GPU each, or one CPU each on a cluster without GPUs.
+        world_size: Workers: one GPU each, or one CPU each on a cluster without GPUs. A range such as 2..8 trains
+            with as many as there are and changes the number as nodes come and go; the global batch stays that of
+            the largest.
         output_dir: Directory or URI, reachable from every node, that holds a directory for each run.
         run_name: Of the directory and the MLflow run; by default made from the model's size and the time.
         resume: Go on with the run of this name in output_dir; 'latest' is the one that saved last.
@@ -50,9 +55,10 @@ class LaunchConfig:
         register_as: Name to register the finished model under; an empty one registers nothing.
         promote: When the alias 'champion' moves to the new version.
         max_failures: How often the workers are restarted from the last checkpoint before the run is given up.
+        resize_interval_s: How often a range of workers is compared with what the cluster has, in seconds.
     """
 
-    world_size: int = 1
+    world_size: int | str = 1
     output_dir: str = "./checkpoints"
     run_name: str | None = None
     resume: str | None = None
@@ -60,8 +66,11 @@ class LaunchConfig:
     register_as: str = "llama-ray"
     promote: Policy = "if_better"
     max_failures: int = 3
+    resize_interval_s: float = 60.0
 
     def __post_init__(self) -> None:
+        if min(self.workers) < 1 or self.workers[0] > self.workers[1]:
+            raise ValueError(f"world_size is {self.world_size}; give a number from 1, or a range such as 2..8")
         if self.register_as:
             check_name(self.register_as)
         if self.promote not in ("if_better", "always", "never"):
@@ -70,6 +79,17 @@ class LaunchConfig:
             raise ValueError(f"max_failures is {self.max_failures}; it must be at least 0")
         if self.run_name and self.resume:
             raise ValueError("run_name and resume are both given; --resume NAME already names the run")
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most workers. Raises ValueError."""
+        try:
+            least, _, most = str(self.world_size).partition("..")
+            return int(least), int(most or least)
+        except ValueError:
+            raise ValueError(
+                f"world_size is {self.world_size!r}; give a number from 1, or a range such as 2..8"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -87,15 +107,21 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
     """Train `model` on the prepared directory `data` with Ray Train, logged as one MLflow run, and register it.
 
     Needs a Ray connection. Everything that can be checked without a worker is checked first: ValueError with one
-    line. A run that fails for good raises what Ray Train raised, after its MLflow run was marked FAILED.
+    line. A run that fails for good raises what Ray Train raised, or TrainingError where a restart is of no use,
+    after its MLflow run was marked FAILED. SIGINT and SIGTERM make the workers save and end: it then raises
+    Stopped, and the MLflow run is KILLED.
     """
     gpu = uses_gpu()
-    check_workers(launch.world_size, gpu=gpu)
+    least, most = launch.workers
+    check_workers(least, gpu=gpu)
+    if least == most:
+        check_workers(most, gpu=gpu)
+    check_range(config, least, most, config.tensor_parallel)
     launch = replace(launch, output_dir=absolute(launch.output_dir))
     storage.check_writable(launch.output_dir)
     name, checkpoint = _name_and_checkpoint(model, launch)
     resume_from = Path(checkpoint) if checkpoint and not is_uri(checkpoint) else None
-    check_run(model, config, data, launch.world_size, resume_from)
+    check_run(model, config, data, most, resume_from)
     info = read_info(data)
     directory = f"{launch.output_dir}/{name}"
     with _mlflow_run(directory, name, model, config, launch, info, gpu=gpu) as run:
@@ -103,31 +129,39 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
             f"run {name}: checkpoints in {directory}, MLflow run {run.run_id} at {run.url or run.uri}",
             flush=True,
         )
-        result = TorchTrainer(
+        withdraw_stop(directory)
+        trainer = TorchTrainer(
             _worker,
             train_loop_config={
                 "model": model,
                 "config": config,
                 "data": str(Path(data).resolve()),
+                "directory": directory,
+                "planned": most,
                 "run_id": run.run_id,
                 "tracking_uri": run.uri,
             },
+            torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
             scaling_config=ScalingConfig(
-                num_workers=launch.world_size,
+                num_workers=most if least == most else (least, most),
                 use_gpu=gpu,
                 resources_per_worker={"CPU": 1, "GPU": 1} if gpu else {"CPU": 1},
+                elastic_resize_monitor_interval_s=launch.resize_interval_s,
             ),
             run_config=RunConfig(  # type: ignore[call-arg]  # ray's stubs still name V1's
                 name=name,
                 storage_path=launch.output_dir,
-                checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
                 failure_config=FailureConfig(max_failures=launch.max_failures),
                 worker_runtime_env={"env_vars": _worker_environment()},
                 logging_config=LoggingConfig(log_level="WARNING"),  # the observer tells the progress itself
             ),
-        ).fit()
-        assert result.checkpoint is not None  # the last step always saves
-        return _publish(run, result.checkpoint, model, config, launch, info)
+        )
+        ending: Ending = until_signal(trainer.fit, lambda: request_stop(directory)).return_value
+        if ending.error:
+            raise TrainingError(ending.error)
+        if ending.stopped_at is not None:
+            raise Stopped(ending.stopped_at)
+        return _publish(run, f"{directory}/{checkpoint_name(ending.step)}", model, config, launch, info)
 
 
 def _worker_environment() -> dict[str, str]:
@@ -137,41 +171,48 @@ def _worker_environment() -> dict[str, str]:
     return credentials | {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
 
 
-def _worker(plan: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Ending:
+    """How the workers ended, where Ray Train need not start them again."""
+
+    step: int = 0
+    stopped_at: int | None = None
+    error: str = ""
+
+
+def _worker(plan: dict[str, Any]) -> Ending:
     """Runs in every worker, with the process group that Ray Train has made."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # one line a rank and report otherwise
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads(ray.train.get_context().get_local_world_size()))
-    run = Run.attach(plan["run_id"], plan["tracking_uri"]) if rank() == 0 else None
-    checkpoint = ray.train.get_checkpoint()
-    with (
-        checkpoint.as_directory() if checkpoint else nullcontext() as resume_from,
-        run.system_metrics() if run else nullcontext(),
-    ):
-        train(
-            plan["model"],
-            plan["config"],
-            plan["data"],
-            device=device,
-            observer=_RayObserver(run, plan["data"]),
-            resume_from=Path(resume_from) if resume_from else None,
-            run_id=plan["run_id"],
-        )
-
-
-class _RayObserver(MLflowObserver):
-    """Logs to MLflow and hands checkpoints to Ray Train."""
-
-    def checkpoint(self, step: int, metrics: Metrics, write: Callable[[Path], None]) -> None:
-        """Write on rank 0, then let Ray Train store it; all ranks wait for that."""
-        with tempfile.TemporaryDirectory() as directory:
-            checkpoint = None
-            if rank() == 0:
-                write(Path(directory))
-                checkpoint = Checkpoint.from_directory(directory)
-            ray.train.report(dict(metrics), checkpoint, checkpoint_dir_name=checkpoint_name(step))
-        self.say(f"step {step}  checkpoint {checkpoint_name(step)} stored")
+    config: TrainConfig = plan["config"]
+    layer_workers = config.tensor_parallel
+    config = for_workers(config, world_size() // layer_workers, plan["planned"] // layer_workers)
+    directory = plan["directory"]
+    run = BufferedRun(plan["run_id"], plan["tracking_uri"], system_metrics=True) if rank() == 0 else None
+    checkpoint = newest_whole(directory)
+    try:
+        with fetched(checkpoint) if checkpoint else nullcontext() as resume_from:
+            progress = train(
+                plan["model"],
+                config,
+                plan["data"],
+                device=device,
+                observer=MLflowObserver(run, plan["data"]),
+                output_dir=directory,
+                resume_from=resume_from,
+                run_id=plan["run_id"],
+                asked=Requests(directory).asked,
+            )
+        return Ending(progress.step)
+    except Stopped as e:
+        return Ending(stopped_at=e.step)
+    except TrainingError as e:  # every worker raises it, and would again after a restart
+        return Ending(error=str(e))
+    finally:
+        if run:
+            run.close()
 
 
 def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:
@@ -215,8 +256,8 @@ def _mlflow_run(
             experiment=launch.experiment,
             name=name,
             params=settings | {"parameters": model.num_parameters(), "world_size": launch.world_size},
-            tags=standard_tags(world_size=launch.world_size, device="gpu" if gpu else "cpu"),
-            description=describe_run(model, config, info, launch.world_size),
+            tags=standard_tags(world_size=launch.workers[1], device="gpu" if gpu else "cpu"),
+            description=describe_run(model, config, info, launch.workers[1]),
         )
         storage.write_text(
             f"{directory}/run.json", json.dumps({"run_id": run.run_id, "tracking_uri": run.uri})
@@ -225,27 +266,27 @@ def _mlflow_run(
     try:
         yield run
     except BaseException as e:
-        run.finish("KILLED" if isinstance(e, KeyboardInterrupt | SystemExit) else "FAILED")
+        run.finish("KILLED" if isinstance(e, KeyboardInterrupt | SystemExit | Stopped) else "FAILED")
         raise
     run.finish("FINISHED")
 
 
 def _publish(
     run: Run,
-    checkpoint: Checkpoint,
+    checkpoint: str,
     model: LlamaConfig,
     config: TrainConfig,
     launch: LaunchConfig,
     info: DatasetInfo,
 ) -> Outcome:
-    with checkpoint.as_directory() as local:
+    with fetched(checkpoint) as local:
         progress = load_progress(local)
         assert progress.validation_loss is not None  # the last step always validates
         version = decision = None
         if launch.register_as:
             version, decision = publish(
                 run,
-                Path(local),
+                local,
                 name=launch.register_as,
                 precision=config.precision,
                 policy=launch.promote,
@@ -254,4 +295,4 @@ def _publish(
                 tags={"step": str(progress.step), "tokens": str(progress.tokens)},
                 description=describe_version(model, info, progress),
             )
-    return Outcome(run.run_id, checkpoint.path, progress.validation_loss, version, decision)
+    return Outcome(run.run_id, checkpoint, progress.validation_loss, version, decision)

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.hf_config import from_hf, to_hf
 from llama_ray.model.llama import Llama
+from llama_ray.model.pieces import StoredTensor, open_tensors
 
 MAX_SHARD_BYTES = 4 * 1024**3
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+PIECE_FILES = "model-rank*.safetensors"
+"""What the workers of a training run wrote, see `llama_ray.model.pieces`."""
 
 
 class CheckpointError(ValueError):
@@ -41,7 +44,7 @@ def load_config(directory: str | Path) -> LlamaConfig:
 def load_model(
     directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Llama:
-    """Read a model saved by `save_model` or by transformers, sharded or not.
+    """Read a model saved by `save_model`, by transformers or by a training run, in one file or many.
 
     `dtype` None keeps the dtype of the stored embedding. Names, shapes and file lengths are all checked before memory
     is taken for the weights; then tensors are copied one at a time, so no second copy of the model is held.
@@ -53,12 +56,12 @@ def load_model(
         stored = _open_all(_weight_files(directory), stack)
         wanted = {hf_name(n): p for n, p in model.named_parameters()}
         _check_names_and_shapes(directory, stored, wanted, model.config)
-        file_dtype = stored["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight").dtype
+        file_dtype = stored["model.embed_tokens.weight"].dtype
         model.to(dtype or file_dtype)
         model.materialize(device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(stored[hf_name(name)].get_tensor(hf_name(name)))
+                parameter.copy_(stored[hf_name(name)].read())
     return model
 
 
@@ -89,10 +92,22 @@ def save_model(
     if len(shards) > 1:
         total = sum(t.nbytes for t in tensors.values())
         write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    save_config(model.config, model.embed_tokens.weight.dtype, directory, bos_id=bos_id, eos_id=eos_id)
+
+
+def save_config(
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    directory: Path,
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+) -> None:
+    """Write `generation_config.json` and then `config.json`, which describe weights of `dtype`."""
     generation = {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
     write_json(directory / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    write_json(directory / "config.json", to_hf(model.config, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
+    name = str(dtype).removeprefix("torch.")
+    write_json(directory / "config.json", to_hf(config, dtype=name, bos_id=bos_id, eos_id=eos_id))
 
 
 def hf_name(name: str) -> str:
@@ -132,6 +147,8 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / n for n in names]
     if (directory / _SINGLE).is_file():
         return [directory / _SINGLE]
+    if pieces := sorted(directory.glob(PIECE_FILES)):
+        return pieces
     pickled = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
     if pickled:
         raise CheckpointError(
@@ -143,20 +160,18 @@ def _weight_files(directory: Path) -> list[Path]:
     )
 
 
-def _open_all(files: list[Path], stack: ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open safetensors file that holds it."""
-    stored: dict[str, Any] = {}
+def _open_all(files: list[Path], stack: ExitStack) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
     for file in files:
         try:
-            handle = stack.enter_context(safe_open(file, framework="pt"))
+            open_tensors(file, stack, stored)
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{file} is damaged or cut short ({e}); copy or save it again") from e
-        stored |= dict.fromkeys(handle.keys(), handle)
     return stored
 
 
 def _check_names_and_shapes(
-    directory: Path, stored: dict[str, Any], wanted: dict[str, torch.nn.Parameter], config: LlamaConfig
+    directory: Path, stored: dict[str, StoredTensor], wanted: dict[str, torch.nn.Parameter], config: LlamaConfig
 ) -> None:
     # Older exports carry the rotary table, and some a second copy of a tied head; both follow from the rest.
     surplus = {n for n in stored if n not in wanted and not n.endswith("rotary_emb.inv_freq")}
@@ -170,7 +185,9 @@ def _check_names_and_shapes(
                 f"{directory} {what} {shown}: weights and config.json are not of the same model"
             )
     for name, parameter in wanted.items():
-        shape = tuple(stored[name].get_slice(name).get_shape())
+        shape = stored[name].shape
+        if not stored[name].complete:
+            raise CheckpointError(f"{directory} lacks pieces of {name}; copy it again, with every {PIECE_FILES}")
         if shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"{directory}: {name} is {list(shape)} but config.json makes it {list(parameter.shape)}; "

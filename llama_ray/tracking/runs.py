@@ -92,21 +92,27 @@ class Run:
             return None
         return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log all `metrics` for one step in one request. Infinities become NaN, a gap in the chart.
+    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int | None = None) -> None:
+        """Log all `metrics` for one step in one request, as of `timestamp_ms`, by default now.
 
+        Infinities become NaN, a gap in the chart.
         SQL stores would turn an infinity into 1.8e308, which flattens everything else in the chart.
         """
-        now_ms = int(time.time() * 1000)
-        points = [Metric(name, _finite(value), now_ms, step) for name, value in metrics.items()]
+        at = int(time.time() * 1000) if timestamp_ms is None else timestamp_ms
+        points = [Metric(name, _finite(value), at, step) for name, value in metrics.items()]
         for start in range(0, len(points), MAX_METRICS_PER_BATCH):
             self._client.log_batch(self.run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
 
-    def last_step(self, metric: str) -> int | None:
-        """The largest step that `metric` was logged at; None if never. A resumed run goes on after it."""
+    def last_steps(self) -> dict[str, int]:
+        """The largest step that each metric was logged at. A resumed run goes on after it."""
         # `data.metrics` drops the step and the public history reads every point: MLflow itself reads this list.
         points: list[Metric] = self._client.get_run(self.run_id).data._metric_objs
-        return next((int(point.step) for point in points if point.key == metric), None)
+        return {point.key: int(point.step) for point in points}
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """As they are now."""
+        return dict(self._client.get_run(self.run_id).data.tags)
 
     def history(self, metric: str) -> list[Metric]:
         """Every point of `metric` (`.step`, `.value`, `.timestamp` in ms), by step, the latest of each step."""

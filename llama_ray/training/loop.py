@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,14 +12,19 @@ from llama_ray.data.loader import Loader, TokenDataset, validation_batches
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.training.checkpointer import Checkpointer
 from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.interrupt import Agreement, Request, Stopped
 from llama_ray.training.metrics import Throughput, peak_flops, peak_memory_bytes
 from llama_ray.training.observer import Observer
 from llama_ray.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from llama_ray.training.parallel import parallelize, rank, unwrap, world_size
 from llama_ray.training.preflight import check_run
-from llama_ray.training.state import Progress, load_state, save_state
+from llama_ray.training.state import Progress, load_state
 from llama_ray.training.step import Stepper
+
+
+MAX_FAILED_CHECKPOINTS = 3
 
 
 class TrainingError(RuntimeError):
@@ -32,14 +38,19 @@ def train(
     *,
     device: torch.device,
     observer: Observer,
+    output_dir: str | None = None,
     resume_from: Path | None = None,
     run_id: str | None = None,
+    asked: Callable[[], Request] = lambda: Request.NOTHING,
 ) -> Progress:
     """Train a model on the prepared data directory `data`, on every worker of the current process group.
 
-    Call it in each worker; without a process group it trains alone. `resume_from` is a checkpoint to go on from;
-    `run_id` is kept in every checkpoint. Returns how far the run got. Raises ValueError for data that does not
-    fit, CheckpointError for a checkpoint that does not, TrainingError when the loss is no longer a number.
+    Call it in each worker; without a process group it trains alone. Checkpoints go to `output_dir`, an absolute
+    path or a URI that all workers reach; without one none are made. `resume_from` is a checkpoint to go on from;
+    `run_id` is kept in every checkpoint. `asked`, called at each step, says what somebody outside wants; what any
+    worker is asked, all of them do. Returns how far the run got. Raises ValueError for data that does not fit,
+    CheckpointError for a checkpoint that does not, Stopped when asked to stop and TrainingError when going on is
+    of no use: the loss is no longer a number, or checkpoints cannot be stored.
     """
     check_run(model_config, config, data, world_size(), resume_from)
     seq_len = config.seq_len or model_config.max_seq_len
@@ -61,7 +72,7 @@ def train(
     optimizer = build_optimizer(model, config)
     progress = Progress(run_id=run_id)
     if resume_from is not None:
-        progress = load_state(resume_from, model, optimizer)
+        progress = load_state(resume_from, model, optimizer, rank(), world_size())
         loader.load_state_dict(progress.loader)
     stepper = Stepper(
         parallelize(model, device, compile_blocks=compile_blocks),
@@ -85,17 +96,40 @@ def train(
         metrics = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}
         observer.validated(step, metrics, unwrap(stepper.model))
 
-    def checkpoint(step: int) -> None:
-        progress.loader = loader.state_dict()
-        progress.scaler = stepper.scaler.state_dict()
-        metrics = {"step": step, "validation_loss": progress.validation_loss or math.nan}
+    checkpointer = (
+        Checkpointer(output_dir, model, optimizer, tokenizer, config.keep_checkpoints) if output_dir else None
+    )
 
-        def write(directory: Path) -> None:
-            save_state(directory, model=model, optimizer=optimizer, tokenizer=tokenizer, progress=progress)
+    def checkpoint() -> None:
+        if checkpointer is not None:
+            progress.loader = loader.state_dict()
+            progress.scaler = stepper.scaler.state_dict()
+            progress.unsent = observer.unsent()
+            checkpointer.save(progress)
+            if checkpointer.failures_in_a_row >= MAX_FAILED_CHECKPOINTS:
+                raise TrainingError(
+                    f"{MAX_FAILED_CHECKPOINTS} checkpoints in a row could not be stored in {output_dir}; the last good "
+                    "one is still there: make room or correct the permissions, and --resume"
+                )
 
-        observer.checkpoint(step, metrics, write)
+    def tell_saved() -> None:
+        if checkpointer is not None:
+            for saved in checkpointer.finished():
+                observer.checkpointed(saved)
 
-    observer.started(schedule, progress.step)
+    def finish(step: int) -> None:
+        if checkpointer is not None:
+            checkpointer.wait()
+            tell_saved()
+            checkpointer.close()
+            if checkpointer.failures_in_a_row:
+                raise TrainingError(
+                    f"the checkpoint of step {step} could not be stored in {output_dir}; make room or correct the "
+                    "permissions, and --resume to go on from the one before"
+                )
+
+    agreement = Agreement(asked, config.collective_timeout_s)
+    observer.started(schedule, progress)
     throughput.resume()
     for step in range(progress.step + 1, schedule.total_steps + 1):
         rate = learning_rate(step, config, schedule)
@@ -134,6 +168,14 @@ def train(
             if schedule.validates(step):
                 validate(step)
             if schedule.saves(step):
-                checkpoint(step)
+                checkpoint()
             throughput.resume()
+        request = agreement.new_request()
+        if request and not schedule.saves(step):
+            checkpoint()
+        if request is Request.STOP and step < schedule.total_steps:
+            finish(step)
+            raise Stopped(step)
+        tell_saved()
+    finish(progress.step)
     return progress

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from llama_ray.model.llama import Llama
+from llama_ray.training.checkpointer import Saved
 from llama_ray.training.config import Schedule
 from llama_ray.training.parallel import rank
+from llama_ray.training.state import Progress
 
 Metrics = Mapping[str, float]
 """Metric name -> value, named `group/metric` as they appear in MLflow."""
@@ -18,8 +19,8 @@ Metrics = Mapping[str, float]
 class Observer(Protocol):
     """Called by every worker, in the same order on all of them."""
 
-    def started(self, schedule: Schedule, step: int) -> None:
-        """The run begins, or goes on after `step`."""
+    def started(self, schedule: Schedule, progress: Progress) -> None:
+        """The run begins, or goes on after `progress.step`."""
 
     def logged(self, step: int, metrics: Metrics) -> None:
         """A point of the training curve."""
@@ -27,23 +28,25 @@ class Observer(Protocol):
     def validated(self, step: int, metrics: Metrics, model: Llama) -> None:
         """A validation; `model` holds the weights of `step` and may be generated from."""
 
-    def checkpoint(self, step: int, metrics: Metrics, write: Callable[[Path], None]) -> None:
-        """Time to save: `write(directory)` writes the checkpoint. Only rank 0 needs to call it."""
+    def checkpointed(self, saved: Saved) -> None:
+        """A checkpoint is complete, or could not be stored. Workers may be told at different steps."""
+
+    def unsent(self) -> list[Any]:
+        """What must not be lost with this process, in JSON's types; kept in the checkpoint and handed to `started`."""
 
 
 class Console:
-    """Progress as lines of text on rank 0, and checkpoints as `output_dir/step_*`."""
+    """Progress as lines of text on rank 0."""
 
-    def __init__(self, output_dir: Path | None = None) -> None:
-        self.output_dir = output_dir
+    def __init__(self) -> None:
         self._schedule: Schedule | None = None
         self._first_step, self._start = 0, time.monotonic()
 
-    def started(self, schedule: Schedule, step: int) -> None:
+    def started(self, schedule: Schedule, progress: Progress) -> None:
         """See `Observer`."""
-        self._schedule, self._first_step, self._start = schedule, step, time.monotonic()
-        if step:
-            self.say(f"going on after step {step} of {schedule.total_steps}")
+        self._schedule, self._first_step, self._start = schedule, progress.step, time.monotonic()
+        if progress.step:
+            self.say(f"going on after step {progress.step} of {schedule.total_steps}")
 
     def logged(self, step: int, metrics: Metrics) -> None:
         """See `Observer`."""
@@ -64,22 +67,24 @@ class Console:
             f"perplexity {metrics['validation/perplexity']:.2f}"
         )
 
-    def checkpoint(self, step: int, metrics: Metrics, write: Callable[[Path], None]) -> None:
+    def checkpointed(self, saved: Saved) -> None:
         """See `Observer`."""
-        if self.output_dir is not None and rank() == 0:
-            directory = self.output_dir / checkpoint_name(step)
-            write(directory)
-            self.say(f"step {step}  saved {directory}")
+        if saved.error:
+            self.say(f"step {saved.step}  CHECKPOINT NOT STORED, the one before stays: {saved.error}")
+        else:
+            self.say(
+                f"step {saved.step}  saved {saved.directory} in {saved.write_s:.1f} s, training waited "
+                f"{saved.stall_s:.2f} s"
+            )
+
+    def unsent(self) -> list[Any]:
+        """See `Observer`."""
+        return []
 
     def say(self, line: str) -> None:
         """Print `line`, on rank 0 only."""
         if rank() == 0:
             print(line, flush=True)
-
-
-def checkpoint_name(step: int) -> str:
-    """The directory name of a step's checkpoint; names sort as steps do."""
-    return f"step_{step:08d}"
 
 
 def _duration(seconds: float) -> str:

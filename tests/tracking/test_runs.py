@@ -62,14 +62,14 @@ def test_artifacts_lie_beside_the_database(new_run: Callable[..., Run], store: s
 
 def test_another_process_goes_on_after_the_last_step(new_run: Callable[..., Run]) -> None:
     run = new_run()
-    assert run.last_step("train/loss") is None
+    assert run.last_steps().get("train/loss") is None
     code = (
         "import sys; from llama_ray.tracking.runs import Run; run = Run.attach(*sys.argv[1:]);\n"
         "for step in (1, 2, 3): run.log_metrics({'train/loss': 4.0 / step, 'progress/tokens': step * 10}, step)"
     )
     subprocess.run([sys.executable, "-c", code, run.run_id, run.uri], check=True, timeout=120)
-    assert run.last_step("train/loss") == 3
-    assert run.last_step("validation/loss") is None
+    assert run.last_steps().get("train/loss") == 3
+    assert run.last_steps().get("validation/loss") is None
     assert [(p.step, p.value) for p in run.history("train/loss")] == [(1, 4.0), (2, 2.0), (3, 4.0 / 3)]
     assert MlflowClient(run.uri).get_run(run.run_id).info.status == "RUNNING"
 
@@ -81,7 +81,7 @@ def test_values_that_are_not_finite_become_gaps_and_count_as_steps(new_run: Call
     values = [point.value for point in run.history("train/loss")]
     assert values[0] == 1.0
     assert all(math.isnan(value) for value in values[1:])
-    assert run.last_step("train/loss") == 3
+    assert run.last_steps().get("train/loss") == 3
 
 
 def test_more_metrics_than_mlflow_takes_in_one_request(new_run: Callable[..., Run]) -> None:
@@ -131,11 +131,11 @@ def test_system_metrics_go_on_after_a_restart(new_run: Callable[..., Run]) -> No
     name = "system/cpu_utilization_percentage"
     for restart in range(2):
         attached = Run.attach(run.run_id, run.uri)
-        before = attached.last_step(name)
+        before = attached.last_steps().get(name)
         assert (before is None) == (restart == 0)
         with attached.system_metrics(interval_s=0.05):
             deadline = time.monotonic() + 30
-            while attached.last_step(name) in (None, before):
+            while attached.last_steps().get(name) in (None, before):
                 assert time.monotonic() < deadline
     steps = [point.step for point in MlflowClient(run.uri).get_metric_history(run.run_id, name)]
     assert len(steps) == len(set(steps)) >= 2

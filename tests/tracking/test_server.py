@@ -36,8 +36,8 @@ def version(run: Run, checkpoint: Path, echo_model: Path) -> Version:
 
 def test_a_worker_attaches_and_goes_on(run: Run, server: str) -> None:
     attached = Run.attach(run.run_id, server)
-    assert attached.last_step("train/loss") == 7
-    assert attached.last_step("validation/loss") == 7
+    assert attached.last_steps().get("train/loss") == 7
+    assert attached.last_steps().get("validation/loss") == 7
     attached.log_text("text", "a/b.txt")
     path = mlflow.artifacts.download_artifacts(
         run_id=run.run_id, artifact_path="a/b.txt", tracking_uri=server

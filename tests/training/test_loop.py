@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_ray.model.checkpoint import CheckpointError
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
+from llama_ray.training.checkpointer import Saved
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import TrainingError, train
 from llama_ray.training.observer import Console, Metrics
@@ -21,8 +23,9 @@ CPU = torch.device("cpu")
 class Recorder(Console):
     """Keeps what the run told."""
 
-    def __init__(self, output_dir: Path | None = None) -> None:
-        super().__init__(output_dir)
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: list[Saved] = []
         self.points: dict[int, Metrics] = {}
         self.validations: dict[int, Metrics] = {}
 
@@ -33,6 +36,10 @@ class Recorder(Console):
     def validated(self, step, metrics, model) -> None:
         self.validations[step] = metrics
         super().validated(step, metrics, model)
+
+    def checkpointed(self, saved: Saved) -> None:
+        self.saved.append(saved)
+        super().checkpointed(saved)
 
 
 def losses(recorder: Recorder) -> dict[int, float]:
@@ -45,8 +52,8 @@ CONFIG = TrainConfig(max_steps=12, learning_rate=3e-3, log_every=1, validate_eve
 @pytest.fixture(scope="module")
 def finished(tiny: LlamaConfig, dataset: Path, tmp_path_factory) -> tuple[Recorder, Path]:
     directory = tmp_path_factory.mktemp("run")
-    recorder = Recorder(directory)
-    progress = train(tiny, CONFIG, dataset, device=CPU, observer=recorder)
+    recorder = Recorder()
+    progress = train(tiny, CONFIG, dataset, device=CPU, observer=recorder, output_dir=str(directory))
     assert (progress.step, progress.tokens) == (12, 12 * 8 * 32)
     return recorder, directory
 
@@ -66,12 +73,19 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     finished: tuple[Recorder, Path], tiny: LlamaConfig, dataset: Path, tmp_path: Path
 ) -> None:
     recorder, directory = finished
-    resumed = Recorder(tmp_path)
-    train(tiny, CONFIG, dataset, device=CPU, observer=resumed, resume_from=directory / "step_00000005")
+    resumed = Recorder()
+    start = directory / "step_00000005"
+    train(tiny, CONFIG, dataset, device=CPU, observer=resumed, output_dir=str(tmp_path), resume_from=start)
     assert losses(resumed) == {step: loss for step, loss in losses(recorder).items() if step > 5}
-    for file in ("model.safetensors", "optimizer.safetensors", "training.json"):
-        ours, theirs = tmp_path / "step_00000012" / file, directory / "step_00000012" / file
-        assert ours.read_bytes() == theirs.read_bytes(), file
+    ours, theirs = tmp_path / "step_00000012", directory / "step_00000012"
+    files = sorted(p.name for p in theirs.iterdir())
+    assert sorted(p.name for p in ours.iterdir()) == files
+    assert {"model-rank00000.safetensors", "optimizer-rank00000.safetensors", "training.json"} <= set(files)
+    for file in (f for f in files if f.endswith(".safetensors")):
+        mine, other = load_file(ours / file), load_file(theirs / file)
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[name], other[name]) for name in mine), file
+    assert load_progress(ours) == load_progress(theirs)
 
 
 def test_a_checkpoint_is_a_model_that_others_open(finished: tuple[Recorder, Path]) -> None:
@@ -127,9 +141,9 @@ def test_resuming_refuses_another_shape_tokenizer_or_a_damaged_file(
     with pytest.raises(ValueError, match="another tokenizer"):
         resume(data=write_dataset(tmp_path / "other", vocab_size=300))
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
-    file = broken / "optimizer.safetensors"
+    file = broken / "optimizer-rank00000.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match="is damaged .* resume from an earlier"):
         resume(source=broken)
     (broken / "training.json").unlink()
     with pytest.raises(CheckpointError, match="no training checkpoint"):

@@ -1,0 +1,76 @@
+"""Tensors in safetensors files, whole or in pieces that several workers wrote.
+
+The pieces are those of torch.distributed.checkpoint's safetensors storage: a file's metadata names the place of each
+piece, so that `dcp.load` reshards them onto any mesh. Here they are put together one tensor at a time in one process,
+without a process group.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+PIECES = "DCP_SHARDING_INFO"
+
+
+class StoredTensor:
+    """One tensor, opened but not read."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pieces: list[tuple[Any, tuple[int, ...]]] = []
+
+    def add(self, file: Any, offsets: tuple[int, ...] | None) -> None:
+        """A piece of it lies in the open `file`, at `offsets`; None where that is all of it."""
+        shape = file.get_slice(self._name).get_shape()
+        self._pieces.append((file, offsets or (0,) * len(shape)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor, as far as its pieces reach."""
+        ends = [
+            [o + n for o, n in zip(offsets, file.get_slice(self._name).get_shape(), strict=True)]
+            for file, offsets in self._pieces
+        ]
+        return tuple(map(max, zip(*ends, strict=True)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+        file, offsets = self._pieces[0]
+        return file.get_slice(self._name)[tuple(slice(0, 1) for _ in offsets)].dtype  # type: ignore[no-any-return]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no piece is missing."""
+        held = sum(math.prod(file.get_slice(self._name).get_shape()) for file, _ in self._pieces)
+        return held == math.prod(self.shape)
+
+    def read(self) -> Tensor:
+        """The whole tensor."""
+        if len(self._pieces) == 1:
+            return self._pieces[0][0].get_tensor(self._name)  # type: ignore[no-any-return]
+        whole: Tensor | None = None
+        for file, offsets in self._pieces:
+            piece = file.get_tensor(self._name)
+            if whole is None:
+                whole = torch.empty(self.shape, dtype=piece.dtype)
+            whole[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))] = piece
+        assert whole is not None
+        return whole
+
+
+def open_tensors(path: Path, stack: ExitStack, stored: dict[str, StoredTensor]) -> None:
+    """Add the tensors of a file, which stays open as long as `stack`. Raises SafetensorError or OSError."""
+    file = stack.enter_context(safe_open(path, framework="pt"))
+    places = json.loads((file.metadata() or {}).get(PIECES, "{}"))
+    for name in file.keys():  # noqa: SIM118  (not a mapping)
+        offsets = tuple(places[name]["saved_offsets"]) if name in places else None
+        stored.setdefault(name, StoredTensor(name)).add(file, offsets)

@@ -2,106 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from llama_ray.data.loader import Batch
-from llama_ray.model.loss import IGNORE, cross_entropy_sum
-from llama_ray.training.config import Precision
-from llama_ray.training.parallel import sum_over_workers, unwrap, without_gradient_sync, world_size
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from llama_ray.model.loss import IGNORE
+from llama_ray.training.config import TrainConfig
+from llama_ray.training.layout import ALONE, Layout
+from llama_ray.training.parallel import AUTOCAST, micro_step, whole_tensor
+from llama_ray.training.scaler import LossScaler
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Scalars that stay on the device until somebody asks, so that a step need not wait for the host.
 
-    `loss_sum` is in nats over this worker's `tokens` (its targets); `grad_norm` is that of the whole global batch,
-    before clipping.
+    They are the same on every worker: `loss` in nats per token (without z-loss) and `tokens` (targets) of the whole
+    global batch, `grad_norm` its gradient's norm before clipping. `skipped` is true where loss or gradient was not
+    finite: weights and optimizer are then as they were before.
     """
 
-    loss_sum: Tensor
+    loss: Tensor
     tokens: Tensor
     grad_norm: Tensor
-
-    def mean_loss(self) -> float:
-        """Nats per token over the global batch. Every worker must ask: the workers' sums are added up."""
-        total = sum_over_workers(torch.stack((self.loss_sum.double(), self.tokens.double())))
-        return (total[0] / total[1]).item()
+    skipped: Tensor
 
 
 class Stepper:
-    """Forward, backward and update in one precision (mixed: Micikevicius et al. 2018, arXiv:1710.03740)."""
+    """Forward, backward and update in one precision (mixed: Micikevicius et al. 2018, arXiv:1710.03740).
+
+    `model` is what `parallelize` returned for `layout`, `optimizer` what `build_optimizer` made of it.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
         *,
         device: torch.device,
-        precision: Precision,
-        max_grad_norm: float,
+        layout: Layout = ALONE,
     ) -> None:
-        self.model, self.optimizer, self.device = model, optimizer, device
-        self.precision, self.max_grad_norm = precision, max_grad_norm
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.device, self.layout = device, layout
         # fp16 gradients of small losses underflow; bf16 has the range of fp32 and needs no scaling.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = LossScaler(device, enabled=config.precision == "fp16")
 
     def step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Accumulate over `micro_batches`, then update the weights once.
 
         The loss is the mean over all targets of the global batch. Each worker therefore divides its sums by the
-        global number of targets, and multiplies by the number of workers to undo DDP's averaging: how a global
-        batch is split into workers and micro-steps changes the update by rounding only.
+        global number of targets, and multiplies by the number of workers to undo the averaging of DDP and FSDP:
+        how a global batch is split into workers and micro-steps changes the update by rounding only.
         """
         batches = [
             (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
             for x, y in micro_batches
         ]
-        tokens = torch.stack([(y != IGNORE).sum() for _, y in batches]).sum()
-        weight = world_size() / sum_over_workers(tokens.clone()).clamp(min=1)
+        tokens = self.layout.sum(torch.stack([(y != IGNORE).sum() for _, y in batches]).sum())
+        scale = self.scaler.scale * self.layout.data_world / tokens.clamp(min=1)
         loss_sum = torch.zeros((), device=self.device)
         for i, (inputs, targets) in enumerate(batches):
-            last = i == len(batches) - 1
-            with nullcontext() if last else without_gradient_sync(self.model):
+            with micro_step(self.model, last=i == len(batches) - 1):
                 with self._autocast():
-                    logits = self.model(inputs)
-                loss = cross_entropy_sum(logits, targets)
-                self.scaler.scale(loss * weight).backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.detach()
-        grad_norm = self._update()
-        return StepResult(loss_sum, tokens, grad_norm)
+                    objective, cross_entropy = self.model(
+                        inputs, targets=targets, scale=scale, z_loss=self.config.z_loss
+                    ).unbind()
+                (objective * scale).backward()
+            loss_sum += cross_entropy.detach()
+        return self._update(loss_sum, tokens)
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
         """Mean loss in nats per token over the batches of all workers; the workers' shares may differ in size."""
-        model = unwrap(self.model)
+        # DDP's own forward pass has nothing to add without gradients; FSDP's gathers the weights.
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for x, y in batches:
+        for x, y in self._in_step(batches) if self.layout.sharded else batches:
             inputs, targets = x.to(self.device), y.to(self.device)
             with self._autocast():
-                logits = model(inputs)
-            total[0] += cross_entropy_sum(logits, targets)
+                total[0] += model(inputs, targets=targets)[1]
             total[1] += (targets != IGNORE).sum()
-        sum_over_workers(total)
+        self.layout.sum(total)
         return (total[0] / total[1]).item()
 
-    def _update(self) -> Tensor:
-        self.scaler.unscale_(self.optimizer)
+    def _in_step(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Each worker's batches, and batches without targets after them until the last worker is done.
+
+        A forward pass over a sharded model is a joint effort: everyone must do as many.
+        """
+        iterator = iter(batches)
+        filler: Batch | None = None
+        while True:
+            batch = next(iterator, None)
+            if not self.layout.sum(torch.tensor(float(batch is not None), device=self.device)).item():
+                return
+            if batch is None:
+                if filler is None:
+                    length = self.config.seq_len or self.layout.tensor
+                    filler = (torch.zeros(1, length, dtype=torch.int64),) * 2
+                batch = (filler[0], torch.full_like(filler[1], IGNORE))
+            else:
+                filler = batch
+            yield batch
+
+    def _update(self, loss_sum: Tensor, tokens: Tensor) -> StepResult:
+        """Clip, apply and clear the gradients, unless something is not finite."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        limit = self.max_grad_norm or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        for parameter in parameters:
+            gradient = parameter.grad
+            # A replicated norm under tensor parallelism is left with one partial sum a worker.
+            if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+                parameter.grad = gradient.redistribute(placements=parameter.placements)
+            if self.scaler.enabled and parameter.grad is not None:
+                parameter.grad.div_(self.scaler.scale)
+        limit = self.config.max_grad_norm or float("inf")
+        grad_norm = whole_tensor(nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
+        # One worker's verdict is everyone's, or their weights would part.
+        shared = torch.stack((loss_sum.double(), (~(loss_sum + grad_norm).isfinite()).double()))
+        loss, broken = self.layout.sum(shared).unbind()
+        skipped = broken > 0
+        # The fused kernels look at this flag on the device, as they do for torch.amp.GradScaler.
+        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
         self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        self.scaler.update(~skipped)
+        return StepResult(loss / tokens.clamp(min=1), tokens, grad_norm, skipped)
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
-        if self.precision == "fp32":
+        if self.config.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+        return torch.autocast(self.device.type, dtype=AUTOCAST[self.config.precision])

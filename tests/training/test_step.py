@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import IGNORE, cross_entropy_sum
 from llama_ray.training.config import TrainConfig
+from llama_ray.training.layout import choose_layout
 from llama_ray.training.optimizer import build_optimizer
-from llama_ray.training.parallel import parallelize, rank, unwrap, world_size
+from llama_ray.training.parallel import gather_model, parallelize, rank, world_size
 from llama_ray.training.step import Stepper
 from tests.training.processes import in_processes
 
@@ -20,9 +22,10 @@ CPU = torch.device("cpu")
 
 def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 3) -> dict[str, Any]:
     """A few steps of two sequences per worker and micro-step; uneven targets, as a masked data set has."""
-    model = Llama(config, seed=1)
-    optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-3))
-    replica = parallelize(model, CPU, compile_blocks=False)
+    settings = TrainConfig(learning_rate=1e-3, precision="fp32", max_grad_norm=0.5, seed=1, parallelism="ddp")
+    layout = choose_layout(config, settings, world_size()).on(CPU)
+    replica = parallelize(Llama(config, device="meta"), settings, layout, CPU, compile_blocks=False)
+    optimizer = build_optimizer(replica, settings)
     exchanges = 0
 
     def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -33,7 +36,7 @@ def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 
 
     if world_size() > 1:
         replica.register_comm_hook(None, count)
-    stepper = Stepper(replica, optimizer, device=CPU, precision="fp32", max_grad_norm=0.5)
+    stepper = Stepper(replica, optimizer, settings, device=CPU, layout=layout)
     loader = Loader(
         TokenDataset(data, "train"),
         seq_len=32,
@@ -49,10 +52,25 @@ def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 
         for inputs, targets in batches:
             targets[inputs % 3 == 0] = IGNORE
         result = stepper.step(batches)
-        losses.append(result.mean_loss())
+        losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
-    weights = {n: p.detach().numpy() for n, p in unwrap(replica).named_parameters()}
+    plain = gather_model(replica, settings)
+    assert plain is not None
+    weights = {n: p.numpy() for n, p in plain.named_parameters()}
     return {"losses": losses, "norms": norms, "weights": weights, "exchanges": exchanges}
+
+
+def alone(config: LlamaConfig, **settings: Any) -> Stepper:
+    """A stepper without peers, in fp32 unless told otherwise."""
+    told = TrainConfig(**{"precision": "fp32", **settings})
+    model = Llama(config)
+    return Stepper(model, build_optimizer(model, told), told, device=CPU)
+
+
+def batch_of(config: LlamaConfig, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (sequences, 33), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def test_a_global_batch_can_be_split_any_way(tiny: LlamaConfig, dataset: Path) -> None:
@@ -71,59 +89,83 @@ def test_a_global_batch_can_be_split_any_way(tiny: LlamaConfig, dataset: Path) -
 
 
 def test_an_accumulated_gradient_is_that_of_the_whole_batch(tiny: LlamaConfig) -> None:
-    tokens = torch.randint(0, tiny.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    inputs, targets = batch_of(tiny, 4)
+    targets = targets.clone()
     targets[1] = IGNORE
     reference = Llama(tiny)
     (cross_entropy_sum(reference(inputs), targets) / (targets != IGNORE).sum()).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
 
-    model = Llama(tiny)
-    stepper = Stepper(
-        model, build_optimizer(model, TrainConfig()), device=CPU, precision="fp32", max_grad_norm=0
-    )
+    stepper = alone(tiny, max_grad_norm=0)
     result = stepper.step([(inputs[i : i + 1], targets[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(result.grad_norm, expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_every_precision_learns_and_keeps_fp32_weights(tiny: LlamaConfig, precision: Any) -> None:
-    tokens = torch.randint(0, tiny.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
-    batch = (tokens[:, :-1], tokens[:, 1:])
-    model = Llama(tiny)
-    optimizer = build_optimizer(model, TrainConfig(learning_rate=3e-3))
-    stepper = Stepper(model, optimizer, device=CPU, precision=precision, max_grad_norm=1.0)
+    batch = batch_of(tiny, 4)
+    stepper = alone(tiny, learning_rate=3e-3, precision=precision)
+    model = stepper.model
     seen: list[torch.dtype] = []
     model.layers[0].mlp.register_forward_hook(lambda *a: seen.append(a[2].dtype))
-    losses = [stepper.step([batch]).mean_loss() for _ in range(25)]
+    losses = [stepper.step([batch]).loss.item() for _ in range(25)]
     assert losses[-1] < losses[0] - 1
     assert seen[0] == {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert stepper.scaler.is_enabled() == (precision == "fp16")
+    assert stepper.scaler.enabled == (precision == "fp16")
 
 
 def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(tiny: LlamaConfig) -> None:
-    tokens = torch.randint(0, tiny.vocab_size, (2, 33))
-    model = Llama(tiny)
-    stepper = Stepper(
-        model, build_optimizer(model, TrainConfig()), device=CPU, precision="fp16", max_grad_norm=1.0
-    )
+    stepper = alone(tiny, precision="fp16")
     stepper.scaler.load_state_dict(stepper.scaler.state_dict() | {"scale": 2.0**40})
-    before = model.lm_head.weight.detach().clone()
-    result = stepper.step([(tokens[:, :-1], tokens[:, 1:])])
-    assert not torch.isfinite(result.grad_norm)
-    assert torch.equal(model.lm_head.weight, before)
-    assert stepper.scaler.get_scale() == 2.0**39
+    before = copy.deepcopy(stepper.model.state_dict())
+    result = stepper.step([batch_of(tiny, 2)])
+    assert result.skipped
+    torch.testing.assert_close(stepper.model.state_dict(), before, atol=0, rtol=0)
+    assert stepper.scaler.state_dict()["scale"] == 2.0**39
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing(tiny: LlamaConfig, optimizer: Any) -> None:
+    stepper = alone(tiny, optimizer=optimizer, learning_rate=1e-3)
+    good = batch_of(tiny, 4)
+    assert not stepper.step([good]).skipped
+    before = copy.deepcopy((stepper.model.state_dict(), stepper.optimizer.state_dict()))
+
+    poison = stepper.model.norm.register_forward_hook(lambda module, args, out: out * float("nan"))
+    result = stepper.step([good])
+    poison.remove()
+    assert result.skipped
+    assert not result.loss.isfinite()
+    after = stepper.model.state_dict(), stepper.optimizer.state_dict()
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+
+    result = stepper.step([good])
+    assert not result.skipped
+    assert result.loss.isfinite()
+    assert not torch.equal(stepper.model.lm_head.weight, before[0]["lm_head.weight"])
+
+
+def test_z_loss_draws_the_normaliser_to_one_and_is_not_part_of_what_is_reported(tiny: LlamaConfig) -> None:
+    batch = batch_of(tiny, 4)
+
+    def log_z(stepper: Stepper) -> float:
+        with torch.no_grad():
+            return stepper.model(batch[0]).logsumexp(-1).square().mean().item()
+
+    plain, drawn = (alone(tiny, z_loss=z, learning_rate=3e-3) for z in (0.0, 1.0))
+    torch.testing.assert_close(plain.step([batch]).loss, drawn.step([batch]).loss)
+    for _ in range(15):
+        plain.step([batch])
+        drawn.step([batch])
+    assert log_z(drawn) < 0.8 * log_z(plain)
 
 
 def test_validation_weighs_by_tokens(tiny: LlamaConfig) -> None:
-    model = Llama(tiny)
-    stepper = Stepper(
-        model, build_optimizer(model, TrainConfig()), device=CPU, precision="fp32", max_grad_norm=0
-    )
+    stepper = alone(tiny, z_loss=0.1)  # which is of training only
     tokens = torch.randint(0, tiny.vocab_size, (5, 33))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     whole = stepper.validate([(inputs, targets)])
     assert stepper.validate([(inputs[:1], targets[:1]), (inputs[1:], targets[1:])]) == pytest.approx(whole)
     with torch.no_grad():
-        assert whole == pytest.approx((cross_entropy_sum(model(inputs), targets) / 160).item())
+        assert whole == pytest.approx((cross_entropy_sum(stepper.model(inputs), targets) / 160).item())

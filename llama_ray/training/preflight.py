@@ -10,6 +10,7 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import load_config
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import TrainConfig
+from llama_ray.training.layout import choose_layout
 
 
 def check_run(
@@ -25,6 +26,7 @@ def check_run(
         raise ValueError(
             f"seq_len {seq_len} is above the model's max_seq_len {model.max_seq_len}; raise one or lower the other"
         )
+    layout = choose_layout(model, config, world_size)
     info = read_info(data)
     tokenizer = Tokenizer.load(data)
     if tokenizer.fingerprint != info.tokenizer_fingerprint:
@@ -41,7 +43,7 @@ def check_run(
         seq_len=seq_len,
         batch_size=config.batch_size,
         rank=0,
-        world_size=world_size,
+        world_size=layout.data_world,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         seed=config.seed,
     )

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
@@ -16,6 +18,45 @@ def test_the_rate_follows_the_warmup_and_cosine_of_transformers() -> None:
     for step in range(1, 101):
         peer.step()
         assert learning_rate(step, config, schedule) == pytest.approx(peer.get_last_lr()[0])
+
+
+def test_a_line_falls_evenly_to_the_least_rate() -> None:
+    config = TrainConfig(max_steps=110, warmup_steps=10, learning_rate=1.0, schedule="linear")
+    schedule = Schedule.of(config, batches_per_epoch=40)
+    rates = [learning_rate(step, config, schedule) for step in range(10, 111)]
+    assert rates[0] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert {round(a - b, 9) for a, b in itertools.pairwise(rates)} == {0.009}
+
+
+def test_wsd_stays_and_then_decays() -> None:
+    config = TrainConfig(
+        max_steps=100,
+        warmup_steps=10,
+        learning_rate=2.0,
+        schedule="wsd",
+        decay_fraction=0.25,
+        min_learning_rate_ratio=0.0,
+    )
+    schedule = Schedule.of(config, batches_per_epoch=40)
+    rates = {step: learning_rate(step, config, schedule) for step in range(1, 101)}
+    assert rates[5] == 1.0
+    assert {rates[step] for step in range(10, 76)} == {2.0}
+    assert rates[76] < 2.0
+    assert rates[88] == pytest.approx(2.0 * 12 / 25)
+    assert rates[100] == pytest.approx(0.0)
+    # Where nothing is left of the stable part, the decay begins after the warm-up.
+    late = Schedule.of(TrainConfig(max_steps=100, warmup_steps=90), batches_per_epoch=40)
+    assert learning_rate(90, config, late) == 2.0
+    assert learning_rate(95, config, late) == pytest.approx(1.0)
+
+
+def test_muon_is_for_the_matrices_of_the_blocks() -> None:
+    model = Llama(LlamaConfig.preset("llama-tiny"))
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
+    turned = {id(p) for g in optimizer.param_groups if g["muon"] for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in turned) == (name.startswith("layers.") and "norm" not in name), name
 
 
 def test_decay_is_for_matrices_only() -> None:

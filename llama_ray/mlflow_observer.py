@@ -35,16 +35,16 @@ class MLflowObserver(Console):
         self._tokenizer = Tokenizer.load(data)
         self._prompts = _validation_prompts(data)
 
-    def started(self, schedule: Schedule, progress: Progress) -> None:
+    def started(self, schedule: Schedule, progress: Progress, layout: str) -> None:
         """See `Observer`."""
-        super().started(schedule, progress)
+        super().started(schedule, progress, layout)
         if self.run:
             self.run.restore(progress.unsent)
             workers, step = world_size(), progress.step
 
             def tell(run: Run) -> None:
                 before = run.tags
-                tags = {"total_steps": str(schedule.total_steps)}
+                tags = {"total_steps": str(schedule.total_steps), "layout": layout}
                 if "total_steps" in before:  # somebody has trained in this run: it was restarted
                     n = int(before.get("restarts", 0)) + 1
                     tags |= {"restarts": str(n), f"restart.{n}": f"after step {step}, {workers} workers"}
@@ -58,14 +58,15 @@ class MLflowObserver(Console):
         if self.run:
             self.run.log_metrics(metrics, step)
 
-    def validated(self, step: int, metrics: Metrics, model: Llama) -> None:
+    def validated(self, step: int, metrics: Metrics, model: Llama | None) -> None:
         """See `Observer`."""
         super().validated(step, metrics, model)
         if self.run:
             self.run.log_metrics(metrics, step)
             self.run.do("loss curve", lambda run: run.log_loss_curve())
-            samples = self._samples(model)
-            self.run.do(f"samples {step}", lambda run: run.log_samples(samples, step))
+            if model is not None:
+                samples = self._samples(model)
+                self.run.do(f"samples {step}", lambda run: run.log_samples(samples, step))
 
     def checkpointed(self, saved: Saved) -> None:
         """See `Observer`."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 import uuid
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,17 @@ def is_local(location: str) -> bool:
 def upload(source: Path, target: str) -> None:
     """Copy the local file `source` to `target`."""
     filesystem, path = open_storage(target)
-    fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+    fs.copy_files(
+        str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem
+    )
 
 
 def download(source: str, target: Path) -> None:
     """Copy the directory `source` to the local directory `target`."""
     filesystem, path = open_storage(source)
-    fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+    fs.copy_files(
+        path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem()
+    )
 
 
 def make_directory(location: str) -> None:

@@ -34,10 +34,13 @@ from llama_ray.training.checkpointer import checkpoint_name, fetched, newest_who
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.elastic import check_range, for_workers
 from llama_ray.training.interrupt import Stopped
-from llama_ray.training.loop import TrainingError, train
+from llama_ray.training.loop import train
 from llama_ray.training.parallel import rank, world_size
 from llama_ray.training.preflight import check_run
 from llama_ray.training.state import load_progress
+from llama_ray.training.trouble import OutOfMemory, TrainingError
+
+_EXHAUSTED = "out_of_memory.json"  # the steps at which workers of this launch ran out of memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,9 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         if min(self.workers) < 1 or self.workers[0] > self.workers[1]:
-            raise ValueError(f"world_size is {self.world_size}; give a number from 1, or a range such as 2..8")
+            raise ValueError(
+                f"world_size is {self.world_size}; give a number from 1, or a range such as 2..8"
+            )
         if self.register_as:
             check_name(self.register_as)
         if self.promote not in ("if_better", "always", "never"):
@@ -130,6 +135,7 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
             flush=True,
         )
         withdraw_stop(directory)
+        storage.delete(f"{directory}/{_EXHAUSTED}")
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -190,8 +196,14 @@ def _worker(plan: dict[str, Any]) -> Ending:
     layer_workers = config.tensor_parallel
     config = for_workers(config, world_size() // layer_workers, plan["planned"] // layer_workers)
     directory = plan["directory"]
+    exhausted: list[int] = json.loads(storage.read_text(f"{directory}/{_EXHAUSTED}") or "[]")
+    if exhausted[-1:] == exhausted[-2:-1] != []:
+        return Ending(
+            error=f"a worker ran out of memory at step {exhausted[-1]} twice; lower batch_size (and raise "
+            "gradient_accumulation_steps), or use activation_checkpointing or more workers, and --resume"
+        )
     run = BufferedRun(plan["run_id"], plan["tracking_uri"], system_metrics=True) if rank() == 0 else None
-    checkpoint = newest_whole(directory)
+    checkpoint = newest_whole(directory, config.collective_timeout_s)
     try:
         with fetched(checkpoint) if checkpoint else nullcontext() as resume_from:
             progress = train(
@@ -208,6 +220,11 @@ def _worker(plan: dict[str, Any]) -> Ending:
         return Ending(progress.step)
     except Stopped as e:
         return Ending(stopped_at=e.step)
+    except (
+        OutOfMemory
+    ) as e:  # Ray Train starts the workers again, in case something else had taken the memory
+        storage.write_text(f"{directory}/{_EXHAUSTED}", json.dumps([*exhausted, e.step]))
+        raise
     except TrainingError as e:  # every worker raises it, and would again after a restart
         return Ending(error=str(e))
     finally:

@@ -171,7 +171,10 @@ def _open_all(files: list[Path], stack: ExitStack) -> dict[str, StoredTensor]:
 
 
 def _check_names_and_shapes(
-    directory: Path, stored: dict[str, StoredTensor], wanted: dict[str, torch.nn.Parameter], config: LlamaConfig
+    directory: Path,
+    stored: dict[str, StoredTensor],
+    wanted: dict[str, torch.nn.Parameter],
+    config: LlamaConfig,
 ) -> None:
     # Older exports carry the rotary table, and some a second copy of a tied head; both follow from the rest.
     surplus = {n for n in stored if n not in wanted and not n.endswith("rotary_emb.inv_freq")}
@@ -187,7 +190,9 @@ def _check_names_and_shapes(
     for name, parameter in wanted.items():
         shape = stored[name].shape
         if not stored[name].complete:
-            raise CheckpointError(f"{directory} lacks pieces of {name}; copy it again, with every {PIECE_FILES}")
+            raise CheckpointError(
+                f"{directory} lacks pieces of {name}; copy it again, with every {PIECE_FILES}"
+            )
         if shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"{directory}: {name} is {list(shape)} but config.json makes it {list(parameter.shape)}; "

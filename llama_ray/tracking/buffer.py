@@ -45,8 +45,12 @@ class BufferedRun:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log all `metrics` for one step, as soon as the server takes them."""
         with self._lock:
-            if len(self._points) >= _MAX_POINTS:  # half the resolution of a long outage, rather than its beginning
-                _log.warning("MLflow is away for long; every second of %d waiting points is dropped", _MAX_POINTS)
+            if (
+                len(self._points) >= _MAX_POINTS
+            ):  # half the resolution of a long outage, rather than its beginning
+                _log.warning(
+                    "MLflow is away for long; every second of %d waiting points is dropped", _MAX_POINTS
+                )
                 self._points = deque(list(self._points)[::2])
             self._points.append((step, int(time.time() * 1000), dict(metrics)))
             self._lock.notify_all()

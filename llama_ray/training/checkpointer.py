@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from llama_ray import storage
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import hf_name, save_config, write_json
 from llama_ray.model.llama import Llama
+from llama_ray.training.config import TrainConfig
 from llama_ray.training.parallel import rank, world_size
-from llama_ray.training.state import Part, Progress, host_part, write_file
+from llama_ray.training.state import Part, Progress, host_part, plain_parameters, write_file
 
 _INDEX = "model.safetensors.index.json"
 
@@ -51,12 +53,17 @@ class Checkpointer:
     """Saves a run's state below the directory `run`, one checkpoint at a time, on every worker alike."""
 
     def __init__(
-        self, run: str, model: Llama, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, keep: int
+        self,
+        run: str,
+        model: Llama,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        config: TrainConfig,
     ) -> None:
-        self.run, self.keep = run, keep
+        self.run, self.keep = run, config.keep_checkpoints
         self._model, self._optimizer, self._tokenizer = model, optimizer, tokenizer
         # The thread must not talk on the group that trains; and NCCL cannot carry what it says.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = _gloo_group(config.collective_timeout_s)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffers: dict[str, Tensor] = {}
         self._writing: Future[Saved] | None = None
@@ -132,7 +139,7 @@ class Checkpointer:
     def _complete(self, directory: str, progress: Progress, reports: list[Any]) -> None:
         files = {name: record for _, mine, _ in reports for name, record in mine.items()}
         weights = {name: file for _, _, whole in reports for name, file in whole.items()}
-        if set(weights) >= {hf_name(name) for name, _ in self._model.named_parameters()}:
+        if set(weights) >= {hf_name(name) for name, _ in plain_parameters(self._model)}:
             # No tensor is in pieces: with an index it is a checkpoint that transformers opens.
             with _local(directory) as local:
                 total = sum(p.nbytes for p in self._model.parameters())
@@ -178,13 +185,13 @@ def prune(run: str, step: int, keep: int) -> None:
             storage.remove(checkpoint)
 
 
-def newest_whole(run: str) -> str | None:
+def newest_whole(run: str, timeout_s: int) -> str | None:
     """The newest checkpoint of `run` with every byte as it was written, found by all workers together.
 
     The workers share the reading of the files. A damaged checkpoint is passed over with a warning, and loses its
     marker, so that nothing counts it among the good ones again.
     """
-    group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    group = _gloo_group(timeout_s)
     candidates = storage.checkpoints(run)
     if group is not None:  # one list for all: a directory may look different from another machine
         box = [candidates]
@@ -219,6 +226,12 @@ def fetched(checkpoint: str) -> Iterator[Path]:
 def checkpoint_name(step: int) -> str:
     """The directory name of a step's checkpoint; names sort as steps do."""
     return f"step_{step:08d}"
+
+
+def _gloo_group(timeout_s: int) -> dist.ProcessGroup | None:
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
 def _clear(directory: str) -> None:

@@ -15,20 +15,17 @@ from llama_ray.model.llama import Llama
 from llama_ray.training.checkpointer import Checkpointer
 from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.interrupt import Agreement, Request, Stopped
+from llama_ray.training.layout import choose_layout, local_world_size, memory_per_worker
 from llama_ray.training.metrics import Throughput, peak_flops, peak_memory_bytes
 from llama_ray.training.observer import Observer
 from llama_ray.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from llama_ray.training.parallel import parallelize, rank, unwrap, world_size
+from llama_ray.training.parallel import gather_model, parallelize, rank, world_size
 from llama_ray.training.preflight import check_run
 from llama_ray.training.state import Progress, load_state
 from llama_ray.training.step import Stepper
-
+from llama_ray.training.trouble import Skips, TrainingError, naming_the_step_of_exhausted_memory
 
 MAX_FAILED_CHECKPOINTS = 3
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says why and what to try."""
 
 
 def train(
@@ -53,13 +50,17 @@ def train(
     of no use: the loss is no longer a number, or checkpoints cannot be stored.
     """
     check_run(model_config, config, data, world_size(), resume_from)
+    node = local_world_size(world_size())
+    layout = choose_layout(
+        model_config, config, world_size(), memory_bytes=memory_per_worker(device, node), node_size=node
+    ).on(device)
     seq_len = config.seq_len or model_config.max_seq_len
     loader = Loader(
         TokenDataset(data, "train"),
         seq_len=seq_len,
         batch_size=config.batch_size,
-        rank=rank(),
-        world_size=world_size(),
+        rank=layout.data_rank,
+        world_size=layout.data_world,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         seed=config.seed,
     )
@@ -68,21 +69,17 @@ def train(
     schedule = Schedule.of(config, loader.batches_per_epoch)
 
     compile_blocks = device.type == "cuda" if config.compile is None else config.compile
-    model = Llama(model_config, seed=config.seed, device=device)
+    llama = Llama(model_config, device="meta")
+    model = parallelize(llama, config, layout, device, compile_blocks=compile_blocks)
     optimizer = build_optimizer(model, config)
+    stepper = Stepper(model, optimizer, config, device=device, layout=layout)
     progress = Progress(run_id=run_id)
     if resume_from is not None:
-        progress = load_state(resume_from, model, optimizer, rank(), world_size())
+        progress = load_state(resume_from, llama, optimizer, rank(), world_size())
         loader.load_state_dict(progress.loader)
-    stepper = Stepper(
-        parallelize(model, device, compile_blocks=compile_blocks),
-        optimizer,
-        device=device,
-        precision=config.precision,
-        max_grad_norm=config.max_grad_norm,
-    )
-    if progress.scaler:
-        stepper.scaler.load_state_dict(progress.scaler)
+        if progress.scaler:
+            stepper.scaler.load_state_dict(progress.scaler)
+    skips = Skips(progress.skipped_steps, device)
     tokens_per_step = loader.global_batch_size * seq_len
     throughput = Throughput(
         model_config.flops_per_token(seq_len), peak_flops(device, config.precision), world_size()
@@ -90,15 +87,15 @@ def train(
 
     def validate(step: int) -> None:
         limit = config.validation_batches or None
-        batches = validation_batches(validation, seq_len, config.batch_size, rank(), world_size(), limit)
+        batches = validation_batches(
+            validation, seq_len, config.batch_size, layout.data_rank, layout.data_world, limit
+        )
         loss = stepper.validate(batches)
         progress.validation_loss = loss
         metrics = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}
-        observer.validated(step, metrics, unwrap(stepper.model))
+        observer.validated(step, metrics, gather_model(model, config))
 
-    checkpointer = (
-        Checkpointer(output_dir, model, optimizer, tokenizer, config.keep_checkpoints) if output_dir else None
-    )
+    checkpointer = Checkpointer(output_dir, llama, optimizer, tokenizer, config) if output_dir else None
 
     def checkpoint() -> None:
         if checkpointer is not None:
@@ -129,31 +126,37 @@ def train(
                 )
 
     agreement = Agreement(asked, config.collective_timeout_s)
-    observer.started(schedule, progress)
+    observer.started(schedule, progress, layout.reason)
     throughput.resume()
     for step in range(progress.step + 1, schedule.total_steps + 1):
         rate = learning_rate(step, config, schedule)
         set_learning_rate(optimizer, rate)
         epoch = loader.epoch
-        result = stepper.step(loader.next_global_batch())
+        with naming_the_step_of_exhausted_memory(step):
+            result = stepper.step(loader.next_global_batch())
+        skips.count(result.skipped)
         progress.step = step
         progress.tokens += tokens_per_step
         throughput.count(tokens_per_step)
 
-        if step % config.log_every == 0 or step in (1, schedule.total_steps):
-            loss = result.mean_loss()
-            if not math.isfinite(loss):
+        logs = step % config.log_every == 0 or step in (1, schedule.total_steps)
+        if logs or schedule.saves(step):
+            progress.skipped_steps, in_a_row = skips.read()
+            if in_a_row >= config.max_skipped_steps:
                 raise TrainingError(
-                    f"the loss is {loss} at step {step}; lower learning_rate ({config.learning_rate}) or max_grad_norm "
-                    f"({config.max_grad_norm}), or use precision bf16 or fp32, and --resume"
+                    f"{in_a_row} steps in a row up to step {step} had a loss or gradient that is not finite; lower "
+                    f"learning_rate ({config.learning_rate}) or max_grad_norm ({config.max_grad_norm}), or use "
+                    "precision bf16 or fp32, and --resume"
                 )
+        if logs:
             tokens_per_s, mfu = throughput.read()
             observer.logged(
                 step,
                 {
-                    "train/loss": loss,
+                    "train/loss": result.loss.item(),
                     "train/learning_rate": rate,
                     "train/gradient_norm": result.grad_norm.item(),
+                    "train/skipped_steps": progress.skipped_steps,
                     "throughput/tokens_per_s": tokens_per_s,
                     "throughput/mfu": mfu,
                     "memory/peak_bytes": peak_memory_bytes(device),

@@ -19,14 +19,14 @@ Metrics = Mapping[str, float]
 class Observer(Protocol):
     """Called by every worker, in the same order on all of them."""
 
-    def started(self, schedule: Schedule, progress: Progress) -> None:
-        """The run begins, or goes on after `progress.step`."""
+    def started(self, schedule: Schedule, progress: Progress, layout: str) -> None:
+        """The run begins, or goes on after `progress.step`; `layout` says how the workers share the model."""
 
     def logged(self, step: int, metrics: Metrics) -> None:
         """A point of the training curve."""
 
-    def validated(self, step: int, metrics: Metrics, model: Llama) -> None:
-        """A validation; `model` holds the weights of `step` and may be generated from."""
+    def validated(self, step: int, metrics: Metrics, model: Llama | None) -> None:
+        """A validation; `model` holds the weights of `step` and may be generated from; None where it is too large."""
 
     def checkpointed(self, saved: Saved) -> None:
         """A checkpoint is complete, or could not be stored. Workers may be told at different steps."""
@@ -42,8 +42,9 @@ class Console:
         self._schedule: Schedule | None = None
         self._first_step, self._start = 0, time.monotonic()
 
-    def started(self, schedule: Schedule, progress: Progress) -> None:
+    def started(self, schedule: Schedule, progress: Progress, layout: str) -> None:
         """See `Observer`."""
+        self.say(layout)
         self._schedule, self._first_step, self._start = schedule, progress.step, time.monotonic()
         if progress.step:
             self.say(f"going on after step {progress.step} of {schedule.total_steps}")
@@ -60,7 +61,7 @@ class Console:
             f"{_duration(left)} left"
         )
 
-    def validated(self, step: int, metrics: Metrics, model: Llama) -> None:
+    def validated(self, step: int, metrics: Metrics, model: Llama | None) -> None:
         """See `Observer`."""
         self.say(
             f"step {step}  validation loss {metrics['validation/loss']:.4f}  "

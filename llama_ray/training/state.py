@@ -133,7 +133,7 @@ def load_state(
         reader = HuggingFaceStorageReader(str(directory))
         stored = reader.read_metadata().state_dict_metadata
         wanted: dict[str, Tensor] = {}
-        for name, parameter in _parameters(model):
+        for name, parameter in plain_parameters(model):
             wanted[hf_name(name)] = parameter.detach()
             for key in _optimizer_keys(stored, name):
                 slot = f"{key}{_SEPARATOR}{name}"
@@ -146,12 +146,14 @@ def load_state(
         generators = [k for k in stored if k.startswith(_RNG) and k.endswith(f"{_SEPARATOR}{rank}")]
         wanted |= {k: torch.empty(stored[k].size, dtype=torch.uint8) for k in generators}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process"
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # "assuming the intent is to load in a single process"
             dcp.load(wanted, storage_reader=reader, no_dist=True)
     except (SafetensorError, OSError, RuntimeError, KeyError, dcp.CheckpointException) as e:
         reason = str(e).strip().splitlines()[-1]
         raise CheckpointError(f"{directory} is damaged ({reason}); resume from an earlier checkpoint") from e
-    for name, parameter in _parameters(model):
+    for name, parameter in plain_parameters(model):
         keys = _optimizer_keys(stored, name)
         if keys:
             slots = {key: wanted[f"{key}{_SEPARATOR}{name}"] for key in keys}
@@ -161,21 +163,24 @@ def load_state(
     workers = sum(k.startswith(f"{_RNG}{_SEPARATOR}cpu") for k in stored)
     if workers == world_size:  # another number of workers has no use for these
         for key in generators:
-            restore = torch.cuda.set_rng_state if f"{_SEPARATOR}cuda{_SEPARATOR}" in key else torch.set_rng_state
+            restore = (
+                torch.cuda.set_rng_state if f"{_SEPARATOR}cuda{_SEPARATOR}" in key else torch.set_rng_state
+            )
             restore(wanted[key])
     return progress
 
 
 def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> Iterator[tuple[bool, str, Tensor]]:
     """(part of the model?, name in the checkpoint, tensor), in an order that is the same on every worker."""
-    for name, parameter in _parameters(model):
+    for name, parameter in plain_parameters(model):
         yield True, hf_name(name), parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 yield False, f"{key}{_SEPARATOR}{name}", value.detach()
 
 
-def _parameters(model: Llama) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def plain_parameters(model: Llama) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters, the names without what wrappers put into them."""
     for name, parameter in model.named_parameters():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
@@ -196,7 +201,9 @@ def _own_piece(name: str, tensor: Tensor, rank: int, load: list[int]) -> Piece |
     place = tensor.device_mesh.get_coordinate()
     if place is None:
         return None
-    copies = [(i, n) for i, n in enumerate(tensor.device_mesh.shape) if isinstance(tensor.placements[i], Replicate)]
+    copies = [
+        (i, n) for i, n in enumerate(tensor.device_mesh.shape) if isinstance(tensor.placements[i], Replicate)
+    ]
     turn = zlib.crc32(name.encode())  # which of the replicas writes; the same on all of them
     if any(place[i] != turn % n for i, n in copies):
         return None
@@ -208,7 +215,9 @@ def _own_piece(name: str, tensor: Tensor, rank: int, load: list[int]) -> Piece |
 
 
 def _whole(tensor: Tensor) -> Piece:
-    tensor = tensor.reshape(-1) if tensor.dim() == 0 else tensor  # DCP's reader cuts slices, of scalars it cannot
+    tensor = (
+        tensor.reshape(-1) if tensor.dim() == 0 else tensor
+    )  # DCP's reader cuts slices, of scalars it cannot
     return Piece(tensor, (0,) * tensor.dim(), True)
 
 

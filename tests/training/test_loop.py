@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llama_ray.model.checkpoint import CheckpointError
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
-from llama_ray.training.checkpointer import Saved
+from llama_ray.training.checkpointer import Saved, checkpoint_name
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.loop import TrainingError, train
+from llama_ray.training.interrupt import Request, Stopped
+from llama_ray.training.loop import train
 from llama_ray.training.observer import Console, Metrics
 from llama_ray.training.state import load_progress
+from llama_ray.training.trouble import TrainingError
 from tests.datasets import write_dataset
 
 CPU = torch.device("cpu")
@@ -107,8 +110,46 @@ def test_a_checkpoint_is_a_model_that_others_open(finished: tuple[Recorder, Path
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny: LlamaConfig, dataset: Path) -> None:
     wild = TrainConfig(max_steps=30, learning_rate=1e30, max_grad_norm=0, precision="fp32", warmup_steps=0)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 10; lower learning_rate \(1e\+30\)"):
+    with pytest.raises(
+        TrainingError, match=r"steps in a row up to step 20 .* lower learning_rate \(1e\+30\)"
+    ):
         train(tiny, wild, dataset, device=CPU, observer=Console())
+
+
+def test_a_stop_saves_at_once_and_a_resume_loses_nothing(
+    finished: tuple[Recorder, Path], tiny: LlamaConfig, dataset: Path, tmp_path: Path
+) -> None:
+    recorder, directory = finished
+    first, second = Recorder(), Recorder()
+
+    def asked() -> Request:
+        return Request.STOP if len(first.points) >= 6 else Request.NOTHING
+
+    with pytest.raises(Stopped, match="after step 7") as stopped:
+        train(tiny, CONFIG, dataset, device=CPU, observer=first, output_dir=str(tmp_path), asked=asked)
+    checkpoint = tmp_path / checkpoint_name(stopped.value.step)
+    train(
+        tiny, CONFIG, dataset, device=CPU, observer=second, output_dir=str(tmp_path), resume_from=checkpoint
+    )
+    assert losses(first) | losses(second) == losses(recorder)
+    assert not losses(first).keys() & losses(second).keys()
+    ours, theirs = (
+        load_file(d / "step_00000012" / "model-rank00000.safetensors") for d in (tmp_path, directory)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_preemption_notice_saves_once_and_training_goes_on(
+    tiny: LlamaConfig, dataset: Path, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    config = replace(CONFIG, checkpoint_every=100)
+
+    def asked() -> Request:
+        return Request.CHECKPOINT if len(recorder.points) >= 4 else Request.NOTHING
+
+    train(tiny, config, dataset, device=CPU, observer=recorder, output_dir=str(tmp_path), asked=asked)
+    assert [saved.step for saved in recorder.saved] == [5, 12]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,12 @@ class Layout:
                 values.div_(self.tensor, rounding_mode=None if values.is_floating_point() else "floor")
         return values
 
+    def agree(self, value: Tensor) -> Tensor:
+        """The largest of the workers' versions of `value`, in place, where each worker has added up its own way."""
+        if self.sharded:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
     def on(self, device: torch.device) -> Layout:
         """The same layout with its device mesh, in a running process group. Every worker must call it."""
         if not self.sharded:

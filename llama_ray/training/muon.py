@@ -67,7 +67,10 @@ class Muon(torch.optim.AdamW):
         """The running average of gradients, looked ahead by one step (Nesterov); sharded as the parameter is."""
         state = self.state[parameter]
         if not state:
+            # AdamW, whose state dicts these become part of, counts updates too.
+            state["step"] = torch.zeros((), device=parameter.device)
             state["momentum_buffer"] = torch.zeros_like(parameter)
+        state["step"] += 1 if found is None else 1 - found
         gradient = parameter.grad
         assert gradient is not None
         average, new = _local(state["momentum_buffer"]), _local(gradient)

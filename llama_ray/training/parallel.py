@@ -39,12 +39,19 @@ def world_size() -> int:
 
 
 def parallelize(
-    model: Llama, config: TrainConfig, layout: Layout, device: torch.device, *, compile_blocks: bool
+    model: Llama,
+    config: TrainConfig,
+    layout: Layout,
+    device: torch.device,
+    *,
+    compile_blocks: bool,
+    draw: bool = True,
 ) -> nn.Module:
     """Spread `model` over the workers as `layout` (with its mesh, see `Layout.on`) says.
 
     A model on the meta device gets its memory here, each worker its share only, and the initial weights of
-    `config.seed`: the same numbers, whatever the layout. One that has its weights already must not be sharded.
+    `config.seed`: the same numbers, whatever the layout (a plan, which needs no numbers, says `draw=False`). One
+    that has its weights already must not be sharded.
     In this order, as each needs what comes before: tensor parallelism, activation checkpointing, compilation (one
     block at a time: they are alike, so the compiler works once and not once a layer), FSDP or DDP.
     """
@@ -63,7 +70,8 @@ def parallelize(
         _fully_shard(model, config.precision, layout)
     if fresh:
         model.materialize(device)
-        _draw_weights(model, config.seed)
+        if draw:
+            _draw_weights(model, config.seed)
     if layout.sharded or layout.data_world == 1:
         return model
     with warnings.catch_warnings():

@@ -122,12 +122,17 @@ class Stepper:
                 parameter.grad = gradient.redistribute(placements=parameter.placements)
             if self.scaler.enabled and parameter.grad is not None:
                 parameter.grad.div_(self.scaler.scale)
-        limit = self.config.max_grad_norm or float("inf")
-        grad_norm = whole_tensor(nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        grad_norm = whole_tensor(nn.utils.get_total_norm(gradients, foreach=True))
         # One worker's verdict is everyone's, or their weights would part.
         shared = torch.stack((loss_sum.double(), (~(loss_sum + grad_norm).isfinite()).double()))
         loss, broken = self.layout.sum(shared).unbind()
         skipped = broken > 0
+        # Sharded gradients are added up in another order on each worker. Clipped by norms that differ in their last
+        # bit, the copies of a replicated weight would drift apart.
+        grad_norm = self.layout.agree(grad_norm)
+        if self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, grad_norm, foreach=True)
         # The fused kernels look at this flag on the device, as they do for torch.amp.GradScaler.
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -45,7 +45,7 @@ class MLflowObserver(Console):
             def tell(run: Run) -> None:
                 before = run.tags
                 tags = {"total_steps": str(schedule.total_steps), "layout": layout}
-                if "total_steps" in before:  # somebody has trained in this run: it was restarted
+                if step or "total_steps" in before:  # somebody has trained in this run: it was restarted
                     n = int(before.get("restarts", 0)) + 1
                     tags |= {"restarts": str(n), f"restart.{n}": f"after step {step}, {workers} workers"}
                 run.set_tags(tags)

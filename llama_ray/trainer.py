@@ -137,7 +137,7 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
         withdraw_stop(directory)
         storage.delete(f"{directory}/{_EXHAUSTED}")
         trainer = TorchTrainer(
-            _worker,
+            _worker,  # type: ignore[arg-type]  # a result may be returned since V2
             train_loop_config={
                 "model": model,
                 "config": config,
@@ -148,8 +148,8 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
                 "tracking_uri": run.uri,
             },
             torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
-            scaling_config=ScalingConfig(
-                num_workers=most if least == most else (least, most),
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]
+                num_workers=most if least == most else (least, most),  # type: ignore[arg-type]
                 use_gpu=gpu,
                 resources_per_worker={"CPU": 1, "GPU": 1} if gpu else {"CPU": 1},
                 elastic_resize_monitor_interval_s=launch.resize_interval_s,
@@ -162,7 +162,7 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
                 logging_config=LoggingConfig(log_level="WARNING"),  # the observer tells the progress itself
             ),
         )
-        ending: Ending = until_signal(trainer.fit, lambda: request_stop(directory)).return_value
+        ending: Ending = until_signal(trainer.fit, lambda: request_stop(directory)).return_value  # type: ignore[attr-defined]
         if ending.error:
             raise TrainingError(ending.error)
         if ending.stopped_at is not None:

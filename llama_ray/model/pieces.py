@@ -51,7 +51,7 @@ class StoredTensor:
     def complete(self) -> bool:
         """Whether no piece is missing."""
         held = sum(math.prod(file.get_slice(self._name).get_shape()) for file, _ in self._pieces)
-        return held == math.prod(self.shape)
+        return bool(held == math.prod(self.shape))
 
     def read(self) -> Tensor:
         """The whole tensor."""

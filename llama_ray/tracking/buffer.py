@@ -8,18 +8,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from llama_ray.tracking.runs import Run
+from llama_ray.tracking.runs import Point, Run
 from llama_ray.tracking.uri import TrackingError
 
-Point = tuple[int, int, dict[str, float]]
-"""(step, time in ms, metrics)."""
-
 _MAX_POINTS = 100_000
+_POINTS_AT_ONCE = 50
 _MAX_WAITING_ARTIFACTS = 32
 _RETRY_S = (1.0, 30.0)
 _AWAY = (MlflowException, TrackingError, SQLAlchemyError, OSError)
@@ -104,7 +103,7 @@ class BufferedRun:
                         self._last_steps = run.last_steps()
                         if self._system_metrics:
                             stack.enter_context(run.system_metrics())
-                    self._send_one(run)
+                    self._send_some(run)
                     pause_s = _RETRY_S[0]
                 except _AWAY as e:
                     _log.warning("MLflow does not answer, metrics wait (%s)", str(e).splitlines()[0])
@@ -113,21 +112,22 @@ class BufferedRun:
                     time.sleep(_RETRY_S[0] if self._closing else 0)
                     pause_s = min(2 * pause_s, _RETRY_S[1])
 
-    def _send_one(self, run: Run) -> None:
+    def _send_some(self, run: Run) -> None:
         with self._lock:
-            point = self._points[0] if self._points else None
-            name = None if point else next(iter(self._artifacts), None)
+            points = list(islice(self._points, _POINTS_AT_ONCE))
+            name = None if points else next(iter(self._artifacts), None)
             action = self._artifacts.get(name) if name else None
-        if point is not None:
-            step, at, metrics = point
-            new = {k: v for k, v in metrics.items() if step > self._last_steps.get(k, -1)}
-            if new:
-                run.log_metrics(new, step, at)
+        if points:
+            run.log_points((step, at, self._new(metrics, step)) for step, at, metrics in points)
             with self._lock:
-                if self._points and self._points[0] is point:
+                while points and self._points and self._points[0] is points[0]:
                     self._points.popleft()
+                    points.pop(0)
         elif action is not None and name is not None:
             action(run)
             with self._lock:
                 if self._artifacts.get(name) is action:
                     del self._artifacts[name]
+
+    def _new(self, metrics: dict[str, float], step: int) -> dict[str, float]:
+        return {name: value for name, value in metrics.items() if step > self._last_steps.get(name, -1)}

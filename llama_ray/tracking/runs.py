@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ from llama_ray.tracking.figures import loss_curve
 from llama_ray.tracking.uri import TrackingError, artifact_location, connect, tracking_uri
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+Point = tuple[int, int, dict[str, float]]
+"""(step, time in ms, metrics)."""
 
 
 class Run:
@@ -92,16 +95,22 @@ class Run:
             return None
         return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int | None = None) -> None:
-        """Log all `metrics` for one step in one request, as of `timestamp_ms`, by default now.
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log all `metrics` for one step in one request. Infinities become NaN, a gap in the chart.
 
-        Infinities become NaN, a gap in the chart.
         SQL stores would turn an infinity into 1.8e308, which flattens everything else in the chart.
         """
-        at = int(time.time() * 1000) if timestamp_ms is None else timestamp_ms
-        points = [Metric(name, _finite(value), at, step) for name, value in metrics.items()]
-        for start in range(0, len(points), MAX_METRICS_PER_BATCH):
-            self._client.log_batch(self.run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
+        self.log_points([(step, int(time.time() * 1000), dict(metrics))])
+
+    def log_points(self, points: Iterable[Point]) -> None:
+        """Log the metrics of several steps, in as few requests as MLflow takes them in."""
+        entries = [
+            Metric(name, _finite(value), at, step)
+            for step, at, metrics in points
+            for name, value in metrics.items()
+        ]
+        for start in range(0, len(entries), MAX_METRICS_PER_BATCH):
+            self._client.log_batch(self.run_id, metrics=entries[start : start + MAX_METRICS_PER_BATCH])
 
     def last_steps(self) -> dict[str, int]:
         """The largest step that each metric was logged at. A resumed run goes on after it."""

@@ -231,7 +231,8 @@ def checkpoint_name(step: int) -> str:
 def _gloo_group(timeout_s: int) -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return group
 
 
 def _clear(directory: str) -> None:

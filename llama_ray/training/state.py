@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, Replicate
 
 from llama_ray.model.checkpoint import CheckpointError, hf_name
@@ -131,7 +133,11 @@ def load_state(
     progress = load_progress(directory)
     try:
         reader = HuggingFaceStorageReader(str(directory))
-        stored = reader.read_metadata().state_dict_metadata
+        stored = {
+            name: entry
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
         wanted: dict[str, Tensor] = {}
         for name, parameter in plain_parameters(model):
             wanted[hf_name(name)] = parameter.detach()
@@ -149,8 +155,8 @@ def load_state(
             warnings.simplefilter(
                 "ignore", UserWarning
             )  # "assuming the intent is to load in a single process"
-            dcp.load(wanted, storage_reader=reader, no_dist=True)
-    except (SafetensorError, OSError, RuntimeError, KeyError, dcp.CheckpointException) as e:
+            load(wanted, storage_reader=reader, no_dist=True)
+    except (SafetensorError, OSError, RuntimeError, KeyError, CheckpointException) as e:
         reason = str(e).strip().splitlines()[-1]
         raise CheckpointError(f"{directory} is damaged ({reason}); resume from an earlier checkpoint") from e
     for name, parameter in plain_parameters(model):

@@ -133,7 +133,7 @@ def _train_with_little_room(
             recorder.saved.append(saved)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-    with pytest.raises(TrainingError, match="3 checkpoints in a row could not be stored|make room"):
+    with pytest.raises(TrainingError, match=r"checkpoints? .* could not be stored"):
         train(model, config, data, device=CPU, observer=Full(), output_dir=str(run))
     return [saved.error for saved in recorder.saved]
 

@@ -184,7 +184,7 @@ def test_resuming_refuses_another_shape_tokenizer_or_a_damaged_file(
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
     file = broken / "optimizer-rank00000.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="is damaged .* resume from an earlier"):
+    with pytest.raises(CheckpointError, match=r"is damaged .* resume from an earlier"):
         resume(source=broken)
     (broken / "training.json").unlink()
     with pytest.raises(CheckpointError, match="no training checkpoint"):

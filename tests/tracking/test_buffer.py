@@ -1,0 +1,79 @@
+"""A tracking server that goes away while a run logs to it, and comes back."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from llama_ray.tracking.buffer import BufferedRun
+from llama_ray.tracking.runs import Run
+
+
+def points(run: Run) -> list[tuple[int, float]]:
+    history = MlflowClient(run.uri).get_metric_history(run.run_id, "loss")
+    return [(point.step, point.value) for point in sorted(history, key=lambda p: p.timestamp)]
+
+
+def test_what_is_logged_arrives_in_order_and_once(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    first = BufferedRun(run.run_id, run.uri)
+    for step in range(1, 6):
+        first.log_metrics({"loss": step / 2}, step)
+    assert first.close()
+    again = BufferedRun(run.run_id, run.uri)  # a restart from step 3 logs 4 and 5 a second time
+    for step in range(4, 9):
+        again.log_metrics({"loss": step / 2}, step)
+    assert again.close()
+    assert points(run) == [(step, step / 2) for step in range(1, 9)]
+
+
+def test_an_outage_delays_points_and_stops_nobody(
+    new_run: Callable[..., Run], store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    buffered = BufferedRun(run.run_id, run.uri)
+    buffered.log_metrics({"loss": 1.0}, 1)
+    while buffered.unsent():
+        time.sleep(0.01)
+    monkeypatch.setattr("llama_ray.tracking.buffer._RETRY_S", (0.05, 0.1))
+    database = Path(store.removeprefix("sqlite:///"))
+    with sqlite3.connect(database) as outage:
+        outage.execute("ALTER TABLE metrics RENAME TO away")
+    start = time.monotonic()
+    for step in range(2, 500):
+        buffered.log_metrics({"loss": float(step)}, step)
+    assert time.monotonic() - start < 1
+    kept = buffered.unsent()
+    assert len(kept) >= 498
+    with sqlite3.connect(database) as outage:
+        outage.execute("ALTER TABLE away RENAME TO metrics")
+    assert buffered.close(timeout_s=60)
+    assert points(run) == [(step, float(step)) for step in range(1, 500)]
+
+
+def test_what_a_checkpoint_kept_is_logged_after_a_crash(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run.log_metrics({"loss": 1.0}, 1)
+    after = BufferedRun(run.run_id, run.uri)
+    after.restore([[1, 1000, {"loss": 1.0}], [2, 2000, {"loss": 2.0}]])
+    after.log_metrics({"loss": 3.0}, 3)
+    assert after.close()
+    history = {p.step: p for p in MlflowClient(run.uri).get_metric_history(run.run_id, "loss")}
+    assert [history[s].value for s in (1, 2, 3)] == [1.0, 2.0, 3.0]
+    assert history[2].timestamp == 2000
+
+
+def test_artifacts_follow_the_points_they_show(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    buffered = BufferedRun(run.run_id, run.uri)
+    seen: list[int] = []
+    buffered.log_metrics({"loss": 1.0}, 1)
+    buffered.do("curve", lambda r: seen.append(len(r.history("loss"))))
+    buffered.log_metrics({"loss": 2.0}, 2)
+    assert buffered.close()
+    assert seen[-1] >= 1

@@ -1,0 +1,128 @@
+"""Will it fit, and how long will it take: ``python jobs/plan.py --preset llama-65b --gpus 64 --gpu_memory 80GiB``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from _cli import main, parse
+from jsonargparse import ArgumentParser
+
+from llama_ray.model.config import PRESETS, LlamaConfig
+from llama_ray.training.config import TrainConfig
+from llama_ray.training.planning import (
+    FRAGMENTATION,
+    RUNTIME_BYTES,
+    Cluster,
+    Plan,
+    make_plan,
+    nearest_that_fits,
+)
+
+GIB = 1024**3
+UNITS = {"GB": 10**9, "GIB": GIB, "TB": 10**12, "TIB": 1024**4, "MB": 10**6, "MIB": 1024**2}
+CHANGEABLE = (
+    "parallelism",
+    "tensor_parallel",
+    "activation_checkpointing",
+    "batch_size",
+    "gradient_accumulation_steps",
+)
+TRAINING = (*CHANGEABLE, "fsdp_size", "seq_len", "precision", "optimizer")
+
+
+def run() -> None:
+    """Reads the flags, traces the run on fake tensors, and prints what it needs."""
+    flags = parse(_parser())
+    overrides = {f.name: flags[f.name] for f in dataclasses.fields(LlamaConfig) if f.name in flags}
+    model = LlamaConfig.preset(flags.preset, **{k: v for k, v in overrides.items() if v is not None})
+    config = TrainConfig(**{name: flags[name] for name in TRAINING})
+    cluster = Cluster(
+        gpus=flags.gpus,
+        gpu_memory_bytes=read_bytes(flags.gpu_memory),
+        gpus_per_node=flags.gpus_per_node,
+        gpu_flops=flags.gpu_flops,
+    )
+    plan = make_plan(model, config, cluster, mfu=flags.mfu)
+    print(
+        f"{flags.preset}, {model.num_parameters():,} parameters, on {cluster.gpus} GPUs: {plan.layout.reason}"
+    )
+    _tell(plan, flags.tokens)
+    if not plan.fits:
+        other = nearest_that_fits(plan)
+        if other is None:
+            print("\nNothing near it fits; take GPUs with more memory.")
+        else:
+            print(f"\nThe nearest configuration that fits: {', '.join(changes(plan, other))}")
+            _tell(other, flags.tokens)
+
+
+def changes(plan: Plan, other: Plan) -> list[str]:
+    """The flags that lead from one plan to the other."""
+    changed = [
+        f"--{name} {getattr(other.config, name)}"
+        for name in CHANGEABLE
+        if getattr(other.config, name) != getattr(plan.config, name)
+    ]
+    more = [f"--gpus {other.cluster.gpus}"] if other.cluster.gpus != plan.cluster.gpus else []
+    return changed + more
+
+
+def read_bytes(text: str) -> int:
+    """``80GiB``, ``80 GB`` or plain bytes. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
+    if match and (unit := match[2].upper() or "B") in {"B": 1, **UNITS}:
+        return int(float(match[1]) * {"B": 1, **UNITS}[unit])
+    raise ValueError(f"gpu_memory is {text!r}; write a number and a unit, such as 80GiB or 24GB")
+
+
+def _tell(plan: Plan, tokens: float) -> None:
+    verdict = "fits" if plan.fits else "does not fit"
+    limit = plan.cluster.gpu_memory_bytes / GIB
+    print(
+        f"It {verdict}: {plan.needed_bytes / GIB:.1f} of {limit:.1f} GiB a GPU at the fullest moment of a step."
+    )
+    for kind, size in plan.memory.items():
+        print(f"  {kind:15}{size / GIB:8.2f} GiB")
+    lost = f"{FRAGMENTATION:.0%} lost between tensors, {RUNTIME_BYTES / GIB:.1f} GiB runtime"
+    print(f"  {'assumed':15}{plan.needed_bytes / GIB - sum(plan.memory.values()) / GIB:8.2f} GiB ({lost})")
+    layers = plan.model.num_layers
+    if layers > 6:
+        print(
+            f"  (traced with 4 and with 6 layers; each of the other {layers - 6} adds what those two added)"
+        )
+    days = plan.days(tokens)
+    print(
+        f"A step takes {plan.step_s:.2f} s for {plan.tokens_per_step:,} tokens, assuming {plan.mfu:.0%} MFU of "
+        f"{plan.cluster.gpu_flops / 1e12:,.0f} TFLOP/s a GPU; {tokens:.3g} tokens take {days:,.1f} days."
+    )
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="plan.py", description="Says whether a training run fits, and how long it takes."
+    )
+    add = parser.add_argument
+    add("--preset", required=True, help=f"The model's shape: one of {', '.join(PRESETS)}.")
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"):
+        add(f"--{name}", type=int | None, help="In place of the preset's.")
+    add("--gpus", type=int, required=True, help="Workers, one GPU each.")
+    add("--gpu_memory", type=str, required=True, help="Of one GPU, such as 80GiB.")
+    add("--gpus_per_node", type=int, default=8, help="Tensor parallelism stays within a node.")
+    add(
+        "--gpu_flops",
+        type=float,
+        default=989e12,
+        help="Dense FLOP/s of one GPU; the default is an H100's in bf16.",
+    )
+    add("--mfu", type=float, default=0.35, help="Share of that which training is assumed to reach.")
+    add("--tokens", type=float, default=1e12, help="How many tokens the run is to see.")
+    parser.add_class_arguments(
+        TrainConfig, skip={f.name for f in dataclasses.fields(TrainConfig) if f.name not in TRAINING}
+    )
+    parser.set_defaults(batch_size=1)
+    return parser
+
+
+if __name__ == "__main__":
+    main(run)

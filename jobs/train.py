@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import ray
@@ -11,10 +12,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.data.shards import read_info
+from llama_ray.launch import LaunchConfig
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
 from llama_ray.paths import absolute, existing
-from llama_ray.trainer import LaunchConfig, train_on_ray
+from llama_ray.trainer import train_on_ray
 from llama_ray.training.config import TrainConfig
+from llama_ray.training.interrupt import Stopped
+from llama_ray.training.trouble import TrainingError
 
 DEFAULT_PRESET = "llama-30m"
 
@@ -29,7 +33,13 @@ def run() -> None:
     data = existing(flags.data) if flags.data else _builtin(shape.vocab_size)
     if flags.vocab_size is None and flags.preset is None:
         shape = dataclasses.replace(shape, vocab_size=read_info(data).vocab_size)
-    outcome = train_on_ray(shape, config, launch, data)
+    try:
+        outcome = train_on_ray(shape, config, launch, data)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return
+    except TrainingError as error:
+        sys.exit(f"error: {error}")
     print(f"validation loss {outcome.validation_loss:.4f}; last checkpoint {outcome.checkpoint}", flush=True)
     if outcome.version and outcome.decision:
         print(f"registered {outcome.version.uri}; {outcome.decision.reason}", flush=True)

@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from llama_ray import storage
 from llama_ray.cluster import check_workers, cpu_threads, uses_gpu
 from llama_ray.data.shards import DatasetInfo, read_info
+from llama_ray.launch import LaunchConfig
 from llama_ray.mlflow_observer import MLflowObserver
 from llama_ray.model.config import LlamaConfig
 from llama_ray.paths import absolute, is_uri
@@ -27,7 +28,7 @@ from llama_ray.publish import publish
 from llama_ray.report import describe_run, describe_version, short_count
 from llama_ray.requests import Requests, request_stop, until_signal, withdraw_stop
 from llama_ray.tracking.buffer import BufferedRun
-from llama_ray.tracking.registry import Policy, PromotionDecision, Version, check_name
+from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
 from llama_ray.training.checkpointer import checkpoint_name, fetched, newest_whole
@@ -41,60 +42,6 @@ from llama_ray.training.state import load_progress
 from llama_ray.training.trouble import OutOfMemory, TrainingError
 
 _EXHAUSTED = "out_of_memory.json"  # the steps at which workers of this launch ran out of memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchConfig:
-    """Where a run happens, where it keeps things, and what becomes of its model.
-
-    Args:
-        world_size: Workers: one GPU each, or one CPU each on a cluster without GPUs. A range such as 2..8 trains
-            with as many as there are and changes the number as nodes come and go; the global batch stays that of
-            the largest.
-        output_dir: Directory or URI, reachable from every node, that holds a directory for each run.
-        run_name: Of the directory and the MLflow run; by default made from the model's size and the time.
-        resume: Go on with the run of this name in output_dir; 'latest' is the one that saved last.
-        experiment: The MLflow experiment that the run is part of.
-        register_as: Name to register the finished model under; an empty one registers nothing.
-        promote: When the alias 'champion' moves to the new version.
-        max_failures: How often the workers are restarted from the last checkpoint before the run is given up.
-        resize_interval_s: How often a range of workers is compared with what the cluster has, in seconds.
-    """
-
-    world_size: int | str = 1
-    output_dir: str = "./checkpoints"
-    run_name: str | None = None
-    resume: str | None = None
-    experiment: str = "llama-ray"
-    register_as: str = "llama-ray"
-    promote: Policy = "if_better"
-    max_failures: int = 3
-    resize_interval_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        if min(self.workers) < 1 or self.workers[0] > self.workers[1]:
-            raise ValueError(
-                f"world_size is {self.world_size}; give a number from 1, or a range such as 2..8"
-            )
-        if self.register_as:
-            check_name(self.register_as)
-        if self.promote not in ("if_better", "always", "never"):
-            raise ValueError(f"promote is {self.promote!r}; choose if_better, always or never")
-        if self.max_failures < 0:
-            raise ValueError(f"max_failures is {self.max_failures}; it must be at least 0")
-        if self.run_name and self.resume:
-            raise ValueError("run_name and resume are both given; --resume NAME already names the run")
-
-    @property
-    def workers(self) -> tuple[int, int]:
-        """The fewest and the most workers. Raises ValueError."""
-        try:
-            least, _, most = str(self.world_size).partition("..")
-            return int(least), int(most or least)
-        except ValueError:
-            raise ValueError(
-                f"world_size is {self.world_size!r}; give a number from 1, or a range such as 2..8"
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -162,7 +109,14 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
                 logging_config=LoggingConfig(log_level="WARNING"),  # the observer tells the progress itself
             ),
         )
-        ending: Ending = until_signal(trainer.fit, lambda: request_stop(directory)).return_value  # type: ignore[attr-defined]
+
+        def stop() -> None:
+            request_stop(directory)
+            run.finish(
+                "KILLED"
+            )  # now, while there is time: `ray job stop` kills the driver after three seconds
+
+        ending: Ending = until_signal(trainer.fit, stop).return_value  # type: ignore[attr-defined]
         if ending.error:
             raise TrainingError(ending.error)
         if ending.stopped_at is not None:

@@ -1,0 +1,27 @@
+"""A training run in a process of its own, so that a test can kill it: ``python -m tests.e2e.driver JSON``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+import ray
+
+from llama_ray.launch import LaunchConfig
+from llama_ray.trainer import train_on_ray
+from llama_ray.training.interrupt import Stopped
+from tests.e2e.conftest import CONFIG, MODEL
+
+if __name__ == "__main__":
+    plan = json.loads(sys.argv[1])
+    os.environ["MLFLOW_TRACKING_URI"] = plan["tracking_uri"]
+    ray.init(address=plan["address"], log_to_driver=False)
+    try:
+        outcome = train_on_ray(
+            MODEL, replace(CONFIG, **plan["config"]), LaunchConfig(**plan["launch"]), plan["data"]
+        )
+        print("finished", outcome.run_id, flush=True)
+    except Stopped as e:
+        print(e, flush=True)

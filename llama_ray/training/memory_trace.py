@@ -49,10 +49,8 @@ class MemoryTrace(TorchDispatchMode):
             self._count(tensor, "parameters")
         for parameter in model.parameters():
             if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(
-                    lambda p: self._count(p.grad, "gradients")
-                )
-                self._hooks.append(hook)
+                register: Any = parameter.register_post_accumulate_grad_hook
+                self._hooks.append(register(lambda p: self._count(p.grad, "gradients")))
 
         def count_state(*_: Any) -> None:
             for state in optimizer.state.values():

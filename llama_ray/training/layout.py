@@ -132,8 +132,6 @@ def choose_layout(
 def check_tensor_parallel(model: LlamaConfig, config: TrainConfig, world_size: int) -> None:
     """Raise ValueError where `tensor_parallel` does not divide the workers, the model or the sequence."""
     tensor = config.tensor_parallel
-    if tensor > 1 and config.compile:
-        raise ValueError(f"compile does not go with tensor_parallel {tensor} yet; drop one of them")
     sizes = {
         "world_size": world_size,
         "num_heads": model.num_heads,

@@ -51,8 +51,7 @@ def parallelize(
 
     A model on the meta device gets its memory here, each worker its share only, and the initial weights of
     `config.seed`: the same numbers, whatever the layout (a plan, which needs no numbers, says `draw=False`). One
-    that has its weights already must not be sharded. Under tensor parallelism blocks are not compiled: in torch
-    2.13 the backward pass through such blocks breaks off (a gradient arrives as a plain tensor).
+    that has its weights already must not be sharded.
     In this order, as each needs what comes before: tensor parallelism, activation checkpointing, compilation (one
     block at a time: they are alike, so the compiler works once and not once a layer), FSDP or DDP.
     """
@@ -64,7 +63,7 @@ def parallelize(
         apply_tensor_parallel(model, layout.mesh["tensor"])
     for block in model.layers:
         checkpoint_block(block, config.activation_checkpointing)
-        if compile_blocks and layout.tensor == 1:
+        if compile_blocks:
             # The forward alone: FSDP's hooks stay outside the graph, and no name changes.
             block.forward = torch.compile(block.forward)
     if layout.sharded and layout.data_world > 1:

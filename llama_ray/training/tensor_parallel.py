@@ -36,6 +36,7 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
         "norm": norm,
     }
     parallelize_module(model, mesh, plan)
+    model.embed_tokens.register_forward_hook(_arrive)
     for block in model.layers:
         parallelize_module(
             block,
@@ -56,6 +57,12 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
         )
     parallelize_module(model, mesh, {"lm_head": _LossByTokens()})
     model.tie_weights()
+
+
+def _arrive(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    # What reduce-scatter returns is a tensor still under way. As the input of a compiled block (torch 2.13) it makes
+    # the backward pass fail, with "'Tensor' object has no attribute '_local_tensor'"; a product waits for it.
+    return output * 1
 
 
 class _LossByTokens(ParallelStyle):

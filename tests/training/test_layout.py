@@ -77,7 +77,6 @@ def test_what_is_asked_for_is_done(settings: dict, node: int, expected: tuple[in
         ({"tensor_parallel": 4}, 4, "tensor_parallel 4 does not divide num_kv_heads 2"),
         ({"tensor_parallel": 2}, 3, "tensor_parallel 2 does not divide world_size 3"),
         ({"tensor_parallel": 2, "seq_len": 31}, 2, "tensor_parallel 2 does not divide seq_len 31"),
-        ({"tensor_parallel": 2, "compile": True}, 2, "compile does not go with tensor_parallel 2"),
         ({"tensor_parallel": 2, "parallelism": "ddp"}, 4, "use fsdp or hsdp"),
         ({"fsdp_size": 3, "parallelism": "hsdp"}, 4, "fsdp_size 3 does not divide the 4 workers"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,24 +29,27 @@ CPU = torch.device("cpu")
 STEPS, SEQUENCES, MICRO_STEPS = 5, 8, 2
 LOSS_TOLERANCE = 1e-4
 """Nats per token in fp32, after five steps at a high rate; what is seen is below 2e-5."""
-MUON_TOLERANCE = 5e-4
-"""The same under Muon, which orthogonalises in bf16."""
+BF16_TOLERANCE = 2e-3
+"""The same where products, or Muon's iterations, are in bf16."""
 
 Settings = dict[str, Any]
 DDP, FSDP, HSDP = {"parallelism": "ddp"}, {"parallelism": "fsdp"}, {"parallelism": "hsdp", "fsdp_size": 2}
 TP: Settings = {"tensor_parallel": 2}
 MUON, TIED = {"optimizer": "muon"}, {"tie_embeddings": True}
 
-ON_ONE: list[Settings] = [{}, MUON, TIED, {"z_loss": 1e-2}]
+BF16 = {"precision": "bf16"}
+
+ON_ONE: list[Settings] = [{}, MUON, TIED, {"z_loss": 1e-2}, BF16]
 ON_TWO: list[Settings] = [
     DDP,
     FSDP,
     TP,
     *({**FSDP, "activation_checkpointing": mode} for mode in ("selective", "full")),
-    {**TP, "activation_checkpointing": "selective"},
     *({**layout, **MUON} for layout in (DDP, FSDP, TP)),
     *({**layout, **TIED} for layout in (FSDP, TP)),
     {**TP, "z_loss": 1e-2},
+    *({**layout, **BF16} for layout in (FSDP, TP)),
+    {**TP, "compile": True, "activation_checkpointing": "selective"},
 ]
 ON_FOUR: list[Settings] = [FSDP, HSDP, {**FSDP, **TP}, {**FSDP, **TP, **MUON}]
 
@@ -62,7 +66,10 @@ def run(settings: Settings) -> dict[str, Any]:
         **{"precision": "fp32", "learning_rate": 3e-3, "max_grad_norm": 0.5, "seed": 1, "seq_len": 32, **told}
     )
     layout = choose_layout(shape, config, world_size()).on(CPU)
-    model = parallelize(Llama(shape, device="meta"), config, layout, CPU, compile_blocks=False)
+    if config.compile:
+        # Tracing and autograd, where layouts differ, without a minute of the C++ compiler.
+        torch.compile = partial(torch.compile, backend="aot_eager")
+    model = parallelize(Llama(shape, device="meta"), config, layout, CPU, compile_blocks=bool(config.compile))
     start = gather_model(model, config)
     start_weights = {n: p.clone().numpy() for n, p in start.named_parameters()} if start else {}
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
@@ -150,7 +157,9 @@ def alone() -> list[dict[str, Any]]:
 
 def counterpart(settings: Settings, alone: list[dict[str, Any]]) -> dict[str, Any]:
     """The run on one worker that has the same model and optimizer."""
-    matters = {k: v for k, v in settings.items() if k in ("optimizer", "tie_embeddings", "z_loss")}
+    matters = {
+        k: v for k, v in settings.items() if k in ("optimizer", "tie_embeddings", "z_loss", "precision")
+    }
     return alone[ON_ONE.index(matters)]
 
 
@@ -161,7 +170,7 @@ def test_every_layout_takes_the_same_steps(
     by_rank = in_processes(workers, run_all, many)
     for i, settings in enumerate(many):
         one = counterpart(settings, alone)
-        tolerance = MUON_TOLERANCE if "optimizer" in settings else LOSS_TOLERANCE
+        tolerance = BF16_TOLERANCE if settings.keys() & {"optimizer", "precision"} else LOSS_TOLERANCE
         for results in by_rank:
             ours = results[i]
             assert ours["losses"] == pytest.approx(one["losses"], abs=tolerance), settings
@@ -181,7 +190,7 @@ def test_every_layout_takes_the_same_steps(
         assert gathered["start"].keys() == one["start"].keys()
         for name, weight in one["start"].items():
             assert (gathered["start"][name] == weight).all(), (settings, name)
-        if "optimizer" not in settings:
+        if tolerance == LOSS_TOLERANCE:
             for name, weight in one["end"].items():
                 assert abs(gathered["end"][name] - weight).max() < 2e-4, (settings, name)
 

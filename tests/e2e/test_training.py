@@ -13,10 +13,11 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_ray.launch import LaunchConfig
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
 from llama_ray.tracking.registry import resolve_version
-from llama_ray.trainer import LaunchConfig, train_on_ray
+from llama_ray.trainer import train_on_ray
 from llama_ray.training.config import TrainConfig
 from tests.e2e.conftest import CONFIG, MODEL, Trained
 
@@ -88,36 +89,41 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(trained: Trained, tracking
     assert outcome.version.version > trained.outcome.version.version
 
 
-def test_a_killed_worker_costs_nothing(trained: Trained, tracking: str) -> None:
-    """SIGKILL after the first checkpoint: the run ends as the undisturbed one, point for point."""
-    directory = Path(trained.launch.output_dir) / "killed"
-    killed = threading.Event()
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_worker_that_is_killed_or_hangs_costs_nothing(
+    trained: Trained, tracking: str, number: signal.Signals
+) -> None:
+    """After the first checkpoint: the run ends as the undisturbed one, point for point."""
+    directory = Path(trained.launch.output_dir) / f"worker-{number.name}"
+    hit = threading.Event()
+    ray_session = ray._private.worker._global_node.get_session_dir_path()
 
-    def kill_a_worker_after_the_first_checkpoint() -> None:
-        while not killed.wait(0.05):
+    def hit_a_worker_after_the_first_checkpoint() -> None:
+        while not hit.wait(0.02):
             if (directory / "step_00000009" / "training.json").exists():
                 workers = [
                     p for p in psutil.process_iter(["cmdline"])
                     if "RayTrainWorker" in "".join(p.info["cmdline"] or []) and _belongs_to(p, ray_session)
                 ]  # fmt: skip
                 if workers:
-                    os.kill(workers[0].pid, signal.SIGKILL)
-                    killed.set()
+                    os.kill(workers[0].pid, number)
+                    hit.set()
 
-    ray_session = ray._private.worker._global_node.get_session_dir_path()
-    watcher = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, daemon=True)
+    watcher = threading.Thread(target=hit_a_worker_after_the_first_checkpoint, daemon=True)
     watcher.start()
     try:
-        outcome = trained.again(run_name="killed", register_as="")
+        config = replace(CONFIG, collective_timeout_s=15)
+        outcome = trained.again(config, run_name=directory.name, register_as="")
     finally:
-        was_killed = killed.is_set()
-        killed.set()
+        was_hit = hit.is_set()
+        hit.set()
         watcher.join()
-    assert was_killed
+    assert was_hit
     client = MlflowClient(tracking)
     first = curve(client, trained.outcome.run_id, "train/loss")
     second = curve(client, outcome.run_id, "train/loss")
     assert second == {step: loss for step, loss in first.items() if step <= 24}
+    assert client.get_run(outcome.run_id).data.tags["restarts"] == "1"
 
 
 def _belongs_to(process: psutil.Process, session: str) -> bool:

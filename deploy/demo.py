@@ -227,14 +227,17 @@ def _run(command: list[str], env: dict[str, str], begin: str | None = None) -> N
 def _wait(state: dict[str, Any], what: str, url: str, log: Path) -> None:
     """Wait until `url` answers: with 200, or with 401 where it wants Ray's token."""
     deadline = time.monotonic() + 120
+    last = ""
     while time.monotonic() < deadline and all(_process(entry) for entry in state["processes"]):
         try:
-            if httpx.get(url, timeout=5).status_code in (200, 401):
+            response = httpx.get(url, timeout=5)
+            if response.status_code in (200, 401):
                 return
+            last = f" ({response.text[:500]})"
         except httpx.HTTPError:
             pass
         time.sleep(0.3)
-    sys.exit(f"demo: {what} does not answer at {url}; its log is {log}. make stop, then try again")
+    sys.exit(f"demo: {what} does not answer at {url}{last}; its log is {log}. make stop, then try again")
 
 
 def _process(entry: tuple[int, float]) -> psutil.Process | None:

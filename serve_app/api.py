@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -62,7 +62,7 @@ def create_api(model: Model) -> FastAPI:
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse} for status in (400, 404, 422, 429, 500, 503)
     }
-    page = files("serve_app").joinpath("playground/index.html").read_text(encoding="utf-8")
+    page = (Path(__file__).parent / "playground" / "index.html").read_text(encoding="utf-8")
 
     @api.post("/v1/completions", response_model=Completion, responses=errors)
     async def completions(body: CompletionRequest) -> Response:

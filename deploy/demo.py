@@ -184,7 +184,11 @@ def _serve(state: dict[str, Any], env: dict[str, str]) -> None:
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     _say("serve deploy serve_app/config.yaml")
     _run(["serve", "deploy", "--address", state["dashboard"], str(file)], env)
-    _wait(state, "the endpoint", f"{state['endpoint']}/health", HOME / "ray.log")
+    try:
+        _wait(state, "the endpoint", f"{state['endpoint']}/health", HOME / "ray.log")
+    except SystemExit:
+        _run(["serve", "status", "--address", state["dashboard"]], env)
+        raise
 
 
 def _stream_completion(endpoint: str) -> None:

@@ -24,7 +24,7 @@ TEXTS = [
 ]
 EMOJI = "🙂"
 MAX_SEQ_LEN = 4096
-MAX_ONGOING, MAX_QUEUED = 16, 8  # requests that the served replica gets at once, and that wait for it
+MAX_QUEUED = 32  # requests that wait for the served replica beside the 16 that it gets at once
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import httpx
 import openai
@@ -15,7 +14,7 @@ from openai.types import Completion as Response
 
 from llama_ray.generation.engine import Completion, Engine, EngineStats
 from llama_ray.generation.sampling import SamplingParams
-from tests.serve_app.conftest import EMOJI, MAX_ONGOING, MAX_QUEUED, MAX_SEQ_LEN
+from tests.serve_app.conftest import EMOJI, MAX_SEQ_LEN
 
 pytestmark = pytest.mark.ray
 
@@ -253,15 +252,14 @@ def test_an_overloaded_server_says_so_and_is_still_healthy(
     body = {"model": "tiny", "prompt": "dog", "max_tokens": MAX_SEQ_LEN - 100, "ignore_eos": True}
 
     async def overload() -> tuple[httpx.Response, httpx.Response]:
-        async with httpx.AsyncClient(base_url=served, timeout=30) as http:
-            held = [
-                asyncio.create_task(http.post("/v1/completions", json=body))
-                for _ in range(MAX_ONGOING + MAX_QUEUED)
-            ]
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=served, timeout=None, limits=limits) as http:
+            held: set[asyncio.Task[httpx.Response]] = set()
             refused = None
-            while refused is None:  # until those before it have come to wait, one more may still be let in
-                with suppress(httpx.ReadTimeout):
-                    refused = await http.post("/v1/completions", json=body, timeout=0.3)
+            while refused is None:  # one more each time, until the queue is full
+                held.add(asyncio.create_task(http.post("/v1/completions", json=body)))
+                done, held = await asyncio.wait(held, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
+                refused = next((r for t in done if (r := t.result()).status_code != 200), None)
             health = await http.get("/health")
             for request in held:
                 request.cancel()

@@ -184,7 +184,11 @@ def _serve(state: dict[str, Any], env: dict[str, str]) -> None:
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     _say("serve deploy serve_app/config.yaml")
     _run(["serve", "deploy", "--address", state["dashboard"], str(file)], env)
-    _wait(state, "the endpoint", f"{state['endpoint']}/health", HOME / "ray.log")
+    try:
+        _wait(state, "the endpoint", f"{state['endpoint']}/health", HOME / "ray.log")
+    except SystemExit:
+        _run(["serve", "status", "--address", state["dashboard"]], env)
+        raise
 
 
 def _stream_completion(endpoint: str) -> None:
@@ -227,14 +231,17 @@ def _run(command: list[str], env: dict[str, str], begin: str | None = None) -> N
 def _wait(state: dict[str, Any], what: str, url: str, log: Path) -> None:
     """Wait until `url` answers: with 200, or with 401 where it wants Ray's token."""
     deadline = time.monotonic() + 120
+    last = ""
     while time.monotonic() < deadline and all(_process(entry) for entry in state["processes"]):
         try:
-            if httpx.get(url, timeout=5).status_code in (200, 401):
+            response = httpx.get(url, timeout=5)
+            if response.status_code in (200, 401):
                 return
+            last = f" ({response.text[:500]})"
         except httpx.HTTPError:
             pass
         time.sleep(0.3)
-    sys.exit(f"demo: {what} does not answer at {url}; its log is {log}. make stop, then try again")
+    sys.exit(f"demo: {what} does not answer at {url}{last}; its log is {log}. make stop, then try again")
 
 
 def _process(entry: tuple[int, float]) -> psutil.Process | None:

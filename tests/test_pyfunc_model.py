@@ -7,6 +7,7 @@ import mlflow.pyfunc
 import pandas as pd
 import pytest
 import torch
+from mlflow.models import Model
 
 from llama_ray import pyfunc_model
 from llama_ray.data.tokenizer import Tokenizer
@@ -15,7 +16,7 @@ from llama_ray.generation.sampling import SamplingParams
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
-from llama_ray.tracking.package import SIGNATURE
+from llama_ray.tracking.package import write_model
 
 PROMPTS = ["The quick", "fox 🙂"]
 
@@ -39,11 +40,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("mlflow") / "model"
-    mlflow.pyfunc.save_model(
+    write_model(
         path,
-        python_model=pyfunc_model.__file__,
-        artifacts={"checkpoint": str(checkpoint)},
-        signature=SIGNATURE,
+        Model(),
+        checkpoint=checkpoint,
+        python_model=Path(pyfunc_model.__file__),
         pip_requirements=[],
     )
     return mlflow.pyfunc.load_model(str(path))
@@ -77,5 +78,3 @@ def test_what_cannot_be_served_says_why(loaded: Any) -> None:
         loaded.predict(PROMPTS, params={"max_tokens": 200})
     with pytest.raises(ValueError, match="top_p is 2"):
         loaded.predict(PROMPTS, params={"top_p": 2.0})
-    with pytest.raises(ValueError, match="put the prompts into one called prompt"):
-        loaded.unwrap_python_model().predict(None, pd.DataFrame({"a": ["x"], "b": ["y"]}))

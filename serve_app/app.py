@@ -1,0 +1,105 @@
+"""The application that Ray Serve runs: `serve run serve_app.app:build model=models:/llama-ray@champion`."""
+
+# No `from __future__ import annotations`: Serve reads the class of build's argument from its annotation.
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+
+from llama_ray.paths import existing
+from llama_ray.tracking.uri import tracking_uri
+from serve_app.api import Api
+from serve_app.replica import DType, LlamaReplica
+
+
+class ServeArgs(BaseModel):
+    """Arguments of `build`, `key=value` after `serve run serve_app.app:build` or `args` in a config file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(
+        "models:/llama-ray@champion", description="A directory, models:/name/7 or models:/name@alias."
+    )
+    tracking_uri: str = Field(default_factory=tracking_uri, description="Of the MLflow registry.")
+    dtype: DType | None = Field(None, description="To compute in; the stored one where not given.")
+    max_batch_size: int = Field(16, ge=1, description="Sequences that one replica runs together.")
+    max_seq_len: int | None = Field(
+        None, ge=2, description="Tokens of prompt and output; the model's where not given."
+    )
+    num_cpus: float = Field(1, ge=0, description="For each model replica; its threads on the CPU, too.")
+    num_gpus: float = Field(0, ge=0, description="For each model replica; 0 computes on the CPU.")
+    min_replicas: int = Field(1, ge=1, description="Model replicas that are always there.")
+    max_replicas: int = Field(4, ge=1, description="Model replicas under load.")
+    target_ongoing_requests: float | None = Field(
+        None,
+        gt=0,
+        description="A replica's share that scaling aims at; 3/4 of max_batch_size where not given.",
+    )
+    max_ongoing_requests: int | None = Field(
+        None, ge=1, description="A replica gets so many at once; 2 x max_batch_size where not given."
+    )
+    max_queued_requests: int = Field(
+        256, ge=-1, description="So many more wait; then 429 is the answer. -1: no limit."
+    )
+    graceful_shutdown_timeout_s: float = Field(
+        600, gt=0, description="A replica that stops may finish its answers for so long."
+    )
+
+    @model_validator(mode="after")
+    def _replicas_in_order(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}; it must be at least min_replicas, {self.min_replicas}"
+            )
+        return self
+
+
+def build(args: ServeArgs) -> Application:
+    """The application: `Api` takes HTTP requests in, `LlamaReplica` answers them and scales with their number."""
+    ongoing = args.max_ongoing_requests or 2 * args.max_batch_size
+    replicas = serve.deployment(
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        max_ongoing_requests=ongoing,
+        max_queued_requests=args.max_queued_requests,
+        autoscaling_config=_scaling(
+            args, args.target_ongoing_requests or min(ongoing, 0.75 * args.max_batch_size)
+        ),
+        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
+        logging_config={"enable_access_log": False},  # the API logs each request already
+    )(LlamaReplica).bind(
+        args.model if args.model.startswith("models:/") else existing(args.model),
+        args.tracking_uri,
+        device="cuda" if args.num_gpus else "cpu",
+        threads=int(args.num_cpus),
+        dtype=args.dtype,
+        max_batch_size=args.max_batch_size,
+        max_seq_len=args.max_seq_len,
+    )
+    # The API only passes things on: it takes whatever comes, so that /health and the answer 429 never have to wait.
+    application: Application = serve.deployment(
+        ray_actor_options={"num_cpus": _API_CPUS},
+        max_ongoing_requests=_API_REQUESTS,
+        autoscaling_config=_scaling(args, _API_TARGET),
+        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
+    )(serve.ingress()(Api)).bind(replicas)
+    return application
+
+
+_API_CPUS = 0.1  # a small share, so that a laptop with two cores has room for a replica and a training worker
+_API_REQUESTS = 10_000
+_API_TARGET = 100.0  # streams that one process of the API passes on without delaying them
+
+
+def _scaling(args: ServeArgs, target: float) -> AutoscalingConfig:
+    """Up soon, because an answer takes seconds and those who wait notice; down late, because loading takes long."""
+    return AutoscalingConfig(
+        min_replicas=args.min_replicas,
+        max_replicas=args.max_replicas,
+        target_ongoing_requests=target,
+        look_back_period_s=15,  # Ray's metrics come each 10 s
+        upscale_delay_s=5,
+        downscale_delay_s=300,
+    )

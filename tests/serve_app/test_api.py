@@ -1,0 +1,99 @@
+"""The HTTP application around a replica in this process: what happens when the model fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from serve_app.api import create_api
+from serve_app.events import Failure, Job, ModelInfo, Piece, Started
+from serve_app.protocol import ApiError, Health
+from serve_app.replica import LlamaReplica
+
+BODY = {"model": "tiny", "prompt": "dog", "max_tokens": 200}
+
+
+class Local:
+    """A replica without Ray; its engine ends after the first text where `dies` is set."""
+
+    def __init__(self, directory: Path) -> None:
+        self.replica = LlamaReplica(str(directory))
+        self.dies = False
+
+    async def info(self) -> ModelInfo:
+        return await self.replica.info()
+
+    async def check(self) -> Health:
+        raise ApiError(503, "no model replica is running", code="unavailable", retry_after_s=5)
+
+    async def generate(self, job: Job) -> AsyncGenerator[Started | list[Piece]]:
+        async for event in self.replica.generate(job):
+            if isinstance(event, Failure):
+                raise ApiError(event.status, event.message, code=event.code, param=event.param)
+            yield event
+            if self.dies and isinstance(event, list) and any(piece.text for piece in event):
+                self.replica._engine.stop()
+
+
+@pytest.fixture
+def model(model_dir: Path) -> Iterator[Local]:
+    local = Local(model_dir)
+    yield local
+    local.replica._engine.stop()
+
+
+@pytest.fixture
+def http(model: Local) -> TestClient:
+    return TestClient(create_api(model), raise_server_exceptions=False)
+
+
+def test_an_error_after_the_first_byte_is_an_event(model: Local, http: TestClient) -> None:
+    model.dies = True
+    response = http.post("/v1/completions", json=BODY | {"stream": True})
+    assert response.status_code == 200
+    first, *_, error, done, empty = response.text.split("\n\n")
+    assert json.loads(first.removeprefix("data: "))["choices"]
+    error = json.loads(error.removeprefix("data: "))["error"]
+    assert error["code"] == "generation_failed"
+    assert "stopped" in error["message"]
+    assert (done, empty) == ("data: [DONE]", "")
+
+
+def test_an_error_before_the_first_byte_has_a_status(model: Local, http: TestClient) -> None:
+    model.replica._engine.stop()
+    for stream in (False, True):
+        response = http.post("/v1/completions", json=BODY | {"stream": stream})
+        assert response.status_code == 500
+        assert response.json()["error"]["type"] == "server_error"
+
+
+def test_a_model_that_does_not_answer_is_503(http: TestClient) -> None:
+    response = http.get("/health")
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "no model replica is running"
+    assert response.headers["retry-after"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "the body is not JSON"),
+        ("[]", "the body must be a JSON object"),
+        ('{"prompt": "a"}', "model is required"),
+    ],
+)
+def test_a_body_that_is_no_request(http: TestClient, content: str, message: str) -> None:
+    response = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+
+
+def test_unknown_paths_and_methods_answer_in_the_same_shape(http: TestClient) -> None:
+    assert http.get("/v2").status_code == 404
+    assert "GET /v2" in http.get("/v2").json()["error"]["message"]
+    assert http.get("/v1/completions").status_code == 405
+    assert http.get("/v1/completions").json()["error"]["type"] == "invalid_request_error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,12 @@ class MLflowObserver(Console):
             metrics = {"checkpoint/stall_s": saved.stall_s, "checkpoint/write_s": saved.write_s}
             failed = {"checkpoint/failed": 1.0}
             self.run.log_metrics(failed if saved.error else metrics, saved.step)
+
+    def profiled(self, trace: Path) -> None:
+        """See `Observer`."""
+        super().profiled(trace)
+        if self.run:
+            self.run.do("profile", lambda run: run.log_file(trace, "profile"))
 
     def unsent(self) -> list[Any]:
         """See `Observer`."""

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -136,6 +137,10 @@ class Run:
     def log_text(self, text: str, path: str) -> None:
         """Keep `text` as the artifact `path`, replacing one of that name."""
         self._client.log_text(self.run_id, text, path)
+
+    def log_file(self, file: Path, directory: str) -> None:
+        """Keep a local file as an artifact of its name in `directory`."""
+        self._client.log_artifact(self.run_id, str(file), directory)
 
     def log_figure(self, figure: Figure, path: str) -> None:
         """Keep a Matplotlib figure as the artifact `path`; its suffix gives the format."""

@@ -13,6 +13,7 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.checkpointer import Checkpointer
+from llama_ray.training.compilation import compile_pays
 from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.interrupt import Agreement, Request, Stopped
 from llama_ray.training.layout import choose_layout, local_world_size, memory_per_worker
@@ -21,6 +22,7 @@ from llama_ray.training.observer import Observer
 from llama_ray.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from llama_ray.training.parallel import gather_model, parallelize, rank, world_size
 from llama_ray.training.preflight import check_run
+from llama_ray.training.profile import profiled
 from llama_ray.training.state import Progress, load_state
 from llama_ray.training.step import Stepper
 from llama_ray.training.trouble import Skips, TrainingError, naming_the_step_of_exhausted_memory
@@ -68,7 +70,11 @@ def train(
     tokenizer = Tokenizer.load(data)
     schedule = Schedule.of(config, loader.batches_per_epoch)
 
-    compile_blocks = device.type == "cuda" if config.compile is None else config.compile
+    tokens_per_step = loader.global_batch_size * seq_len
+    compile_blocks, compiling = config.compile, ""
+    if compile_blocks is None:
+        flops = model_config.flops_per_token(seq_len) * tokens_per_step / world_size()
+        compile_blocks, compiling = compile_pays(device, schedule.total_steps, flops)
     llama = Llama(model_config, device="meta")
     model = parallelize(llama, config, layout, device, compile_blocks=compile_blocks)
     optimizer = build_optimizer(model, config)
@@ -80,7 +86,6 @@ def train(
         if progress.scaler:
             stepper.scaler.load_state_dict(progress.scaler)
     skips = Skips(progress.skipped_steps, device)
-    tokens_per_step = loader.global_batch_size * seq_len
     throughput = Throughput(
         model_config.flops_per_token(seq_len), peak_flops(device, config.precision), world_size()
     )
@@ -126,59 +131,63 @@ def train(
                 )
 
     agreement = Agreement(asked, config.collective_timeout_s)
-    observer.started(schedule, progress, layout.reason)
+    observer.started(schedule, progress, "; ".join(filter(None, (layout.reason, compiling))))
     throughput.resume()
-    for step in range(progress.step + 1, schedule.total_steps + 1):
-        rate = learning_rate(step, config, schedule)
-        set_learning_rate(optimizer, rate)
-        epoch = loader.epoch
-        with naming_the_step_of_exhausted_memory(step):
-            result = stepper.step(loader.next_global_batch())
-        skips.count(result.skipped)
-        progress.step = step
-        progress.tokens += tokens_per_step
-        throughput.count(tokens_per_step)
+    with profiled(config.profile_steps if rank() == 0 else 0, observer.profiled) as step_done:
+        for step in range(progress.step + 1, schedule.total_steps + 1):
+            rate = learning_rate(step, config, schedule)
+            set_learning_rate(optimizer, rate)
+            epoch = loader.epoch
+            with naming_the_step_of_exhausted_memory(step):
+                result = stepper.step(loader.next_global_batch())
+            skips.count(result.skipped)
+            progress.step = step
+            progress.tokens += tokens_per_step
+            throughput.count(tokens_per_step)
 
-        logs = step % config.log_every == 0 or step in (1, schedule.total_steps)
-        if logs or schedule.saves(step):
-            progress.skipped_steps, in_a_row = skips.read()
-            if in_a_row >= config.max_skipped_steps:
-                raise TrainingError(
-                    f"{in_a_row} steps in a row up to step {step} had a loss or gradient that is not finite; lower "
-                    f"learning_rate ({config.learning_rate}) or max_grad_norm ({config.max_grad_norm}), or use "
-                    "precision bf16 or fp32, and --resume"
+            logs = step % config.log_every == 0 or step in (1, schedule.total_steps)
+            if logs or schedule.saves(step):
+                progress.skipped_steps, in_a_row = skips.read()
+                if in_a_row >= config.max_skipped_steps:
+                    raise TrainingError(
+                        f"{in_a_row} steps in a row up to step {step} had a loss or gradient that is not finite; lower "
+                        f"learning_rate ({config.learning_rate}) or max_grad_norm ({config.max_grad_norm}), or use "
+                        "precision bf16 or fp32, and --resume"
+                    )
+            if logs:
+                tokens_per_s, mfu = throughput.read()
+                observer.logged(
+                    step,
+                    {
+                        "train/loss": result.loss.item(),
+                        "train/learning_rate": rate,
+                        "train/gradient_norm": result.grad_norm.item(),
+                        "train/skipped_steps": progress.skipped_steps,
+                        "throughput/tokens_per_s": tokens_per_s,
+                        "throughput/mfu": mfu,
+                        "memory/peak_bytes": peak_memory_bytes(device),
+                        "progress/tokens": progress.tokens,
+                        "progress/epoch": epoch,
+                    },
                 )
-        if logs:
-            tokens_per_s, mfu = throughput.read()
-            observer.logged(
-                step,
-                {
-                    "train/loss": result.loss.item(),
-                    "train/learning_rate": rate,
-                    "train/gradient_norm": result.grad_norm.item(),
-                    "train/skipped_steps": progress.skipped_steps,
-                    "throughput/tokens_per_s": tokens_per_s,
-                    "throughput/mfu": mfu,
-                    "memory/peak_bytes": peak_memory_bytes(device),
-                    "progress/tokens": progress.tokens,
-                    "progress/epoch": epoch,
-                },
-            )
-        if schedule.validates(step) or schedule.saves(step):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # work still queued belongs to the steps, not to what follows
-            throughput.pause()
-            if schedule.validates(step):
-                validate(step)
-            if schedule.saves(step):
+            if schedule.validates(step) or schedule.saves(step):
+                if device.type == "cuda":
+                    torch.cuda.synchronize(
+                        device
+                    )  # work still queued belongs to the steps, not to what follows
+                throughput.pause()
+                if schedule.validates(step):
+                    validate(step)
+                if schedule.saves(step):
+                    checkpoint()
+                throughput.resume()
+            request = agreement.new_request()
+            if request and not schedule.saves(step):
                 checkpoint()
-            throughput.resume()
-        request = agreement.new_request()
-        if request and not schedule.saves(step):
-            checkpoint()
-        if request is Request.STOP and step < schedule.total_steps:
-            finish(step)
-            raise Stopped(step)
-        tell_saved()
+            if request is Request.STOP and step < schedule.total_steps:
+                finish(step)
+                raise Stopped(step)
+            tell_saved()
+            step_done()
     finish(progress.step)
     return progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from llama_ray.model.llama import Llama
@@ -30,6 +31,9 @@ class Observer(Protocol):
 
     def checkpointed(self, saved: Saved) -> None:
         """A checkpoint is complete, or could not be stored. Workers may be told at different steps."""
+
+    def profiled(self, trace: Path) -> None:
+        """A profiler trace was written; on rank 0 only."""
 
     def unsent(self) -> list[Any]:
         """What must not be lost with this process, in JSON's types; kept in the checkpoint and handed to `started`."""
@@ -77,6 +81,10 @@ class Console:
                 f"step {saved.step}  saved {saved.directory} in {saved.write_s:.1f} s, training waited "
                 f"{saved.stall_s:.2f} s"
             )
+
+    def profiled(self, trace: Path) -> None:
+        """See `Observer`."""
+        self.say(f"profiler trace: {trace}")
 
     def unsent(self) -> list[Any]:
         """See `Observer`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,20 +14,19 @@ _WAIT_STEPS = 3  # the first ones compile, warm the allocator and make the optim
 
 
 @contextmanager
-def profiled(steps: int, directory: Path, written: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
+def profiled(steps: int, written: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
     """Profile `steps` training steps, after three that are not; call what this yields at the end of each step.
 
-    The trace goes to `directory`/trace.json, for chrome://tracing or ui.perfetto.dev, with shapes and memory; then
-    `written` gets its path, in the middle of the run. With 0 steps nothing happens. A run that ends before the last
-    of them writes the steps it has profiled.
+    The trace, for chrome://tracing or ui.perfetto.dev, with shapes and memory, goes to a file trace.json in a new
+    temporary directory; then `written` gets its path, in the middle of the run. With 0 steps nothing happens. A run
+    that ends before the last of them writes the steps it has profiled.
     """
     if not steps:
         yield lambda: None
         return
 
     def save(profiler: profile) -> None:
-        path = directory / "trace.json"
-        directory.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix="llama_ray-")) / "trace.json"
         profiler.export_chrome_trace(str(path))
         written(path)
 

@@ -7,30 +7,34 @@ import json
 import operator
 import random
 import threading
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.kv_cache import KVCache
+from llama_ray.generation.backend import BLOCK_SIZE, make_cache, prepare, weight_bytes
+from llama_ray.generation.blocks import BlockPool
+from llama_ray.generation.core import Core
+from llama_ray.generation.kv_cache import block_bytes, count_blocks
 from llama_ray.generation.runner import Runner
-from llama_ray.generation.sampler import sample
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.scheduler import Scheduler
 from llama_ray.generation.sequence import Delta, FinishReason
 from llama_ray.generation.sequence import Sequence as Candidate
+from llama_ray.generation.speculation import Proposer
+from llama_ray.generation.stats import EngineStats, RequestStats
 from llama_ray.generation.text import TextOutput
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained, resolve
 
 Prompt = str | Sequence[int]
 
-# Prompt tokens that one step takes in; at this size the products are as efficient as they get, and what other
-# sequences wait for one step stays bounded.
-PREFILL_TOKENS = 2048
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 256, 2048
+"""Tokens that one step computes, by default: enough for matrix products to be efficient."""
 
 
 class GenerationError(RuntimeError):
@@ -42,7 +46,8 @@ class Completion:
     """One candidate, finished: `finish_reason` is "stop" (end-of-text token or stop string) or "length".
 
     `token_ids` include the end-of-text token or the stop string's tokens, though `text` does not. `logprobs` has an
-    entry for each of them, or is None where the request did not ask.
+    entry for each of them, or is None where the request did not ask; so has `prompt_logprobs` for each token of the
+    prompt but the first.
     """
 
     text: str
@@ -50,28 +55,20 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None
     prompt_token_ids: list[int]
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine is doing and has done: sequences now, tokens and requests since it was made."""
-
-    running: int
-    waiting: int
-    requests: int
-    prompt_tokens: int
-    generated_tokens: int
-    max_batch_size: int
-    kv_cache_bytes: int
+    prompt_logprobs: list[TokenLogprob] | None = None
+    stats: RequestStats | None = field(default=None, compare=False)
 
 
 class Engine:
     """Generates for many requests at once, each with its own parameters, on one device.
 
     Sequences join and leave the batch at every step. At most `max_batch_size` run together, each up to
-    `max_seq_len` tokens of prompt and output (None: the model's); memory for them is reserved here, and ValueError
-    is raised where it is not there. Requests without a seed draw theirs from `seed` in the order in which they
-    come; None draws anew in every process. `eos_ids` end a completion beside the tokenizer's own.
+    `max_seq_len` tokens of prompt and output (None: the model's), and a step computes at most `max_batch_tokens`
+    tokens. Their keys and values share a cache of `kv_cache_memory_bytes` (None: see `kv_cache.count_blocks`), which
+    is reserved here; ValueError is raised where it is not there. With `enable_prefix_caching` prompts that begin as
+    others did are not computed again. `proposer` guesses tokens ahead, `draft_tokens` at most, which changes no
+    token that comes out. Requests without a seed draw theirs from `seed` in the order in which they come; None draws
+    anew in every process. `eos_ids` end a completion beside the tokenizer's own.
 
     `submit` and `abort` may be called from any thread; `step`, and `generate`, from one at a time.
     """
@@ -81,30 +78,52 @@ class Engine:
         model: Llama,
         tokenizer: Tokenizer | None,
         *,
-        max_batch_size: int = 16,
+        max_batch_size: int = 64,
         max_seq_len: int | None = None,
+        max_batch_tokens: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        enable_prefix_caching: bool = True,
+        proposer: Proposer | None = None,
+        draft_tokens: int = 4,
         seed: int | None = 0,
         eos_ids: Collection[int] = (),
     ) -> None:
         limit = model.config.max_seq_len
         max_seq_len = limit if max_seq_len is None else max_seq_len
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size is {max_batch_size}; it must be at least 1")
+        weight = model.embed_tokens.weight
+        if max_batch_tokens is None:
+            max_batch_tokens = GPU_BATCH_TOKENS if weight.device.type == "cuda" else CPU_BATCH_TOKENS
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("max_batch_tokens", max_batch_tokens),
+            ("draft_tokens", draft_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 2 <= max_seq_len <= limit:
             raise ValueError(f"max_seq_len is {max_seq_len}; it must be from 2 to {limit}, the model's limit")
-        weight = model.embed_tokens.weight
-        cache = KVCache(model.config, max_batch_size, max_seq_len, weight.dtype, weight.device)
         self.tokenizer = tokenizer
         self.config = model.config
         self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
         own_eos = {tokenizer.eos_id} if tokenizer is not None else set()
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
-        self._runner = Runner(model, cache)
-        self._scheduler = Scheduler(max_batch_size, PREFILL_TOKENS)
+
+        per_block = block_bytes(model.config, BLOCK_SIZE, weight.dtype)
+        per_block += proposer.block_bytes(BLOCK_SIZE) if proposer else 0
+        blocks = count_blocks(
+            per_block, BLOCK_SIZE, max_batch_size, max_seq_len, weight.device, kv_cache_memory_bytes
+        )
+        runner = Runner(model, make_cache(model.config, blocks, weight.dtype, weight.device))
+        if proposer is not None:
+            proposer.reserve(blocks)
+        pool = BlockPool(blocks, BLOCK_SIZE, caching=enable_prefix_caching)
+        self._scheduler = Scheduler(pool, max_batch_size, max_batch_tokens)
         self._lock = threading.Lock()  # held over the scheduler and the counters, never during a forward pass
+        self._core = Core(self._scheduler, runner, self._lock, proposer, draft_tokens)
+        self._kv_cache_bytes, self._weight_bytes = blocks * per_block, weight_bytes(model)
         self._seeds = random.Random(seed)
         self._requests = itertools.count()
-        self._submitted = self._prompt_tokens = self._generated_tokens = 0
+        self._submitted = 0
 
     @classmethod
     def from_pretrained(
@@ -112,18 +131,21 @@ class Engine:
         ref: str | Path,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        *,
+        quantization: str | None = None,
         **options: Any,
     ) -> Self:
         """An engine for what `ref` stands for: a directory, `models:/name/version` or `models:/name@alias`.
 
-        `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `options` are those of the
-        constructor. Raises ValueError for a checkpoint that cannot be read.
+        `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
+        rounds the weights of matrix products as they are loaded; `options` are those of the constructor. Raises
+        ValueError for a checkpoint that cannot be read.
         """
         directory = resolve(ref)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
         options.setdefault("eos_ids", _eos_ids(directory))
-        return cls(model, tokenizer, **options)
+        return cls(prepare(model, quantization), tokenizer, **options)
 
     def generate(
         self, prompts: str | Iterable[Prompt], params: SamplingParams | None = None
@@ -138,22 +160,24 @@ class Engine:
                 "the engine has other requests in progress; wait for them, or use submit and step"
             )
         params = params or SamplingParams()
-        encoded = [self.encode(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]
-        ids: list[int] = []
-        merged: dict[tuple[int, int], Delta] = {}
+        given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = [self.encode(prompt) for prompt in given]
+        for ids in encoded:
+            self._check(ids, params)
+        ids_of: list[int] = []
+        deltas: defaultdict[tuple[int, int], list[Delta]] = defaultdict(list)
         try:
             for prompt in encoded:
-                ids.append(self.submit(prompt, params))
+                ids_of.append(self.submit(prompt, params))
             while self.has_work:
                 for delta in self.step():
-                    key = (delta.request_id, delta.index)
-                    merged[key] = merged[key] + delta if key in merged else delta
+                    deltas[delta.request_id, delta.index].append(delta)
         finally:  # an error, or the user's interrupt, leaves nothing behind
-            for request_id in ids:
+            for request_id in ids_of:
                 self.abort(request_id)
         return [
-            _completion(merged[request_id, index], prompt)
-            for request_id, prompt in zip(ids, encoded, strict=True)
+            _completion(deltas[request_id, index], prompt)
+            for request_id, prompt in zip(ids_of, encoded, strict=True)
             for index in range(params.n)
         ]
 
@@ -183,14 +207,17 @@ class Engine:
         with self._lock:
             request_id = next(self._requests)
             seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+            leader: Candidate | None = None
             for index in range(params.n):
                 text = TextOutput(self.tokenizer.stream() if self.tokenizer else None, params.stop_strings)
-                self._scheduler.add(Candidate(request_id, index, ids, params, seed, text, self.eos_ids))
+                candidate = Candidate(request_id, index, ids, params, seed, text, self.eos_ids, leader)
+                leader = leader or candidate
+                self._scheduler.add(candidate)
             self._submitted += 1
         return request_id
 
     def abort(self, request_id: int) -> None:
-        """Drop a request; its slots are free for the next step. One that is finished or unknown is no error."""
+        """Drop a request; its blocks are free for the next step. One that is finished or unknown is no error."""
         with self._lock:
             self._scheduler.abort(request_id)
 
@@ -198,60 +225,37 @@ class Engine:
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
         with self._lock:
-            return bool(self._scheduler.waiting or self._scheduler.running)
+            return self._scheduler.has_work
 
     @property
     def stats(self) -> EngineStats:
-        """A snapshot of the counters."""
+        """A snapshot."""
         with self._lock:
+            scheduler, pool = self._scheduler, self._scheduler.pool
             return EngineStats(
-                running=len(self._scheduler.running),
-                waiting=len(self._scheduler.waiting),
+                running=len(scheduler.running),
+                waiting=scheduler.num_waiting,
                 requests=self._submitted,
-                prompt_tokens=self._prompt_tokens,
-                generated_tokens=self._generated_tokens,
+                **self._core.counts,
+                preemptions=scheduler.preemptions,
+                evictions=pool.evictions,
+                blocks=pool.num_blocks - 1,
+                blocks_in_use=pool.in_use,
+                block_size=pool.block_size,
                 max_batch_size=self.max_batch_size,
-                kv_cache_bytes=self._runner.cache.nbytes,
+                kv_cache_bytes=self._kv_cache_bytes,
+                weight_bytes=self._weight_bytes,
+                last_step=self._core.last_step,
             )
 
-    @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """Take in what fits of the waiting prompts and give every running sequence one token.
+        """Compute what fits of the waiting prompts and give every sequence that is past its prompt a token.
 
-        Returns one delta for each sequence that got a token; none where there is nothing to do.
+        Returns one delta for each sequence that got a token or failed; none where there is nothing to do, or where
+        all that was computed is the middle of prompts. A step that runs out of memory is tried again with less; a
+        sequence that cannot be computed fails, and the others go on.
         """
-        with self._lock:
-            running = sorted(self._scheduler.running.items())
-            admitted = [(s.slot, s) for s in self._scheduler.admit() if s.slot is not None]
-        logits = []
-        if admitted:
-            logits.append(
-                self._runner.prefill([slot for slot, _ in admitted], [s.prompt for _, s in admitted])
-            )
-        if running:
-            slots, sequences = zip(*running, strict=True)
-            tokens = [s.output[-1] for s in sequences]
-            positions = [len(s.prompt) + len(s.output) - 1 for s in sequences]
-            logits.append(self._runner.decode(slots, tokens, positions))
-        if not logits:
-            return []
-        batch = admitted + running
-        samples = sample(torch.cat(logits), [s for _, s in batch])
-
-        deltas = []
-        with self._lock:
-            self._prompt_tokens += sum(len(s.prompt) for _, s in admitted)
-            for (slot, sequence), outcome in zip(batch, samples, strict=True):
-                if outcome.token_id is None:
-                    self._runner.cache.clear(slot)
-                if sequence.slot is None:  # aborted while the model ran
-                    continue
-                delta = sequence.append(outcome)
-                self._generated_tokens += len(delta.token_ids)
-                if delta.finish_reason is not None:
-                    self._scheduler.release(sequence)
-                deltas.append(delta)
-        return deltas
+        return self._core.step()
 
     def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
         vocab_size = self.config.vocab_size
@@ -278,10 +282,19 @@ class Engine:
             raise ValueError("stop strings need a tokenizer, and this model has none")
 
 
-def _completion(delta: Delta, prompt: list[int]) -> Completion:
-    if delta.finish_reason is None or delta.error is not None:
-        raise GenerationError(delta.error or "the request was aborted")
-    return Completion(delta.text, delta.token_ids, delta.finish_reason, delta.logprobs, prompt)
+def _completion(deltas: list[Delta], prompt: list[int]) -> Completion:
+    whole = Delta.joined(deltas) if deltas else None
+    if whole is None or whole.finish_reason is None or whole.error is not None:
+        raise GenerationError(whole.error if whole and whole.error else "the request was aborted")
+    return Completion(
+        whole.text,
+        whole.token_ids,
+        whole.finish_reason,
+        whole.logprobs,
+        prompt,
+        whole.prompt_logprobs,
+        whole.stats,
+    )
 
 
 def _eos_ids(directory: Path) -> list[int]:

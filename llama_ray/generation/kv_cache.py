@@ -1,108 +1,147 @@
-"""Keys and values of the sequences that run, and how queries look at them."""
+"""Keys and values in blocks, how queries look at them, and how many blocks there are to be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
 
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from llama_ray.generation.batch import StepBatch
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.layers import Attend, causal_attention
+from llama_ray.model.layers import Attend
 
-# Attention reads so many positions more than it must, at most: on CPU a matrix product of a size not seen before
-# costs 1 to 4 ms of preparation in bf16, and each decoding step would bring one.
-_LENGTH_STEP = 64
+GPU_MEMORY_SHARE = 0.9
+CPU_CACHE_BYTES = 4 * 2**30
+_CPU_SHARE = 0.5  # of the memory that is free, at most
 
 
-class KVCache:
-    """One contiguous row ("slot") of `max_seq_len` positions for each sequence that can run at once.
+class KVCache(Protocol):
+    """The blocks of one model on one device. Block 0 belongs to nobody."""
 
-    Per layer, keys and values are each [slots, num_kv_heads, max_seq_len, head_dim] in the model's dtype. Raises
-    ValueError where that is more than the memory that is free.
-    """
+    block_size: int
+
+    def attend(self, batch: StepBatch) -> Attend:
+        """Attention for one step: new keys and values go to their slots, then each query looks at its context."""
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the keys and values of a block, in all layers."""
+
+
+class TorchCache:
+    """A cache in plain torch, for any device. Keys and values of a layer: [blocks, block_size, kv_heads, head_dim]."""
 
     def __init__(
         self,
         config: LlamaConfig,
-        slots: int,
-        max_seq_len: int,
+        num_blocks: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        block_size: int = 32,
     ) -> None:
-        shape = (slots, config.num_kv_heads, max_seq_len, config.head_dim)
-        self.nbytes = 2 * config.num_layers * math.prod(shape) * dtype.itemsize
-        self.max_seq_len = max_seq_len
-        free = free_bytes(torch.device(device))
-        if self.nbytes > free:
-            raise ValueError(
-                f"the KV cache of max_batch_size {slots} x max_seq_len {max_seq_len} takes {_gib(self.nbytes)}, but "
-                f"{_gib(free)} of memory are free on {device}; lower one of them"
-            )
-        # Zeros, because masked positions still enter a product with weight 0, and 0 x NaN is NaN. On CPU they
-        # cost nothing until written: the system hands out zeroed pages when they are first touched.
-        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.block_size = block_size
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        # Zeros cost nothing on a CPU until written: the system hands out pages when they are first touched.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
 
-    def prefill(self, slots: Sequence[int], lengths: Sequence[int]) -> Attend:
-        """Attention for whole prompts laid end to end in one row: tokens [1, sum(lengths)].
-
-        Each prompt attends to itself alone, causally, and its keys and values go to its slot.
-        """
+    def attend(self, batch: StepBatch) -> Attend:
+        """See `KVCache`. Prompts one by one; sequences with one query each together."""
+        spans = list(pairwise(batch.query_start.tolist()))
+        contexts = batch.context_len.tolist()
+        single = all(end - start == 1 for start, end in spans)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.keys[layer].flatten(0, 1)[batch.slots] = key[0].transpose(0, 1)
+            self.values[layer].flatten(0, 1)[batch.slots] = value[0].transpose(0, 1)
+            if single:
+                return self._decode(layer, query, batch)
             out = torch.empty_like(query)
-            start = 0
-            for slot, length in zip(slots, lengths, strict=True):
-                span = slice(start, start + length)
-                q, k, v = query[:, :, span], key[:, :, span], value[:, :, span]
-                self._keys[layer][slot, :, :length] = k[0]
-                self._values[layer][slot, :, :length] = v[0]
-                out[:, :, span] = causal_attention(layer, q, k, v)
-                start += length
+            for s, ((start, end), context) in enumerate(zip(spans, contexts, strict=True)):
+                out[:, :, start:end] = self._extend(
+                    layer, query[:, :, start:end], batch.block_table[s], context
+                )
             return out
 
         return attend
 
-    def decode(self, slots: Sequence[int], positions: Sequence[int]) -> Attend:
-        """Attention for one new token of each sequence: tokens [len(slots), 1], in ascending order of slots.
+    def copy_block(self, source: int, target: int) -> None:
+        """See `KVCache`."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target] = tensor[source]
 
-        The token at `positions[i]` is written to its slot and attends to positions 0 .. positions[i] there. Two
-        matrix products rather than torch's fused attention: as fast for fp32 and 2 to 5 times as fast for bf16 on
-        CPU. They read the cache in place, so they run over all slots up to the last one in use; the rows of slots
-        that are free in between are computed in vain and dropped.
-        """
-        device = self._keys[0].device
-        rows = slots[-1] + 1
-        dense = rows == len(slots)
-        length = min(-(-(max(positions) + 1) // _LENGTH_STEP) * _LENGTH_STEP, self.max_seq_len)
-        slot = torch.tensor(slots, device=device)
-        position = torch.tensor(positions, device=device)
-        last = torch.zeros(rows, dtype=torch.int64, device=device).index_copy(0, slot, position)
-        hidden = torch.arange(length, device=device) > last[:, None]
-        mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -math.inf)[:, None, None]
+    def _extend(self, layer: int, query: Tensor, table: Tensor, context: int) -> Tensor:
+        """The last queries [1, heads, n, head_dim] of one sequence of `context` tokens."""
+        blocks = table[: -(-context // self.block_size)].long()
+        keys, values = (
+            t[blocks].flatten(0, 1)[:context].transpose(0, 1)[None]
+            for t in (self.keys[layer], self.values[layer])
+        )
+        queries, grouped = query.shape[2], query.shape[1] != keys.shape[1]
+        if queries == context:
+            return F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=grouped)
+        mask = torch.ones(queries, context, dtype=torch.bool, device=query.device).tril(context - queries)
+        return F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=grouped)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self._keys[layer], self._values[layer]
-            keys[slot, :, position] = key[:, :, 0]
-            values[slot, :, position] = value[:, :, 0]
-            # The query heads that share a key-value head become the rows of one product: [rows, kv_heads, group, D].
-            q = query.view(len(slots), key.shape[1], -1, query.shape[-1])
-            if not dense:
-                q = q.new_zeros(rows, *q.shape[1:]).index_copy(0, slot, q)
-            scores = (q @ keys[:rows, :, :length].transpose(-1, -2)).float() * query.shape[-1] ** -0.5
-            weights = (scores + mask).softmax(-1).to(q.dtype)
-            out: Tensor = weights @ values[:rows, :, :length]
-            return (out if dense else out[slot]).view_as(query)
+    def _decode(self, layer: int, query: Tensor, batch: StepBatch) -> Tensor:
+        """One query of each sequence: [1, heads, sequences, head_dim]."""
+        table = batch.block_table.long()
+        keys, values = (t[table].flatten(1, 2) for t in (self.keys[layer], self.values[layer]))
+        sequences, length, kv_heads, dim = keys.shape
+        beyond = torch.arange(length, device=query.device) >= batch.context_len[:, None]
+        # What lies beyond the context is somebody else's, and 0 x NaN would still be NaN.
+        values = values.masked_fill(beyond[:, :, None, None], 0)
+        q = query[0].transpose(0, 1).reshape(sequences, kv_heads, -1, dim)
+        scores = (q @ keys.permute(0, 2, 3, 1)).float() * dim**-0.5
+        weights = scores.masked_fill(beyond[:, None, None], -math.inf).softmax(-1).to(q.dtype)
+        return (weights @ values.transpose(1, 2)).view(sequences, -1, dim).transpose(0, 1)[None]
 
-        return attend
 
-    def clear(self, slot: int) -> None:
-        """Make a slot's content zeros; needed after NaN or infinity got into it."""
-        for tensor in (*self._keys, *self._values):
-            tensor[slot] = 0
+def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Keys and values of a block in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+
+
+def count_blocks(
+    bytes_per_block: int,
+    block_size: int,
+    max_batch_size: int,
+    max_seq_len: int,
+    device: torch.device,
+    memory_bytes: int | None,
+) -> int:
+    """How many blocks to make, the scratch block included.
+
+    `memory_bytes` None takes what is free of 90% of a GPU's memory, and on a CPU up to 4 GiB or half of what is free;
+    never more than `max_batch_size` sequences of `max_seq_len` tokens could fill. Raises ValueError where one such
+    sequence would not fit.
+    """
+    per_sequence = -(-max_seq_len // block_size)
+    free = free_bytes(device)
+    if memory_bytes is not None:
+        room = memory_bytes
+        if room > free:
+            raise ValueError(
+                f"kv_cache_memory_bytes is {_gib(room)}, but {_gib(free)} of memory are free on {device}; lower it"
+            )
+    elif device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        room = free - int((1 - GPU_MEMORY_SHARE) * total)
+    else:
+        room = min(CPU_CACHE_BYTES, int(_CPU_SHARE * free))
+    blocks = min(room // bytes_per_block, 1 + max_batch_size * per_sequence)
+    if blocks < 1 + per_sequence:
+        needed = (1 + per_sequence) * bytes_per_block
+        raise ValueError(
+            f"a sequence of max_seq_len {max_seq_len} takes {_gib(needed)} of KV cache, and there is room for "
+            f"{_gib(max(room, 0))}; lower max_seq_len"
+            + ("" if memory_bytes is None else ", or raise kv_cache_memory_bytes")
+        )
+    return blocks
 
 
 def free_bytes(device: torch.device) -> int:
@@ -113,4 +152,4 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
+    return f"{nbytes / 2**30:.3g} GiB"

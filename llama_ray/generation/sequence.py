@@ -1,7 +1,8 @@
-"""One candidate completion on its way: its tokens, its text, and when it ends."""
+"""One candidate completion on its way: its tokens, its text, its blocks, and when it ends."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Literal
 
 from llama_ray.generation.sampler import Sample
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
+from llama_ray.generation.stats import RequestStats
 from llama_ray.generation.text import TextOutput
 
 FinishReason = Literal["stop", "length", "error"]
@@ -21,8 +23,9 @@ class Delta:
     `text` may be empty although there are tokens: bytes of a character, or the beginning of a stop string, wait for
     what follows. All texts of a candidate together are its completion's text. `token_ids` include an end-of-text
     token and those of a stop string, though the text does not. `logprobs` has an entry for each token, or is
-    None where the request did not ask. `finish_reason` is set on the last delta of the candidate: "stop"
-    (end-of-text token or stop string), "length" (`max_tokens`), or "error" with the cause in `error`.
+    None where the request did not ask; `prompt_logprobs`, for each prompt token but the first, comes with the first
+    delta. `finish_reason` is set on the last delta of the candidate, with its `stats`: "stop" (end-of-text token or
+    stop string), "length" (`max_tokens`), or "error" with the cause in `error`.
     """
 
     request_id: int
@@ -32,25 +35,40 @@ class Delta:
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
     error: str | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    stats: RequestStats | None = None
+
+    @classmethod
+    def joined(cls, deltas: Ids[Delta]) -> Delta:
+        """Deltas of one candidate, in order, as one."""
+        first, last = deltas[0], deltas[-1]
+        logprobs = None if first.logprobs is None else [p for d in deltas for p in d.logprobs or ()]
+        return cls(
+            first.request_id,
+            first.index,
+            "".join([d.text for d in deltas]),
+            [t for d in deltas for t in d.token_ids],
+            logprobs,
+            last.finish_reason,
+            last.error,
+            first.prompt_logprobs,
+            last.stats,
+        )
 
     def __add__(self, later: Delta) -> Delta:
         """Both deltas of one candidate as one."""
-        logprobs = None
-        if self.logprobs is not None or later.logprobs is not None:
-            logprobs = (self.logprobs or []) + (later.logprobs or [])
-        return Delta(
-            self.request_id,
-            self.index,
-            self.text + later.text,
-            self.token_ids + later.token_ids,
-            logprobs,
-            later.finish_reason,
-            later.error,
-        )
+        return Delta.joined((self, later))
 
 
 class Sequence:
-    """The state of one candidate. `slot` is the cache row it holds while it runs."""
+    """The state of one candidate.
+
+    `tokens` are those of prompt and output; keys and values of the first `computed` of them are in `blocks`. A
+    candidate with a `leader` starts where that one's prompt has been computed, if it can.
+    """
+
+    draft: Ids[int] = ()
+    """Tokens assumed after the output; see `sampler.Row`. A sequence itself assumes none."""
 
     def __init__(
         self,
@@ -61,42 +79,95 @@ class Sequence:
         seed: int,
         text: TextOutput,
         eos_ids: Collection[int],
+        leader: Sequence | None = None,
     ) -> None:
         self.request_id, self.index = request_id, index
-        self.prompt, self.output = prompt, list[int]()
+        self.prompt, self.output = list(prompt), list[int]()
+        self.tokens = list(prompt)
         self.params, self.seed = params, seed
-        self.slot: int | None = None
+        self.leader, self.followers = leader, list[Sequence]()
+        self.arrival = 0
+        self.running = False
+        self.blocks: list[int] = []
+        self.digests: list[bytes] = []  # of the blocks that are full, as far as they were published
+        self.computed = self.reused = self.draft_computed = 0
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.stats = RequestStats(arrived=time.monotonic(), prompt_tokens=len(prompt))
         self._text = text
         self._eos_ids = () if params.ignore_eos else eos_ids
 
-    def append(self, sample: Sample) -> Delta:
-        """Take the token that was sampled. Where none could be, the sequence ends with an error."""
-        if sample.token_id is None:
-            return self._delta("", [], None, "error", _NOT_FINITE)
-        token = sample.token_id
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def tokens_left(self) -> int:
+        """How many more it may generate."""
+        return self.params.max_tokens - len(self.output)
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether blocks that others computed will do: reports on the prompt need all of its logits."""
+        return self.params.prompt_logprobs is None or bool(self.output)
+
+    def append(self, samples: Ids[Sample]) -> Delta:
+        """Take the tokens that were sampled, in order, as far as the sequence goes on.
+
+        Where one could not be sampled it ends with an error.
+        """
+        texts: list[str] = []
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob] | None = None if self.params.logprobs is None else []
+        finish: FinishReason | None = None
+        for sample in samples:
+            if sample.token_id is None:
+                return self._delta("".join(texts), token_ids, logprobs, "error", NOT_FINITE)
+            text, finish = self._take(sample.token_id)
+            texts.append(text)
+            token_ids.append(sample.token_id)
+            if logprobs is not None and sample.logprob is not None:
+                logprobs.append(sample.logprob)
+            if finish is not None:
+                break
+        return self._delta("".join(texts), token_ids, logprobs, finish)
+
+    def fail(self, reason: str) -> Delta:
+        """End with an error."""
+        return self._delta("", [], [] if self.params.logprobs is not None else None, "error", reason)
+
+    def _take(self, token: int) -> tuple[str, FinishReason | None]:
         self.output.append(token)
+        self.tokens.append(token)
         at_eos = token in self._eos_ids
         text, stopped = ("", False) if at_eos else self._text.push(token)
         done = at_eos or len(self.output) >= self.params.max_tokens
         if done and not stopped:
             rest, stopped = self._text.finish()
             text += rest
-        finish: FinishReason | None = "stop" if at_eos or stopped else "length" if done else None
-        return self._delta(text, [token], sample.logprob, finish)
+        return text, "stop" if at_eos or stopped else "length" if done else None
 
     def _delta(
         self,
         text: str,
         token_ids: list[int],
-        logprob: TokenLogprob | None,
+        logprobs: list[TokenLogprob] | None,
         finish: FinishReason | None,
         error: str | None = None,
     ) -> Delta:
-        logprobs = None if logprob is None else [logprob]
-        return Delta(self.request_id, self.index, text, token_ids, logprobs, finish, error)
+        now = time.monotonic()
+        self.stats.count(len(token_ids), now)
+        if finish is not None:
+            self.stats.finished = now
+            self.stats.reused_tokens = self.reused
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs or None, []
+        stats = self.stats if finish is not None else None
+        return Delta(
+            self.request_id, self.index, text, token_ids, logprobs, finish, error, prompt_logprobs, stats
+        )
 
 
-_NOT_FINITE = (
+NOT_FINITE = (
     "the model's logits are not finite (its numbers overflowed or its weights hold NaN); "
     "try dtype bfloat16 or float32"
 )

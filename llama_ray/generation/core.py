@@ -1,0 +1,182 @@
+"""One step of the engine, from the schedule to the new tokens; and what becomes of a step that fails."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence as Many
+
+import torch
+
+from llama_ray.generation.runner import Runner, StepLogits
+from llama_ray.generation.sampler import Row, Sample, sample
+from llama_ray.generation.scheduler import Chunk, Plan, Scheduler
+from llama_ray.generation.sequence import Delta, Sequence
+from llama_ray.generation.speculation import DraftRow, Proposer, accepted
+from llama_ray.generation.stats import StepStats
+
+_log = logging.getLogger(__name__)
+
+COUNTS = (
+    "steps", "prompt_tokens", "reused_tokens", "generated_tokens", "draft_tokens", "accepted_tokens"
+)  # fmt: skip
+
+Computed = tuple[Plan, StepLogits, list[Sample]]
+
+
+class Core:
+    """Runs the scheduler's plans. `lock` is held whenever scheduler or sequences change, never while computing."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        lock: threading.Lock,
+        proposer: Proposer | None,
+        draft_tokens: int,
+    ) -> None:
+        self._scheduler, self._runner, self._lock = scheduler, runner, lock
+        self._proposer, self._draft_tokens = proposer, draft_tokens if proposer else 0
+        self.counts = Counter(dict.fromkeys(COUNTS, 0))
+        self.last_step: StepStats | None = None
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """See `Engine.step`."""
+        start = time.monotonic()
+        while True:
+            with self._lock:
+                plan = self._scheduler.schedule(self._draft_tokens)
+                for chunk in plan.chunks:
+                    for sequence in (chunk.sequence, *chunk.forks):
+                        if sequence.stats.started is None:
+                            sequence.stats.started = start
+                            self.counts["reused_tokens"] += min(sequence.reused, len(sequence.prompt))
+            if not plan.chunks:
+                return []
+            failed: list[tuple[Sequence, str]] = []
+            try:
+                done = [self._compute(plan)]
+            except Exception as e:
+                with self._lock:
+                    self._scheduler.undo(plan)
+                    smaller = _out_of_memory(e) and self._scheduler.shrink()
+                if smaller:
+                    _log.warning("a step ran out of memory and is tried with less: %s", _first_line(e))
+                    _release_memory()
+                    continue
+                done, failed = self._compute_each(plan)
+            with self._lock:
+                before = self.counts.copy()
+                deltas = [delta for computed in done for delta in self._apply(*computed)]
+                for sequence, reason in failed:
+                    if self._scheduler.knows(sequence):
+                        self._scheduler.finish(sequence)
+                        deltas.append(sequence.fail(reason))
+                self._scheduler.succeeded()
+                self.counts["steps"] += 1
+                self.last_step = self._stats(before, len(plan.chunks), time.monotonic() - start)
+            return deltas
+
+    def _compute(self, plan: Plan) -> Computed:
+        if self._proposer is not None:
+            self._proposer.propose(plan)
+        logits = self._runner.run(plan)
+        rows: list[Row] = []
+        for chunk in plan.chunks:
+            if chunk.complete:
+                rows += (chunk.sequence, *chunk.forks)
+                rows += [DraftRow(chunk.sequence, chunk.draft[:n]) for n in range(1, len(chunk.draft) + 1)]
+        return plan, logits, sample(logits.next, rows) if rows else []
+
+    def _compute_each(self, plan: Plan) -> tuple[list[Computed], list[tuple[Sequence, str]]]:
+        """A step failed: each of its sequences alone, so that whichever is the cause fails alone."""
+        done, failed = [], []
+        for chunk in plan.chunks:
+            try:
+                done.append(self._compute(Plan([Chunk(chunk.sequence, chunk.length)])))
+            except Exception as e:
+                _log.exception("request %d fails", chunk.sequence.request_id)
+                failed.append((chunk.sequence, f"{type(e).__name__}: {_first_line(e)}"))
+        return done, failed
+
+    def _apply(self, plan: Plan, logits: StepLogits, samples: Many[Sample]) -> list[Delta]:
+        """Give the sequences what was computed for them; those aborted meanwhile get nothing."""
+        deltas: list[Delta] = []
+        remaining = iter(samples)
+        for chunk in plan.chunks:
+            sequence, complete = chunk.sequence, chunk.complete
+            computed = sequence.computed + chunk.length
+            prompt_tokens = min(chunk.length, len(sequence.prompt) - sequence.computed)
+            self.counts["prompt_tokens"] += max(prompt_tokens, 0)
+            if not complete:
+                self._advance(sequence, computed)
+                continue
+            first = next(remaining)
+            forks = [(fork, next(remaining)) for fork in chunk.forks]
+            taken = accepted(chunk.draft, [first, *itertools.islice(remaining, len(chunk.draft))])
+            self.counts["draft_tokens"] += len(chunk.draft)
+            self.counts["accepted_tokens"] += len(taken) - 1
+            self._give(sequence, computed, taken, deltas)
+            for fork, own in forks:
+                self._give(fork, computed, [own], deltas)
+        return deltas
+
+    def _give(self, sequence: Sequence, computed: int, samples: Many[Sample], deltas: list[Delta]) -> None:
+        if not self._scheduler.knows(sequence):
+            return
+        try:
+            delta = sequence.append(samples)
+        except Exception as e:  # text that cannot be made of its tokens, or a grammar that refuses them
+            _log.exception("request %d fails", sequence.request_id)
+            delta = sequence.fail(f"{type(e).__name__}: {_first_line(e)}")
+        self.counts["generated_tokens"] += len(delta.token_ids)
+        if delta.error is None:
+            # The last token was sampled, not computed.
+            self._advance(sequence, computed + len(delta.token_ids) - 1)
+        if delta.finish_reason is not None:
+            self._scheduler.finish(sequence)
+        deltas.append(delta)
+
+    def _advance(self, sequence: Sequence, computed: int) -> None:
+        """Keys and values of the first `computed` tokens are there: let others find the blocks that are full."""
+        if not self._scheduler.knows(sequence):
+            return
+        sequence.computed = computed
+        pool, digests = self._scheduler.pool, sequence.digests
+        size = pool.block_size
+        while (end := (len(digests) + 1) * size) <= computed:
+            parent = digests[-1] if digests else b""
+            digests.append(
+                pool.publish(sequence.blocks[len(digests)], parent, sequence.tokens[end - size : end])
+            )
+
+    def _stats(self, before: Counter[str], sequences: int, seconds: float) -> StepStats:
+        now = self.counts - before
+        return StepStats(
+            seconds=seconds,
+            sequences=sequences,
+            prompt_tokens=now["prompt_tokens"],
+            generated_tokens=now["generated_tokens"],
+            draft_tokens=now["draft_tokens"],
+            accepted_tokens=now["accepted_tokens"],
+        )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch has no exception of its own for the CPU's allocator.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

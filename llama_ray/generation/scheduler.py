@@ -239,7 +239,7 @@ class Scheduler:
     def _draft_room(self, sequence: Sequence, tokens: int, plan: Plan) -> int:
         """Room for guesses, as far as it costs nobody else a block."""
         tokens = min(tokens, sequence.tokens_left - 1)
-        if tokens <= 0:
+        if tokens <= 0 or sequence.followers:  # they will share its last block
             return 0
         return max(self._grow(sequence, 1 + tokens, plan, preempting=False) - 1, 0)
 
@@ -252,7 +252,7 @@ class Scheduler:
         chunk.forks, leader.followers = leader.followers[:free], leader.followers[free:]
         for fork in chunk.forks:
             fork.blocks, fork.digests = list(leader.blocks), list(leader.digests)
-            fork.reused = leader.computed + chunk.length
+            fork.computed = fork.reused = leader.computed + chunk.length
             self.pool.share(fork.blocks)
             self._seat(fork)
         self._queue_followers(leader)

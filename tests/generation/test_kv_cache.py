@@ -3,74 +3,99 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_ray.generation.kv_cache import KVCache
+from llama_ray.generation.kv_cache import TorchCache, block_bytes, count_blocks
 from llama_ray.generation.runner import Runner
+from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.scheduler import Chunk, Plan
+from llama_ray.generation.sequence import Sequence
+from llama_ray.generation.text import TextOutput
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
+SIZE = 8
+CPU = torch.device("cpu")
 
-def make(model: Llama, slots: int) -> Runner:
-    weight = model.embed_tokens.weight
-    return Runner(model, KVCache(model.config, slots, model.config.max_seq_len, weight.dtype, weight.device))
+
+def placed(tokens: list[int], blocks: list[int]) -> Sequence:
+    s = Sequence(0, 0, tokens, SamplingParams(max_tokens=1), 0, TextOutput(None, ()), ())
+    s.blocks = blocks
+    return s
+
+
+def run(runner: Runner, work: list[tuple[Sequence, int]]) -> torch.Tensor:
+    """Compute so many tokens of each; the logits of those that are complete."""
+    chunks = [Chunk(s, n) for s, n in work]
+    logits = runner.run(Plan(chunks)).next
+    for s, n in work:
+        s.computed += n
+    return logits
+
+
+def make(model: Llama, dtype: torch.dtype = torch.float32) -> Runner:
+    cache = TorchCache(model.config, 40, dtype, "cpu", SIZE)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(torch.nan)  # what nobody wrote must not be looked at
+    return Runner(model, cache)
 
 
 @torch.no_grad()
-def test_cached_logits_are_those_of_the_whole_sequence(model: Llama) -> None:
-    """Prompts of different lengths in slots that are not neighbours, then decoding across a length step of 64."""
+def test_logits_are_those_of_the_whole_sequence_however_it_is_cut(model: Llama) -> None:
+    """Chunks of all sizes beside sequences that generate, in blocks all over the cache."""
     generator = torch.Generator().manual_seed(0)
-    vocab_size = model.config.vocab_size
-    texts = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (90, 75, 3)]
-    starts, slots = (60, 70, 1), (1, 4, 5)
-    runner = make(model, slots=6)
-    whole = [model(torch.tensor([t]))[0] for t in texts]
-
-    # The order of a prefill is free; slot 2 belongs to somebody who left.
-    runner.prefill([2], [[1, 2, 3]])
-    first = runner.prefill(slots[::-1], [t[:s] for t, s in zip(texts, starts, strict=True)][::-1])
-    torch.testing.assert_close(
-        first, torch.stack([w[s - 1] for w, s in zip(whole, starts, strict=True)][::-1]), atol=1e-4, rtol=1e-4
-    )
-    for step in range(30):
-        active = [i for i in range(3) if starts[i] + step < len(texts[i])]
-        positions = [starts[i] + step for i in active]
-        tokens = [texts[i][p] for i, p in zip(active, positions, strict=True)]
-        logits = runner.decode([slots[i] for i in active], tokens, positions)
-        expected = torch.stack([whole[i][p] for i, p in zip(active, positions, strict=True)])
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    texts = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in (50, 33, 9)]
+    whole = [model(torch.tensor([t]))[0, -1] for t in texts]
+    order = (1 + torch.randperm(39, generator=generator)).tolist()
+    sequences = []
+    for text in texts:
+        sequences.append(placed(text, [order.pop() for _ in range(-(-len(text) // SIZE))]))
+    runner = make(model)
+    a, b, c = sequences
+    assert len(run(runner, [(a, 20), (b, 3)])) == 0
+    [got_c] = run(runner, [(a, 29), (b, 29), (c, 9)])
+    got_a, got_b = run(runner, [(a, 1), (b, 1)])
+    torch.testing.assert_close(torch.stack([got_a, got_b, got_c]), torch.stack(whole), atol=1e-4, rtol=1e-4)
 
 
-def test_bfloat16_decodes_close_to_its_own_whole_forward() -> None:
+@torch.no_grad()
+def test_a_copied_block_is_the_same_and_stays_when_the_first_is_written_to(model: Llama) -> None:
+    runner = make(model)
+    expected = run(runner, [(first := placed([1, 2, 3, 4], [5]), 4)])
+    again = placed([1, 2, 3, 4], [9])
+    again.computed = 3
+    runner.cache.copy_block(5, 9)
+    run(runner, [(placed([7] * 8, [5]), 8)])
+    torch.testing.assert_close(run(runner, [(again, 1)]), expected)
+    assert first.computed == 4
+
+
+@torch.no_grad()
+def test_bfloat16_is_close_to_its_own_whole_forward() -> None:
     config = LlamaConfig(
         vocab_size=100, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=1, intermediate_size=96
     )
     model = Llama(config, seed=0, dtype=torch.bfloat16)
     tokens = list(range(40))
-    runner = make(model, slots=2)
-    runner.prefill([0], [tokens[:30]])
-    for position in range(30, 40):
-        logits = runner.decode([0], [tokens[position]], [position])
-    with torch.no_grad():
-        expected = model(torch.tensor([tokens]))[0, -1:]
-    torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.02)
+    runner = make(model, torch.bfloat16)
+    s = placed(tokens, [3, 1, 4, 2, 5])
+    run(runner, [(s, 30)])
+    for _ in range(9):
+        run(runner, [(s, 1)])
+    torch.testing.assert_close(
+        run(runner, [(s, 1)]), model(torch.tensor([tokens]))[0, -1:], atol=0.02, rtol=0.02
+    )
 
 
-def test_a_cleared_slot_carries_no_nan_into_its_next_sequence(model: Llama) -> None:
-    runner = make(model, slots=1)
-    expected = (runner.prefill([0], [[5, 6]]), runner.decode([0], [7], [2]))
-    for tensor in (*runner.cache._keys, *runner.cache._values):
-        tensor.fill_(torch.nan)
-    runner.cache.clear(0)
-    assert runner.prefill([0], [[5, 6]]).equal(expected[0])
-    assert runner.decode([0], [7], [2]).equal(expected[1])
-
-
-def test_a_cache_beyond_memory_is_refused_with_its_size() -> None:
-    config = LlamaConfig.preset("llama-7b", max_seq_len=1_000_000)
-    with pytest.raises(ValueError, match=r"max_batch_size 2 x max_seq_len 1000000 takes 976\.6 GiB"):
-        KVCache(config, 2, 1_000_000, torch.bfloat16, "cpu")
-
-
-def test_reported_bytes_are_those_of_the_tensors() -> None:
+def test_bytes_of_a_block_are_those_of_its_tensors() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=12, num_layers=3, num_heads=3, intermediate_size=8)
-    cache = KVCache(config, 5, 11, torch.float32, "cpu")
-    assert cache.nbytes == 3 * 2 * (5 * 3 * 11 * 4) * 4
+    cache = TorchCache(config, 5, torch.float32, "cpu", SIZE)
+    total = sum(t.nbytes for t in (*cache.keys, *cache.values))
+    assert total == 5 * block_bytes(config, SIZE, torch.float32)
+
+
+def test_as_many_blocks_as_the_memory_holds_and_no_more_than_can_be_filled() -> None:
+    assert count_blocks(1000, 32, 4, 100, CPU, 10_000) == 10
+    assert count_blocks(1000, 32, 4, 100, CPU, 10_000_000) == 1 + 4 * 4
+    with pytest.raises(ValueError, match=r"max_seq_len 100 takes .* lower max_seq_len, or raise kv_cache"):
+        count_blocks(1000, 32, 4, 100, CPU, 4_999)
+    with pytest.raises(ValueError, match=r"kv_cache_memory_bytes is 9.09e\+08 GiB, but .* are free on cpu"):
+        count_blocks(1000, 32, 4, 100, CPU, 10**18 - 24 * 10**15)

@@ -19,7 +19,9 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.backend import BLOCK_SIZE, make_cache, prepare, weight_bytes
 from llama_ray.generation.blocks import BlockPool
 from llama_ray.generation.core import Core
+from llama_ray.generation.draft_model import DraftModel
 from llama_ray.generation.kv_cache import block_bytes, count_blocks
+from llama_ray.generation.prompt_lookup import PromptLookup
 from llama_ray.generation.runner import Runner
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.scheduler import Scheduler
@@ -109,7 +111,9 @@ class Engine:
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
 
         per_block = block_bytes(model.config, BLOCK_SIZE, weight.dtype)
-        per_block += proposer.block_bytes(BLOCK_SIZE) if proposer else 0
+        if proposer is not None:
+            proposer.check(model.config.vocab_size, max_seq_len)
+            per_block += proposer.block_bytes(BLOCK_SIZE)
         blocks = count_blocks(
             per_block, BLOCK_SIZE, max_batch_size, max_seq_len, weight.device, kv_cache_memory_bytes
         )
@@ -133,18 +137,25 @@ class Engine:
         device: torch.device | str | None = None,
         *,
         quantization: str | None = None,
+        draft_model: str | Path | None = None,
+        prompt_lookup: bool = False,
         **options: Any,
     ) -> Self:
         """An engine for what `ref` stands for: a directory, `models:/name/version` or `models:/name@alias`.
 
         `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
-        rounds the weights of matrix products as they are loaded; `options` are those of the constructor. Raises
-        ValueError for a checkpoint that cannot be read.
+        rounds the weights of matrix products as they are loaded; `draft_model`, or what the text said before, guesses
+        tokens ahead; `options` are those of the constructor. Raises ValueError for a checkpoint that cannot be read.
         """
         directory = resolve(ref)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
         options.setdefault("eos_ids", _eos_ids(directory))
+        if draft_model is not None:
+            draft, _ = load_pretrained(draft_model, dtype=dtype, device=device)
+            options["proposer"] = DraftModel(prepare(draft, quantization))
+        elif prompt_lookup:
+            options["proposer"] = PromptLookup()
         return cls(prepare(model, quantization), tokenizer, **options)
 
     def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,17 @@ from llama_ray.generation.kv_cache import KVCache
 from llama_ray.generation.scheduler import Chunk, Plan
 from llama_ray.generation.sequence import Sequence
 from llama_ray.model.llama import Llama
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of one sequence to compute, from position `start` on, in its `blocks`."""
+
+    start: int
+    tokens: list[int]
+    blocks: list[int]
+    rows: list[int]
+    """Which of the tokens to give logits for, counted from 0; one may be named several times."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,9 @@ class Runner:
         """Copy the blocks that the plan says, then compute its chunks."""
         for source, target in plan.copies:
             self.cache.copy_block(source, target)
+        spans = [_span(chunk) for chunk in plan.chunks]
         rows, reported = _reported(plan.chunks)
-        logits = self.forward(self.batch(plan.chunks, rows))
+        logits = self.forward(self.batch(spans, rows))
         split = len(logits) - len(reported)
         return StepLogits(logits[:split], logits[split:], reported)
 
@@ -52,50 +65,47 @@ class Runner:
         hidden = self.model.hidden(batch.tokens[None], batch.positions, self.cache.attend(batch))
         return self.model.head(hidden[0, batch.logit_rows])
 
-    def batch(self, chunks: list[Chunk], reported: list[int]) -> StepBatch:
-        """The tokens of all chunks, end to end."""
+    def batch(self, spans: list[Span], more_rows: Ids[int] = ()) -> StepBatch:
+        """All spans, end to end; logits for the rows of each, in order, and for `more_rows` of the whole."""
+        size = self.cache.block_size
         tokens: list[int] = []
         rows: list[int] = []
-        starts, lengths, contexts, widths = [], [], [], []
-        for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.computed
-            tokens += (
-                sequence.tokens[start : start + chunk.length]
-                if chunk.length > 1
-                else (sequence.tokens[start],)
-            )
-            last = len(tokens) - 1
-            if chunk.complete:
-                rows += [last] * (1 + len(chunk.forks))
-                tokens += chunk.draft
-                rows += range(last + 1, len(tokens))
-            length = chunk.length + len(chunk.draft)
-            starts.append(start)
-            lengths.append(length)
-            contexts.append(start + length)
-            widths.append(-(-(start + length) // self.cache.block_size))
-        table = np.zeros((len(chunks), max(widths)), dtype=np.int32)
-        for row, chunk, width in zip(table, chunks, widths, strict=True):
-            row[:width] = chunk.sequence.blocks[:width]
-        query_start = np.zeros(len(chunks) + 1, dtype=np.int32)
+        for span in spans:
+            rows += [len(tokens) + row for row in span.rows]
+            tokens += span.tokens
+        starts = np.array([span.start for span in spans])
+        lengths = np.array([len(span.tokens) for span in spans])
+        contexts = starts + lengths
+        widths = -(-contexts // size)
+        table = np.zeros((len(spans), widths.max()), dtype=np.int32)
+        for row, span, width in zip(table, spans, widths.tolist(), strict=True):
+            row[:width] = span.blocks[:width]
+        query_start = np.zeros(len(spans) + 1, dtype=np.int32)
         np.cumsum(lengths, out=query_start[1:])
-        within = np.arange(len(tokens)) - np.repeat(query_start[:-1], lengths)
-        positions = within + np.repeat(np.array(starts), lengths)
-        blocks = table[np.repeat(np.arange(len(chunks)), lengths), positions // self.cache.block_size]
-        slots = blocks.astype(np.int64) * self.cache.block_size + positions % self.cache.block_size
+        owner = np.repeat(np.arange(len(spans)), lengths)
+        positions = np.arange(len(tokens)) + (starts - query_start[:-1])[owner]
+        slots = table[owner, positions // size].astype(np.int64) * size + positions % size
         return StepBatch(
             tokens=self._put(np.array(tokens, dtype=np.int64)),
             positions=self._put(positions),
             slots=self._put(slots),
             query_start=self._put(query_start),
-            context_len=self._put(np.array(contexts, dtype=np.int32)),
+            context_len=self._put(contexts.astype(np.int32)),
             block_table=self._put(table),
-            logit_rows=self._put(np.array(rows + reported, dtype=np.int64)),
+            logit_rows=self._put(np.array([*rows, *more_rows], dtype=np.int64)),
         )
 
     def _put(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+
+def _span(chunk: Chunk) -> Span:
+    sequence = chunk.sequence
+    start, length = sequence.computed, chunk.length
+    rows = [length - 1] * (1 + len(chunk.forks)) if chunk.complete else []
+    rows += range(length, length + len(chunk.draft))
+    return Span(start, [*sequence.tokens[start : start + length], *chunk.draft], sequence.blocks, rows)
 
 
 def _reported(chunks: list[Chunk]) -> tuple[list[int], list[tuple[Sequence, int]]]:

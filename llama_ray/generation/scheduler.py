@@ -51,7 +51,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, seats: int, token_budget: int) -> None:
         self.pool, self.seats, self.token_budget = pool, seats, token_budget
-        self._budget, self._calm_steps = token_budget, 0
+        self._seats, self._budget, self._calm_steps = seats, token_budget, 0
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()  # by arrival
         self.running: list[Sequence] = []  # in the order of arrival
         self.preemptions = 0
@@ -140,17 +140,20 @@ class Scheduler:
         if self._budget > self.pool.block_size:
             self._budget //= 2
             return True
-        victims = self.running[(len(self.running) + 1) // 2 :]
-        for sequence in reversed(victims):
+        if len(self.running) <= 1:
+            return False
+        self._seats = (len(self.running) + 1) // 2
+        for sequence in self.running[: self._seats - 1 : -1]:
             self._preempt(sequence, Plan())
-        return bool(victims)
+        return True
 
     def succeeded(self) -> None:
         """A step went well; after some such, `shrink` is taken back."""
-        if self._budget < self.token_budget:
+        if self._budget < self.token_budget or self._seats < self.seats:
             self._calm_steps += 1
             if self._calm_steps >= _CALM_STEPS:
-                self._budget, self._calm_steps = min(self._budget * 2, self.token_budget), 0
+                self._budget = min(self._budget * 2, self.token_budget)
+                self._seats, self._calm_steps = min(self._seats * 2, self.seats), 0
 
     def _take_prompts(self, plan: Plan, budget: int) -> None:
         begun = [s for s in self.running if s.remaining > 1]
@@ -167,7 +170,7 @@ class Scheduler:
 
     def _next_admissible(self) -> bool:
         """Whether a seat, and blocks for all of its tokens, are free for the first in the queue."""
-        if not self.waiting or len(self.running) >= self.seats:
+        if not self.waiting or len(self.running) >= self._seats:
             return False
         sequence = next(iter(self.waiting.values()))
         blocks, digests = self.pool.match(sequence.tokens) if sequence.may_reuse else ([], [])
@@ -248,7 +251,7 @@ class Scheduler:
         leader = chunk.sequence
         if not leader.followers or not chunk.complete:
             return
-        free = self.seats - len(self.running)
+        free = max(self._seats - len(self.running), 0)
         chunk.forks, leader.followers = leader.followers[:free], leader.followers[free:]
         for fork in chunk.forks:
             fork.blocks, fork.digests = list(leader.blocks), list(leader.digests)

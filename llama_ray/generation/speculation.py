@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 from llama_ray.generation.sampler import Sample
 from llama_ray.generation.sampling import SamplingParams
@@ -23,6 +22,9 @@ class Proposer(Protocol):
 
     def propose(self, plan: Plan) -> None:
         """Fill `draft` of the chunks that have `draft_room`, with at most so many tokens."""
+
+    def check(self, vocab_size: int, max_seq_len: int) -> None:
+        """Raise ValueError where it cannot guess for a model of this vocabulary and length."""
 
     def block_bytes(self, block_size: int) -> int:
         """What it wants beside each block of the cache."""
@@ -72,53 +74,3 @@ def accepted(draft: Many[int], samples: Many[Sample]) -> list[Sample]:
             break
         taken.append(following)
     return taken
-
-
-class PromptLookup:
-    """Guesses that what followed the last few tokens before will follow them again (Saxena 2023, prompt lookup).
-
-    The longest of the last `longest` to `shortest` tokens that occurred before counts, where it did so last.
-    """
-
-    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
-        if not 1 <= shortest <= longest:
-            raise ValueError(
-                f"shortest is {shortest} and longest is {longest}; 1 <= shortest <= longest must hold"
-            )
-        self._widths = range(longest, shortest - 1, -1)
-        self._seen: WeakKeyDictionary[Sequence, _Seen] = WeakKeyDictionary()
-
-    def propose(self, plan: Plan) -> None:
-        """See `Proposer`."""
-        for chunk in plan.chunks:
-            if chunk.draft_room:
-                chunk.draft = self._continuation(chunk.sequence, chunk.draft_room)
-
-    def block_bytes(self, block_size: int) -> int:
-        """See `Proposer`."""
-        return 0
-
-    def reserve(self, num_blocks: int) -> None:
-        """See `Proposer`."""
-
-    def _continuation(self, sequence: Sequence, room: int) -> list[int]:
-        tokens = sequence.tokens
-        seen = self._seen.setdefault(sequence, _Seen())
-        for end in range(seen.length, len(tokens)):
-            for width in self._widths:
-                if width <= end:
-                    seen.ends[tuple(tokens[end - width : end])] = end
-        seen.length = len(tokens)
-        for width in self._widths:
-            end = seen.ends.get(tuple(tokens[-width:]))
-            if end is not None:
-                return tokens[end : end + room]
-        return []
-
-
-class _Seen:
-    """Where each n-gram of a sequence ended last, for those among its first `length` tokens that something follows."""
-
-    def __init__(self) -> None:
-        self.length = 1
-        self.ends: dict[tuple[int, ...], int] = {}

@@ -97,9 +97,7 @@ def test_blocks_add_up_whatever_comes_and_goes(many: list[list[int]], data: st.D
     held: list[list[int]] = []
     for prompt in many:
         blocks, digests = pool.match(prompt)
-        assert [content[b] for b in blocks] == [
-            prompt[i * SIZE : (i + 1) * SIZE] for i in range(len(blocks))
-        ]
+        assert [content[b] for b in blocks] == [prompt[i * SIZE : (i + 1) * SIZE] for i in range(len(blocks))]
         pool.share(blocks)
         while len(blocks) * SIZE < len(prompt):
             block = pool.allocate()

@@ -15,9 +15,10 @@ from typing import Any, Self
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.constraints import Grammars
 from llama_ray.generation.kv_cache import KVCache
 from llama_ray.generation.runner import Runner
-from llama_ray.generation.sampler import sample
+from llama_ray.generation.sampler import Sampler
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.scheduler import Scheduler
 from llama_ray.generation.sequence import Delta, FinishReason
@@ -100,6 +101,8 @@ class Engine:
         own_eos = {tokenizer.eos_id} if tokenizer is not None else set()
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
         self._runner = Runner(model, cache)
+        self._sampler = Sampler()
+        self._grammars = Grammars(tokenizer, model.config.vocab_size, self.eos_ids)
         self._scheduler = Scheduler(max_batch_size, PREFILL_TOKENS)
         self._lock = threading.Lock()  # held over the scheduler and the counters, never during a forward pass
         self._seeds = random.Random(seed)
@@ -180,12 +183,16 @@ class Engine:
         params = params or SamplingParams()
         ids = self.encode(prompt)
         self._check(ids, params)
+        constraints = [self._grammars.constraint(params) for _ in range(params.n)]
         with self._lock:
             request_id = next(self._requests)
             seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-            for index in range(params.n):
-                text = TextOutput(self.tokenizer.stream() if self.tokenizer else None, params.stop_strings)
-                self._scheduler.add(Candidate(request_id, index, ids, params, seed, text, self.eos_ids))
+            for index, constraint in enumerate(constraints):
+                stream = self.tokenizer.stream() if self.tokenizer else None
+                text = TextOutput(stream, params.stop_strings, params.min_tokens)
+                self._scheduler.add(
+                    Candidate(request_id, index, ids, params, seed, text, self.eos_ids, constraint)
+                )
             self._submitted += 1
         return request_id
 
@@ -236,7 +243,7 @@ class Engine:
         if not logits:
             return []
         batch = admitted + running
-        samples = sample(torch.cat(logits), [s for _, s in batch])
+        samples = self._sampler.sample(torch.cat(logits), [s for _, s in batch])
 
         deltas = []
         with self._lock:
@@ -259,7 +266,8 @@ class Engine:
             raise ValueError(
                 "the prompt is empty and the model has no token to begin with; give at least one token"
             )
-        outside = next((t for t in (*ids, *(params.logit_bias or ())) if not 0 <= t < vocab_size), None)
+        named = (*ids, *(params.logit_bias or ()), *params.stop_token_ids)
+        outside = next((t for t in named if not 0 <= t < vocab_size), None)
         if outside is not None:
             raise ValueError(
                 f"token id {outside} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
@@ -274,6 +282,8 @@ class Engine:
                 f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed max_seq_len "
                 f"{self.max_seq_len}; set max_tokens to at most {self.max_seq_len - len(ids)} or shorten the prompt"
             )
+        if params.prompt_logprobs is not None:
+            raise ValueError(f"prompt_logprobs is {params.prompt_logprobs}; this engine does not report them")
         if params.stop_strings and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from typing import Literal
 
-from llama_ray.generation.sampler import Sample
+from llama_ray.generation.constraints import Constraint
+from llama_ray.generation.penalties import TokenCounts
+from llama_ray.generation.sampler import NOT_FINITE, Sample
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.text import TextOutput
 
@@ -22,7 +24,8 @@ class Delta:
     what follows. All texts of a candidate together are its completion's text. `token_ids` include an end-of-text
     token and those of a stop string, though the text does not. `logprobs` has an entry for each token, or is
     None where the request did not ask. `finish_reason` is set on the last delta of the candidate: "stop"
-    (end-of-text token or stop string), "length" (`max_tokens`), or "error" with the cause in `error`.
+    (end-of-text or stop token, stop string, or the end of what `regex` or `json_schema` allow), "length"
+    (`max_tokens`), or "error" with the cause in `error`.
     """
 
     request_id: int
@@ -61,27 +64,36 @@ class Sequence:
         seed: int,
         text: TextOutput,
         eos_ids: Collection[int],
+        constraint: Constraint | None = None,
     ) -> None:
         self.request_id, self.index = request_id, index
         self.prompt, self.output = prompt, list[int]()
         self.params, self.seed = params, seed
         self.slot: int | None = None
+        self.draft: Ids[int] = ()
+        self.end_ids = frozenset([*(() if params.ignore_eos else eos_ids), *params.stop_token_ids])
+        self.counts = TokenCounts.of(params, prompt)
+        self.constraint = constraint
         self._text = text
-        self._eos_ids = () if params.ignore_eos else eos_ids
 
     def append(self, sample: Sample) -> Delta:
         """Take the token that was sampled. Where none could be, the sequence ends with an error."""
         if sample.token_id is None:
-            return self._delta("", [], None, "error", _NOT_FINITE)
+            return self._delta("", [], None, "error", sample.error or NOT_FINITE)
         token = sample.token_id
         self.output.append(token)
-        at_eos = token in self._eos_ids
-        text, stopped = ("", False) if at_eos else self._text.push(token)
-        done = at_eos or len(self.output) >= self.params.max_tokens
+        if self.counts is not None:
+            self.counts.push(token)
+        at_end = token in self.end_ids
+        text, stopped = ("", False) if at_end else self._text.push(token)
+        if self.constraint is not None and not at_end:
+            self.constraint.push(token)
+            at_end = self.constraint.finished and self.constraint.error is None
+        done = at_end or len(self.output) >= self.params.max_tokens
         if done and not stopped:
             rest, stopped = self._text.finish()
             text += rest
-        finish: FinishReason | None = "stop" if at_eos or stopped else "length" if done else None
+        finish: FinishReason | None = "stop" if at_end or stopped else "length" if done else None
         return self._delta(text, [token], sample.logprob, finish)
 
     def _delta(
@@ -94,9 +106,3 @@ class Sequence:
     ) -> Delta:
         logprobs = None if logprob is None else [logprob]
         return Delta(self.request_id, self.index, text, token_ids, logprobs, finish, error)
-
-
-_NOT_FINITE = (
-    "the model's logits are not finite (its numbers overflowed or its weights hold NaN); "
-    "try dtype bfloat16 or float32"
-)

@@ -140,6 +140,11 @@ class Tokenizer:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
 
+    def to_json(self) -> str:
+        """What :meth:`save` writes to ``tokenizer.json``, for other libraries that read it."""
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of ``text``, between bos and eos where asked.
 

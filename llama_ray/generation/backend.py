@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llama_ray.generation.kv_cache import KVCache, TorchCache
+from llama_ray.generation.sampler import Sampler
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
@@ -15,6 +16,11 @@ BLOCK_SIZE = 32
 def make_cache(config: LlamaConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     """An empty cache of so many blocks."""
     return TorchCache(config, num_blocks, dtype, device, BLOCK_SIZE)
+
+
+def make_sampler(device: torch.device) -> Sampler:
+    """A sampler for logits on `device`."""
+    return Sampler()
 
 
 def prepare(model: Llama, quantization: str | None) -> Llama:

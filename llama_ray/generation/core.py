@@ -12,11 +12,12 @@ from collections.abc import Sequence as Many
 
 import torch
 
+from llama_ray.generation.logprobs import token_logprobs
 from llama_ray.generation.runner import Runner, StepLogits
-from llama_ray.generation.sampler import Row, Sample, sample
+from llama_ray.generation.sampler import Ahead, Row, Sample, Sampler
 from llama_ray.generation.scheduler import Chunk, Plan, Scheduler
 from llama_ray.generation.sequence import Delta, Sequence
-from llama_ray.generation.speculation import DraftRow, Proposer, accepted
+from llama_ray.generation.speculation import Proposer, accepted
 from llama_ray.generation.stats import StepStats
 
 _log = logging.getLogger(__name__)
@@ -35,11 +36,12 @@ class Core:
         self,
         scheduler: Scheduler,
         runner: Runner,
+        sampler: Sampler,
         lock: threading.Lock,
         proposer: Proposer | None,
         draft_tokens: int,
     ) -> None:
-        self._scheduler, self._runner, self._lock = scheduler, runner, lock
+        self._scheduler, self._runner, self._sampler, self._lock = scheduler, runner, sampler, lock
         self._proposer, self._draft_tokens = proposer, draft_tokens if proposer else 0
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
         self.last_step: StepStats | None = None
@@ -90,8 +92,8 @@ class Core:
         for chunk in plan.chunks:
             if chunk.complete:
                 rows += (chunk.sequence, *chunk.forks)
-                rows += [DraftRow(chunk.sequence, chunk.draft[:n]) for n in range(1, len(chunk.draft) + 1)]
-        return plan, logits, sample(logits.next, rows) if rows else []
+                rows += [Ahead(chunk.sequence, chunk.draft[:n]) for n in range(1, len(chunk.draft) + 1)]
+        return plan, logits, self._sampler.sample(logits.next, rows) if rows else []
 
     def _compute_each(self, plan: Plan) -> tuple[list[Computed], list[tuple[Sequence, str]]]:
         """A step failed: each of its sequences alone, so that whichever is the cause fails alone."""
@@ -107,6 +109,8 @@ class Core:
     def _apply(self, plan: Plan, logits: StepLogits, samples: Many[Sample]) -> list[Delta]:
         """Give the sequences what was computed for them; those aborted meanwhile get nothing."""
         deltas: list[Delta] = []
+        if logits.reported:
+            self._report_prompts(logits)
         remaining = iter(samples)
         for chunk in plan.chunks:
             sequence, complete = chunk.sequence, chunk.complete
@@ -125,6 +129,13 @@ class Core:
             for fork, own in forks:
                 self._give(fork, computed, [own], deltas)
         return deltas
+
+    def _report_prompts(self, logits: StepLogits) -> None:
+        tokens = [sequence.prompt[position] for sequence, position in logits.reported]
+        numbers = [sequence.params.prompt_logprobs or 0 for sequence, _ in logits.reported]
+        reports = token_logprobs(logits.prompt, tokens, numbers)
+        for (sequence, _), report in zip(logits.reported, reports, strict=True):
+            sequence.prompt_logprobs.append(report)
 
     def _give(self, sequence: Sequence, computed: int, samples: Many[Sample], deltas: list[Delta]) -> None:
         if not self._scheduler.knows(sequence):

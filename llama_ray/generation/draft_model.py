@@ -6,13 +6,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from llama_ray.generation.backend import make_cache
+from llama_ray.generation.backend import make_cache, make_sampler
 from llama_ray.generation.kv_cache import block_bytes
 from llama_ray.generation.runner import Runner, Span
-from llama_ray.generation.sampler import sample
+from llama_ray.generation.sampler import Ahead
 from llama_ray.generation.scheduler import Chunk, Plan
 from llama_ray.generation.sequence import Sequence
-from llama_ray.generation.speculation import DraftRow
 from llama_ray.model.llama import Llama
 
 _CATCH_UP_TOKENS = 256
@@ -28,6 +27,7 @@ class DraftModel:
     def __init__(self, model: Llama) -> None:
         self.model = model
         self._runner: Runner | None = None
+        self._sampler = make_sampler(model.embed_tokens.weight.device)
         self._guessed: WeakKeyDictionary[Sequence, tuple[int, list[int]]] = WeakKeyDictionary()
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
@@ -65,7 +65,7 @@ class DraftModel:
         while guessing:
             spans = [self._span(c) for c in guessing]
             logits = self._runner.forward(self._runner.batch(spans))
-            samples = sample(logits, [DraftRow(c.sequence, c.draft) for c in guessing])
+            samples = self._sampler.sample(logits, [Ahead(c.sequence, list(c.draft)) for c in guessing])
             for chunk, span, one in zip(guessing, spans, samples, strict=True):
                 chunk.sequence.draft_computed = span.start + len(span.tokens)
                 if one.token_id is not None:

@@ -16,8 +16,9 @@ from typing import Any, Self
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import BLOCK_SIZE, make_cache, prepare, weight_bytes
+from llama_ray.generation.backend import BLOCK_SIZE, make_cache, make_sampler, prepare, weight_bytes
 from llama_ray.generation.blocks import BlockPool
+from llama_ray.generation.constraints import Grammars
 from llama_ray.generation.core import Core
 from llama_ray.generation.draft_model import DraftModel
 from llama_ray.generation.kv_cache import block_bytes, count_blocks
@@ -123,8 +124,11 @@ class Engine:
         pool = BlockPool(blocks, BLOCK_SIZE, caching=enable_prefix_caching)
         self._scheduler = Scheduler(pool, max_batch_size, max_batch_tokens)
         self._lock = threading.Lock()  # held over the scheduler and the counters, never during a forward pass
-        self._core = Core(self._scheduler, runner, self._lock, proposer, draft_tokens)
+        self._core = Core(
+            self._scheduler, runner, make_sampler(weight.device), self._lock, proposer, draft_tokens
+        )
         self._kv_cache_bytes, self._weight_bytes = blocks * per_block, weight_bytes(model)
+        self._grammars = Grammars(tokenizer, model.config.vocab_size, self.eos_ids)
         self._seeds = random.Random(seed)
         self._requests = itertools.count()
         self._submitted = 0
@@ -215,13 +219,17 @@ class Engine:
         params = params or SamplingParams()
         ids = self.encode(prompt)
         self._check(ids, params)
+        constraints = [self._grammars.constraint(params) for _ in range(params.n)]
         with self._lock:
             request_id = next(self._requests)
             seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
             leader: Candidate | None = None
-            for index in range(params.n):
-                text = TextOutput(self.tokenizer.stream() if self.tokenizer else None, params.stop_strings)
-                candidate = Candidate(request_id, index, ids, params, seed, text, self.eos_ids, leader)
+            for index, constraint in enumerate(constraints):
+                stream = self.tokenizer.stream() if self.tokenizer else None
+                text = TextOutput(stream, params.stop_strings, params.min_tokens)
+                candidate = Candidate(
+                    request_id, index, ids, params, seed, text, self.eos_ids, constraint, leader
+                )
                 leader = leader or candidate
                 self._scheduler.add(candidate)
             self._submitted += 1
@@ -274,7 +282,8 @@ class Engine:
             raise ValueError(
                 "the prompt is empty and the model has no token to begin with; give at least one token"
             )
-        outside = next((t for t in (*ids, *(params.logit_bias or ())) if not 0 <= t < vocab_size), None)
+        named = (*ids, *(params.logit_bias or ()), *params.stop_token_ids)
+        outside = next((t for t in named if not 0 <= t < vocab_size), None)
         if outside is not None:
             raise ValueError(
                 f"token id {outside} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"

@@ -21,9 +21,18 @@ def uniforms(
     Flood 2014, "Fast splittable pseudorandom number generators") whose start is hashed from seed and candidate.
     Seeds are taken modulo 2^64.
     """
+    return uniforms_from(starts(seeds, candidates), positions)
+
+
+def starts(seeds: Sequence[int], candidates: Sequence[int]) -> NDArray[np.uint64]:
+    """The start of each row's stream, uint64 [rows]: the part of `uniforms` that no position changes."""
     state = _mix(np.array([s & _MASK for s in seeds], dtype=np.uint64) + _GAMMA)
-    state = _mix(state + _GAMMA * np.array(candidates, dtype=np.uint64))
-    bits = _mix(state + _GAMMA * np.array(positions, dtype=np.uint64))
+    return _mix(state + _GAMMA * np.array(candidates, dtype=np.uint64))
+
+
+def uniforms_from(start: NDArray[np.uint64], positions: Sequence[int]) -> NDArray[np.float32]:
+    """`uniforms`, from what `starts` made of seeds and candidates."""
+    bits = _mix(start + _GAMMA * np.array(positions, dtype=np.uint64))
     # 24 bits are all that an fp32 below 1 holds exactly; more would round up to 1.
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 

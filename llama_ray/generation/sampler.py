@@ -1,34 +1,43 @@
-"""Logits and each request's parameters -> one token a row.
+"""Logits and each request's parameters -> one token a row, for the whole batch on the logits' device.
 
 The order of operations: log-probabilities are read off the raw logits; then repetition penalty, presence and
-frequency penalty, logit bias, temperature, top-k, top-p over what top-k kept, min-p, and one draw from what is left.
+frequency penalty, logit bias, tokens that are not allowed, temperature, top-k, top-p over what top-k kept, min-p, and
+one draw from what is left, at a number that `noise` makes from seed and position.
 
-A row's token depends on its own logits, parameters, seed and position only. So every reduction below runs along the
-vocabulary, over a width that the row itself decides, and the draw inverts the cumulative distribution in the order
-of the vocabulary at a number that `noise` makes from seed and position.
+A row's token depends on its own logits, parameters, seed and position only; `draw` says what that takes.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llama_ray.generation.noise import uniforms
+from llama_ray.generation.candidates import TopCandidates, torch_top_candidates
+from llama_ray.generation.constraints import Constraint, Masks, set_forbidden
+from llama_ray.generation.draw import Filters, argmax, candidates_needed, draw_filtered, draw_from_all
+from llama_ray.generation.logprobs import token_logprobs
+from llama_ray.generation.noise import starts, uniforms_from
+from llama_ray.generation.penalties import Penalties, TokenCounts
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 
-_LEAST_WIDTH = 64
-# A nucleus rarely holds more tokens than this, and finding so many is several times cheaper than sorting them all.
-_NUCLEUS_WIDTH = 1024
+NOT_FINITE = (
+    "the model's logits are not finite (its numbers overflowed or its weights hold NaN); "
+    "try dtype bfloat16 or float32"
+)
+_FAILED, _AGAIN = -1, -2
 
 
 class Row(Protocol):
-    """What the sampler reads of a sequence. `seed` is drawn already where the request named none."""
+    """A place that a token is sampled for: after prompt, output and `draft`, which is empty but for `Ahead`.
+
+    `seed` is drawn already where the request named none. `end_ids` are the tokens that end the sequence. `counts`
+    and `constraint` know all of the output and nothing of the draft; None where the parameters need none.
+    """
 
     @property
     def params(self) -> SamplingParams: ...  # noqa: D102
@@ -37,147 +46,227 @@ class Row(Protocol):
     @property
     def output(self) -> Sequence[int]: ...  # noqa: D102
     @property
+    def draft(self) -> Sequence[int]: ...  # noqa: D102
+    @property
     def seed(self) -> int: ...  # noqa: D102
     @property
     def index(self) -> int: ...  # noqa: D102
+    @property
+    def end_ids(self) -> Collection[int]: ...  # noqa: D102
+    @property
+    def counts(self) -> TokenCounts | None: ...  # noqa: D102
+    @property
+    def constraint(self) -> Constraint | None: ...  # noqa: D102
+
+
+class Ahead:
+    """A row for the place that `row` comes to if its next tokens are `draft`.
+
+    It draws what `row` will draw once it is there, so that guessed tokens change no output (Leviathan et al. 2023,
+    arXiv:2211.17192, without their correction step: a guess is kept where it is the token drawn).
+    """
+
+    def __init__(self, row: Row, draft: Sequence[int]) -> None:
+        self.params, self.seed, self.index = row.params, row.seed, row.index
+        self.prompt, self.output, self.draft = row.prompt, row.output, draft
+        self.end_ids, self.counts, self.constraint = row.end_ids, row.counts, row.constraint
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row's outcome; `token_id` is None where the logits held NaN or infinity, so that nothing can be drawn."""
+    """One row's outcome; where nothing could be drawn `token_id` is None and `error` says why."""
 
     token_id: int | None
     logprob: TokenLogprob | None
+    error: str | None = None
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
-    """Logits [rows, vocab_size] of any dtype, which are left as they are -> one outcome for each row."""
-    raw = logits.float()
-    adjusted = raw
-    for i, row in enumerate(rows):
-        if changes_logits(row.params):
-            adjusted = adjusted.clone() if adjusted is raw else adjusted
-            adjust(adjusted[i], row)
+class Sampler:
+    """Samples batch after batch. What follows from the batch's parameters is kept while its rows are the same.
 
-    tokens = adjusted.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if drawn:
-        picked = adjusted if len(drawn) == len(rows) else adjusted[drawn]
-        tokens[drawn] = _draw(picked, [rows[i] for i in drawn])
-
-    # amax carries NaN through, so it is finite exactly where the row has neither NaN nor +inf nor only -inf.
-    finite = raw.amax(-1).isfinite().tolist()
-    chosen = [token if ok else None for token, ok in zip(tokens.tolist(), finite, strict=True)]
-    logprobs = _logprobs(raw, chosen, rows)
-    return [Sample(token, logprobs.get(i)) for i, token in enumerate(chosen)]
-
-
-def changes_logits(params: SamplingParams) -> bool:
-    """Whether a penalty or a bias is in force."""
-    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-    return bool(penalties or params.logit_bias)
-
-
-def adjust(logits: Tensor, row: Row) -> None:
-    """Apply penalties and bias to one row's fp32 logits [vocab_size], in place; see `SamplingParams`."""
-    params, device = row.params, logits.device
-    if params.repetition_penalty != 1:
-        seen = torch.unique(torch.tensor([*row.prompt, *row.output], device=device))
-        values = logits[seen]
-        factor = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / factor, values * factor)
-    if (params.presence_penalty or params.frequency_penalty) and row.output:
-        seen, count = torch.unique(torch.tensor(row.output, device=device), return_counts=True)
-        logits[seen] -= params.presence_penalty + params.frequency_penalty * count
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-
-
-def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Temperature, top-k, top-p and min-p: fp32 [rows, vocab_size] -> the same, with -inf for what is filtered out.
-
-    Each row is shifted so that its largest logit is 0, which changes no probability and keeps small temperatures
-    from overflowing. Temperatures must be above 0. Every filter amounts to a least logit; tokens that are exactly
-    as likely as the last one kept are kept too, as none of them has a better claim.
+    Used by one thread at a time. `top_candidates` may be any function that keeps to the contract of that type.
     """
-    temperature = _column([p.temperature for p in params], logits).clamp_min(torch.finfo(torch.float32).tiny)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if any(p.top_k or p.top_p < 1 for p in params):
-        least = _least_kept(logits, params)
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if any(p.min_p for p in params):
-        share = _column([p.min_p for p in params], logits)
-        logits = logits.masked_fill(logits < share.log(), -math.inf)  # log(0) is -inf: off
-    return logits
+
+    def __init__(self, top_candidates: TopCandidates = torch_top_candidates) -> None:
+        self._top_candidates = top_candidates
+        self._masks = Masks()
+        self._plan: _Plan | None = None
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
+        """Logits [rows, vocab_size] of any dtype, which are lost -> one outcome for each row."""
+        logits = logits.float().contiguous()
+        if self._plan is None or not self._plan.fits(logits, rows):
+            self._plan = _Plan(logits, rows)
+        plan = self._plan
+        finite = logits.amax(-1).isfinite()  # neither NaN nor +inf anywhere, and not only -inf
+        raw = logits[plan.reported] if plan.reported else None
+        errors = self._adjust(logits, rows, plan)
+        tokens = self._draw(logits, rows, plan)
+        chosen: list[int] = torch.where(finite, tokens, _FAILED).tolist()
+        if _AGAIN in chosen:
+            again = [i for i, token in enumerate(chosen) if token == _AGAIN]
+            for i, token in zip(again, self._draw_again(logits, rows, again), strict=True):
+                chosen[i] = token
+        samples = [
+            Sample(None, None, NOT_FINITE) if token == _FAILED else Sample(token, None) for token in chosen
+        ]
+        for i, error in errors.items():
+            samples[i] = Sample(None, None, error)
+        if raw is not None:
+            self._report(raw, rows, plan.reported, samples)
+        return samples
+
+    def _adjust(self, logits: Tensor, rows: Sequence[Row], plan: _Plan) -> dict[int, str]:
+        """Penalties, bias and what is not allowed, in place -> errors by row."""
+        if plan.penalties is not None:
+            counts = [(rows[i].counts, rows[i].draft) for i in plan.penalised]
+            plan.penalties.apply(logits, [c.after(draft) for c, draft in counts if c is not None])
+        if plan.bias is not None:
+            places, values = plan.bias
+            logits.view(-1)[places] += values
+        if plan.ending:
+            self._forbid_ends(logits, rows, plan)
+        errors = {}
+        if plan.constrained:
+            constraints = [c for i in plan.constrained if (c := rows[i].constraint) is not None]
+            drafts = [rows[i].draft for i in plan.constrained]
+            allowed = self._masks.allowed(constraints, drafts, logits.shape[-1])
+            for i, constraint, bits in zip(plan.constrained, constraints, allowed, strict=True):
+                if _may_not_end(rows[i]):
+                    set_forbidden(bits, rows[i].end_ids)
+                if (error := constraint.error) is not None:
+                    errors[i] = error
+            self._masks.apply(logits, plan.constrained_rows, allowed)
+        return errors
+
+    def _forbid_ends(self, logits: Tensor, rows: Sequence[Row], plan: _Plan) -> None:
+        vocab_size = logits.shape[-1]
+        places = [
+            i * vocab_size + token
+            for i in plan.ending
+            if _may_not_end(rows[i])
+            for token in rows[i].end_ids
+            if token < vocab_size
+        ]
+        if places:
+            logits.view(-1)[torch.tensor(places, device=logits.device)] = -torch.inf
+
+    def _draw(self, logits: Tensor, rows: Sequence[Row], plan: _Plan) -> Tensor:
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        if plan.drawn:
+            positions = [len(row.prompt) + len(row.output) + len(row.draft) for row in rows]
+            noise = torch.from_numpy(uniforms_from(plan.noise, positions)).to(logits.device).double()[:, None]
+        for group in plan.groups:
+            members = group.rows
+            if group.filters is None:
+                found = argmax(logits if members is None else logits[members])
+            else:
+                numbers = noise if members is None else noise[members]
+                if group.width:
+                    some = logits if members is None else logits[members]
+                    found, short = draw_filtered(
+                        some, group.width, group.filters, numbers, self._top_candidates
+                    )
+                    if short is not None:
+                        found = found.masked_fill(short, _AGAIN)
+                else:
+                    found = draw_from_all(logits, members, group.filters, numbers)
+            if members is None:
+                return found
+            tokens[members] = found
+        return tokens
+
+    def _draw_again(self, logits: Tensor, rows: Sequence[Row], again: list[int]) -> list[int]:
+        """Draw from nuclei that hold more tokens than were looked at."""
+        some, vocab_size = [rows[i] for i in again], logits.shape[-1]
+        filters = Filters.of([row.params for row in some], vocab_size, logits.device)
+        start = starts([row.seed for row in some], [row.index for row in some])
+        positions = [len(row.prompt) + len(row.output) + len(row.draft) for row in some]
+        noise = torch.from_numpy(uniforms_from(start, positions)).to(logits.device).double()[:, None]
+        found, _ = draw_filtered(logits[again], vocab_size, filters, noise, self._top_candidates)
+        tokens: list[int] = found.tolist()
+        return tokens
+
+    def _report(self, raw: Tensor, rows: Sequence[Row], reported: list[int], samples: list[Sample]) -> None:
+        """Add log-probabilities, of the raw logits, to the samples that are to have them."""
+        there = [(k, i) for k, i in enumerate(reported) if samples[i].token_id is not None]
+        tokens = [samples[i].token_id or 0 for _, i in there]
+        numbers = [rows[i].params.logprobs or 0 for _, i in there]
+        of = raw[[k for k, _ in there]]
+        for (_, i), report in zip(
+            there, token_logprobs(of, tokens, numbers, self._top_candidates), strict=True
+        ):
+            samples[i] = Sample(report.token_id, report)
 
 
-def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Logits [rows, vocab_size] -> int64 [rows]: the first token whose cumulative mass passes the row's number."""
-    probabilities = filter_logits(logits, [row.params for row in rows]).softmax(-1)
-    # A parallel sum may round so that the running total grows, or falls, where a probability is 0. With those
-    # entries at 0 no such token can be drawn, and the largest total is one of a token that can.
-    mass = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0)
-    noise = uniforms(
-        [row.seed for row in rows],
-        [row.index for row in rows],
-        [len(row.prompt) + len(row.output) for row in rows],
-    )
-    # A number is at most 1 - 2^-24, so its product with the total rounds to less than the total: always a token.
-    at = torch.from_numpy(noise).to(logits.device)[:, None] * mass.amax(-1, keepdim=True)
-    return (mass > at).byte().argmax(-1)  # the first of the largest
+@dataclass(frozen=True)
+class _Group:
+    """Rows that are drawn in one go: all (`rows` None) or those named, from `width` candidates or (0) from all.
+
+    `filters` None means greedy: no draw.
+    """
+
+    rows: Tensor | None
+    width: int
+    filters: Filters | None
 
 
-def _least_kept(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The least logit that top-k and then top-p keep, [rows, 1]; -inf where neither is asked for."""
-    vocab_size = logits.shape[-1]
-    least = logits.new_full((len(params), 1), -math.inf)
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i, p in enumerate(params):
-        if 0 < p.top_k < vocab_size:
-            # A power of two, so that rows with different k share a call, and the row's own, so that they may.
-            groups[max(_LEAST_WIDTH, 1 << (p.top_k - 1).bit_length())].append(i)
-        elif p.top_p < 1:
-            groups[_NUCLEUS_WIDTH].append(i)
-    for width, members in groups.items():
-        least[members] = _least_of_group(logits[members], [params[i] for i in members], width)
-    return least
+class _Plan:
+    """What the parameters of a batch's rows come to; nothing in it depends on tokens or positions."""
+
+    def __init__(self, logits: Tensor, rows: Sequence[Row]) -> None:
+        vocab_size, device = logits.shape[-1], logits.device
+        self._params = params = [row.params for row in rows]
+        self._shape, self._device = logits.shape, device
+        self._streams = [(row.seed, row.index) for row in rows]
+        by_width: dict[int, list[int]] = defaultdict(list)
+        for i, p in enumerate(params):
+            by_width[candidates_needed(p, vocab_size) if p.temperature > 0 else -1].append(i)
+        self.drawn = any(width >= 0 for width in by_width)
+        self.groups = [
+            _Group(
+                torch.tensor(members, device=device) if len(by_width) > 1 else None,
+                width,
+                Filters.of([params[i] for i in members], vocab_size, device) if width >= 0 else None,
+            )
+            for width, members in by_width.items()
+        ]
+        self.noise = starts([row.seed for row in rows], [row.index for row in rows])
+        self.reported = [i for i, p in enumerate(params) if p.logprobs is not None]
+        self.penalised = [i for i, row in enumerate(rows) if row.counts is not None]
+        self.penalties = (
+            Penalties(self.penalised, [params[i] for i in self.penalised], device) if self.penalised else None
+        )
+        self.bias = _bias(params, vocab_size, device)
+        self.constrained = [i for i, row in enumerate(rows) if row.constraint is not None]
+        self.constrained_rows = torch.tensor(self.constrained, dtype=torch.int64, device=device)
+        self.ending = [i for i, row in enumerate(rows) if row.params.min_tokens and row.constraint is None]
+
+    def fits(self, logits: Tensor, rows: Sequence[Row]) -> bool:
+        """Whether this is the plan for `rows`, too: the same requests at the same places."""
+        return (
+            logits.shape == self._shape
+            and logits.device == self._device
+            and all(row.params is p for row, p in zip(rows, self._params, strict=True))
+            and all((row.seed, row.index) == s for row, s in zip(rows, self._streams, strict=True))
+        )
 
 
-def _least_of_group(logits: Tensor, params: Sequence[SamplingParams], width: int) -> Tensor:
-    """As `_least_kept`, for rows that need about the `width` largest logits only."""
-    vocab_size = logits.shape[-1]
-    width = min(width, vocab_size)
-    values = logits.topk(width).values if width < vocab_size else logits.sort(descending=True).values
-    k = _column([p.top_k or vocab_size for p in params], logits).clamp_max(vocab_size)
-    values = values.masked_fill(torch.arange(width, device=logits.device) >= k, -math.inf)
-    total = torch.where(k < vocab_size, values.logsumexp(-1, True), logits.logsumexp(-1, True))
-    mass = (values - total).exp().cumsum(-1)
-    # A token is kept if those before it do not reach p. Mass 1 may be reached early by rounding: 1 means no limit.
-    p = _column([q.top_p if q.top_p < 1 else math.inf for q in params], logits)
-    before = mass.roll(1, -1)
-    before[:, 0] = 0
-    kept = (before < p) & (values > -math.inf)
-    # At least one is kept, except where the logits are NaN; such a row is reported as failed later on.
-    least = values.gather(-1, (kept.sum(-1, keepdim=True) - 1).clamp_min(0))
-    short = (k >= vocab_size) & (mass[:, -1:] < p)
-    if width < vocab_size and bool(short.any()):
-        again = short[:, 0].nonzero()[:, 0].tolist()
-        least[again] = _least_of_group(logits[again], [params[i] for i in again], vocab_size)
-    return least
+def _bias(
+    params: Sequence[SamplingParams], vocab_size: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Where and what to add to the batch's logits, as flat places and values."""
+    pairs = [
+        (i * vocab_size + token, value)
+        for i, p in enumerate(params)
+        for token, value in (p.logit_bias or {}).items()
+    ]
+    if not pairs:
+        return None
+    places, values = zip(*pairs, strict=True)
+    return torch.tensor(places, device=device), torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _logprobs(raw: Tensor, tokens: Sequence[int | None], rows: Sequence[Row]) -> dict[int, TokenLogprob]:
-    """What to report, by row, for the rows that asked."""
-    reports = {}
-    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-        if row.params.logprobs is not None and token is not None:
-            logprobs = raw[i].log_softmax(-1)
-            top = logprobs.topk(min(row.params.logprobs, len(logprobs)))
-            pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            reports[i] = TokenLogprob(token, logprobs[token].item(), pairs)
-    return reports
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+def _may_not_end(row: Row) -> bool:
+    return len(row.output) + len(row.draft) < row.params.min_tokens

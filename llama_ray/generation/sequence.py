@@ -8,7 +8,9 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from typing import Literal
 
-from llama_ray.generation.sampler import Sample
+from llama_ray.generation.constraints import Constraint
+from llama_ray.generation.penalties import TokenCounts
+from llama_ray.generation.sampler import NOT_FINITE, Sample
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.stats import RequestStats
 from llama_ray.generation.text import TextOutput
@@ -24,8 +26,9 @@ class Delta:
     what follows. All texts of a candidate together are its completion's text. `token_ids` include an end-of-text
     token and those of a stop string, though the text does not. `logprobs` has an entry for each token, or is
     None where the request did not ask; `prompt_logprobs`, for each prompt token but the first, comes with the first
-    delta. `finish_reason` is set on the last delta of the candidate, with its `stats`: "stop" (end-of-text token or
-    stop string), "length" (`max_tokens`), or "error" with the cause in `error`.
+    delta. `finish_reason` is set on the last delta of the candidate, with its `stats`: "stop" (end-of-text or stop
+    token, stop string, or the end of what `regex` or `json_schema` allow), "length" (`max_tokens`), or "error" with
+    the cause in `error`.
     """
 
     request_id: int
@@ -68,7 +71,7 @@ class Sequence:
     """
 
     draft: Ids[int] = ()
-    """Tokens assumed after the output; see `sampler.Row`. A sequence itself assumes none."""
+    """See `sampler.Row`: a sequence itself assumes none."""
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class Sequence:
         seed: int,
         text: TextOutput,
         eos_ids: Collection[int],
+        constraint: Constraint | None = None,
         leader: Sequence | None = None,
     ) -> None:
         self.request_id, self.index = request_id, index
@@ -93,8 +97,10 @@ class Sequence:
         self.computed = self.reused = self.draft_computed = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         self.stats = RequestStats(arrived=time.monotonic(), prompt_tokens=len(prompt))
+        self.end_ids = frozenset([*(() if params.ignore_eos else eos_ids), *params.stop_token_ids])
+        self.counts = TokenCounts.of(params, prompt)
+        self.constraint = constraint
         self._text = text
-        self._eos_ids = () if params.ignore_eos else eos_ids
 
     @property
     def remaining(self) -> int:
@@ -122,7 +128,8 @@ class Sequence:
         finish: FinishReason | None = None
         for sample in samples:
             if sample.token_id is None:
-                return self._delta("".join(texts), token_ids, logprobs, "error", NOT_FINITE)
+                reason = sample.error or NOT_FINITE
+                return self._delta("".join(texts), token_ids, logprobs, "error", reason)
             text, finish = self._take(sample.token_id)
             texts.append(text)
             token_ids.append(sample.token_id)
@@ -139,13 +146,18 @@ class Sequence:
     def _take(self, token: int) -> tuple[str, FinishReason | None]:
         self.output.append(token)
         self.tokens.append(token)
-        at_eos = token in self._eos_ids
-        text, stopped = ("", False) if at_eos else self._text.push(token)
-        done = at_eos or len(self.output) >= self.params.max_tokens
+        if self.counts is not None:
+            self.counts.push(token)
+        at_end = token in self.end_ids
+        text, stopped = ("", False) if at_end else self._text.push(token)
+        if self.constraint is not None and not at_end:
+            self.constraint.push(token)
+            at_end = self.constraint.finished and self.constraint.error is None
+        done = at_end or len(self.output) >= self.params.max_tokens
         if done and not stopped:
             rest, stopped = self._text.finish()
             text += rest
-        return text, "stop" if at_eos or stopped else "length" if done else None
+        return text, "stop" if at_end or stopped else "length" if done else None
 
     def _delta(
         self,
@@ -165,9 +177,3 @@ class Sequence:
         return Delta(
             self.request_id, self.index, text, token_ids, logprobs, finish, error, prompt_logprobs, stats
         )
-
-
-NOT_FINITE = (
-    "the model's logits are not finite (its numbers overflowed or its weights hold NaN); "
-    "try dtype bfloat16 or float32"
-)

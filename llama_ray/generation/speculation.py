@@ -8,13 +8,10 @@ that equals it saves a step, one that does not is dropped, and no token that com
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from typing import Protocol
 
 from llama_ray.generation.sampler import Sample
-from llama_ray.generation.sampling import SamplingParams
 from llama_ray.generation.scheduler import Plan
-from llama_ray.generation.sequence import Sequence
 
 
 class Proposer(Protocol):
@@ -31,39 +28,6 @@ class Proposer(Protocol):
 
     def reserve(self, num_blocks: int) -> None:
         """Take memory for so many."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftRow:
-    """A sequence as it would be if `draft` came next; see `sampler.Row`."""
-
-    sequence: Sequence
-    draft: Many[int]
-
-    @property
-    def params(self) -> SamplingParams:
-        """Those of the sequence."""
-        return self.sequence.params
-
-    @property
-    def prompt(self) -> Many[int]:
-        """That of the sequence."""
-        return self.sequence.prompt
-
-    @property
-    def output(self) -> Many[int]:
-        """That of the sequence, without the draft."""
-        return self.sequence.output
-
-    @property
-    def seed(self) -> int:
-        """That of the sequence."""
-        return self.sequence.seed
-
-    @property
-    def index(self) -> int:
-        """That of the sequence."""
-        return self.sequence.index
 
 
 def accepted(draft: Many[int], samples: Many[Sample]) -> list[Sample]:

@@ -1,0 +1,153 @@
+"""One token a row out of logits: temperature, top-k, top-p, min-p, and a draw at a given number.
+
+A row's outcome must not depend on the rows beside it, nor on how many there are. Sums of floats do: a device splits
+them according to the shape of the whole. So probabilities become whole numbers here, in units of 2^-36 of the most
+probable token's, and are added in fp64, where sums below 2^53 are exact and thus the same in any order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ray.generation.candidates import TopCandidates
+from llama_ray.generation.sampling import SamplingParams
+
+UNITS = 2.0**36
+_BLOCK = 128
+_CHUNK = 32  # rows: what is in work at once fits the processor's cache
+_LEAST_WIDTH = 64
+# A nucleus rarely holds more tokens than this, and finding so many is several times cheaper than sorting them all.
+_NUCLEUS_WIDTH = 1024
+
+
+def candidates_needed(params: SamplingParams, vocab_size: int) -> int:
+    """How many of the most probable tokens a row looks at; 0 if it draws from the whole vocabulary.
+
+    A power of two, so that rows with different `top_k` share a call, and the row's own, so that they may.
+    """
+    if 0 < params.top_k < vocab_size:
+        return min(max(_LEAST_WIDTH, 1 << (params.top_k - 1).bit_length()), vocab_size)
+    return min(_NUCLEUS_WIDTH, vocab_size) if params.top_p < 1 else 0
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The parameters of some rows as columns [rows, 1] on the logits' device."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    log_min_p: Tensor
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Filters:
+        """Those of `params`, whose temperatures must be above 0."""
+        tiny = torch.finfo(torch.float32).tiny  # below it 0 / temperature could be 0 / 0
+        return cls(
+            _column([max(p.temperature, tiny) for p in params], torch.float32, device),
+            _column([p.top_k or vocab_size for p in params], torch.int64, device),
+            # A mass of 1 may be reached early by rounding: 1 means no limit.
+            _column([p.top_p if p.top_p < 1 else math.inf for p in params], torch.float64, device),
+            _column([math.log(p.min_p) if p.min_p else -math.inf for p in params], torch.float32, device),
+        )
+
+    def __getitem__(self, rows: Tensor | slice) -> Filters:
+        return Filters(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.log_min_p[rows])
+
+
+def draw_filtered(
+    logits: Tensor, width: int, filters: Filters, noise: Tensor, top_candidates: TopCandidates
+) -> tuple[Tensor, Tensor | None]:
+    """Draw rows of logits fp32 [rows, vocab_size] from their `width` most probable tokens.
+
+    `noise` is fp64 [rows, 1] in [0, 1). Returns the tokens, int64 [rows], and where `width` may not hold all of a
+    nucleus, a mask [rows] of those where it does not: they must be drawn again, from more. Every filter keeps a
+    beginning of the candidates, and the token is the first whose cumulative mass passes the row's number.
+    """
+    values, ids = top_candidates(logits, width)
+    shifted = (values - values[:, :1]) / filters.temperature
+    mass = shifted.exp().mul_(UNITS).round_()
+    mass = mass.masked_fill_(torch.arange(width, device=logits.device) >= filters.top_k, 0)
+    running = mass.cumsum(-1, dtype=torch.float64)
+    total, short = running[:, -1:], None
+    if width == _NUCLEUS_WIDTH and width < logits.shape[-1]:
+        # Rows with as large a top-k share this width; their mass is that of what top-k kept.
+        everything = total_mass(logits, values[:, :1], filters.temperature)
+        nucleus = filters.top_k >= logits.shape[-1]
+        total = torch.where(nucleus, everything, total)
+        short = (nucleus & (running[:, -1:] < filters.top_p * total))[:, 0]
+    # A token is kept if those before it do not reach p.
+    kept = ((running - mass) < filters.top_p * total) & (shifted >= filters.log_min_p)
+    at = noise * (mass * kept).sum(-1, keepdim=True, dtype=torch.float64)
+    # A number is at most 1 - 2^-24, so its product with the mass stays below the mass: always a token that is kept.
+    place = (running <= at).sum(-1, keepdim=True)
+    return ids.gather(-1, place)[:, 0], short
+
+
+def draw_from_all(logits: Tensor, rows: Tensor | None, filters: Filters, noise: Tensor) -> Tensor:
+    """Draw `rows` (None: all) of logits fp32 [_, vocab_size] from the whole vocabulary -> int64 [len(rows)].
+
+    `filters` and `noise` hold one entry for each of `rows`. Tokens are passed in the order of their ids.
+    """
+    count = len(noise)
+    step = _CHUNK if logits.device.type == "cpu" else max(count, 1)
+    tokens = []
+    for start in range(0, count, step):
+        some = slice(start, start + step)
+        chunk = logits[some] if rows is None else logits[rows[some]]
+        tokens.append(_draw_chunk(chunk, filters[some], noise[some]))
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+
+def _draw_chunk(logits: Tensor, filters: Filters, noise: Tensor) -> Tensor:
+    shifted = (logits - logits.amax(-1, keepdim=True)).div_(filters.temperature)
+    unlikely = shifted < filters.log_min_p
+    blocks = _blocks(shifted.exp_().mul_(UNITS).round_().masked_fill_(unlikely, 0))
+    masses = blocks.sum(-1, dtype=torch.float64)
+    running = masses.cumsum(-1)
+    at = noise * running[:, -1:]
+    # Rows that hold NaN count up to 0 here: they are reported as failed, but must not lead out of the vocabulary.
+    block = (running <= at).sum(-1, keepdim=True)
+    at = at - (running - masses).gather(-1, block)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]]
+    place = (inside.cumsum(-1, dtype=torch.float64) <= at).sum(-1)
+    return (block[:, 0] * _BLOCK + place).clamp_max(logits.shape[-1] - 1)
+
+
+def total_mass(logits: Tensor, top: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    """The sum of exp((logits - top) / temperature) in `UNITS`, fp64 [rows, 1]; `top` are the largest [rows, 1]."""
+    step = _CHUNK if logits.device.type == "cpu" else max(len(logits), 1)
+    parts = []
+    for start in range(0, len(logits), step):
+        some = slice(start, start + step)
+        by = temperature[some] if isinstance(temperature, Tensor) else temperature
+        mass = (logits[some] - top[some]).div_(by).exp_().mul_(UNITS).round_()
+        parts.append(mass.sum(-1, keepdim=True, dtype=torch.float64))
+    return torch.cat(parts)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The first of the largest logits of each row, int64 [rows]; several times faster on a CPU than torch's."""
+    vocab_size = logits.shape[-1]
+    if logits.device.type != "cpu" or vocab_size % _BLOCK:
+        return logits.argmax(-1)
+    blocks = _blocks(logits)
+    block = blocks.amax(-1).argmax(-1)
+    inside = blocks[torch.arange(len(blocks)), block]
+    return block * _BLOCK + inside.argmax(-1)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[rows, vocab_size] -> [rows, blocks, _BLOCK], with zeros at the end."""
+    if x.shape[-1] % _BLOCK:
+        x = torch.nn.functional.pad(x, (0, -x.shape[-1] % _BLOCK))
+    return x.view(len(x), -1, _BLOCK)
+
+
+def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]

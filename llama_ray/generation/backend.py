@@ -1,33 +1,99 @@
-"""What a device computes with: the kernels and the cache that suit it."""
+"""What a device computes with: the kernels, the cache and the weights that suit it."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
+from llama_ray.generation.candidates import torch_top_candidates
+from llama_ray.generation.cpu import build, ops
+from llama_ray.generation.cpu.cache import CpuCache
+from llama_ray.generation.cpu.modules import PackedRMSNorm
+from llama_ray.generation.cpu.modules import accelerate as accelerate_on_cpu
 from llama_ray.generation.kv_cache import KVCache, TorchCache
+from llama_ray.generation.quantize import Quantization, check_quantization
+from llama_ray.generation.runner import Runner
 from llama_ray.generation.sampler import Sampler
-from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
 BLOCK_SIZE = 32
 """Tokens in a block of the cache."""
 
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
 
-def make_cache(config: LlamaConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+
+def prepare(model: Llama, quantization: Quantization | None, *, batch_invariant: bool = False) -> Llama:
+    """Give a model that nobody else uses the fastest form it has on its device; its weights are changed in place.
+
+    With `batch_invariant` a token's logits have the same bits whatever else is computed in the step, on CUDA at a
+    price: products then go through a kernel of ours in fixed tiles, not through cuBLAS. The CPU kernels are so
+    always. Raises ValueError for a quantization that is unknown, or that the model's shape or its device cannot have.
+    """
+    config, weight = model.config, model.embed_tokens.weight
+    for inputs in (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size):
+        check_quantization(quantization, inputs)
+    if weight.device.type == "cuda" and _has_triton():
+        from llama_ray.generation.cuda.modules import accelerate
+
+        return accelerate(model, quantization, batch_invariant)
+    if weight.device.type == "cpu" and weight.dtype in _CPU_DTYPES and build.load() is not None:
+        return accelerate_on_cpu(model, quantization)
+    if quantization is not None or batch_invariant:
+        wanted = f"quantization {quantization}" if quantization else "batch_invariant"
+        needed = {"cuda": "Triton; pip install triton", "cpu": "dtype bfloat16 or float32 and a C++ compiler"}
+        raise ValueError(
+            f"{wanted} on {weight.device.type} needs {needed.get(weight.device.type, 'a CPU or CUDA')}"
+        )
+    return model
+
+
+def make_runner(model: Llama, num_blocks: int, max_batch_size: int, max_seq_len: int) -> Runner:
+    """A model with an empty cache, for batches of so many sequences of up to `max_seq_len` tokens."""
+    if model.embed_tokens.weight.device.type == "cuda" and _has_triton():
+        from llama_ray.generation.cuda.graphs import GraphRunner
+
+        return GraphRunner(model, make_cache(model, num_blocks), max_batch_size, max_seq_len)
+    return Runner(model, make_cache(model, num_blocks))
+
+
+def make_cache(model: Llama, num_blocks: int) -> KVCache:
     """An empty cache of so many blocks."""
-    return TorchCache(config, num_blocks, dtype, device, BLOCK_SIZE)
+    weight = model.embed_tokens.weight
+    if weight.device.type == "cuda" and _has_triton():
+        from llama_ray.generation.cuda.cache import PagedCache
+
+        invariant = getattr(model.lm_head, "batch_invariant", False)
+        return PagedCache(
+            model.config, num_blocks, weight.dtype, weight.device, BLOCK_SIZE, batch_invariant=invariant
+        )
+    if _on_cpu_kernels(model):
+        return CpuCache(model.config, num_blocks, weight.dtype)
+    return TorchCache(model.config, num_blocks, weight.dtype, weight.device, BLOCK_SIZE)
+
+
+def block_bytes(model: Llama) -> int:
+    """What a block of the model's cache takes."""
+    cache = CpuCache if _on_cpu_kernels(model) else TorchCache
+    return cache.block_bytes(model.config, BLOCK_SIZE, model.embed_tokens.weight.dtype)
 
 
 def make_sampler(device: torch.device) -> Sampler:
     """A sampler for logits on `device`."""
-    return Sampler()
-
-
-def prepare(model: Llama, quantization: str | None) -> Llama:
-    """Give a model that nobody else uses the fastest form it has on its device; its weights are changed in place."""
-    return model
+    kernels = device.type == "cpu" and build.load() is not None
+    return Sampler(ops.top_candidates if kernels else torch_top_candidates)
 
 
 def weight_bytes(model: Llama) -> int:
-    """What the weights take."""
-    return sum(p.nbytes for p in model.parameters())
+    """What the weights take, in whatever form."""
+    packed = sum(int(getattr(module, "nbytes", 0)) for module in model.modules())
+    return packed + sum(p.nbytes for p in model.parameters())
+
+
+def _on_cpu_kernels(model: Llama) -> bool:
+    return isinstance(model.norm, PackedRMSNorm)
+
+
+def _has_triton() -> bool:
+    """Torch for CUDA brings Triton along, except on Windows."""
+    return find_spec("triton") is not None

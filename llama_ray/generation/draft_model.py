@@ -6,8 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from llama_ray.generation.backend import make_cache, make_sampler
-from llama_ray.generation.kv_cache import block_bytes
+from llama_ray.generation.backend import block_bytes, make_runner, make_sampler
 from llama_ray.generation.runner import Runner, Span
 from llama_ray.generation.sampler import Ahead
 from llama_ray.generation.scheduler import Chunk, Plan
@@ -44,15 +43,14 @@ class DraftModel:
                 f"max_seq_len {config.max_seq_len}, or another draft model"
             )
 
-    def block_bytes(self, block_size: int) -> int:
+    @property
+    def block_bytes(self) -> int:
         """See `Proposer`."""
-        return block_bytes(self.model.config, block_size, self.model.embed_tokens.weight.dtype)
+        return block_bytes(self.model)
 
-    def reserve(self, num_blocks: int) -> None:
+    def reserve(self, num_blocks: int, max_batch_size: int, max_seq_len: int) -> None:
         """See `Proposer`."""
-        weight = self.model.embed_tokens.weight
-        cache = make_cache(self.model.config, num_blocks, weight.dtype, weight.device)
-        self._runner = Runner(self.model, cache)
+        self._runner = make_runner(self.model, num_blocks, max_batch_size, max_seq_len)
 
     @torch.inference_mode()
     def propose(self, plan: Plan) -> None:

@@ -16,14 +16,21 @@ from typing import Any, Self
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import BLOCK_SIZE, make_cache, make_sampler, prepare, weight_bytes
+from llama_ray.generation.backend import (
+    BLOCK_SIZE,
+    block_bytes,
+    make_runner,
+    make_sampler,
+    prepare,
+    weight_bytes,
+)
 from llama_ray.generation.blocks import BlockPool
 from llama_ray.generation.constraints import Grammars
 from llama_ray.generation.core import Core
 from llama_ray.generation.draft_model import DraftModel
-from llama_ray.generation.kv_cache import block_bytes, count_blocks
+from llama_ray.generation.kv_cache import count_blocks
 from llama_ray.generation.prompt_lookup import PromptLookup
-from llama_ray.generation.runner import Runner
+from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.scheduler import Scheduler
 from llama_ray.generation.sequence import Delta, FinishReason
@@ -111,16 +118,16 @@ class Engine:
         own_eos = {tokenizer.eos_id} if tokenizer is not None else set()
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
 
-        per_block = block_bytes(model.config, BLOCK_SIZE, weight.dtype)
+        per_block = block_bytes(model)
         if proposer is not None:
             proposer.check(model.config.vocab_size, max_seq_len)
-            per_block += proposer.block_bytes(BLOCK_SIZE)
+            per_block += proposer.block_bytes
         blocks = count_blocks(
             per_block, BLOCK_SIZE, max_batch_size, max_seq_len, weight.device, kv_cache_memory_bytes
         )
-        runner = Runner(model, make_cache(model.config, blocks, weight.dtype, weight.device))
+        runner = make_runner(model, blocks, max_batch_size, max_seq_len)
         if proposer is not None:
-            proposer.reserve(blocks)
+            proposer.reserve(blocks, max_batch_size, max_seq_len)
         pool = BlockPool(blocks, BLOCK_SIZE, caching=enable_prefix_caching)
         self._scheduler = Scheduler(pool, max_batch_size, max_batch_tokens)
         self._lock = threading.Lock()  # held over the scheduler and the counters, never during a forward pass
@@ -140,7 +147,8 @@ class Engine:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         *,
-        quantization: str | None = None,
+        quantization: Quantization | None = None,
+        batch_invariant: bool = False,
         draft_model: str | Path | None = None,
         prompt_lookup: bool = False,
         **options: Any,
@@ -148,7 +156,7 @@ class Engine:
         """An engine for what `ref` stands for: a directory, `models:/name/version` or `models:/name@alias`.
 
         `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
-        rounds the weights of matrix products as they are loaded; `draft_model`, or what the text said before, guesses
+        rounds the weights of matrix products as they are loaded; for `batch_invariant` see `backend.prepare`; `draft_model`, or what the text said before, guesses
         tokens ahead; `options` are those of the constructor. Raises ValueError for a checkpoint that cannot be read.
         """
         directory = resolve(ref)
@@ -157,10 +165,10 @@ class Engine:
         options.setdefault("eos_ids", _eos_ids(directory))
         if draft_model is not None:
             draft, _ = load_pretrained(draft_model, dtype=dtype, device=device)
-            options["proposer"] = DraftModel(prepare(draft, quantization))
+            options["proposer"] = DraftModel(prepare(draft, quantization, batch_invariant=batch_invariant))
         elif prompt_lookup:
             options["proposer"] = PromptLookup()
-        return cls(prepare(model, quantization), tokenizer, **options)
+        return cls(prepare(model, quantization, batch_invariant=batch_invariant), tokenizer, **options)
 
     def generate(
         self, prompts: str | Iterable[Prompt], params: SamplingParams | None = None

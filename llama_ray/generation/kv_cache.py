@@ -49,6 +49,11 @@ class TorchCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
 
+    @staticmethod
+    def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Keys and values of a block in all layers."""
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+
     def attend(self, batch: StepBatch) -> Attend:
         """See `KVCache`. Prompts one by one; sequences with one query each together."""
         spans = list(pairwise(batch.query_start.tolist()))
@@ -99,11 +104,6 @@ class TorchCache:
         scores = (q @ keys.permute(0, 2, 3, 1)).float() * dim**-0.5
         weights = scores.masked_fill(beyond[:, None, None], -math.inf).softmax(-1).to(q.dtype)
         return (weights @ values.transpose(1, 2)).view(sequences, -1, dim).transpose(0, 1)[None]
-
-
-def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Keys and values of a block in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
 
 def count_blocks(

@@ -31,11 +31,12 @@ class PromptLookup:
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """See `Proposer`: it can for any."""
 
-    def block_bytes(self, block_size: int) -> int:
+    @property
+    def block_bytes(self) -> int:
         """See `Proposer`."""
         return 0
 
-    def reserve(self, num_blocks: int) -> None:
+    def reserve(self, num_blocks: int, max_batch_size: int, max_seq_len: int) -> None:
         """See `Proposer`."""
 
     def _continuation(self, sequence: Sequence, room: int) -> list[int]:

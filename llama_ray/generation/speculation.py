@@ -23,10 +23,11 @@ class Proposer(Protocol):
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """Raise ValueError where it cannot guess for a model of this vocabulary and length."""
 
-    def block_bytes(self, block_size: int) -> int:
+    @property
+    def block_bytes(self) -> int:
         """What it wants beside each block of the cache."""
 
-    def reserve(self, num_blocks: int) -> None:
+    def reserve(self, num_blocks: int, max_batch_size: int, max_seq_len: int) -> None:
         """Take memory for so many."""
 
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import BLOCK_SIZE
+from llama_ray.generation.backend import BLOCK_SIZE, block_bytes
 from llama_ray.generation.engine import Completion, Engine, GenerationError
-from llama_ray.generation.kv_cache import block_bytes
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
@@ -38,7 +37,7 @@ def prompts(model: Llama, count: int, seed: int = 0, longest: int = 100) -> list
 
 
 def cache_of(model: Llama, blocks: int) -> int:
-    return (blocks + 1) * block_bytes(model.config, BLOCK_SIZE, torch.float32)
+    return (blocks + 1) * block_bytes(model)
 
 
 def run(engine: Engine, many: list[list[int]], n: int = 1) -> list[list[list[int]]]:

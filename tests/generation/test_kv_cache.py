@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_ray.generation.kv_cache import TorchCache, block_bytes, count_blocks
+from llama_ray.generation.kv_cache import TorchCache, count_blocks
 from llama_ray.generation.runner import Runner
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.generation.scheduler import Chunk, Plan
@@ -89,7 +89,7 @@ def test_bytes_of_a_block_are_those_of_its_tensors() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=12, num_layers=3, num_heads=3, intermediate_size=8)
     cache = TorchCache(config, 5, torch.float32, "cpu", SIZE)
     total = sum(t.nbytes for t in (*cache.keys, *cache.values))
-    assert total == 5 * block_bytes(config, SIZE, torch.float32)
+    assert total == 5 * TorchCache.block_bytes(config, SIZE, torch.float32)
 
 
 def test_as_many_blocks_as_the_memory_holds_and_no_more_than_can_be_filled() -> None:

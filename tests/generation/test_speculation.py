@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import BLOCK_SIZE
+from llama_ray.generation.backend import block_bytes
 from llama_ray.generation.draft_model import DraftModel
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.kv_cache import block_bytes
 from llama_ray.generation.prompt_lookup import PromptLookup
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.generation.speculation import Proposer
@@ -64,7 +63,7 @@ def test_guesses_with_penalties_candidates_stops_and_little_room(
     )  # fmt: skip
     texts = ["The quick brown fox jumps over the lazy dog, the", "def add(a, b):\n    return"] * 3
     plain = Engine(model, tokenizer).generate(texts, params)
-    per_block = 2 * block_bytes(model.config, BLOCK_SIZE, torch.float32)
+    per_block = 2 * block_bytes(model)
     engine = Engine(
         model,
         tokenizer,

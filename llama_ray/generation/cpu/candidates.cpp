@@ -1,0 +1,85 @@
+// The largest logits of each row, in order: what sampling needs of them.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+// Integers in the order of the floats, with -0 made 0. NaN has a place too, so that sorting stays defined.
+inline I32 ordered(F32 x) {
+  const I32 bits = (I32)(x + 0.0f);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+inline float restored(int32_t key) {
+  key ^= (key >> 31) & 0x7fffffff;
+  float x;
+  std::memcpy(&x, &key, 4);
+  return x;
+}
+
+struct Scratch {
+  std::vector<int32_t> most;
+  std::vector<uint64_t> found;
+};
+
+// A number that at least `width` of the row's keys reach, and few more: the width-th largest of the maxima of chunks. A chunk
+// is one lane of `vectors` neighbouring vectors. With eight times as many chunks as keys wanted, few chunks hold two.
+int32_t lower_bound(const float* row, int64_t size, int64_t width, std::vector<int32_t>& most) {
+  const int64_t whole = size / kLanes;
+  const int64_t vectors = std::max<int64_t>(1, whole * kLanes / (8 * width));
+  most.clear();
+  for (int64_t first = 0; first < whole; first += vectors) {
+    I32 high = ordered(load<F32>(row + first * kLanes));
+    for (int64_t v = first + 1; v < std::min(first + vectors, whole); ++v)
+      high = max(high, ordered(load<F32>(row + v * kLanes)));
+    most.resize(most.size() + kLanes);
+    store(most.data() + most.size() - kLanes, high);
+  }
+  if (int64_t(most.size()) < width) return std::numeric_limits<int32_t>::min();
+  std::nth_element(most.begin(), most.begin() + width - 1, most.end(), std::greater<>());
+  return most[width - 1];
+}
+
+void top_row(const float* row, int64_t size, int64_t width, float* values, int64_t* ids, Scratch& s) {
+  const int32_t bound = lower_bound(row, size, width, s.most);
+  // Sorted together: logits fall, and ids rise where logits are equal.
+  s.found.clear();
+  int64_t at_bound = 0;
+  const auto take = [&](int32_t key, int64_t id) {
+    if (key == bound && ++at_bound > width) return;  // enough of equals that came before
+    s.found.push_back(uint64_t(~(uint32_t(key) ^ 0x80000000u)) << 32 | uint64_t(id));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const I32 keys = ordered(load<F32>(row + i));
+    if (any(keys >= broadcast(bound)))
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (keys[lane] >= bound) take(keys[lane], i + lane);
+  }
+  for (; i < size; ++i) {
+    const int32_t key = ordered(broadcast(row[i]))[0];
+    if (key >= bound) take(key, i);
+  }
+  std::partial_sort(s.found.begin(), s.found.begin() + width, s.found.end());
+  for (int64_t n = 0; n < width; ++n) {
+    values[n] = restored(int32_t(~uint32_t(s.found[n] >> 32) ^ 0x80000000u));
+    ids[n] = int64_t(s.found[n] & 0xffffffffu);
+  }
+}
+
+}  // namespace
+
+// logits [rows, size] -> the `width` <= size largest of each row: values and ids [rows, width].
+extern "C" void top_candidates(const float* logits, int64_t rows, int64_t size, int64_t width, float* values, int64_t* ids,
+                               int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
+  {
+    Scratch scratch;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r)
+      top_row(logits + r * size, size, width, values + r * width, ids + r * width, scratch);
+  }
+}

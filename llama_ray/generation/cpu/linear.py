@@ -1,0 +1,177 @@
+"""Weight matrices laid out for the kernels, in the model's precision or quantised."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ray.generation.cpu.ops import kernels
+
+Format = Literal["float32", "bfloat16", "int8", "int4"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+PANEL = 64
+"""Columns (outputs) that lie together; those of the last panel beyond the matrix are zeros."""
+
+GROUP = 64
+"""Values along the input that share the scale of an int4 weight."""
+
+
+class _Linear(ctypes.Structure):
+    """`struct Linear` of linear.cpp."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("in", ctypes.c_int64),
+        ("out", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("x_is_bf16", ctypes.c_int32),
+        ("y_is_bf16", ctypes.c_int32),
+        ("epilogue", ctypes.c_int32),
+    )
+
+
+class PackedLinear(nn.Module):
+    """x @ weight.T by the kernels, for a weight [out, in] of float32 or bfloat16; x has the weight's dtype.
+
+    `gated`: the weight holds the rows of a gate and then those of as many ups, and the result is silu(gate) * up,
+    [..., out / 2], rounded wherever torch rounds. `out_dtype` float32 keeps sums as they are; None is the weight's
+    dtype. Every row's result is the same alone and in any batch, bit by bit.
+
+    int8: one scale for each output. int4: one for each output and 64 inputs, in bfloat16. Both are symmetric, and
+    both multiply with an input that is rounded to 8 bits, symmetric in groups of 64 (llama.cpp's q8_0 does that in
+    groups of 32). Raises ValueError for a dtype or a format that the kernels don't have.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        format: Format,
+        *,
+        gated: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dtype = weight.dtype
+        check_format(format, dtype)
+        self.format, self.dtype, self.out_dtype = format, dtype, out_dtype or dtype
+        out, self.in_features = weight.shape
+        self.out_features = out // 2 if gated else out
+        panels = _panels(weight, gated)
+        if format == "int4":
+            self._weight, self._scales = _pack_int4(panels)
+        elif format == "int8":
+            self._weight, self._scales = _pack_int8(panels)
+        else:
+            self._weight, self._scales = _pack_plain(panels), torch.empty(0)
+        # bfloat16 is multiplied in pairs; an odd input gets a zero beside it, as its weights did.
+        self._pad = self.in_features % 2 if format == "bfloat16" else 0
+        self._argument = _Linear(
+            self._weight.data_ptr(),
+            self._scales.data_ptr(),
+            self.in_features + self._pad,
+            self.out_features,
+            FORMATS.index(format),
+            dtype == torch.bfloat16,
+            self.out_dtype == torch.bfloat16,
+            gated,
+        )
+        self._pointer = ctypes.addressof(self._argument)
+        self._run = kernels().linear
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and scales."""
+        return self._weight.nbytes + self._scales.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]; no gradient flows through it."""
+        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"a {x.dtype} input of size {x.shape[-1]} meets a weight for {self.dtype}, {self.in_features}"
+            )
+        x = F.pad(x, (0, 1)) if self._pad else x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.out_features), dtype=self.out_dtype)
+        rows = x.numel() // x.shape[-1]
+        self._run(self._pointer, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"in={self.in_features}, out={self.out_features}, {self.format}, {self.nbytes / 2**20:.1f} MiB"
+
+
+def check_format(format: Format, dtype: torch.dtype) -> None:
+    """Raise ValueError unless there are kernels for weights in `format` and activations in `dtype`."""
+    allowed = {torch.float32: ("float32", "int8", "int4"), torch.bfloat16: ("bfloat16", "int8", "int4")}
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in allowed:
+        raise ValueError(
+            f"the CPU kernels have no {name}; load the model with dtype torch.bfloat16 or torch.float32"
+        )
+    if format not in allowed[dtype]:
+        raise ValueError(
+            f"weight format {format!r} does not go with a model in {name}; choose {', '.join(allowed[dtype])}"
+        )
+
+
+def _panels(weight: Tensor, gated: bool) -> Tensor:
+    """[out, in] -> [panels, 64, in], zeros where there is no row; half gate and half up where `gated`."""
+    parts = weight.detach().chunk(2) if gated else (weight.detach(),)
+    each = PANEL // len(parts)
+    split = [F.pad(p, (0, 0, 0, -len(p) % each)).view(-1, each, p.shape[1]) for p in parts]
+    return torch.cat(split, 1) if gated else split[0]
+
+
+def _interleave(panels: Tensor) -> Tensor:
+    """[panels, 64, bytes] -> [panels, bytes / 4, 64, 4]: units of 32 bits, as product.h wants them, as int32."""
+    return panels.view(torch.int32).transpose(1, 2).contiguous()
+
+
+def _pack_plain(panels: Tensor) -> Tensor:
+    odd = panels.shape[2] % 2 if panels.dtype == torch.bfloat16 else 0
+    return _interleave(F.pad(panels, (0, odd)))
+
+
+def _pack_int8(panels: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes w + 128 [panels, groups * 16, 64, 4], and scales fp32 [panels, 64]."""
+    panels = panels.float()
+    scales = panels.abs().amax(2) / 127
+    whole = (panels / scales.clamp(min=_TINY)[..., None]).round_().add_(128).to(torch.uint8)
+    return _interleave(F.pad(whole, (0, -whole.shape[2] % GROUP), value=128)), scales
+
+
+def _pack_int4(panels: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes of w + 8 in two halves [panels, groups * 8, 64, 4], and scales bf16 [panels, groups, 64].
+
+    A byte holds value i of its group in its low half and value i + 32 in its high half.
+    """
+    grouped = F.pad(panels.float(), (0, -panels.shape[2] % GROUP)).unflatten(2, (-1, GROUP))
+    scales = _int4_scales(grouped)
+    steps = scales.float()
+    whole = (
+        (grouped / torch.where(steps == 0, 1, steps)[..., None])
+        .round_()
+        .clamp_(-8, 7)
+        .add_(8)
+        .to(torch.uint8)
+    )
+    low, high = whole.chunk(2, 3)
+    return _interleave((low | high << 4).flatten(2)), scales.transpose(1, 2).contiguous()
+
+
+def _int4_scales(grouped: Tensor) -> Tensor:
+    """The value of one step, bf16 [..., groups]: the group's value of largest magnitude becomes -8.
+
+    The scale takes the sign that makes it so: the range -8 .. 7 is then used in full (llama.cpp's q4_0 does the same).
+    """
+    largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))[..., 0]
+    return (largest / -8).bfloat16()
+
+
+_TINY = torch.finfo(torch.float32).tiny

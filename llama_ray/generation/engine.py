@@ -16,11 +16,11 @@ from typing import Any, Self
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import BLOCK_SIZE, make_cache, prepare, weight_bytes
+from llama_ray.generation.backend import BLOCK_SIZE, make_runner, prepare, weight_bytes
 from llama_ray.generation.blocks import BlockPool
 from llama_ray.generation.core import Core
 from llama_ray.generation.kv_cache import block_bytes, count_blocks
-from llama_ray.generation.runner import Runner
+from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.scheduler import Scheduler
 from llama_ray.generation.sequence import Delta, FinishReason
@@ -113,7 +113,7 @@ class Engine:
         blocks = count_blocks(
             per_block, BLOCK_SIZE, max_batch_size, max_seq_len, weight.device, kv_cache_memory_bytes
         )
-        runner = Runner(model, make_cache(model.config, blocks, weight.dtype, weight.device))
+        runner = make_runner(model, blocks, max_batch_size, max_seq_len)
         if proposer is not None:
             proposer.reserve(blocks)
         pool = BlockPool(blocks, BLOCK_SIZE, caching=enable_prefix_caching)
@@ -132,20 +132,21 @@ class Engine:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         *,
-        quantization: str | None = None,
+        quantization: Quantization | None = None,
+        batch_invariant: bool = False,
         **options: Any,
     ) -> Self:
         """An engine for what `ref` stands for: a directory, `models:/name/version` or `models:/name@alias`.
 
         `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
-        rounds the weights of matrix products as they are loaded; `options` are those of the constructor. Raises
+        rounds the weights of matrix products as they are loaded; `batch_invariant` see `backend.prepare`; `options` are those of the constructor. Raises
         ValueError for a checkpoint that cannot be read.
         """
         directory = resolve(ref)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
         options.setdefault("eos_ids", _eos_ids(directory))
-        return cls(prepare(model, quantization), tokenizer, **options)
+        return cls(prepare(model, quantization, batch_invariant=batch_invariant), tokenizer, **options)
 
     def generate(
         self, prompts: str | Iterable[Prompt], params: SamplingParams | None = None

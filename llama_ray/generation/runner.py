@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_ray.generation.batch import StepBatch
@@ -48,12 +46,13 @@ class Runner:
         return StepLogits(logits[:split], logits[split:], reported)
 
     def forward(self, batch: StepBatch) -> Tensor:
-        """Logits [R, vocab_size] of the rows that the batch asks for; keys and values go to the cache."""
+        """Logits [R, vocab_size] of the rows that a batch on the host asks for; keys and values go to the cache."""
+        batch = batch.to(self.device)
         hidden = self.model.hidden(batch.tokens[None], batch.positions, self.cache.attend(batch))
         return self.model.head(hidden[0, batch.logit_rows])
 
     def batch(self, chunks: list[Chunk], reported: list[int]) -> StepBatch:
-        """The tokens of all chunks, end to end."""
+        """The tokens of all chunks, end to end, on the host."""
         tokens: list[int] = []
         rows: list[int] = []
         starts, lengths, contexts, widths = [], [], [], []
@@ -84,18 +83,14 @@ class Runner:
         blocks = table[np.repeat(np.arange(len(chunks)), lengths), positions // self.cache.block_size]
         slots = blocks.astype(np.int64) * self.cache.block_size + positions % self.cache.block_size
         return StepBatch(
-            tokens=self._put(np.array(tokens, dtype=np.int64)),
-            positions=self._put(positions),
-            slots=self._put(slots),
-            query_start=self._put(query_start),
-            context_len=self._put(np.array(contexts, dtype=np.int32)),
-            block_table=self._put(table),
-            logit_rows=self._put(np.array(rows + reported, dtype=np.int64)),
+            tokens=torch.from_numpy(np.array(tokens, dtype=np.int64)),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(slots),
+            query_start=torch.from_numpy(query_start),
+            context_len=torch.from_numpy(np.array(contexts, dtype=np.int32)),
+            block_table=torch.from_numpy(table),
+            logit_rows=torch.from_numpy(np.array(rows + reported, dtype=np.int64)),
         )
-
-    def _put(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
 
 def _reported(chunks: list[Chunk]) -> tuple[list[int], list[tuple[Sequence, int]]]:

@@ -139,8 +139,8 @@ class Engine:
         """An engine for what `ref` stands for: a directory, `models:/name/version` or `models:/name@alias`.
 
         `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
-        rounds the weights of matrix products as they are loaded; `batch_invariant` see `backend.prepare`; `options` are those of the constructor. Raises
-        ValueError for a checkpoint that cannot be read.
+        rounds the weights of matrix products as they are loaded; for `batch_invariant` see `backend.prepare`;
+        `options` are those of the constructor. Raises ValueError for a checkpoint that cannot be read.
         """
         directory = resolve(ref)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

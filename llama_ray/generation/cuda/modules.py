@@ -73,8 +73,9 @@ class FusedSwiGLU(nn.Module):
 def accelerate(model: Llama, quantization: Quantization | None, batch_invariant: bool) -> Llama:
     """Change a model in place, a block at a time: besides the weights there is room for those of one block.
 
-    `quantization` rounds the weights of all products, the head's too; embeddings and norms keep their dtype. With
-    `batch_invariant` all products go through fixed tiles. Raises ValueError for a shape that the format cannot have.
+    `quantization` rounds the weights of all products; the head is int8 where the rest is int4, which would harm it
+    most. Embeddings and norms keep their dtype. With `batch_invariant` all products go through fixed tiles. Raises
+    ValueError for a shape that the format cannot have.
     """
     model.requires_grad_(False)
     for layer in model.layers:
@@ -84,9 +85,12 @@ def accelerate(model: Llama, quantization: Quantization | None, batch_invariant:
         block.post_attention_layernorm = FusedNorm(block.post_attention_layernorm)  # type: ignore[assignment]
         block.mlp = FusedSwiGLU(block.mlp, quantization, batch_invariant)  # type: ignore[assignment]
     model.norm = FusedNorm(model.norm)  # type: ignore[assignment]
-    model.lm_head = Product(model.lm_head.weight, quantization, batch_invariant)  # type: ignore[assignment]
+    for_head: Quantization | None = "int8" if quantization == "int4" else quantization
+    model.lm_head = Product(model.lm_head.weight, for_head, batch_invariant)  # type: ignore[assignment]
+    if model.embed_tokens.weight.is_cuda:
+        torch.cuda.empty_cache()  # what the old weights took, the cache may take
     return model
 
 
-def _joined(*parts: nn.Linear) -> nn.Parameter:
-    return nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+def _joined(*parts: nn.Linear) -> Tensor:
+    return torch.cat([part.weight for part in parts])

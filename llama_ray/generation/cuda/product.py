@@ -90,8 +90,8 @@ def multiply(x: Tensor, weight: Tensor, scales: Tensor | None = None, *, rows_in
     rows, inputs = x.shape
     outputs = len(weight)
     bits = {torch.int8: 8, torch.uint8: 4}.get(weight.dtype, 16)
-    # About one tile for each of a large GPU's processors, or several.
-    height = 128 if outputs >= 12288 else 64 if outputs >= 6144 else 32
+    # About one tile for each of a large GPU's processors, or several. In fp32, without tensor cores, tiles are small.
+    height = 32 if outputs < 6144 or x.dtype is torch.float32 else 64 if outputs < 12288 else 128
     step = _UNIT if bits < 16 else 64
     stage = height * step * (weight.itemsize if bits > 4 else 1) + rows_in_tile * step * x.itemsize
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
@@ -125,26 +125,30 @@ def pack(values: Tensor) -> Tensor:
     """
     padded = F.pad(values, (0, -values.shape[1] % _UNIT)) + 8
     low, high = padded.to(torch.uint8).unflatten(1, (-1, 2, GROUP_SIZE)).unbind(2)
-    return (low | high << 4).flatten(1)
+    return torch.bitwise_or(low, high << 4).flatten(1)
 
 
 class Product(nn.Module):
     """x @ weight.T. Takes the place of a Linear without bias; several may be joined by their outputs."""
 
-    def __init__(self, weight: nn.Parameter, quantization: Quantization | None, batch_invariant: bool) -> None:
+    def __init__(self, weight: Tensor, quantization: Quantization | None, batch_invariant: bool) -> None:
         super().__init__()
         self.batch_invariant = batch_invariant
         scales: Tensor | None = None
         if quantization is not None:
-            quantized = quantize(weight, quantization)
+            rounded = quantize(weight, quantization)
             if quantization == "int8":
-                kept, scales = quantized.values, quantized.scales.squeeze(1)
+                weight, scales = rounded.values, rounded.scales.squeeze(1)
             else:
-                kept, scales = pack(quantized.values), F.pad(quantized.scales, (0, quantized.scales.shape[1] % 2))
-                scales = scales.T.contiguous()
-            weight = nn.Parameter(kept, requires_grad=False)
-        self.weight = weight
-        self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
+                weight, scales = (
+                    pack(rounded.values),
+                    F.pad(rounded.scales.T, (0, 0, 0, len(rounded.scales.T) % 2)),
+                )
+            scales = nn.Parameter(scales.contiguous(), requires_grad=False)
+        self.scales = scales
+        # A parameter stays the same one: a tied head and the embedding share it.
+        same = isinstance(weight, nn.Parameter)
+        self.weight = weight if same else nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""

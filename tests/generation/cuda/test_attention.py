@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (the CPU build of torch comes without)")
 
-from llama_ray.generation.batch import StepBatch  # noqa: E402
-from llama_ray.generation.cuda.attention import ROWS  # noqa: E402
-from llama_ray.generation.cuda.cache import PagedCache  # noqa: E402
-from llama_ray.generation.kv_cache import TorchCache  # noqa: E402
-from llama_ray.model.config import LlamaConfig  # noqa: E402
-from llama_ray.model.layers import rotate  # noqa: E402
+from llama_ray.generation.batch import StepBatch
+from llama_ray.generation.cuda.attention import ROWS
+from llama_ray.generation.cuda.cache import PagedCache
+from llama_ray.generation.kv_cache import TorchCache
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.layers import rotate
 
 BLOCK_SIZE = 16
 CHUNKS = [(40, 40), (1, 70), (1, 1), (5, 48), (17, 33), (1, 32), (64, 64)]
@@ -53,7 +53,10 @@ def step(chunks: list[tuple[int, int]], device: torch.device, seed: int = 0) -> 
 
 def filled(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> tuple[PagedCache, TorchCache]:
     """Both caches with the same random contents; blocks that no sequence of `step` holds are NaN."""
-    caches = PagedCache(config, 66, dtype, device, BLOCK_SIZE), TorchCache(config, 66, dtype, device, BLOCK_SIZE)
+    caches = (
+        PagedCache(config, 66, dtype, device, BLOCK_SIZE),
+        TorchCache(config, 66, dtype, device, BLOCK_SIZE),
+    )
     generator = torch.Generator().manual_seed(1)
     for layer in range(config.num_layers):
         for name in ("keys", "values"):
@@ -102,9 +105,7 @@ def test_half_precision(device: torch.device, half: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("precise", [True, False])
-def test_a_query_knows_nothing_of_its_company(
-    device: torch.device, half: torch.dtype, precise: bool
-) -> None:
+def test_a_query_knows_nothing_of_its_company(device: torch.device, half: torch.dtype, precise: bool) -> None:
     """In a mix, alone with its sequence, and as a decoded token: the same bits."""
     dtype = torch.float32 if precise else half
     config = make_config()

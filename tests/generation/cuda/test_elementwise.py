@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (the CPU build of torch comes without)")
 
-import torch.nn.functional as F  # noqa: E402
+import torch.nn.functional as F
 
-from llama_ray.generation.cuda.elementwise import rms_norm, swiglu  # noqa: E402
-from llama_ray.model.layers import RMSNorm  # noqa: E402
+from llama_ray.generation.cuda.elementwise import rms_norm, swiglu
+from llama_ray.model.layers import RMSNorm
 
 
 def noise(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -6,8 +6,8 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed (the CPU build of torch comes without)")
 
-from llama_ray.generation.cuda.product import Product, multiply  # noqa: E402
-from llama_ray.generation.quantize import Quantization, quantize  # noqa: E402
+from llama_ray.generation.cuda.product import Product, multiply
+from llama_ray.generation.quantize import Quantization, quantize
 
 
 def weight(outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

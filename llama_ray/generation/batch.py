@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -25,3 +27,12 @@ class StepBatch:
     """int32 [S, most blocks of any sequence]; entries beyond a sequence's context are 0."""
     logit_rows: Tensor
     """int64 [R]: row numbers; a row may be named several times."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same step on `device`, for one on the host."""
+        return type(self)(*(to_device(getattr(self, field.name), device) for field in fields(self)))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host without waiting for what the device does before."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -156,8 +156,9 @@ class Engine:
         """An engine for what `ref` stands for: a directory, `models:/name/version` or `models:/name@alias`.
 
         `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
-        rounds the weights of matrix products as they are loaded; for `batch_invariant` see `backend.prepare`; `draft_model`, or what the text said before, guesses
-        tokens ahead; `options` are those of the constructor. Raises ValueError for a checkpoint that cannot be read.
+        rounds the weights of matrix products as they are loaded; for `batch_invariant` see `backend.prepare`.
+        `draft_model`, or with `prompt_lookup` the text itself, guesses tokens ahead. `options` are those of the
+        constructor. Raises ValueError for a checkpoint that cannot be read.
         """
         directory = resolve(ref)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -56,7 +56,7 @@ def _int8(weight: Tensor) -> QuantizedWeight:
 
 
 def _int4(weight: Tensor) -> QuantizedWeight:
-    groups = weight.unflatten(1, (-1, GROUP_SIZE))
+    groups = weight.reshape(len(weight), -1, GROUP_SIZE)
     # The value furthest from 0 becomes -8, whatever its sign: -8 to 7 reaches further on that side.
     furthest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     # Rounded before the values are divided by it, so that they make up for what it loses.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_ray.generation.batch import StepBatch
@@ -61,12 +59,13 @@ class Runner:
         return StepLogits(logits[:split], logits[split:], reported)
 
     def forward(self, batch: StepBatch) -> Tensor:
-        """Logits [R, vocab_size] of the rows that the batch asks for; keys and values go to the cache."""
+        """Logits [R, vocab_size] of the rows that a batch on the host asks for; keys and values go to the cache."""
+        batch = batch.to(self.device)
         hidden = self.model.hidden(batch.tokens[None], batch.positions, self.cache.attend(batch))
         return self.model.head(hidden[0, batch.logit_rows])
 
     def batch(self, spans: list[Span], more_rows: Ids[int] = ()) -> StepBatch:
-        """All spans, end to end; logits for the rows of each, in order, and for `more_rows` of the whole."""
+        """All spans, end to end, on the host; logits for the rows of each, in order, and for `more_rows` of the whole."""
         size = self.cache.block_size
         tokens: list[int] = []
         rows: list[int] = []
@@ -86,18 +85,14 @@ class Runner:
         positions = np.arange(len(tokens)) + (starts - query_start[:-1])[owner]
         slots = table[owner, positions // size].astype(np.int64) * size + positions % size
         return StepBatch(
-            tokens=self._put(np.array(tokens, dtype=np.int64)),
-            positions=self._put(positions),
-            slots=self._put(slots),
-            query_start=self._put(query_start),
-            context_len=self._put(contexts.astype(np.int32)),
-            block_table=self._put(table),
-            logit_rows=self._put(np.array([*rows, *more_rows], dtype=np.int64)),
+            tokens=torch.from_numpy(np.array(tokens, dtype=np.int64)),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(slots),
+            query_start=torch.from_numpy(query_start),
+            context_len=torch.from_numpy(contexts.astype(np.int32)),
+            block_table=torch.from_numpy(table),
+            logit_rows=torch.from_numpy(np.array([*rows, *more_rows], dtype=np.int64)),
         )
-
-    def _put(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
 
 def _span(chunk: Chunk) -> Span:

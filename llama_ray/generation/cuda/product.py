@@ -1,0 +1,159 @@
+"""Matrix products with weights as they are, in int8 or in int4; on request the same bits for any number of rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from llama_ray.generation.quantize import GROUP_SIZE, Quantization, quantize
+
+_UNIT = 2 * GROUP_SIZE
+"""Inputs whose int4 values lie in GROUP_SIZE bytes: those of the first group in the low halves."""
+_SHARED_BYTES = 96 * 1024
+"""Shared memory that every GPU since Ampere has for a program."""
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _multiply(
+    out,
+    x,
+    weight,
+    scales,
+    rows,
+    outputs,
+    inputs,
+    x_stride,
+    weight_stride,
+    BITS: tl.constexpr,
+    OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Weights are the left factor: tensor cores want 16 rows of that, and as few as 8 columns of the other.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * OUT + tl.arange(0, OUT)
+    x_rows = x + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * x_stride
+    known = tl.minimum(channel, outputs - 1)
+    weights = weight + known.to(tl.int64)[:, None] * weight_stride
+    sums = tl.zeros([OUT, ROWS], tl.float32)
+    if BITS == 4:
+        HALF: tl.constexpr = STEP // 2
+        k = tl.arange(0, HALF)
+        for start in range(0, inputs, STEP):
+            packed = tl.load(weights + (start // 2 + k)[None, :])
+            if EVEN:
+                first = tl.load(x_rows + (start + k)[:, None])
+                second = tl.load(x_rows + (start + HALF + k)[:, None])
+            else:
+                first = tl.load(x_rows + (start + k)[:, None], mask=(start + k < inputs)[:, None], other=0.0)
+                at = start + HALF + k
+                second = tl.load(x_rows + at[:, None], mask=(at < inputs)[:, None], other=0.0)
+            group = scales + (start // HALF) * outputs + known
+            low = ((packed & 15).to(tl.int8) - 8).to(first.dtype)
+            high = ((packed >> 4).to(tl.int8) - 8).to(first.dtype)
+            product = tl.dot(low, first, input_precision=PRECISION)
+            sums += product * tl.load(group).to(tl.float32)[:, None]
+            product = tl.dot(high, second, input_precision=PRECISION)
+            sums += product * tl.load(group + outputs).to(tl.float32)[:, None]
+    else:
+        k = tl.arange(0, STEP)
+        for start in range(0, inputs, STEP):
+            if EVEN:
+                w = tl.load(weights + (start + k)[None, :])
+                part = tl.load(x_rows + (start + k)[:, None])
+            else:
+                there = start + k < inputs
+                w = tl.load(weights + (start + k)[None, :], mask=there[None, :], other=0)
+                part = tl.load(x_rows + (start + k)[:, None], mask=there[:, None], other=0.0)
+            sums = tl.dot(w.to(part.dtype), part, sums, input_precision=PRECISION)
+        if BITS == 8:
+            sums *= tl.load(scales + known)[:, None]
+    tl.store(
+        out + row.to(tl.int64)[None, :] * outputs + channel[:, None],
+        sums.to(out.dtype.element_ty),
+        mask=(row < rows)[None, :] & (channel < outputs)[:, None],
+    )
+
+
+def multiply(x: Tensor, weight: Tensor, scales: Tensor | None = None, *, rows_in_tile: int) -> Tensor:
+    """`x` [rows, inputs] @ weight.T -> [rows, outputs], rounded once from fp32 sums.
+
+    `weight` is [outputs, inputs] in the dtype of x; int8 with `scales` fp32 [outputs]; or uint8 as `pack` gives it
+    with `scales` [groups, outputs]. Sums run over the inputs in one order, in tiles whose shape depends on the weight
+    and on `rows_in_tile` alone: with the same one, a row's result does not depend on the other rows.
+    """
+    rows, inputs = x.shape
+    outputs = len(weight)
+    bits = {torch.int8: 8, torch.uint8: 4}.get(weight.dtype, 16)
+    # About one tile for each of a large GPU's processors, or several. In fp32, without tensor cores, tiles are small.
+    height = 32 if outputs < 6144 or x.dtype is torch.float32 else 64 if outputs < 12288 else 128
+    step = _UNIT if bits < 16 else 64
+    stage = height * step * (weight.itemsize if bits > 4 else 1) + rows_in_tile * step * x.itemsize
+    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    _multiply[(triton.cdiv(rows, rows_in_tile), triton.cdiv(outputs, height))](
+        out,
+        x,
+        weight,
+        scales,
+        rows,
+        outputs,
+        inputs,
+        x.stride(0),
+        weight.stride(0),
+        BITS=bits,
+        OUT=height,
+        ROWS=rows_in_tile,
+        STEP=step,
+        EVEN=inputs % step == 0,
+        PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=max(2, min(5, _SHARED_BYTES // stage)),
+    )
+    return out
+
+
+def pack(values: Tensor) -> Tensor:
+    """int4 values, int8 [outputs, inputs] -> uint8 [outputs, inputs / 2], inputs made up to a multiple of 128.
+
+    Each 64 bytes hold 128 inputs of a channel: input i of them, plus 8, in the low half of byte i, input 64 + i in
+    the high half.
+    """
+    padded = F.pad(values, (0, -values.shape[1] % _UNIT)) + 8
+    low, high = padded.to(torch.uint8).unflatten(1, (-1, 2, GROUP_SIZE)).unbind(2)
+    return torch.bitwise_or(low, high << 4).flatten(1)
+
+
+class Product(nn.Module):
+    """x @ weight.T. Takes the place of a Linear without bias; several may be joined by their outputs."""
+
+    def __init__(self, weight: Tensor, quantization: Quantization | None, batch_invariant: bool) -> None:
+        super().__init__()
+        self.batch_invariant = batch_invariant
+        scales: Tensor | None = None
+        if quantization is not None:
+            rounded = quantize(weight, quantization)
+            if quantization == "int8":
+                weight, scales = rounded.values, rounded.scales.squeeze(1)
+            else:
+                weight, scales = (
+                    pack(rounded.values),
+                    F.pad(rounded.scales.T, (0, 0, 0, len(rounded.scales.T) % 2)),
+                )
+            scales = nn.Parameter(scales.contiguous(), requires_grad=False)
+        self.scales = scales
+        # A parameter stays the same one: a tied head and the embedding share it.
+        same = isinstance(weight, nn.Parameter)
+        self.weight = weight if same else nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        if self.scales is None and not self.batch_invariant:
+            return F.linear(x, self.weight)
+        rows = x.reshape(-1, x.shape[-1])
+        rows_in_tile = 16 if len(rows) <= 16 and not self.batch_invariant else 64
+        return multiply(rows, self.weight, self.scales, rows_in_tile=rows_in_tile).view(*x.shape[:-1], -1)

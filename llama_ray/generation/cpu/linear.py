@@ -151,10 +151,16 @@ def _pack_int4(panels: Tensor) -> tuple[Tensor, Tensor]:
 
     A byte holds value i of its group in its low half and value i + 32 in its high half.
     """
-    grouped = F.pad(panels.float(), (0, -panels.shape[2] % GROUP)).unflatten(2, (-1, GROUP))
+    grouped = F.pad(panels.float(), (0, -panels.shape[2] % GROUP)).view(*panels.shape[:2], -1, GROUP)
     scales = _int4_scales(grouped)
     steps = scales.float()
-    whole = (grouped / torch.where(steps == 0, 1, steps)[..., None]).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
+    whole = (
+        (grouped / torch.where(steps == 0, 1, steps)[..., None])
+        .round_()
+        .clamp_(-8, 7)
+        .add_(8)
+        .to(torch.uint8)
+    )
     low, high = whole.chunk(2, 3)
     return _interleave((low | high << 4).flatten(2)), scales.transpose(1, 2).contiguous()
 

@@ -19,7 +19,7 @@ def kernels() -> ctypes.CDLL:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, rounded as in `RMSNorm`; [..., size] of weight's dtype."""
+    """RMS norm over the last dimension, rounded as in `RMSNorm`: [..., size] of the weight's dtype -> the same."""
     x = _checked(x, weight.dtype)
     y = torch.empty_like(x)
     size = weight.numel()
@@ -39,12 +39,16 @@ def rope_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> Non
     `cos` and `sin` are fp32 [rows or a divisor, head_dim / 2] in any shape: rows beyond begin again at the first.
     """
     if not x.is_contiguous() or x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"rope turns contiguous float32 or bfloat16, not {x.dtype} with strides {x.stride()}")
+        raise ValueError(
+            f"rope turns contiguous float32 or bfloat16, not {x.dtype} with strides {x.stride()}"
+        )
     size = x.shape[-1]
     rows, positions = x.numel() // size, cos.numel() * 2 // head_dim
     cos, sin = _checked(cos, torch.float32), _checked(sin, torch.float32)
     if rows % positions or heads * head_dim > size or cos.shape != sin.shape:
-        raise ValueError(f"{rows} rows of {size} do not fit {positions} positions and {heads} heads of {head_dim}")
+        raise ValueError(
+            f"{rows} rows of {size} do not fit {positions} positions and {heads} heads of {head_dim}"
+        )
     kernels().rope(
         x.dtype == torch.bfloat16,
         *(x.data_ptr(), size, rows, heads, head_dim, cos.data_ptr(), sin.data_ptr(), positions),

@@ -156,7 +156,9 @@ def test_what_there_are_no_kernels_for_is_refused() -> None:
     weight = normal(8, 8)
     with pytest.raises(ValueError, match=r"no float16; load the model with dtype torch\.bfloat16"):
         PackedLinear(weight.half(), "int8")
-    with pytest.raises(ValueError, match="'bfloat16' does not go with a model in float32; choose float32, int8"):
+    with pytest.raises(
+        ValueError, match="'bfloat16' does not go with a model in float32; choose float32, int8"
+    ):
         PackedLinear(weight, "bfloat16")
     with pytest.raises(ValueError, match="size 9 meets a weight"):
         PackedLinear(weight, "float32")(normal(1, 9))

@@ -65,7 +65,7 @@ class Runner:
         return self.model.head(hidden[0, batch.logit_rows])
 
     def batch(self, spans: list[Span], more_rows: Ids[int] = ()) -> StepBatch:
-        """All spans, end to end, on the host; logits for the rows of each, in order, and for `more_rows` of the whole."""
+        """All spans, end to end, on the host; logits for the rows of each, in order, then for `more_rows` of it all."""
         size = self.cache.block_size
         tokens: list[int] = []
         rows: list[int] = []

@@ -68,19 +68,17 @@ class CpuCache:
     def attend(self, batch: StepBatch) -> Attend:
         """Attention for one step: writes its keys and values to their slots, then looks at all before them."""
         config, dtype, layers, run = self._config, self._dtype, self._layers, self._run
-        step_tensors = (
-            *(t.contiguous() for t in (batch.query_start, batch.context_len, batch.block_table)),
-            batch.slots.contiguous(),
-        )
-        query_start, context_len, block_table, slots = step_tensors
-        if any(t.dtype != torch.int32 for t in step_tensors[:3]) or slots.dtype != torch.int64:
+        indices = [t.contiguous() for t in (batch.query_start, batch.context_len, batch.block_table)]
+        slots = batch.slots.contiguous()
+        if any(t.dtype != torch.int32 for t in indices) or slots.dtype != torch.int64:
             raise ValueError("a step has int32 query_start, context_len and block_table, and int64 slots")
-        step = _Step(*(t.data_ptr() for t in step_tensors), len(context_len), block_table.shape[1])
+        sequences, table_width = batch.block_table.shape
+        step = _Step(*(t.data_ptr() for t in (*indices, slots)), sequences, table_width)
         cache_at, step_at = ctypes.addressof(self._argument), ctypes.addressof(step)
         tokens, scale, threads = len(slots), config.head_dim**-0.5, torch.get_num_threads()
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            _ = step, step_tensors  # kept alive: C++ sees addresses only
+            _ = step, indices, slots  # kept alive: C++ sees addresses only
             heads = query.shape[1]
             for t in (query, key, value):
                 strides = t.stride()

@@ -151,7 +151,7 @@ def _pack_int4(panels: Tensor) -> tuple[Tensor, Tensor]:
 
     A byte holds value i of its group in its low half and value i + 32 in its high half.
     """
-    grouped = F.pad(panels.float(), (0, -panels.shape[2] % GROUP)).unflatten(2, (-1, GROUP))
+    grouped = F.pad(panels.float(), (0, -panels.shape[2] % GROUP)).view(*panels.shape[:2], -1, GROUP)
     scales = _int4_scales(grouped)
     steps = scales.float()
     whole = (

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llama_ray.generation.cpu import ops
 from llama_ray.generation.cpu.linear import Format, PackedLinear, check_format
-from llama_ray.model.layers import Attend, Attention, RMSNorm, SwiGLU
+from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU
 from llama_ray.model.llama import Llama
 
 
@@ -25,15 +25,15 @@ def accelerate(model: Llama, format: Format | None = None) -> Llama:
     check_format(weights, dtype)
     ops.kernels()
     for block in model.layers:
-        block.self_attn = PackedAttention(block.self_attn, weights)
-        block.mlp = PackedSwiGLU(block.mlp, weights)
-        block.input_layernorm = PackedRMSNorm(block.input_layernorm)
-        block.post_attention_layernorm = PackedRMSNorm(block.post_attention_layernorm)
-    model.norm = PackedRMSNorm(model.norm)
+        assert isinstance(block, Block)
+        block.register_module("self_attn", PackedAttention(block.self_attn, weights))
+        block.register_module("mlp", PackedSwiGLU(block.mlp, weights))
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            block.register_module(name, PackedRMSNorm(getattr(block, name)))
+    model.register_module("norm", PackedRMSNorm(model.norm))
     # A tied head gets a copy of its own; the embedding stays a table to look tokens up in.
-    model.lm_head = PackedLinear(
-        model.lm_head.weight, "int8" if weights == "int4" else weights, out_dtype=torch.float32
-    )
+    head: Format = "int8" if weights == "int4" else weights
+    model.register_module("lm_head", PackedLinear(model.lm_head.weight, head, out_dtype=torch.float32))
     return model
 
 

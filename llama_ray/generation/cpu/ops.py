@@ -19,7 +19,7 @@ def kernels() -> ctypes.CDLL:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """X / rms(x) * weight over the last dimension, rounded as in `RMSNorm`; [..., size] of weight's dtype."""
+    """RMS norm over the last dimension, rounded as in `RMSNorm`: [..., size] of the weight's dtype -> the same."""
     x = _checked(x, weight.dtype)
     y = torch.empty_like(x)
     size = weight.numel()

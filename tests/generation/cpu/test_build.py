@@ -61,7 +61,7 @@ def test_a_compiler_that_does_not_work_is_named(
 
 
 def test_an_error_of_the_compiler_is_passed_on(cache: Path) -> None:
-    with pytest.raises(build.BuildError, match="do not compile with .*error: .*-march"):
+    with pytest.raises(build.BuildError, match=r"do not compile with .*error: .*-march"):
         build.build((*build.FLAGS, "-march=abacus"))
     assert not list(cache.iterdir())
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_cached_steps_give_the_bits_of_the_whole_text(kernels: ctypes.CDLL, form
     def run(edges: list[int]) -> torch.Tensor:
         cache = CpuCache(model.config, 3, torch.float32)
         parts = []
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             positions = torch.arange(start, end)
             batch = StepBatch(
                 tokens=ids[0, start:end],

@@ -14,9 +14,10 @@ import torch
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.async_engine import AsyncEngine
-from llama_ray.generation.engine import Engine, EngineStats, GenerationError
+from llama_ray.generation.engine import Engine, GenerationError
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.sequence import Delta
+from llama_ray.generation.stats import EngineStats
 from llama_ray.tracking import registry
 from serve_app.events import Event, Failure, Job, Logprobs, ModelInfo, Piece, Started
 

@@ -103,7 +103,8 @@ class TorchCache:
         q = query[0].transpose(0, 1).reshape(sequences, kv_heads, -1, dim)
         scores = (q @ keys.permute(0, 2, 3, 1)).float() * dim**-0.5
         weights = scores.masked_fill(beyond[:, None, None], -math.inf).softmax(-1).to(q.dtype)
-        return (weights @ values.transpose(1, 2)).view(sequences, -1, dim).transpose(0, 1)[None]
+        out: Tensor = weights @ values.transpose(1, 2)
+        return out.view(sequences, -1, dim).transpose(0, 1)[None]
 
 
 def count_blocks(

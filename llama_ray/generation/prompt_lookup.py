@@ -48,9 +48,9 @@ class PromptLookup:
                     seen.ends[tuple(tokens[end - width : end])] = end
         seen.length = len(tokens)
         for width in self._widths:
-            end = seen.ends.get(tuple(tokens[-width:]))
-            if end is not None:
-                guess = tokens[end : end + room]
+            found = seen.ends.get(tuple(tokens[-width:]))
+            if found is not None:
+                guess = tokens[found : found + room]
                 # Where that is all there is, it repeats itself.
                 return (guess * (room // len(guess) + 1))[:room]
         return []

@@ -26,9 +26,20 @@ class _Stream:
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[Item]
 
-    def put(self, item: Item) -> None:
+
+def _deliver(items: list[tuple[_Stream, Item]]) -> None:
+    """Put every item into its stream's queue; one wake-up for each event loop, however many of its streams wait."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Item]]] = defaultdict(list)
+    for stream, item in items:
+        by_loop[stream.loop].append((stream, item))
+    for loop, mine in by_loop.items():
         with suppress(RuntimeError):  # that event loop is closed: nobody listens any more
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+            loop.call_soon_threadsafe(_put, mine)
+
+
+def _put(items: list[tuple[_Stream, Item]]) -> None:
+    for stream, item in items:
+        stream.queue.put_nowait(item)
 
 
 class AsyncEngine:
@@ -88,9 +99,8 @@ class AsyncEngine:
                 for delta in self.engine.step():
                     by_request[delta.request_id].append(delta)
                 with self._wake:
-                    for request_id, deltas in by_request.items():
-                        if request_id in self._streams:
-                            self._streams[request_id].put(deltas)
+                    streams = self._streams
+                    _deliver([(streams[i], deltas) for i, deltas in by_request.items() if i in streams])
         except Exception as e:  # whoever waits must hear of it, whatever it was
             _log.exception("the engine's thread ends")
             self._end(f"the engine crashed: {type(e).__name__}: {e}")
@@ -104,8 +114,7 @@ class AsyncEngine:
     def _end(self, reason: str) -> None:
         with self._wake:
             self._ended = self._ended or reason
-            for stream in self._streams.values():
-                stream.put(GenerationError(self._ended))
+            _deliver([(stream, GenerationError(self._ended)) for stream in self._streams.values()])
             self._wake.notify()
 
 

@@ -26,7 +26,7 @@ def similar(model: Llama) -> Llama:
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         for parameter in other.layers[1].parameters():
-            parameter.mul_(0.97)
+            parameter.mul_(0.999)
     return other
 
 

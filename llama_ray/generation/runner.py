@@ -17,6 +17,10 @@ from llama_ray.generation.sequence import Sequence
 from llama_ray.model.llama import Llama
 
 
+class RunnerError(RuntimeError):
+    """The runner cannot go on, whatever it is given to run; the message gives the cause."""
+
+
 @dataclass(frozen=True)
 class StepLogits:
     """What a step's forward pass says."""

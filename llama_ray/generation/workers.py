@@ -232,6 +232,16 @@ class _Worker:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
 
+    def answer(self, method: str, args: tuple[Any, ...]) -> tuple[type[Exception] | None, Any]:
+        """(None, what the method returns), or what to raise on rank 0 and the message."""
+        try:
+            return None, getattr(self, method)(*args)
+        except RunnerError as e:  # another rank is the cause; rank 0 will see which
+            return RuntimeError, str(e)
+        except Exception as e:
+            _log.exception("rank %d: %s failed", self.rank, method)
+            return _kind(e), str(e).partition("\n")[0]
+
     def load(self, directory: Path, dtype: torch.dtype | None, kind: str, quantization: str | None) -> int:
         self.device = rank_device(kind, self.rank)
         if kind == "cuda":
@@ -277,18 +287,12 @@ def work() -> None:
     threading.Thread(target=_end_with, args=(descriptor, parent), daemon=True).start()
     torch.set_num_threads(threads)
     connection, worker = Connection(descriptor), _Worker(rank, size)
-    while True:
-        try:
+    try:
+        while True:
             method, args = connection.recv()
-        except (EOFError, OSError):
-            os._exit(0)
-        answer: tuple[type[Exception] | None, Any]
-        try:
-            answer = (None, getattr(worker, method)(*args))
-        except Exception as e:
-            _log.exception("rank %d: %s failed", rank, method)
-            answer = (_kind(e), str(e).partition("\n")[0])
-        connection.send(answer)
+            connection.send(worker.answer(method, args))
+    except (EOFError, OSError):
+        os._exit(0)
 
 
 def _prepared(model: Llama, quantization: str | None, rank: int, size: int) -> Llama:

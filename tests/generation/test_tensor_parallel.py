@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -111,7 +112,7 @@ def test_a_worker_that_is_killed_ends_the_engine_and_its_streams(saved: Path) ->
 
     async def use() -> None:
         running = AsyncEngine(engine)
-        streams = [running.stream(p, SamplingParams(max_tokens=100, ignore_eos=True)) for p in PROMPTS]
+        streams = [running.stream(p, SamplingParams(max_tokens=90, ignore_eos=True)) for p in PROMPTS]
         for stream in streams[: LIMITS["max_batch_size"]]:
             await anext(stream)
         worker.send_signal(signal.SIGKILL)
@@ -141,19 +142,24 @@ while True:
 """Without a guard for `__main__`: a worker does not run it again."""
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
-def test_no_worker_outlives_its_engine(saved: Path, ending: signal.Signals) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, saved], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        processes = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
-        assert len(processes) == 1
-        process.send_signal(ending)
-        _, errors = process.communicate(timeout=30)
-    assert process.returncode == -ending
-    assert ("KeyboardInterrupt" in errors) == (ending == signal.SIGINT)
-    assert not psutil.wait_procs(processes, timeout=30)[1]
+def test_no_worker_outlives_its_engine(saved: Path) -> None:
+    endings = [signal.SIGKILL, signal.SIGINT]
+    scripts = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, saved], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in endings
+    ]
+    for script, ending in zip(scripts, endings, strict=True):
+        with script:
+            assert script.stdout is not None
+            processes = [psutil.Process(int(pid)) for pid in script.stdout.readline().split()]
+            assert len(processes) == 1
+            script.send_signal(ending)
+            _, errors = script.communicate(timeout=60)
+        assert script.returncode == -ending
+        assert ("KeyboardInterrupt" in errors) == (ending == signal.SIGINT)
+        assert not psutil.wait_procs(processes, timeout=60)[1]
 
 
 def test_what_cannot_be_divided_is_refused_before_anything_starts(saved: Path, model: Llama) -> None:
@@ -184,8 +190,6 @@ def test_what_cannot_be_divided_is_refused_before_anything_starts(saved: Path, m
         check_ranks(heads, gpus + 2, torch.device("cuda"))
     with pytest.raises(ValueError, match="device is cuda:1, but tensor_parallel takes GPUs 0 to 1"):
         check_ranks(model.config, 2, torch.device("cuda:1"))
-    with pytest.raises(ValueError, match="max_seq_len is 161"):
-        Engine.from_pretrained(saved, device="cpu", tensor_parallel=2, max_seq_len=161)
     assert workers() == before
 
 
@@ -213,7 +217,7 @@ THREE = LlamaConfig(
 )
 
 
-def three_ranks(saved: Path, meeting_place: Path) -> tuple[list[Tensor], list[bool], Tensor]:
+def three_ranks(saved: Path, meeting_place: Path) -> tuple[list[list[list[float]]], list[bool], list[Any]]:
     """On each of three ranks: logits of steps of which the second fails on rank 1; whether they failed; a sum."""
     rank = dist.get_rank()
     ranks = Ranks(meeting_place, rank, 3, torch.device("cpu"))
@@ -229,7 +233,7 @@ def three_ranks(saved: Path, meeting_place: Path) -> tuple[list[Tensor], list[bo
     runner = RankRunner(model, cache, ranks)
     results = [runner.compute(prompt(block), []) for block in (1, 2, 1)]
     failed = [isinstance(result, Exception) for result in results]
-    return [r for r in results if isinstance(r, Tensor)], failed, whole
+    return [r.tolist() for r in results if isinstance(r, Tensor)], failed, whole.tolist()
 
 
 def prompt(block: int) -> StepBatch:
@@ -254,14 +258,10 @@ def test_three_ranks_add_in_their_order_and_stay_in_step_when_one_fails(tmp_path
     assert failed_1 == [False, True, False]
     assert failed == failed_2 == [False] * 3
     parts = torch.randn(3, 50, 24, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-    expected = (parts[0] + parts[1] + parts[2]).bfloat16()
-    for found in (total, total_1, total_2):
-        assert torch.equal(found, expected)
+    assert total == total_1 == total_2 == (parts[0] + parts[1] + parts[2]).bfloat16().tolist()
     whole = Runner(model, TorchCache(THREE, 4, torch.float32, "cpu"))
     with torch.inference_mode():
         expected = whole.forward(prompt(1))
-    torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=1e-4)
-    assert torch.equal(logits[2], logits[0])
-    assert not torch.allclose(
-        logits[1], logits[0], atol=1e-2
-    )  # rank 1 gave zeros for what it could not compute
+    torch.testing.assert_close(torch.tensor(logits[0]), expected, atol=1e-4, rtol=1e-4)
+    assert logits[2] == logits[0]
+    assert logits[1] != logits[0]  # rank 1 gave zeros for what it could not compute

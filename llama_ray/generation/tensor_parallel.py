@@ -114,17 +114,10 @@ class Ranks:
         self.sums = self.gathers = 0
         """So many of each since they were last set to 0."""
         store = dist.FileStore(f"{directory}/store", size)  # type: ignore[attr-defined]
-        timeout = timedelta(seconds=TIMEOUT_S)
-        self._group: Any
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
-        else:
-            local = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            local._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            local._timeout = timeout
-            self._group = dist.ProcessGroupGloo(store, rank, size, local)
+        try:
+            self._group: Any = (_nccl if device.type == "cuda" else _gloo)(store, rank, size)
+        except RuntimeError as e:
+            raise RunnerError(f"the ranks did not meet ({_first_line(e)})") from e
         self.sum(torch.zeros(1, device=device))  # NCCL connects with the first one
 
     def sum(self, part: Tensor) -> Tensor:
@@ -161,7 +154,7 @@ class Ranks:
         try:
             collective(*args).wait()
         except RuntimeError as e:  # dist.DistError is one, but gloo raises this itself
-            raise RunnerError(f"the ranks lost contact ({str(e).partition(chr(10))[0]})") from e
+            raise RunnerError(f"the ranks lost contact ({_first_line(e)})") from e
 
 
 class RankRunner(Runner):
@@ -248,6 +241,23 @@ class TensorParallelRunner(RankRunner):
 def from_host(arrays: StepBatch) -> StepBatch:
     """A batch as it comes from rank 0, as tensors."""
     return _mapped(arrays, torch.from_numpy)
+
+
+def _nccl(store: Any, rank: int, size: int) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=TIMEOUT_S)
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _gloo(store: Any, rank: int, size: int) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timedelta(seconds=TIMEOUT_S)
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _mapped(batch: StepBatch, function: Callable[[Any], Any]) -> StepBatch:

@@ -114,14 +114,14 @@ class Workers:
         """What they returned, by rank; an error as the exception. Raises RunnerError where one is gone or silent."""
         results: dict[Connection, Any] = {}
         while missing := [c for c in self._connections if c not in results]:
-            if not (ready := wait(missing, timeout_s)):
+            try:
+                ready = wait(missing, timeout_s)
+                received = {c: c.recv() for c in missing if c in ready}
+            except (EOFError, OSError):
+                raise self.lost() from None
+            if not ready:
                 raise self.lost(f"a worker did not answer within {timeout_s:.0f} s")
-            for connection in ready:
-                assert isinstance(connection, Connection)
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, OSError):
-                    raise self.lost() from None
+            for connection, (kind, value) in received.items():
                 rank = self._connections.index(connection) + 1
                 results[connection] = value if kind is None else kind(f"rank {rank}: {value}")
         return [results[c] for c in self._connections]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.model.checkpoint import CheckpointError, load_model, save_model
+from llama_ray.model.checkpoint import CheckpointError, Part, load_model, save_model
 from llama_ray.model.llama import Llama
 
 # Resolvers are named, not imported: a plain directory must load where no MLflow is installed, and this floor
@@ -35,14 +35,18 @@ def resolve(ref: str | Path) -> Path:
 
 
 def load_pretrained(
-    ref: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ref: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    part: Part | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """The model and tokenizer that `ref` stands for (see `resolve`); None where it holds no tokenizer.
 
-    `dtype` None keeps the stored one. Raises CheckpointError, a ValueError that says what is wrong.
+    `dtype` None keeps the stored one; `part` is that of `load_model`. Raises CheckpointError, a ValueError
+    that says what is wrong.
     """
     directory = resolve(ref)
-    model = load_model(directory, dtype=dtype, device=device)
+    model = load_model(directory, dtype=dtype, device=device, part=part)
     if not (directory / "tokenizer.json").is_file():
         return model, None
     tokenizer = Tokenizer.load(directory)

@@ -88,9 +88,10 @@ class AsyncEngine:
                 self._streams.pop(request_id, None)
 
     def stop(self) -> None:
-        """End the thread after its present step; streams that are still open raise GenerationError."""
+        """End the thread after its present step, and the engine; streams that are open raise GenerationError."""
         self._end("the engine was stopped")
         self._thread.join()
+        self.engine.close()
 
     def _run(self) -> None:
         try:

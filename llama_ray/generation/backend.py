@@ -15,6 +15,7 @@ from llama_ray.generation.kv_cache import KVCache, TorchCache
 from llama_ray.generation.quantize import Quantization, check_quantization
 from llama_ray.generation.runner import Runner
 from llama_ray.generation.sampler import Sampler
+from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
 BLOCK_SIZE = 32
@@ -57,25 +58,26 @@ def make_runner(model: Llama, num_blocks: int, max_batch_size: int, max_seq_len:
     return Runner(model, make_cache(model, num_blocks))
 
 
-def make_cache(model: Llama, num_blocks: int) -> KVCache:
-    """An empty cache of so many blocks."""
+def make_cache(model: Llama, num_blocks: int, shape: LlamaConfig | None = None) -> KVCache:
+    """An empty cache of so many blocks; `shape` where the model holds only a share of its config's heads."""
+    config = shape or model.config
     weight = model.embed_tokens.weight
     if weight.device.type == "cuda" and _has_triton():
         from llama_ray.generation.cuda.cache import PagedCache
 
         invariant = getattr(model.lm_head, "batch_invariant", False)
         return PagedCache(
-            model.config, num_blocks, weight.dtype, weight.device, BLOCK_SIZE, batch_invariant=invariant
+            config, num_blocks, weight.dtype, weight.device, BLOCK_SIZE, batch_invariant=invariant
         )
     if _on_cpu_kernels(model):
-        return CpuCache(model.config, num_blocks, weight.dtype)
-    return TorchCache(model.config, num_blocks, weight.dtype, weight.device, BLOCK_SIZE)
+        return CpuCache(config, num_blocks, weight.dtype)
+    return TorchCache(config, num_blocks, weight.dtype, weight.device, BLOCK_SIZE)
 
 
-def block_bytes(model: Llama) -> int:
-    """What a block of the model's cache takes."""
+def block_bytes(model: Llama, shape: LlamaConfig | None = None) -> int:
+    """What a block of such a cache takes."""
     cache = CpuCache if _on_cpu_kernels(model) else TorchCache
-    return cache.block_bytes(model.config, BLOCK_SIZE, model.embed_tokens.weight.dtype)
+    return cache.block_bytes(shape or model.config, BLOCK_SIZE, model.embed_tokens.weight.dtype)
 
 
 def make_sampler(device: torch.device) -> Sampler:

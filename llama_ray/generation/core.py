@@ -13,7 +13,7 @@ from collections.abc import Sequence as Many
 import torch
 
 from llama_ray.generation.logprobs import token_logprobs
-from llama_ray.generation.runner import Runner, StepLogits
+from llama_ray.generation.runner import Runner, RunnerError, StepLogits
 from llama_ray.generation.sampler import Ahead, Row, Sample, Sampler
 from llama_ray.generation.scheduler import Chunk, Plan, Scheduler
 from llama_ray.generation.sequence import Delta, Sequence
@@ -63,6 +63,8 @@ class Core:
             failed: list[tuple[Sequence, str]] = []
             try:
                 done = [self._compute(plan)]
+            except RunnerError:
+                raise
             except Exception as e:
                 with self._lock:
                     self._scheduler.undo(plan)
@@ -101,6 +103,8 @@ class Core:
         for chunk in plan.chunks:
             try:
                 done.append(self._compute(Plan([Chunk(chunk.sequence, chunk.length)])))
+            except RunnerError:
+                raise
             except Exception as e:
                 _log.exception("request %d fails", chunk.sequence.request_id)
                 failed.append((chunk.sequence, f"{type(e).__name__}: {_first_line(e)}"))

@@ -31,6 +31,7 @@ from llama_ray.generation.draft_model import DraftModel
 from llama_ray.generation.kv_cache import count_blocks
 from llama_ray.generation.prompt_lookup import PromptLookup
 from llama_ray.generation.quantize import Quantization
+from llama_ray.generation.runner import RunnerError
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.scheduler import Scheduler
 from llama_ray.generation.sequence import Delta, FinishReason
@@ -38,6 +39,7 @@ from llama_ray.generation.sequence import Sequence as Candidate
 from llama_ray.generation.speculation import Proposer
 from llama_ray.generation.stats import EngineStats, RequestStats
 from llama_ray.generation.text import TextOutput
+from llama_ray.generation.workers import TensorParallel
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained, resolve
 
@@ -78,9 +80,13 @@ class Engine:
     is reserved here; ValueError is raised where it is not there. With `enable_prefix_caching` prompts that begin as
     others did are not computed again. `proposer` guesses tokens ahead, `draft_tokens` at most, which changes no
     token that comes out. Requests without a seed draw theirs from `seed` in the order in which they come; None draws
-    anew in every process. `eos_ids` end a completion beside the tokenizer's own.
+    anew in every process. `eos_ids` end a completion beside the tokenizer's own. `parallel` is where `model` is only
+    one rank's share, with the others: `kv_cache_memory_bytes` are then those of each rank, and the rank with the
+    least room decides.
 
-    `submit` and `abort` may be called from any thread; `step`, and `generate`, from one at a time.
+    An engine whose model lies on several ranks has processes that end with it: at `close`, at the end of a `with`
+    block, and when nobody refers to it any more. `submit` and `abort` may be called from any thread; `step`, and
+    `generate`, from one at a time.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class Engine:
         draft_tokens: int = 4,
         seed: int | None = 0,
         eos_ids: Collection[int] = (),
+        parallel: TensorParallel | None = None,
     ) -> None:
         limit = model.config.max_seq_len
         max_seq_len = limit if max_seq_len is None else max_seq_len
@@ -118,14 +125,17 @@ class Engine:
         own_eos = {tokenizer.eos_id} if tokenizer is not None else set()
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
 
-        per_block = block_bytes(model)
+        per_block = block_bytes(model, parallel.rank_config if parallel else model.config)
         if proposer is not None:
             proposer.check(model.config.vocab_size, max_seq_len)
             per_block += proposer.block_bytes
-        blocks = count_blocks(
-            per_block, BLOCK_SIZE, max_batch_size, max_seq_len, weight.device, kv_cache_memory_bytes
-        )
-        runner = make_runner(model, blocks, max_batch_size, max_seq_len)
+        limits = (max_batch_size, max_seq_len)
+        if parallel is None:
+            blocks = count_blocks(per_block, BLOCK_SIZE, *limits, weight.device, kv_cache_memory_bytes)
+            runner = make_runner(model, blocks, *limits)
+        else:
+            blocks = parallel.count_blocks(per_block, *limits, kv_cache_memory_bytes)
+            runner = parallel.runner(blocks)
         if proposer is not None:
             proposer.reserve(blocks, max_batch_size, max_seq_len)
         pool = BlockPool(blocks, BLOCK_SIZE, caching=enable_prefix_caching)
@@ -134,7 +144,9 @@ class Engine:
         self._core = Core(
             self._scheduler, runner, make_sampler(weight.device), self._lock, proposer, draft_tokens
         )
-        self._kv_cache_bytes, self._weight_bytes = blocks * per_block, weight_bytes(model)
+        self._parallel = parallel
+        self._kv_cache_bytes = blocks * per_block * (parallel.size if parallel else 1)
+        self._weight_bytes = parallel.weight_bytes if parallel else weight_bytes(model)
         self._grammars = Grammars(tokenizer, model.config.vocab_size, self.eos_ids)
         self._seeds = random.Random(seed)
         self._requests = itertools.count()
@@ -151,25 +163,47 @@ class Engine:
         batch_invariant: bool = False,
         draft_model: str | Path | None = None,
         prompt_lookup: bool = False,
+        tensor_parallel: int = 1,
         **options: Any,
     ) -> Self:
         """An engine for what `ref` stands for: a directory, `models:/name/version` or `models:/name@alias`.
 
         `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
         rounds the weights of matrix products as they are loaded; for `batch_invariant` see `backend.prepare`.
-        `draft_model`, or with `prompt_lookup` the text itself, guesses tokens ahead. `options` are those of the
-        constructor. Raises ValueError for a checkpoint that cannot be read.
+        `draft_model`, or with `prompt_lookup` the text itself, guesses tokens ahead. `tensor_parallel` is the number
+        of GPUs (on a CPU, of processes) to divide the model between, see `llama_ray.generation.tensor_parallel`.
+        `options` are those of the constructor. Raises ValueError for a checkpoint that cannot be read or not be
+        divided so.
         """
         directory = resolve(ref)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
         options.setdefault("eos_ids", _eos_ids(directory))
         if draft_model is not None:
             draft, _ = load_pretrained(draft_model, dtype=dtype, device=device)
             options["proposer"] = DraftModel(prepare(draft, quantization, batch_invariant=batch_invariant))
         elif prompt_lookup:
             options["proposer"] = PromptLookup()
-        return cls(prepare(model, quantization, batch_invariant=batch_invariant), tokenizer, **options)
+        if tensor_parallel == 1:
+            model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
+            model = prepare(model, quantization, batch_invariant=batch_invariant)
+            return cls(model, tokenizer, **options)
+        parallel = TensorParallel(directory, dtype, device, quantization, batch_invariant, tensor_parallel)
+        try:
+            return cls(parallel.model, parallel.tokenizer, parallel=parallel, **options)
+        except BaseException:
+            parallel.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes of the other ranks, where there are any; steps then raise RunnerError."""
+        if self._parallel is not None:
+            self._parallel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def generate(
         self, prompts: str | Iterable[Prompt], params: SamplingParams | None = None
@@ -177,7 +211,8 @@ class Engine:
         """Complete every prompt, text or token ids; `params.n` completions for each, in the order of the prompts.
 
         All prompts are checked before any is run. Raises ValueError for a bad prompt or while other requests are
-        in progress (their deltas would be lost), and GenerationError where the model's numbers overflow.
+        in progress (their deltas would be lost), and GenerationError where the model's numbers overflow or the engine
+        has ended.
         """
         if self.has_work:
             raise ValueError(
@@ -196,6 +231,8 @@ class Engine:
             while self.has_work:
                 for delta in self.step():
                     deltas[delta.request_id, delta.index].append(delta)
+        except RunnerError as e:
+            raise GenerationError(str(e)) from e
         finally:  # an error, or the user's interrupt, leaves nothing behind
             for request_id in ids_of:
                 self.abort(request_id)
@@ -281,7 +318,8 @@ class Engine:
 
         Returns one delta for each sequence that got a token or failed; none where there is nothing to do, or where
         all that was computed is the middle of prompts. A step that runs out of memory is tried again with less; a
-        sequence that cannot be computed fails, and the others go on.
+        sequence that cannot be computed fails, and the others go on. Raises RunnerError where no step can be computed
+        any more: a worker process is gone.
         """
         return self._core.step()
 

@@ -114,15 +114,17 @@ def count_blocks(
     max_seq_len: int,
     device: torch.device,
     memory_bytes: int | None,
+    processes: int = 1,
 ) -> int:
     """How many blocks to make, the scratch block included.
 
     `memory_bytes` None takes what is free of 90% of a GPU's memory, and on a CPU up to 4 GiB or half of what is free;
-    never more than `max_batch_size` sequences of `max_seq_len` tokens could fill. Raises ValueError where one such
+    never more than `max_batch_size` sequences of `max_seq_len` tokens could fill. On a CPU so many `processes` each
+    take as much, and share what is free. Raises ValueError where one such
     sequence would not fit.
     """
     per_sequence = -(-max_seq_len // block_size)
-    free = free_bytes(device)
+    free = free_bytes(device) // (processes if device.type == "cpu" else 1)
     if memory_bytes is not None:
         room = memory_bytes
         if room > free:

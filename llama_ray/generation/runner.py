@@ -16,6 +16,10 @@ from llama_ray.generation.sequence import Sequence
 from llama_ray.model.llama import Llama
 
 
+class RunnerError(RuntimeError):
+    """The runner cannot go on, whatever it is given to run; the message gives the cause."""
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Tokens of one sequence to compute, from position `start` on, in its `blocks`."""

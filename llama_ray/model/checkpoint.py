@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from llama_ray.model.pieces import StoredTensor, open_tensors
 MAX_SHARD_BYTES = 4 * 1024**3
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+Part = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
+"""The name and shape of a parameter -> what of it a process keeps."""
+
 PIECE_FILES = "model-rank*.safetensors"
 """What the workers of a training run wrote, see `llama_ray.model.pieces`."""
 
@@ -42,12 +45,16 @@ def load_config(directory: str | Path) -> LlamaConfig:
 
 
 def load_model(
-    directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    part: Part | None = None,
 ) -> Llama:
     """Read a model saved by `save_model`, by transformers or by a training run, in one file or many.
 
     `dtype` None keeps the dtype of the stored embedding. Names, shapes and file lengths are all checked before memory
-    is taken for the weights; then tensors are copied one at a time, so no second copy of the model is held.
+    is taken for the weights; then tensors are copied one at a time, so no second copy of the model is held. With
+    `part` only that of each tensor is read, and the model has weights of that size.
     Raises CheckpointError for a missing, truncated or unsafe file, and for missing, surplus or misshapen tensors.
     """
     directory = Path(directory)
@@ -57,11 +64,15 @@ def load_model(
         wanted = {hf_name(n): p for n, p in model.named_parameters()}
         _check_names_and_shapes(directory, stored, wanted, model.config)
         file_dtype = stored["model.embed_tokens.weight"].dtype
+        parts = {n: part and part(n, tuple(p.shape)) for n, p in model.named_parameters()}
+        for name, kept in parts.items():
+            if kept is not None:
+                _cut(model, name, kept)
         model.to(dtype or file_dtype)
         model.materialize(device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(stored[hf_name(name)].read())
+                parameter.copy_(stored[hf_name(name)].read(parts[name]))
     return model
 
 
@@ -158,6 +169,16 @@ def _weight_files(directory: Path) -> list[Path]:
     raise CheckpointError(
         f"{directory} holds no model.safetensors; give the directory of a saved LLaMA model"
     )
+
+
+def _cut(model: Llama, name: str, kept: tuple[slice, ...]) -> None:
+    """Give a parameter on the meta device the shape of its part."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    weight = module.get_parameter(attribute)[kept]
+    module.register_parameter(attribute, torch.nn.Parameter(weight.detach().clone()))
+    if isinstance(module, torch.nn.Linear):
+        module.out_features, module.in_features = weight.shape
 
 
 def _open_all(files: list[Path], stack: ExitStack) -> dict[str, StoredTensor]:

@@ -53,18 +53,26 @@ class StoredTensor:
         held = sum(math.prod(file.get_slice(self._name).get_shape()) for file, _ in self._pieces)
         return bool(held == math.prod(self.shape))
 
-    def read(self) -> Tensor:
-        """The whole tensor."""
+    def read(self, part: tuple[slice, ...] | None = None) -> Tensor:
+        """The whole tensor, or a part of it; nothing else is copied from the files."""
+        shape = self.shape
+        wanted = [s.indices(n)[:2] for s, n in zip(part or (slice(None),) * len(shape), shape, strict=True)]
         if len(self._pieces) == 1:
-            return self._pieces[0][0].get_tensor(self._name)  # type: ignore[no-any-return]
-        whole: Tensor | None = None
+            return self._pieces[0][0].get_slice(self._name)[_box(wanted)]  # type: ignore[no-any-return]
+        out = torch.empty([end - start for start, end in wanted], dtype=self.dtype)
         for file, offsets in self._pieces:
-            piece = file.get_tensor(self._name)
-            if whole is None:
-                whole = torch.empty(self.shape, dtype=piece.dtype)
-            whole[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))] = piece
-        assert whole is not None
-        return whole
+            piece = file.get_slice(self._name)
+            held = [(o, o + n) for o, n in zip(offsets, piece.get_shape(), strict=True)]
+            common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, held, strict=True)]
+            if all(start < end for start, end in common):
+                out[_box(common, wanted)] = piece[_box(common, held)]
+        return out
+
+
+def _box(spans: list[tuple[int, int]], within: list[tuple[int, int]] | None = None) -> tuple[slice, ...]:
+    """Spans of each dimension as slices, counted from where those of `within` start."""
+    starts = [0] * len(spans) if within is None else [start for start, _ in within]
+    return tuple(slice(a - start, b - start) for (a, b), start in zip(spans, starts, strict=True))
 
 
 def open_tensors(path: Path, stack: ExitStack, stored: dict[str, StoredTensor]) -> None:

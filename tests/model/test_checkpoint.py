@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as PeerConfig
 
-from llama_ray.model.checkpoint import CheckpointError, load_config, load_model, save_model
+from llama_ray.model.checkpoint import CheckpointError, hf_name, load_config, load_model, save_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.model.pieces import PIECES
 
 TINY = LlamaConfig.preset("llama-tiny")
 
@@ -130,6 +131,26 @@ def test_a_directory_that_cannot_be_read_says_why(saved: Path, spoil, message: s
     with pytest.raises(CheckpointError, match=message) as caught:
         load_model(saved)
     assert "\n" not in str(caught.value)
+
+
+def test_a_part_is_read_out_of_the_pieces_of_several_workers(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    for rank in range(3):  # pieces of 22 + 22 + 20 rows, or of the other dimension
+        pieces, places = {}, {}
+        for name, tensor in tensors.items():
+            dim = tensor.dim() - 1
+            size = -(-tensor.shape[dim] // 3)
+            pieces[name] = tensor.chunk(3, dim)[rank].contiguous()
+            places[name] = {"saved_offsets": [0] * dim + [rank * size]}
+        save_file(pieces, saved / f"model-rank{rank}.safetensors", {PIECES: json.dumps(places)})
+    whole, part = (
+        load_model(saved),
+        load_model(saved, part=lambda _, shape: tuple(slice(10, 55) for _ in shape)),
+    )
+    for (name, p), q in zip(part.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(q, tensors[hf_name(name)]), name
+        assert torch.equal(p, q[tuple(slice(10, 55) for _ in q.shape)]), name
 
 
 def test_the_rotary_table_of_older_exports_is_passed_over(saved: Path) -> None:

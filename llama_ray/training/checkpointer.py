@@ -109,7 +109,7 @@ class Checkpointer:
         self._thread.shutdown(wait=False)
 
     def _write(self, part: Part, progress: Progress, start: float) -> Saved:
-        directory = f"{self.run}/{checkpoint_name(progress.step)}"
+        directory = storage.below(self.run, checkpoint_name(progress.step))
         error: str | None = None
         files: dict[str, dict[str, Any]] = {}
         try:
@@ -150,7 +150,9 @@ class Checkpointer:
                 bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
                 save_config(self._model.config, dtype, local, bos_id=bos, eos_id=eos)
                 mine += [p.name for p in local.glob("*.json")]
-            return {name: _store(local / name, f"{directory}/{name}", digests.get(name)) for name in mine}
+            return {
+                name: _store(local / name, storage.below(directory, name), digests.get(name)) for name in mine
+            }
 
     def _complete(self, directory: str, progress: Progress, reports: list[Any]) -> None:
         files = {name: record for _, mine, _ in reports for name, record in mine.items()}
@@ -161,8 +163,10 @@ class Checkpointer:
                 total = sum(p.nbytes for p in self._model.parameters())
                 content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
                 write_json(local / _INDEX, content)
-                files[_INDEX] = _store(local / _INDEX, f"{directory}/{_INDEX}")
-        storage.write_text(f"{directory}/{storage.MARKER}", progress.marker(dict(sorted(files.items()))))
+                files[_INDEX] = _store(local / _INDEX, storage.below(directory, _INDEX))
+        storage.write_text(
+            storage.below(directory, storage.MARKER), progress.marker(dict(sorted(files.items())))
+        )
         _failure(lambda: prune(self.run, progress.step, self.keep))
 
     def _barrier(self) -> None:
@@ -189,7 +193,7 @@ def prune(run: str, step: int, keep: int) -> None:
 
     Two that followed the same validation have the same loss; the earlier one is nearer to what was measured.
     """
-    done = [c for c in storage.checkpoints(run) if c.rsplit("/", 1)[1] <= checkpoint_name(step)]
+    done = [c for c in storage.checkpoints(run) if storage.name_of(c) <= checkpoint_name(step)]
     losses: dict[str, float] = {}
     for checkpoint in done:
         loss = (storage.read_marker(checkpoint) or {}).get("validation_loss")
@@ -224,7 +228,7 @@ def newest_whole(run: str, timeout_s: int) -> str | None:
         if not verdict.item():
             return checkpoint
         if rank() == 0:
-            storage.delete(f"{checkpoint}/{storage.MARKER}")
+            storage.delete(storage.below(checkpoint, storage.MARKER))
     return None
 
 

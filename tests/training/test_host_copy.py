@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,8 +80,21 @@ def test_a_sender_that_fails_does_not_leave_the_receiver_waiting() -> None:
         list(copies.receive())
 
 
-def _growth(run: Path, data: Path, copies_mib: int) -> tuple[int, int]:
-    """(bytes of state, most that the resident memory grew by while they were saved twice)."""
+def growth(work: Callable[[], object]) -> int:
+    """Bytes that the resident memory of this process grows by at most while it does `work`."""
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    work()
+    return _memory("VmHWM") - before
+
+
+def _memory(kind: str) -> int:
+    [line] = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(kind)]
+    return int(line.split()[1]) * 1024
+
+
+def _save_twice(run: Path, data: Path, copies_mib: int) -> tuple[int, int]:
+    """(bytes of state, growth of memory)."""
     config = TrainConfig(checkpoint_copies_mib=copies_mib)
     model = Llama(LlamaConfig.preset("llama-30m"))
     optimizer = build_optimizer(model, config)
@@ -90,23 +103,19 @@ def _growth(run: Path, data: Path, copies_mib: int) -> tuple[int, int]:
     optimizer.step()
     optimizer.zero_grad()
     checkpointer = Checkpointer(str(run), model, optimizer, Tokenizer.load(data), config)
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    for step in (1, 2):
-        checkpointer.save(Progress(step=step))
-    checkpointer.wait()
-    peak = _memory("VmHWM")
+
+    def save() -> None:
+        for step in (1, 2):
+            checkpointer.save(Progress(step=step))
+        checkpointer.wait()
+
+    grown = growth(save)
     assert [saved.error for saved in checkpointer.finished()] == [None, None]
     checkpointer.close()
-    return 12 * sum(p.numel() for p in model.parameters()), peak - before
-
-
-def _memory(kind: str) -> int:
-    [line] = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(kind)]
-    return int(line.split()[1]) * 1024
+    return 12 * sum(p.numel() for p in model.parameters()), grown
 
 
 def test_a_checkpoint_takes_no_more_memory_than_it_may(dataset: Path, tmp_path: Path) -> None:
-    [(state, growth)] = in_processes(1, _growth, tmp_path, dataset, 64)
+    [(state, grown)] = in_processes(1, _save_twice, tmp_path, dataset, 64)
     assert state > 400e6
-    assert growth < 64 * 2**20 + 48 * 2**20  # and what the code itself needs to write files
+    assert grown < 64 * 2**20 + 48 * 2**20  # and what the code itself needs to write files

@@ -167,7 +167,7 @@ def _worker(plan: dict[str, Any]) -> Ending:
                 config,
                 plan["data"],
                 device=device,
-                observer=MLflowObserver(run, plan["data"]),
+                observer=MLflowObserver(run, plan["data"], directory),
                 output_dir=directory,
                 resume_from=resume_from,
                 run_id=plan["run_id"],

@@ -106,7 +106,7 @@ def test_checkpoints_of_several_workers_are_kept_to_the_newest(
 
 def test_a_bucket_that_is_not_there_is_refused_in_one_line(server: int) -> None:
     missing = uri(server, "x").replace("s3://runs", "s3://none")
-    with pytest.raises(storage.StorageError, match="s3://none/x.* cannot be written .*bucket") as refused:
+    with pytest.raises(storage.StorageError, match=r"s3://none/x.* cannot be written .*bucket") as refused:
         storage.check_writable(missing)
     assert "\n" not in str(refused.value)
 

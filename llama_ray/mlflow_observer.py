@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llama_ray import storage
 from llama_ray.data.loader import TokenDataset
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.model.llama import Llama
 from llama_ray.tracking.buffer import BufferedRun
-from llama_ray.tracking.runs import Run
 from llama_ray.training.checkpointer import Saved
 from llama_ray.training.config import Schedule
 from llama_ray.training.observer import Console, Metrics
 from llama_ray.training.parallel import world_size
 from llama_ray.training.state import Progress
 
+_STARTS = "starts.json"  # [step that it went on after, workers] of each time that workers began
 _PROMPTS, _PROMPT_TOKENS, _SAMPLE_TOKENS = 3, 16, 64
 
 
@@ -30,9 +32,9 @@ class MLflowObserver(Console):
     points that the run has already are not logged twice.
     """
 
-    def __init__(self, run: BufferedRun | None, data: str) -> None:
+    def __init__(self, run: BufferedRun | None, data: str, directory: str) -> None:
         super().__init__()
-        self.run = run
+        self.run, self._starts = run, storage.below(directory, _STARTS)
         self._tokenizer = Tokenizer.load(data)
         self._prompts = _validation_prompts(data)
 
@@ -41,17 +43,13 @@ class MLflowObserver(Console):
         super().started(schedule, progress, layout)
         if self.run:
             self.run.restore(progress.unsent)
-            workers, step = world_size(), progress.step
-
-            def tell(run: Run) -> None:
-                before = run.tags
-                tags = {"total_steps": str(schedule.total_steps), "layout": layout}
-                if step or "total_steps" in before:  # somebody has trained in this run: it was restarted
-                    n = int(before.get("restarts", 0)) + 1
-                    tags |= {"restarts": str(n), f"restart.{n}": f"after step {step}, {workers} workers"}
-                run.set_tags(tags)
-
-            self.run.do("started", tell)
+            # Kept beside the checkpoints, for these workers may be gone before they can tell MLflow.
+            starts = [*json.loads(storage.read_text(self._starts) or "[]"), (progress.step, world_size())]
+            storage.write_text(self._starts, json.dumps(starts))
+            tags = {"total_steps": str(schedule.total_steps), "layout": layout}
+            for n, (step, workers) in enumerate(starts[1:], 1):
+                tags |= {"restarts": str(n), f"restart.{n}": f"after step {step}, {workers} workers"}
+            self.run.do("started", lambda run: run.set_tags(tags))
 
     def logged(self, step: int, metrics: Metrics) -> None:
         """See `Observer`."""

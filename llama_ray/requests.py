@@ -90,16 +90,16 @@ def until_signal(work: Callable[[], T], stop: Callable[[], None]) -> T:
 def stop_requested(directory: str) -> bool:
     """Whether the run in `directory` was asked to stop."""
     try:
-        return storage.read_text(f"{directory}/{STOP_FILE}") is not None
+        return storage.read_text(storage.below(directory, STOP_FILE)) is not None
     except OSError:
         return False
 
 
 def request_stop(directory: str) -> None:
     """Ask the run in `directory` to save and end."""
-    storage.write_text(f"{directory}/{STOP_FILE}", "")
+    storage.write_text(storage.below(directory, STOP_FILE), "")
 
 
 def withdraw_stop(directory: str) -> None:
     """Forget an earlier request."""
-    storage.delete(f"{directory}/{STOP_FILE}")
+    storage.delete(storage.below(directory, STOP_FILE))

@@ -7,6 +7,7 @@ SHA-256. Without the marker a directory is none; with a file that differs from i
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import uuid
@@ -19,16 +20,31 @@ from pyarrow import fs
 
 MARKER = "training.json"
 _CHUNK = 1 << 22
+_CHUNKS_IN_FLIGHT = 16
+_GCS_RETRY_S = 1
 
 
 class StorageError(ValueError):
     """A place that cannot be written to, or that does not hold what was asked for."""
 
 
+def below(location: str, name: str) -> str:
+    """`name` in `location`. What a URI says after a question mark, such as the address of a server, stays last."""
+    if "://" not in location:
+        return f"{location}/{name}"
+    place, question, options = location.partition("?")
+    return f"{place.rstrip('/')}/{name}{question}{options}"
+
+
+def name_of(location: str) -> str:
+    """The last part of a path or URI, as `below` put it there."""
+    return location.partition("?")[0].rpartition("/")[2] if "://" in location else Path(location).name
+
+
 def check_writable(location: str) -> None:
     """Write and delete a small file in `location`, made where it is missing. Raises StorageError."""
     try:
-        filesystem, path = open_storage(location)
+        filesystem, path = open_storage(_impatient(location))
         filesystem.create_dir(path, recursive=True)
         probe = f"{path}/.write-test-{uuid.uuid4().hex}"
         with filesystem.open_output_stream(probe) as stream:
@@ -44,13 +60,13 @@ def check_writable(location: str) -> None:
 def latest_run(location: str) -> str:
     """The name of the run in `location` that saved a checkpoint last. Raises StorageError where there is none."""
     runs = {
-        name: last for name in _directories(location) if (last := latest_checkpoint(f"{location}/{name}"))
+        name: last for name in _directories(location) if (last := latest_checkpoint(below(location, name)))
     }
     if not runs:
         raise StorageError(
             f"output_dir {location} holds no run to resume; check --output_dir, or leave out --resume"
         )
-    return max(runs, key=lambda name: _modified(f"{runs[name]}/{MARKER}"))
+    return max(runs, key=lambda name: _modified(below(runs[name], MARKER)))
 
 
 def latest_checkpoint(run: str) -> str | None:
@@ -63,7 +79,7 @@ def checkpoints(run: str) -> list[str]:
     filesystem, path = open_storage(run)
     names = sorted((n for n in _directories(run) if n.startswith("step_")), reverse=True)
     return [
-        f"{run}/{name}"
+        below(run, name)
         for name in names
         if filesystem.get_file_info(f"{path}/{name}/{MARKER}").type == fs.FileType.File
     ]
@@ -72,7 +88,7 @@ def checkpoints(run: str) -> list[str]:
 def read_marker(checkpoint: str) -> dict[str, Any] | None:
     """What the marker of `checkpoint` says; None where there is none, or it is no JSON object."""
     try:
-        content = json.loads(read_text(f"{checkpoint}/{MARKER}") or "")
+        content = json.loads(read_text(below(checkpoint, MARKER)) or "")
     except ValueError:
         return None
     return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else None
@@ -96,7 +112,7 @@ def altered(checkpoint: str, files: Iterable[str]) -> str | None:
     marker = read_marker(checkpoint) or {"files": {}}
     for file in files:
         try:
-            found = sha256(f"{checkpoint}/{file}")
+            found = sha256(below(checkpoint, file))
         except OSError as e:
             return _damaged(checkpoint, f"{file} cannot be read ({str(e).splitlines()[0]})")
         if found != marker["files"][file]["sha256"]:
@@ -122,9 +138,16 @@ def is_local(location: str) -> bool:
 def upload(source: Path, target: str) -> None:
     """Copy the local file `source` to `target`."""
     filesystem, path = open_storage(target)
-    fs.copy_files(
-        str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem
-    )
+    with source.open("rb") as file, filesystem.open_output_stream(path) as stream:
+        # An S3 stream sends parts in the background and sets no limit to those that wait, so a file that is read
+        # faster than the network takes it would be in memory as a whole.
+        for n in itertools.count(1):
+            chunk = file.read(_CHUNK)
+            if not chunk:
+                break
+            stream.write(chunk)
+            if n % _CHUNKS_IN_FLIGHT == 0:
+                stream.flush()
 
 
 def download(source: str, target: Path) -> None:
@@ -185,6 +208,13 @@ def delete(file: str) -> None:
 def open_storage(location: str) -> tuple[fs.FileSystem, str]:
     """(filesystem, path on it) of an absolute path or a URI. Raises ValueError for neither."""
     return fs.FileSystem.from_uri(location)  # type: ignore[no-any-return]
+
+
+def _impatient(location: str) -> str:
+    """Google's client retries for a quarter of an hour, also when there are no credentials, unless it is told."""
+    if not location.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in location:
+        return location
+    return f"{location}{'&' if '?' in location else '?'}retry_limit_seconds={_GCS_RETRY_S}"
 
 
 def _damaged(checkpoint: str, reason: str) -> str:

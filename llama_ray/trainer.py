@@ -75,14 +75,14 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
     resume_from = Path(checkpoint) if checkpoint and not is_uri(checkpoint) else None
     check_run(model, config, data, most, resume_from)
     info = read_info(data)
-    directory = f"{launch.output_dir}/{name}"
+    directory = storage.below(launch.output_dir, name)
     with _mlflow_run(directory, name, model, config, launch, info, gpu=gpu) as run:
         print(
             f"run {name}: checkpoints in {directory}, MLflow run {run.run_id} at {run.url or run.uri}",
             flush=True,
         )
         withdraw_stop(directory)
-        storage.delete(f"{directory}/{_EXHAUSTED}")
+        storage.delete(storage.below(directory, _EXHAUSTED))
         trainer = TorchTrainer(
             _worker,  # type: ignore[arg-type]  # a result may be returned since V2
             train_loop_config={
@@ -121,7 +121,9 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
             raise TrainingError(ending.error)
         if ending.stopped_at is not None:
             raise Stopped(ending.stopped_at)
-        return _publish(run, f"{directory}/{checkpoint_name(ending.step)}", model, config, launch, info)
+        return _publish(
+            run, storage.below(directory, checkpoint_name(ending.step)), model, config, launch, info
+        )
 
 
 def _worker_environment() -> dict[str, str]:
@@ -150,7 +152,7 @@ def _worker(plan: dict[str, Any]) -> Ending:
     layer_workers = config.tensor_parallel
     config = for_workers(config, world_size() // layer_workers, plan["planned"] // layer_workers)
     directory = plan["directory"]
-    exhausted: list[int] = json.loads(storage.read_text(f"{directory}/{_EXHAUSTED}") or "[]")
+    exhausted: list[int] = json.loads(storage.read_text(storage.below(directory, _EXHAUSTED)) or "[]")
     if exhausted[-1:] == exhausted[-2:-1] != []:
         return Ending(
             error=f"a worker ran out of memory at step {exhausted[-1]} twice; lower batch_size (and raise "
@@ -165,7 +167,7 @@ def _worker(plan: dict[str, Any]) -> Ending:
                 config,
                 plan["data"],
                 device=device,
-                observer=MLflowObserver(run, plan["data"]),
+                observer=MLflowObserver(run, plan["data"], directory),
                 output_dir=directory,
                 resume_from=resume_from,
                 run_id=plan["run_id"],
@@ -177,7 +179,7 @@ def _worker(plan: dict[str, Any]) -> Ending:
     except (
         OutOfMemory
     ) as e:  # Ray Train starts the workers again, in case something else had taken the memory
-        storage.write_text(f"{directory}/{_EXHAUSTED}", json.dumps([*exhausted, e.step]))
+        storage.write_text(storage.below(directory, _EXHAUSTED), json.dumps([*exhausted, e.step]))
         raise
     except TrainingError as e:  # every worker raises it, and would again after a restart
         return Ending(error=str(e))
@@ -190,7 +192,7 @@ def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str,
     """The run's name, and the checkpoint that it goes on from."""
     if launch.resume:
         name = storage.latest_run(launch.output_dir) if launch.resume == "latest" else launch.resume
-        checkpoint = storage.latest_checkpoint(f"{launch.output_dir}/{name}")
+        checkpoint = storage.latest_checkpoint(storage.below(launch.output_dir, name))
         if checkpoint is None:
             raise storage.StorageError(
                 f"{launch.output_dir} holds no checkpoint of run {name!r}; check --output_dir, or leave out --resume"
@@ -198,7 +200,7 @@ def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str,
         return name, checkpoint
     name = launch.run_name or f"llama-{short_count(model.num_parameters())}-{time.strftime('%Y%m%d-%H%M%S')}"
     # Ray Train goes on with a run whose name it finds; only --resume may mean that.
-    if storage.latest_checkpoint(f"{launch.output_dir}/{name}"):
+    if storage.latest_checkpoint(storage.below(launch.output_dir, name)):
         raise storage.StorageError(
             f"{launch.output_dir} holds run {name!r} already; use --resume {name} to go on, or another --run_name"
         )
@@ -217,7 +219,7 @@ def _mlflow_run(
     gpu: bool,
 ) -> Iterator[Run]:
     """The one MLflow run of this training run: created, or found again by the `run.json` beside the checkpoints."""
-    record = storage.read_text(f"{directory}/run.json") if launch.resume else None
+    record = storage.read_text(storage.below(directory, "run.json")) if launch.resume else None
     settings = {"model": model.to_dict(), "training": config.to_dict(), "data": {"source": info.source}}
     if record:
         run = Run.attach(json.loads(record)["run_id"])
@@ -231,7 +233,7 @@ def _mlflow_run(
             description=describe_run(model, config, info, launch.workers[1]),
         )
         storage.write_text(
-            f"{directory}/run.json", json.dumps({"run_id": run.run_id, "tracking_uri": run.uri})
+            storage.below(directory, "run.json"), json.dumps({"run_id": run.run_id, "tracking_uri": run.uri})
         )
     run.log_config(settings | {"launch": vars(launch)})
     try:

@@ -1,4 +1,6 @@
-"""Checkpoints written beside the training: it waits for a copy to host memory, a thread does the rest.
+"""Checkpoints written beside the training: it waits for a copy in host memory, a thread does the rest.
+
+What is copied and not yet written is bounded (see HostCopies), so a worker with more than that waits longer.
 
 Every worker writes its own files to the run's directory, straight where that is a mounted path, by way of a local
 directory where it is an object store. Ray Train's own checkpoint store is not used: its snapshot of what it holds is
@@ -15,25 +17,26 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from torch import Tensor
 
 from llama_ray import storage
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import hf_name, save_config, write_json
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
+from llama_ray.training.host_copy import HostCopies
 from llama_ray.training.parallel import rank, world_size
-from llama_ray.training.state import Part, Progress, host_part, plain_parameters, write_file
+from llama_ray.training.state import Part, Progress, own_part, plain_parameters
+from llama_ray.training.tensor_file import write_tensors
 
 _INDEX = "model.safetensors.index.json"
+_COPIES_ON_CPU_MIB = 512
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ class Checkpointer:
         # The thread must not talk on the group that trains; and NCCL cannot carry what it says.
         self._group = _gloo_group(config.collective_timeout_s)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._buffers: dict[str, Tensor] = {}
+        self._on_gpu = next(model.parameters()).is_cuda
+        limit = config.checkpoint_copies_mib or (None if self._on_gpu else _COPIES_ON_CPU_MIB)
+        self._copies = HostCopies(None if limit is None else limit * 2**20, pinned=self._on_gpu)
+        self._stall_s = 0.0
         self._writing: Future[Saved] | None = None
         self._told: list[Saved] = []
         self.failures_in_a_row = 0
@@ -75,9 +81,14 @@ class Checkpointer:
         """Start a checkpoint of this moment; waits for the one before, then for the copy. All workers call it."""
         start = time.monotonic()
         self.wait()
-        part = host_part(self._model, self._optimizer, rank(), world_size(), self._buffers)
-        stall_s = time.monotonic() - start
-        self._writing = self._thread.submit(self._write, part, deepcopy(progress), start, stall_s)
+        part = own_part(self._model, self._optimizer, rank(), world_size())
+        self._copies.begin()
+        self._writing = self._thread.submit(self._write, part, deepcopy(progress), start)
+        for pieces in part.values():
+            self._copies.send(piece.tensor for piece in pieces.values())
+        if self._on_gpu:
+            torch.cuda.synchronize()  # else the next step would wait for the copies, and the stall would not show
+        self._stall_s = time.monotonic() - start
 
     def finished(self) -> list[Saved]:
         """What has been written, or has failed, since the last call. Workers may learn of it at different steps."""
@@ -89,7 +100,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Until nothing is being written."""
         if self._writing is not None:
-            saved, self._writing = self._writing.result(), None
+            saved, self._writing = replace(self._writing.result(), stall_s=self._stall_s), None
             self.failures_in_a_row = self.failures_in_a_row + 1 if saved.error else 0
             self._told.append(saved)
 
@@ -97,15 +108,18 @@ class Checkpointer:
         """Let the thread end."""
         self._thread.shutdown(wait=False)
 
-    def _write(self, part: Part, progress: Progress, start: float, stall_s: float) -> Saved:
-        directory = f"{self.run}/{checkpoint_name(progress.step)}"
+    def _write(self, part: Part, progress: Progress, start: float) -> Saved:
+        directory = storage.below(self.run, checkpoint_name(progress.step))
         error: str | None = None
         files: dict[str, dict[str, Any]] = {}
-        if rank() == 0:
-            error = _failure(lambda: _clear(directory))
-        self._barrier()
-        if error is None:
-            error = _failure(lambda: files.update(self._write_files(directory, part)))
+        try:
+            if rank() == 0:
+                error = _failure(lambda: _clear(directory))
+            self._barrier()
+            if error is None:
+                error = _failure(lambda: files.update(self._write_files(directory, part)))
+        finally:
+            self._copies.end()  # after a failure, training must not wait for room
         whole = {
             name: file
             for file, pieces in part.items()
@@ -120,13 +134,15 @@ class Checkpointer:
             if error is not None:
                 _failure(lambda: storage.remove(directory))  # a full disk needs the room
         error = self._broadcast(error)
-        return Saved(progress.step, directory, stall_s, time.monotonic() - start, error)
+        return Saved(progress.step, directory, 0.0, time.monotonic() - start, error)
 
     def _write_files(self, directory: str, part: Part) -> dict[str, dict[str, Any]]:
         """Write this worker's files, and those that describe the model on rank 0. Returns what the marker records."""
         with _local(directory) as local:
-            for file, pieces in part.items():
-                write_file(local / file, pieces)
+            digests = {
+                file: write_tensors(local / file, pieces, self._copies.receive())
+                for file, pieces in part.items()
+            }
             mine = list(part)
             if rank() == 0:
                 self._tokenizer.save(local)
@@ -134,7 +150,9 @@ class Checkpointer:
                 bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
                 save_config(self._model.config, dtype, local, bos_id=bos, eos_id=eos)
                 mine += [p.name for p in local.glob("*.json")]
-            return {name: _store(local / name, f"{directory}/{name}") for name in mine}
+            return {
+                name: _store(local / name, storage.below(directory, name), digests.get(name)) for name in mine
+            }
 
     def _complete(self, directory: str, progress: Progress, reports: list[Any]) -> None:
         files = {name: record for _, mine, _ in reports for name, record in mine.items()}
@@ -145,8 +163,10 @@ class Checkpointer:
                 total = sum(p.nbytes for p in self._model.parameters())
                 content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
                 write_json(local / _INDEX, content)
-                files[_INDEX] = _store(local / _INDEX, f"{directory}/{_INDEX}")
-        storage.write_text(f"{directory}/{storage.MARKER}", progress.marker(dict(sorted(files.items()))))
+                files[_INDEX] = _store(local / _INDEX, storage.below(directory, _INDEX))
+        storage.write_text(
+            storage.below(directory, storage.MARKER), progress.marker(dict(sorted(files.items())))
+        )
         _failure(lambda: prune(self.run, progress.step, self.keep))
 
     def _barrier(self) -> None:
@@ -173,7 +193,7 @@ def prune(run: str, step: int, keep: int) -> None:
 
     Two that followed the same validation have the same loss; the earlier one is nearer to what was measured.
     """
-    done = [c for c in storage.checkpoints(run) if c.rsplit("/", 1)[1] <= checkpoint_name(step)]
+    done = [c for c in storage.checkpoints(run) if storage.name_of(c) <= checkpoint_name(step)]
     losses: dict[str, float] = {}
     for checkpoint in done:
         loss = (storage.read_marker(checkpoint) or {}).get("validation_loss")
@@ -208,7 +228,7 @@ def newest_whole(run: str, timeout_s: int) -> str | None:
         if not verdict.item():
             return checkpoint
         if rank() == 0:
-            storage.delete(f"{checkpoint}/{storage.MARKER}")
+            storage.delete(storage.below(checkpoint, storage.MARKER))
     return None
 
 
@@ -244,7 +264,7 @@ def _failure(write: Callable[[], object]) -> str | None:
     """Run `write`; what went wrong, in one line."""
     try:
         write()
-    except (OSError, SafetensorError, ValueError) as e:
+    except (OSError, ValueError) as e:
         return str(e).splitlines()[0]
     return None
 
@@ -259,9 +279,9 @@ def _local(directory: str) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _store(file: Path, target: str) -> dict[str, Any]:
+def _store(file: Path, target: str, sha256: str | None = None) -> dict[str, Any]:
     """Make sure that `file` is at `target` for good; its entry in the marker."""
-    record = {"bytes": file.stat().st_size, "sha256": storage.sha256(str(file))}
+    record = {"bytes": file.stat().st_size, "sha256": sha256 or storage.sha256(str(file))}
     if storage.is_local(target):
         descriptor = os.open(file, os.O_RDONLY)
         try:

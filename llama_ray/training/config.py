@@ -60,6 +60,9 @@ class TrainConfig:
         validation_batches: Batches per validation, over all workers; 0 means the whole split.
         checkpoint_every: Steps between two checkpoints; by default each epoch. The last step always saves.
         keep_checkpoints: How many checkpoints stay on disk, newest first.
+        checkpoint_copies_mib: Host memory for what a checkpoint has copied and not yet written, in MiB a worker; at
+            its limit training waits for the disk. By default 512 on a CPU, and on a GPU all that the worker holds,
+            pinned once and kept.
         compile: torch.compile the blocks; by default on a GPU only.
         profile_steps: Steps to record with the torch profiler after the first ones; 0 records none.
         collective_timeout_s: Seconds that workers wait for one another before the run counts as hung.
@@ -93,6 +96,7 @@ class TrainConfig:
     validation_batches: int = 50
     checkpoint_every: int | None = None
     keep_checkpoints: int = 3
+    checkpoint_copies_mib: int | None = None
     compile: bool | None = None
     profile_steps: int = 0
     collective_timeout_s: int = 600
@@ -119,6 +123,7 @@ class TrainConfig:
             "validation_batches": 0,
             "checkpoint_every": 1,
             "keep_checkpoints": 1,
+            "checkpoint_copies_mib": 64,
             "seed": 0,
         }
         for name, limit in least.items():

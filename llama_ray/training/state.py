@@ -5,8 +5,8 @@ torch.distributed.checkpoint's safetensors storage, with `config.json`, the toke
 `dcp.load` reshards it onto any mesh, `load_pretrained` opens it as a model, and nothing in it is a pickle.
 
 Each worker writes a part of its own: of a sharded tensor its shard, of a replicated one its share of the names. DCP's
-own writer is not used for that: it gathers a plan over all workers for each checkpoint and then serialises every file
-in memory, a second copy of the worker's part.
+own writer is not used for that: it gathers a plan over all workers for each checkpoint and then holds every file in
+memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -31,8 +30,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from llama_ray.model.checkpoint import CheckpointError, hf_name
 from llama_ray.model.llama import Llama
-from llama_ray.model.pieces import PIECES
 from llama_ray.storage import MARKER
+from llama_ray.training.tensor_file import Piece, in_file_order
 
 _SEPARATOR = "|"  # cannot be part of a parameter's name
 _RNG = "rng"
@@ -64,26 +63,12 @@ class Progress:
         return json.dumps(asdict(self) | {"files": files}, indent=2) + "\n"
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A tensor on the host, and where it lies in the whole one."""
-
-    tensor: Tensor
-    offsets: tuple[int, ...]
-    whole: bool
-
-
 Part = dict[str, dict[str, Piece]]
-"""What one worker writes: file name -> tensor name -> piece."""
+"""What one worker writes: file name -> tensor name -> piece, the pieces in the order of the file."""
 
 
-def host_part(
-    model: Llama, optimizer: torch.optim.Optimizer, rank: int, world_size: int, buffers: dict[str, Tensor]
-) -> Part:
-    """Copy this worker's part to host memory, and wait for no longer than that.
-
-    `buffers` keeps pinned memory from one checkpoint of a GPU's worker to the next.
-    """
+def own_part(model: Llama, optimizer: torch.optim.Optimizer, rank: int, world_size: int) -> Part:
+    """The part of the state that this worker writes: the tensors themselves, which training goes on to change."""
     part: Part = {f"{kind}-rank{rank:05d}.safetensors": {} for kind in ("model", "optimizer")}
     model_part, optimizer_part = part.values()
     load = [0] * world_size
@@ -92,24 +77,12 @@ def host_part(
         piece = _own_piece(name, tensor, rank, load)
         if piece is not None:
             on_gpu |= piece.tensor.is_cuda
-            copied = Piece(_to_host(name, piece.tensor, buffers), piece.offsets, piece.whole)
-            (model_part if in_model else optimizer_part)[name] = copied
+            (model_part if in_model else optimizer_part)[name] = piece
     # Nothing in training draws random numbers today; the state is kept so that it may.
     optimizer_part[f"{_RNG}{_SEPARATOR}cpu{_SEPARATOR}{rank}"] = _whole(torch.get_rng_state())
     if on_gpu:
         optimizer_part[f"{_RNG}{_SEPARATOR}cuda{_SEPARATOR}{rank}"] = _whole(torch.cuda.get_rng_state())
-        torch.cuda.synchronize()
-    return {file: pieces for file, pieces in part.items() if pieces}
-
-
-def write_file(path: Path, pieces: dict[str, Piece]) -> None:
-    """Write one file of a part, straight from the tensors' memory."""
-    places = {name: {"saved_offsets": list(piece.offsets)} for name, piece in pieces.items()}
-    save_file(
-        {name: piece.tensor for name, piece in pieces.items()},
-        path,
-        metadata={"format": "pt", "DCP_VERSION": "1.0", PIECES: json.dumps(places)},
-    )
+    return {file: in_file_order(pieces) for file, pieces in part.items() if pieces}
 
 
 def load_progress(directory: str | Path) -> Progress:
@@ -225,11 +198,3 @@ def _whole(tensor: Tensor) -> Piece:
         tensor.reshape(-1) if tensor.dim() == 0 else tensor
     )  # DCP's reader cuts slices, of scalars it cannot
     return Piece(tensor, (0,) * tensor.dim(), True)
-
-
-def _to_host(name: str, tensor: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    if name not in buffers:
-        buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return buffers[name].copy_(tensor, non_blocking=True)

@@ -12,6 +12,7 @@ import ray
 from llama_ray.launch import LaunchConfig
 from llama_ray.trainer import train_on_ray
 from llama_ray.training.interrupt import Stopped
+from llama_ray.training.trouble import TrainingError
 from tests.e2e.conftest import CONFIG, MODEL
 
 if __name__ == "__main__":
@@ -20,8 +21,11 @@ if __name__ == "__main__":
     ray.init(address=plan["address"], log_to_driver=False)
     try:
         outcome = train_on_ray(
-            MODEL, replace(CONFIG, **plan["config"]), LaunchConfig(**plan["launch"]), plan["data"]
+            replace(MODEL, **plan["model"]),
+            replace(CONFIG, **plan["config"]),
+            LaunchConfig(**plan["launch"]),
+            plan["data"],
         )
         print("finished", outcome.run_id, flush=True)
-    except Stopped as e:
+    except (Stopped, TrainingError) as e:
         print(e, flush=True)

@@ -11,13 +11,16 @@ import pytest
 import ray
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_ray import storage
 from llama_ray.launch import LaunchConfig
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
 from llama_ray.tracking.registry import resolve_version
 from llama_ray.trainer import train_on_ray
+from llama_ray.training.checkpointer import fetched
 from llama_ray.training.config import TrainConfig
 from tests.e2e.conftest import CONFIG, MODEL, Trained
 
@@ -89,41 +92,57 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(trained: Trained, tracking
     assert outcome.version.version > trained.outcome.version.version
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
-def test_a_worker_that_is_killed_or_hangs_costs_nothing(
-    trained: Trained, tracking: str, number: signal.Signals
-) -> None:
-    """After the first checkpoint: the run ends as the undisturbed one, point for point."""
-    directory = Path(trained.launch.output_dir) / f"worker-{number.name}"
-    hit = threading.Event()
+def test_workers_that_are_killed_or_hang_cost_nothing(trained: Trained, tracking: str) -> None:
+    """One is killed after the first checkpoint, one stopped after the second: the run ends as the undisturbed one."""
+    directory = Path(trained.launch.output_dir) / "hit"
+    ended = threading.Event()
+    hits: list[signal.Signals] = []
     ray_session = ray._private.worker._global_node.get_session_dir_path()
 
-    def hit_a_worker_after_the_first_checkpoint() -> None:
-        while not hit.wait(0.02):
-            if (directory / "step_00000009" / "training.json").exists():
-                workers = [
-                    p for p in psutil.process_iter(["cmdline"])
-                    if "RayTrainWorker" in "".join(p.info["cmdline"] or []) and _belongs_to(p, ray_session)
-                ]  # fmt: skip
-                if workers:
-                    os.kill(workers[0].pid, number)
-                    hit.set()
+    def hit_workers() -> None:
+        for step, number in ((9, signal.SIGKILL), (18, signal.SIGSTOP)):
+            while not (directory / f"step_{step:08d}" / storage.MARKER).exists():
+                if ended.wait(0.02):
+                    return
+            os.kill(_workers(ray_session)[0].pid, number)
+            hits.append(number)
 
-    watcher = threading.Thread(target=hit_a_worker_after_the_first_checkpoint, daemon=True)
+    watcher = threading.Thread(target=hit_workers, daemon=True)
     watcher.start()
     try:
-        config = replace(CONFIG, collective_timeout_s=15)
+        config = replace(CONFIG, collective_timeout_s=10)
         outcome = trained.again(config, run_name=directory.name, register_as="")
     finally:
-        was_hit = hit.is_set()
-        hit.set()
+        ended.set()
         watcher.join()
-    assert was_hit
+    assert hits == [signal.SIGKILL, signal.SIGSTOP]
     client = MlflowClient(tracking)
     first = curve(client, trained.outcome.run_id, "train/loss")
     second = curve(client, outcome.run_id, "train/loss")
     assert second == {step: loss for step, loss in first.items() if step <= 24}
-    assert client.get_run(outcome.run_id).data.tags["restarts"] == "1"
+    assert client.get_run(outcome.run_id).data.tags["restarts"] == "2"
+    assert_same_state(outcome.checkpoint, trained.outcome.checkpoint)
+
+
+def assert_same_state(checkpoint: str, other: str) -> None:
+    """Weights and optimizer state of two checkpoints of whole tensors are the same to the bit."""
+    ours, theirs = _state(checkpoint), _state(other)
+    assert ours.keys() == theirs.keys()
+    assert sum(t.numel() for t in ours.values()) > 3 * MODEL.num_parameters()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def _state(checkpoint: str) -> dict[str, torch.Tensor]:
+    with fetched(checkpoint) as local:
+        files = [load_file(path) for path in local.glob("*-rank*.safetensors")]
+    return {name: tensor for file in files for name, tensor in file.items()}
+
+
+def _workers(session: str) -> list[psutil.Process]:
+    return [
+        p for p in psutil.process_iter(["cmdline"])
+        if "RayTrainWorker" in "".join(p.info["cmdline"] or []) and _belongs_to(p, session)
+    ]  # fmt: skip
 
 
 def _belongs_to(process: psutil.Process, session: str) -> bool:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from llama_ray import storage
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
-from llama_ray.training.checkpointer import fetched, newest_whole, prune
+from llama_ray.training.checkpointer import newest_whole, prune
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
 from llama_ray.training.state import load_progress
@@ -157,23 +157,3 @@ def test_the_newest_few_and_the_best_are_kept(tmp_path: Path) -> None:
         (directory / storage.MARKER).write_text(json.dumps({"files": {}, "validation_loss": loss}))
     prune(str(tmp_path), step=5, keep=2)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["2", "4", "5"]
-
-
-def test_what_goes_to_an_object_store_comes_back(
-    tiny: LlamaConfig, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A directory taken for an object store: files are written elsewhere, uploaded, and fetched to be read."""
-    monkeypatch.setattr(storage, "is_local", lambda location: False)
-    run = tmp_path / "run"
-    before = _train(CONFIG, tiny, dataset, run, resume=False)
-    storage.remove(str(run / "step_00000008"))
-    newest = newest_whole(str(run), 60)
-    assert newest == str(run / "step_00000004")
-    recorder = Recorder()
-    with fetched(newest) as local:
-        assert local != run / "step_00000004"
-        train(
-            tiny, CONFIG, dataset, device=CPU, observer=recorder, output_dir=str(run), resume_from=local
-        )  # fmt: skip
-    assert losses(recorder) == {step: loss for step, loss in before.items() if step > 4}
-    assert storage.missing_or_cut(str(run / "step_00000008")) is None

@@ -203,3 +203,19 @@ def test_data_tokenised_with_another_tokenizer_is_refused(tiny: LlamaConfig, tmp
     shutil.copy(other / "tokenizer.json", data / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenised with another tokenizer"):
         train(tiny, CONFIG, data, device=CPU, observer=Console())
+
+
+def test_the_loss_scale_of_fp16_goes_on_where_it_was(
+    tiny: LlamaConfig, dataset: Path, tmp_path: Path
+) -> None:
+    # A loss so large that the first scale is too much.
+    config = replace(CONFIG, precision="fp16", z_loss=20.0, max_steps=6, batch_size=2, checkpoint_every=4)
+    whole, resumed = Recorder(), Recorder()
+    train(tiny, config, dataset, device=CPU, observer=whole, output_dir=str(tmp_path / "whole"))
+    start, end = (tmp_path / "whole" / checkpoint_name(step) for step in (4, 6))
+    assert load_progress(start).scaler["scale"] < 2.0**16
+    assert load_progress(start).skipped_steps > 0
+    again = tmp_path / "again"
+    train(tiny, config, dataset, device=CPU, observer=resumed, output_dir=str(again), resume_from=start)
+    assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 4}
+    assert load_progress(again / end.name) == load_progress(end)

@@ -28,7 +28,10 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update. `found_inf` (a 0 or 1 scalar, set by the caller as torch.amp does) at 1 changes nothing."""
+        """One update. The caller may set, as torch.amp does, two scalars on the device.
+
+        `found_inf` (0 or 1) at 1 changes nothing; gradients are divided by `grad_scale`.
+        """
         groups = self.param_groups
         try:
             self.param_groups = [g for g in groups if not g["muon"]]
@@ -74,6 +77,8 @@ class Muon(torch.optim.AdamW):
         gradient = parameter.grad
         assert gradient is not None
         average, new = _local(state["momentum_buffer"]), _local(gradient)
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            new = new / scale
         updated = average.lerp(new, 1 - _MOMENTUM)
         average.copy_(updated if found is None else torch.where(found > 0, average, updated))
         ahead = new.lerp(average, _MOMENTUM)

@@ -24,7 +24,7 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """x r weight in fp32, where r = 1 / rms(x)."""
+        """In fp32: x r weight, where r = 1 / rms(x)."""
         h = x.float()
         r = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
         r = r.square_().mul_(1 / h.shape[-1]).add_(eps).rsqrt_()
@@ -33,7 +33,7 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """d weight = sum g x r;  d x = r weight g - x r^3 mean(x weight g), the mean over the last dimension."""
+        """With g = d out: d weight = sum g x r;  d x = r weight g - x r^3 mean(x weight g) over the last dimension."""
         x, weight, r = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):  # that of backward()'s caller
             size = x.shape[-1]

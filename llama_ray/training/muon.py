@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from llama_ray.training.shards import own_part
 
 # Keller Jordan's quintic, steepest at zero among those that keep singular values near 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -110,11 +111,7 @@ def _apply(parameter: Tensor, update: Tensor, group: dict[str, Any], found: Tens
     rate = group["lr"]
     size = 0.2 * math.sqrt(max(parameter.shape))
     if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        for dim, (length, start) in enumerate(zip(shape, offset, strict=True)):
-            update = update.narrow(dim, start, length)
+        update = own_part(update, parameter)
     local = _local(parameter)
     changed = local * (1 - rate * group["weight_decay"]) - (rate * size) * update
     local.copy_(changed if found is None else torch.where(found > 0, local, changed))

@@ -2,13 +2,14 @@
 
     python benchmarks/ray_overhead.py
 
-Each turn is a whole run of a few dozen steps; start-up is left out, the median time of a step is compared. Starts a
-local Ray of its own unless RAY_ADDRESS says otherwise.
+Each turn is a whole run of some dozen steps; start-up is left out, the median time of a step is compared. Starts a
+local Ray of its own for each turn unless RAY_ADDRESS says otherwise.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from llama_ray.training.step import Stepper
 
 
 def main(
-    rounds: int = 3, steps: int = 20, preset: str = "llama-tiny", workers: int = 2, out: str = ""
+    rounds: int = 3, steps: int = 150, preset: str = "llama-tiny", workers: int = 2, out: str = ""
 ) -> None:
     """Print the ratio of torchrun's median step time to TorchTrainer's: 1 means that Ray costs nothing.
 
@@ -50,9 +51,10 @@ def main(
         dist.destroy_process_group()
         return
     ours, theirs = [], []
-    for _ in range(rounds):
-        theirs.append(statistics.median(under_torchrun(preset, steps, workers)))
-        ours.append(statistics.median(under_ray(preset, steps, workers)))
+    for i in range(rounds):
+        turns = [(theirs, under_torchrun), (ours, under_ray)]
+        for times, run in turns if i % 2 else reversed(turns):
+            times.append(statistics.median(run(preset, steps, workers)))
         print(f"torchrun {theirs[-1] * 1e3:.1f} ms a step, TorchTrainer {ours[-1] * 1e3:.1f} ms", flush=True)
     ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
     print(f"TorchTrainer reaches {ratio:.3f} of torchrun's rate")
@@ -95,19 +97,24 @@ def under_torchrun(preset: str, steps: int, workers: int) -> list[float]:
 
 def under_ray(preset: str, steps: int, workers: int) -> list[float]:
     """`step_times` of the first worker of a TorchTrainer."""
+    import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "times.json"
-        TorchTrainer(
-            _ray_worker,
-            train_loop_config={"preset": preset, "steps": steps, "out": str(out)},
-            scaling_config=ScalingConfig(num_workers=workers),
-            run_config=RunConfig(storage_path=directory),
-        ).fit()
-        times: list[float] = json.loads(out.read_text())
-        return times
+    ray.init(os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, log_to_driver=False)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory) / "times.json"
+            TorchTrainer(
+                _ray_worker,
+                train_loop_config={"preset": preset, "steps": steps, "out": str(out)},
+                scaling_config=ScalingConfig(num_workers=workers),
+                run_config=RunConfig(storage_path=directory),
+            ).fit()
+            times: list[float] = json.loads(out.read_text())
+            return times
+    finally:
+        ray.shutdown()
 
 
 def _ray_worker(plan: dict[str, Any]) -> None:

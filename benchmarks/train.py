@@ -5,15 +5,21 @@
 
 Each contestant lives in a process of its own, so that its peak memory is its own. They take turns at short rounds,
 which begin with a large matrix product: other work on the machine slows all of them alike, and medians and ratios
-survive it. MFU counts 6 N + 12 L d s operations a token (attention not halved) against the rate of that product.
+survive it. On a GPU those who wait keep their weights and optimizer state in host memory, so that each has the device
+to itself. Needs torch and transformers, no Ray and no MLflow.
+
+MFU counts 6 N + 12 L d s operations a token (attention not halved): against the rate of that product, and on a GPU
+also against the data sheet's.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -26,7 +32,7 @@ from llama_ray.model.hf_config import to_hf
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import Precision, TrainConfig
 from llama_ray.training.layout import ALONE
-from llama_ray.training.metrics import peak_memory_bytes
+from llama_ray.training.metrics import peak_flops, peak_memory_bytes
 from llama_ray.training.optimizer import build_optimizer
 from llama_ray.training.parallel import parallelize
 from llama_ray.training.step import Stepper
@@ -48,7 +54,7 @@ def main(
     clock: Literal["wall", "cpu"] = "wall",
     contestants: list[str] = list(CONTESTANTS),  # noqa: B006  # read only
 ) -> None:
-    """Print tokens/s, MFU, peak memory and the ratios between the contestants.
+    """Print tokens/s, MFU, peak memory, and the ratio of ours to transformers' in the same mode.
 
     Args:
         preset: A preset of LlamaConfig.
@@ -68,42 +74,79 @@ def main(
     flops = config.flops_per_token(seq_len)
     args = (config, batch_size, seq_len, precision, device, threads, clock)
     workers = {name: _start(name, *args) for name in contestants}
+    print(f"{_machine(device)}, torch {torch.__version__}")
     print(
         f"{preset}: {config.num_parameters():,} parameters, {batch_size} x {seq_len} tokens, {precision}, {device}"
     )
-    for name, pipe in workers.items():
+    for name in contestants:
         start = time.perf_counter()
-        _ask(pipe, warmup)
+        if (turn := _ask(workers[name], warmup)).failure:
+            print(f"  {name} is out: {turn.failure}", flush=True)
+            workers.pop(name)
+            continue
         print(f"  {name}: {warmup} first steps {time.perf_counter() - start:.1f} s", flush=True)
-    gemm: list[float] = []
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    shares: dict[str, list[float]] = {name: [] for name in contestants}
-    memory = {}
+    results = {name: _Result() for name in workers}
     for i in range(rounds):
         # A different one starts each round: none is always measured first or last.
-        for name in contestants[i % len(contestants) :] + contestants[: i % len(contestants)]:
-            peak, seconds, memory[name] = _ask(workers[name], steps)
-            rate = steps * batch_size * seq_len / seconds
-            gemm.append(peak)
-            rates[name].append(rate)
-            shares[name].append(rate * flops / peak)
+        names = list(workers)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            results[name].add(_ask(workers[name], steps), steps * batch_size * seq_len)
     for pipe in workers.values():
         pipe.send(None)
-    peak = statistics.median(gemm)
-    print(f"matrix product {peak / 1e9:,.0f} GFLOP/s; {flops / 1e6:,.0f} MFLOP a token, so at best", end=" ")
-    print(f"{peak / flops:,.0f} tok/s")
-    print(f"{'':24}{'tok/s':>9}{'spread':>9}{'MFU':>8}{'peak MiB':>10}")
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, rate in medians.items():
-        spread = (max(rates[name]) - min(rates[name])) / rate
-        share = statistics.median(shares[name])
-        print(f"{name:24}{rate:9,.0f}{spread:9.0%}{share:8.1%}{memory[name] / 2**20:10,.0f}")
-    for kind in ("eager", "compiled"):
-        ours, theirs = f"ours {kind}", f"transformers {kind}"
-        if ours in rates and theirs in rates:
+    _print_table(results, flops, peak_flops(torch.device(device), precision) if device != "cpu" else None)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a contestant reports: FLOP/s of a matrix product, seconds that its steps took, its peak memory so far."""
+
+    product_flops: float = 0.0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    failure: str = ""
+
+
+@dataclass
+class _Result:
+    rates: list[float] = field(default_factory=list)
+    product_flops: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def add(self, turn: Turn, tokens: int) -> None:
+        self.rates.append(tokens / turn.seconds)
+        self.product_flops.append(turn.product_flops)
+        self.peak_bytes = turn.peak_bytes
+
+    def share(self, flops: int) -> float:
+        return statistics.median(
+            rate * flops / product for rate, product in zip(self.rates, self.product_flops, strict=True)
+        )
+
+
+def _machine(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device != "cpu" else f"CPU {platform.machine()}"
+
+
+def _print_table(results: dict[str, _Result], flops: int, sheet_flops: float | None) -> None:
+    product = statistics.median(rate for result in results.values() for rate in result.product_flops)
+    print(
+        f"matrix product {product / 1e9:,.0f} GFLOP/s; {flops / 1e6:,.0f} MFLOP a token, so at best", end=" "
+    )
+    print(f"{product / flops:,.0f} tok/s")
+    sheet = f"{'MFU of sheet':>14}" if sheet_flops else ""
+    print(f"{'':24}{'tok/s':>9}{'spread':>9}{'MFU':>8}{sheet}{'peak MiB':>10}{'ratio':>8}")
+    for name, result in results.items():
+        rate = statistics.median(result.rates)
+        spread = (max(result.rates) - min(result.rates)) / rate
+        sheet = f"{rate * flops / sheet_flops:14.1%}" if sheet_flops else ""
+        ratio = ""
+        theirs = results.get(name.replace("ours", "transformers"))
+        if theirs is not None and theirs is not result:
             # Neighbours in time are compared first: what slows the machine for minutes falls out of each ratio.
-            ratio = statistics.median(a / b for a, b in zip(rates[ours], rates[theirs], strict=True))
-            print(f"{ours} / {theirs}: {ratio:.2f}")
+            pairs = zip(result.rates, theirs.rates, strict=True)
+            ratio = f"{statistics.median(a / b for a, b in pairs):8.2f}"
+        memory = f"{result.peak_bytes / 2**20:10,.0f}"
+        print(f"{name:24}{rate:9,.0f}{spread:9.0%}{result.share(flops):8.1%}{sheet}{memory}{ratio}")
 
 
 def _start(name: str, *args: Any) -> Connection:
@@ -113,9 +156,10 @@ def _start(name: str, *args: Any) -> Connection:
     return ours
 
 
-def _ask(pipe: Connection, steps: int) -> Any:
+def _ask(pipe: Connection, steps: int) -> Turn:
     pipe.send(steps)
-    return pipe.recv()
+    turn: Turn = pipe.recv()
+    return turn
 
 
 def _contestant(
@@ -129,30 +173,43 @@ def _contestant(
     threads: int,
     clock: str,
 ) -> None:
-    """Wait for a number of steps; answer (FLOP/s of a matrix product, seconds that the steps took, peak bytes)."""
+    """Wait for a number of steps, take them, report; None ends it."""
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     device = torch.device(device_name)
     who, kind = name.split()
-    make = ours if who == "ours" else transformers
-    step = make(config, precision, device, compiled=kind == "compiled")
-    tokens = torch.randint(config.vocab_size, (batch_size, seq_len + 1), device=device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     now = time.process_time if clock == "cpu" else time.perf_counter
+    contestant: Contestant | None = None
     while (steps := pipe.recv()) is not None:
-        peak = matrix_product_flops(device, precision, now)
-        start = now()
-        for _ in range(steps):
-            loss = step(inputs, targets)
-        loss.item()
-        pipe.send((peak, now() - start, peak_memory_bytes(device)))
+        try:
+            if contestant is None:
+                make = ours if who == "ours" else transformers
+                contestant = make(config, precision, device, compiled=kind == "compiled")
+                tokens = torch.randint(config.vocab_size, (batch_size, seq_len + 1), device=device)
+                inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            elif device.type == "cuda":
+                contestant.move(device)
+                contestant.step(inputs, targets)  # the allocator finds its blocks again
+            product_flops = matrix_product_flops(device, precision, now)
+            start = now()
+            for _ in range(steps):
+                loss = contestant.step(inputs, targets)
+            loss.item()
+            pipe.send(Turn(product_flops, now() - start, peak_memory_bytes(device)))
+            if device.type == "cuda":
+                contestant.move(torch.device("cpu"))
+                torch.cuda.empty_cache()
+        except torch.OutOfMemoryError as error:
+            pipe.send(Turn(failure=str(error).splitlines()[0]))
+            return
 
 
 def matrix_product_flops(device: torch.device, precision: Precision, now: Callable[[], float]) -> float:
     """FLOP/s of the best of a few products of two large square matrices."""
     size = GEMM_SIZE[device.type]
-    a = torch.ones(size, size, device=device, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    # Of random numbers: a GPU multiplies ones faster than it ever will weights.
+    a = torch.randn(size, size, device=device).to(torch.float32 if precision == "fp32" else torch.bfloat16)
     best = float("inf")
     for _ in range(6):
         start = now()
@@ -161,18 +218,36 @@ def matrix_product_flops(device: torch.device, precision: Precision, now: Callab
     return 2 * size**3 / best
 
 
-Step = Callable[[Tensor, Tensor], Tensor]
+@dataclass(frozen=True)
+class Contestant:
+    """`step` takes inputs and targets [batch, seq] through one optimizer step and returns the loss."""
+
+    step: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def move(self, device: torch.device) -> None:
+        """Take weights and optimizer state to `device`."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(device)
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if value.dim():  # counters of updates stay where the fused kernel wants them
+                    state[key] = value.to(device)
 
 
-def ours(config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool) -> Step:
+def ours(config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool) -> Contestant:
     """One optimizer step as the training loop takes it."""
     train = TrainConfig(precision=precision)
     model = parallelize(Llama(config, device="meta"), train, ALONE, device, compile_blocks=compiled)
-    stepper = Stepper(model, build_optimizer(model, train), train, device=device)
-    return lambda inputs, targets: stepper.step([(inputs, targets)]).loss
+    optimizer = build_optimizer(model, train)
+    stepper = Stepper(model, optimizer, train, device=device)
+    return Contestant(lambda inputs, targets: stepper.step([(inputs, targets)]).loss, model, optimizer)
 
 
-def transformers(config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool) -> Step:
+def transformers(
+    config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool
+) -> Contestant:
     """One step of the usual loop around LlamaForCausalLM: its own loss, autocast, clipping, fused AdamW."""
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
@@ -198,7 +273,7 @@ def transformers(config: LlamaConfig, precision: Precision, device: torch.device
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step
+    return Contestant(step, plain, optimizer)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "batch_size",
     "gradient_accumulation_steps",
 )
+LINKS = ("gpus_per_node", "node_bandwidth", "network_bandwidth")
 TRAINING = (*CHANGEABLE, "fsdp_size", "seq_len", "precision", "optimizer")
 
 
@@ -40,8 +41,8 @@ def run() -> None:
     cluster = Cluster(
         gpus=flags.gpus,
         gpu_memory_bytes=read_bytes(flags.gpu_memory),
-        gpus_per_node=flags.gpus_per_node,
         gpu_flops=flags.gpu_flops,
+        **{name: flags[name] for name in LINKS},
     )
     plan = make_plan(model, config, cluster, mfu=flags.mfu)
     print(
@@ -91,11 +92,21 @@ def _tell(plan: Plan, tokens: float) -> None:
         print(
             f"  (traced with 4 and with 6 layers; each of the other {layers - 6} adds what those two added)"
         )
-    days = plan.days(tokens)
+    rate = f"{plan.mfu:.0%} of {plan.cluster.gpu_flops / 1e12:,.0f} TFLOP/s a GPU"
     print(
-        f"A step takes {plan.step_s:.2f} s for {plan.tokens_per_step:,} tokens, assuming {plan.mfu:.0%} MFU of "
-        f"{plan.cluster.gpu_flops / 1e12:,.0f} TFLOP/s a GPU; {tokens:.3g} tokens take {days:,.1f} days."
+        f"A step of {plan.tokens_per_step:,} tokens takes {plan.step_s:.2f} s; {tokens:.3g} tokens take",
+        end=" ",
     )
+    print(f"{plan.days(tokens):,.1f} days.")
+    print(f"  {'computing':15}{plan.compute_s:8.2f} s (assumed: {rate})")
+    if plan.cluster.gpus > 1:
+        reached = f"{plan.cluster.reached:.0%}"
+        links = (
+            f"{plan.cluster.node_bandwidth / 1e9:,.0f} and {plan.cluster.network_bandwidth / 1e9:,.0f} GB/s"
+        )
+        print(f"  {'meanwhile':15}{plan.overlapped_s:8.2f} s for parameters and gradients to travel")
+        print(f"  {'waiting':15}{plan.waited_s:8.2f} s for tensor-parallel peers and in the update")
+        print(f"  (assumed: {reached} of {links} a GPU within and between nodes)")
 
 
 def _parser() -> ArgumentParser:
@@ -115,7 +126,19 @@ def _parser() -> ArgumentParser:
         default=989e12,
         help="Dense FLOP/s of one GPU; the default is an H100's in bf16.",
     )
-    add("--mfu", type=float, default=0.35, help="Share of that which training is assumed to reach.")
+    add("--mfu", type=float, default=0.4, help="Share of that which computing is assumed to reach.")
+    add(
+        "--node_bandwidth",
+        type=float,
+        default=Cluster.node_bandwidth,
+        help="Bytes/s of one GPU to others of its node, each way; the default is NVLink 4.",
+    )
+    add(
+        "--network_bandwidth",
+        type=float,
+        default=Cluster.network_bandwidth,
+        help="Bytes/s of one GPU's network adapter, each way; the default is 400 Gb/s.",
+    )
     add("--tokens", type=float, default=1e12, help="How many tokens the run is to see.")
     parser.add_class_arguments(
         TrainConfig, skip={f.name for f in dataclasses.fields(TrainConfig) if f.name not in TRAINING}

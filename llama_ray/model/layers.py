@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ray.model import by_hand
 from llama_ray.model.config import LlamaConfig, RopeScaling
 
 
@@ -76,11 +77,15 @@ class RMSNorm(nn.Module):
 
         Under autocast that saves each of the projections that read the result a cast of its own.
         """
+        kind = x.device.type
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if by_hand.pays(x):
+            return by_hand.Normalize.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-any-return, no-untyped-call]
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        h = h.to(x.dtype) * self.weight
-        kind = x.device.type
-        return h.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else h
+        return (h.to(x.dtype) * self.weight).to(dtype)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -137,6 +142,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Halves are paired, not neighbours: the layout that Hugging Face checkpoints are permuted to.
     """
+    if by_hand.pays(x):
+        return by_hand.Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from llama_ray.training.shards import own_part
 
 # Keller Jordan's quintic, steepest at zero among those that keep singular values near 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -28,7 +29,10 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update. `found_inf` (a 0 or 1 scalar, set by the caller as torch.amp does) at 1 changes nothing."""
+        """One update. The caller may set, as torch.amp does, two scalars on the device.
+
+        `found_inf` (0 or 1) at 1 changes nothing; gradients are divided by `grad_scale`.
+        """
         groups = self.param_groups
         try:
             self.param_groups = [g for g in groups if not g["muon"]]
@@ -74,6 +78,8 @@ class Muon(torch.optim.AdamW):
         gradient = parameter.grad
         assert gradient is not None
         average, new = _local(state["momentum_buffer"]), _local(gradient)
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            new = new / scale
         updated = average.lerp(new, 1 - _MOMENTUM)
         average.copy_(updated if found is None else torch.where(found > 0, average, updated))
         ahead = new.lerp(average, _MOMENTUM)
@@ -105,11 +111,7 @@ def _apply(parameter: Tensor, update: Tensor, group: dict[str, Any], found: Tens
     rate = group["lr"]
     size = 0.2 * math.sqrt(max(parameter.shape))
     if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        for dim, (length, start) in enumerate(zip(shape, offset, strict=True)):
-            update = update.narrow(dim, start, length)
+        update = own_part(update, parameter)
     local = _local(parameter)
     changed = local * (1 - rate * group["weight_decay"]) - (rate * size) * update
     local.copy_(changed if found is None else torch.where(found > 0, local, changed))

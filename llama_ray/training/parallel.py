@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import Precision, TrainConfig
 from llama_ray.training.layout import Layout
 from llama_ray.training.recompute import checkpoint_block
+from llama_ray.training.shards import own_part
 from llama_ray.training.tensor_parallel import apply_tensor_parallel
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -162,12 +162,7 @@ def _draw_weights(model: Llama, seed: int) -> None:
         local = parameter.to_local()
         whole = torch.empty(parameter.shape, dtype=local.dtype, device=local.device)
         model.draw(name, whole, seed)
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
-            whole = whole.narrow(dim, start, size)
-        local.copy_(whole)
+        local.copy_(own_part(whole, parameter))
 
 
 def whole_tensor(value: Tensor) -> Tensor:

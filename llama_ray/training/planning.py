@@ -1,16 +1,17 @@
 """What a run will need, before anyone rents a machine: the real model, spread out for real, on fake tensors.
 
 A step is run under FakeTensorMode in a fake process group of the asked size: every operation, FSDP's gathers and the
-optimizer included, happens to tensors that have a shape and no memory, and each is counted (`MemoryTrace`).
+optimizer included, happens to tensors that have a shape and no memory, and each is counted (`MemoryTrace`); so is
+what the workers send one another (`TrafficTrace`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from llama_ray.data.loader import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import flash_attention
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import Checkpointing, TrainConfig
 from llama_ray.training.layout import ALONE, GIB, Layout, choose_layout, state_bytes
-from llama_ray.training.memory_trace import KINDS, Kind, MemoryTrace
+from llama_ray.training.memory_trace import Kind, MemoryTrace
 from llama_ray.training.optimizer import build_optimizer
 from llama_ray.training.parallel import parallelize
 from llama_ray.training.step import Stepper
+from llama_ray.training.traffic import Collective, Links, Traffic, TrafficTrace
 
 RUNTIME_BYTES = int(1.5 * GIB)
 """What a GPU holds beside tensors: the CUDA context, NCCL's channels, cuBLAS's workspaces."""
@@ -42,30 +45,60 @@ Memory = dict[Kind, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class Cluster(Links):
     """What a run would be given. `gpu_flops` is the data sheet's dense rate in the run's precision, per second."""
 
     gpus: int
     gpu_memory_bytes: int
-    gpus_per_node: int = 8
     gpu_flops: float = 989e12
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpu_memory_bytes", "gpus_per_node", "gpu_flops"):
+        for name in (
+            "gpus",
+            "gpu_memory_bytes",
+            "gpu_flops",
+            "gpus_per_node",
+            "node_bandwidth",
+            "network_bandwidth",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
 
 @dataclass(frozen=True)
+class Trace:
+    """What one worker was seen to do in a step: memory by part of the step, traffic by micro-step and of the update."""
+
+    peaks: dict[str, Memory]
+    micro_step: Traffic
+    """Of every micro-step but the last, which may put something off."""
+    last_micro_step: Traffic
+    update: Traffic
+
+    @property
+    def memory(self) -> Memory:
+        """At the fullest moment."""
+        return max(self.peaks.values(), key=lambda memory: sum(memory.values()))
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What one GPU holds at its fullest moment, and how long a step takes."""
+    """What one GPU holds at its fullest moment, and how long a step takes.
+
+    `mfu` is the share of the data sheet's rate that computing alone is assumed to reach.
+    """
 
     model: LlamaConfig
     config: TrainConfig
     cluster: Cluster
     layout: Layout
-    memory: Memory
+    trace: Trace
     mfu: float
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes by kind at the fullest moment of a step."""
+        return self.trace.memory
 
     @property
     def needed_bytes(self) -> int:
@@ -89,18 +122,42 @@ class Plan:
         return self.config.seq_len or self.model.max_seq_len
 
     @property
-    def step_s(self) -> float:
-        """Seconds an optimizer step takes at the assumed MFU; recomputed activations come on top."""
+    def compute_s(self) -> float:
+        """Seconds of a step that a GPU computes, at the assumed MFU; recomputed activations come on top."""
         flops = self.tokens_per_step * self.model.flops_per_token(self.seq_len)
         recompute = _RECOMPUTE[self.config.activation_checkpointing]
         return flops * recompute / (self.cluster.gpus * self.cluster.gpu_flops * self.mfu)
+
+    @property
+    def overlapped_s(self) -> float:
+        """Seconds of a step in which parameters and gradients travel, while the GPU computes."""
+        return sum(self._seconds(waited_for=False))
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds of a step in which the GPU waits: for tensor-parallel activations, and in the optimizer's update."""
+        return sum(self._seconds(waited_for=True))
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of an optimizer step: the longer of computing and what travels meanwhile, then what is waited for."""
+        return max(self.compute_s, self.overlapped_s) + self.waited_s
+
+    def _seconds(self, *, waited_for: bool) -> Iterator[float]:
+        others = self.config.gradient_accumulation_steps - 1
+        for traffic, times in ((self.trace.micro_step, others), (self.trace.last_micro_step, 1)):
+            for collective, size in traffic.items():
+                if _between_tensor_parallel(collective, self.layout) is waited_for:
+                    yield times * self.cluster.seconds(collective, size)
+        if waited_for:
+            yield from (self.cluster.seconds(*transfer) for transfer in self.trace.update.items())
 
     def days(self, tokens: float) -> float:
         """To train on so many tokens."""
         return tokens / self.tokens_per_step * self.step_s / 86400
 
 
-def make_plan(model: LlamaConfig, config: TrainConfig, cluster: Cluster, *, mfu: float = 0.35) -> Plan:
+def make_plan(model: LlamaConfig, config: TrainConfig, cluster: Cluster, *, mfu: float = 0.4) -> Plan:
     """Trace the run that `config` asks for. Must be called outside of any process group.
 
     Raises ValueError where the workers cannot be divided as asked.
@@ -114,7 +171,7 @@ def make_plan(model: LlamaConfig, config: TrainConfig, cluster: Cluster, *, mfu:
         memory_bytes=cluster.gpu_memory_bytes,
         node_size=min(cluster.gpus_per_node, cluster.gpus),
     )
-    return Plan(model, config, cluster, layout, peak_memory(model, config, layout), mfu)
+    return Plan(model, config, cluster, layout, trace_step(model, config, layout), mfu)
 
 
 def nearest_that_fits(plan: Plan, *, tries: int = 24) -> Plan | None:
@@ -175,62 +232,81 @@ def _search(plan: Plan, cluster: Cluster, tries: int, thrifty: bool = False) -> 
     return None
 
 
-def peak_memory(model: LlamaConfig, config: TrainConfig, layout: Layout) -> Memory:
-    """Bytes by kind that the first worker of `layout` holds at the fullest moment of a step.
+def _between_tensor_parallel(collective: Collective, layout: Layout) -> bool:
+    return layout.tensor > 1 and collective.ranks == tuple(range(layout.tensor))
 
-    A model deeper than 6 layers is traced with 4 and with 6; at each part of a step memory grows by the same amount
-    with every further layer, so the rest follows.
+
+def trace_step(model: LlamaConfig, config: TrainConfig, layout: Layout) -> Trace:
+    """What the first worker of `layout` does in a step, once there is optimizer state.
+
+    A model deeper than 6 layers is traced with 4 and with 6; at each part of a step memory and traffic grow by the
+    same amount with every further layer, so the rest follows.
     """
     if model.num_layers <= _DEPTHS[-1]:
-        return _fullest(_trace(model, config, layout))
+        return _trace(model, config, layout)
     few, more = (_trace(replace(model, num_layers=depth), config, layout) for depth in _DEPTHS)
     steps = (model.num_layers - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
-    return _fullest(
-        {
-            part: {
-                kind: int(few[part][kind] + steps * (more[part][kind] - few[part][kind])) for kind in KINDS
-            }
-            for part in few
-        }
+
+    def extend(less: Mapping[Any, float], more: Mapping[Any, float]) -> dict[Any, int]:
+        return {key: int(less.get(key, 0) + steps * (size - less.get(key, 0))) for key, size in more.items()}
+
+    return Trace(
+        {part: extend(few.peaks[part], more.peaks[part]) for part in few.peaks},
+        extend(few.micro_step, more.micro_step),
+        extend(few.last_micro_step, more.last_micro_step),
+        extend(few.update, more.update),
     )
 
 
-def _fullest(peaks: dict[str, Memory]) -> Memory:
-    return max(peaks.values(), key=lambda memory: sum(memory.values()))
-
-
-def _trace(config: LlamaConfig, train: TrainConfig, layout: Layout) -> dict[str, Memory]:
-    """The peaks of the parts of one step, once there is optimizer state."""
-    # DDP's constructor talks to its peers about real bytes. It adds nothing but its buckets, which are the gradients.
+def _trace(config: LlamaConfig, train: TrainConfig, layout: Layout) -> Trace:
+    # DDP's constructor talks to its peers about real bytes. It adds nothing but its buckets, which are the gradients,
+    # and their exchange.
     replicated = not layout.sharded and layout.world_size > 1
     device = torch.device("cpu")  # stands for the GPU: FSDP asks a CUDA device for streams
     model = Llama(config, device="meta")
-    with _fake_workers(layout.world_size):
-        layout = ALONE if replicated else layout.on(device)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            peaks = _trace_step(model, train, layout, device)
-    if replicated:
-        for memory in peaks.values():
-            memory["gradients"] = 4 * config.num_parameters()
-    return peaks
-
-
-def _trace_step(model: Llama, train: TrainConfig, layout: Layout, device: torch.device) -> dict[str, Memory]:
     # GPUs attend with a kernel that keeps no scores, whatever the CPU does.
     model.forward = partial(model.forward, attend=flash_attention)  # type: ignore[method-assign]
-    spread = parallelize(model, train, layout, device, compile_blocks=False, draw=False)
-    optimizer = build_optimizer(spread, train)
-    stepper = Stepper(spread, optimizer, train, device=device, layout=layout)
+    with _fake_workers(layout.world_size):
+        divided = ALONE if replicated else layout.on(device)
+        # Spread out before tensors are fake, since meshes look up ranks in tensors of their own.
+        spread = parallelize(model, train, divided, torch.device("meta"), compile_blocks=False, draw=False)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.materialize(device)
+            trace = _trace_step(spread, model, train, divided, device)
+    if replicated:
+        gradients = 4 * config.num_parameters()
+        for memory in trace.peaks.values():
+            memory["gradients"] = gradients
+        exchange = {Collective("all_reduce", tuple(range(layout.world_size))): gradients}
+        trace = replace(trace, last_micro_step=exchange)
+    return trace
+
+
+def _trace_step(
+    spread: nn.Module, model: Llama, train: TrainConfig, layout: Layout, device: torch.device
+) -> Trace:
+    stepper = Stepper(spread, build_optimizer(spread, train), train, device=device, layout=layout)
     seq_len = train.seq_len or model.config.max_seq_len
     tokens = torch.zeros(train.batch_size, seq_len, dtype=torch.int64)
-    micro_steps = [(tokens, tokens)] * min(train.gradient_accumulation_steps, 2)
     stepper.step([(tokens[:1], tokens[:1])])  # makes the optimizer's state
-    trace = MemoryTrace()
-    with trace:
-        trace.watch(spread, optimizer)
-        _mark_parts(trace, model, optimizer)
-        stepper.step(micro_steps)
-    return trace.peaks
+    return watch_step(stepper, model, [(tokens, tokens)] * min(train.gradient_accumulation_steps, 2))
+
+
+def watch_step(stepper: Stepper, model: Llama, micro_batches: Sequence[Batch]) -> Trace:
+    """Take a step, real or fake, of one or two micro-steps, and say what it did. `model` is inside `stepper.model`."""
+    with TrafficTrace() as traffic, MemoryTrace() as memory:
+        memory.watch(stepper.model, stepper.optimizer)
+        _mark_parts(memory, model, stepper.optimizer)
+        micro_steps = count(1)
+
+        def begin_micro_step(*_: Any) -> None:
+            traffic.begin("last" if next(micro_steps) == len(micro_batches) else "micro-step")
+
+        # Before a sharded model gathers its first parameters in a hook of its own.
+        stepper.model.register_forward_pre_hook(begin_micro_step, prepend=True)
+        stepper.optimizer.register_step_pre_hook(lambda *_: traffic.begin("update"))
+        stepper.step(micro_batches)
+    return Trace(memory.peaks, *(traffic.parts[part] for part in ("micro-step", "last", "update")))
 
 
 def _mark_parts(trace: MemoryTrace, model: Llama, optimizer: torch.optim.Optimizer) -> None:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llama_ray.data.loader import Batch
 from llama_ray.model.loss import IGNORE
 from llama_ray.training.config import TrainConfig
+from llama_ray.training.host_memory import keep_freed_memory
 from llama_ray.training.layout import ALONE, Layout
 from llama_ray.training.parallel import AUTOCAST, micro_step, whole_tensor
 from llama_ray.training.scaler import LossScaler
@@ -53,6 +54,8 @@ class Stepper:
         self.device, self.layout = device, layout
         # fp16 gradients of small losses underflow; bf16 has the range of fp32 and needs no scaling.
         self.scaler = LossScaler(device, enabled=config.precision == "fp16")
+        if device.type == "cpu":
+            keep_freed_memory()
 
     def step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Accumulate over `micro_batches`, then update the weights once.
@@ -120,10 +123,8 @@ class Stepper:
             # A replicated norm under tensor parallelism is left with one partial sum a worker.
             if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
                 parameter.grad = gradient.redistribute(placements=parameter.placements)
-            if self.scaler.enabled and parameter.grad is not None:
-                parameter.grad.div_(self.scaler.scale)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        grad_norm = whole_tensor(nn.utils.get_total_norm(gradients, foreach=True))
+        grad_norm = whole_tensor(nn.utils.get_total_norm(gradients, foreach=True)) / self.scaler.scale
         # One worker's verdict is everyone's, or their weights would part.
         shared = torch.stack((loss_sum.double(), (~(loss_sum + grad_norm).isfinite()).double()))
         loss, broken = self.layout.sum(shared).unbind()
@@ -131,15 +132,22 @@ class Stepper:
         # Sharded gradients are added up in another order on each worker. Clipped by norms that differ in their last
         # bit, the copies of a replicated weight would drift apart.
         grad_norm = self.layout.agree(grad_norm)
-        if self.config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, grad_norm, foreach=True)
-        # The fused kernels look at this flag on the device, as they do for torch.amp.GradScaler.
+        # The fused kernels look at these two on the device, as they do for torch.amp.GradScaler: a step to leave out,
+        # and what to divide gradients by, which spares clipping and unscaling a pass of their own.
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = self._divisor(grad_norm)  # type: ignore[attr-defined]
         self.optimizer.step()
-        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        del self.optimizer.found_inf, self.optimizer.grad_scale  # type: ignore[attr-defined]
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(~skipped)
         return StepResult(loss / tokens.clamp(min=1), tokens, grad_norm, skipped)
+
+    def _divisor(self, grad_norm: Tensor) -> Tensor | None:
+        """Of gradients, which are scaled: by the loss scale, and by the excess of their norm over `max_grad_norm`."""
+        limit = self.config.max_grad_norm
+        if limit:
+            return self.scaler.scale * ((grad_norm + 1e-6) / limit).clamp(min=1.0)
+        return self.scaler.scale if self.scaler.enabled else None
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
         if self.config.precision == "fp32":

@@ -13,10 +13,9 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.layout import ALONE, GIB, choose_layout
-from llama_ray.training.memory_trace import MemoryTrace
 from llama_ray.training.optimizer import build_optimizer
-from llama_ray.training.parallel import parallelize
-from llama_ray.training.planning import Cluster, make_plan, nearest_that_fits, peak_memory
+from llama_ray.training.parallel import parallelize, world_size
+from llama_ray.training.planning import Cluster, Trace, make_plan, nearest_that_fits, trace_step, watch_step
 from llama_ray.training.step import Stepper
 from tests.training.processes import in_processes
 
@@ -51,39 +50,52 @@ def test_a_plan_is_what_the_allocator_hands_out(checkpointing: Any, tmp_path: Pa
     totals = [e["args"]["Total Allocated"] for e in memory]
     measured = max(totals) - (totals[0] - memory[0]["args"]["Bytes"])
 
-    planned = sum(peak_memory(SHAPE, run, ALONE).values())
+    planned = sum(trace_step(SHAPE, run, ALONE).memory.values())
 
     assert planned == pytest.approx(measured, rel=0.05)
 
 
-def test_a_plan_of_fsdp_is_what_two_real_workers_hold() -> None:
-    run = replace(RUN, parallelism="fsdp")
-    measured = in_processes(2, traced_worker, SHAPE, run)
-
-    planned = peak_memory(SHAPE, run, choose_layout(SHAPE, run, 2))
-
-    for kind, size in planned.items():
-        assert size == pytest.approx(measured[0][kind], rel=0.05, abs=64 * 1024), kind
+FSDP, HSDP = {"parallelism": "fsdp"}, {"parallelism": "hsdp", "fsdp_size": 2}
+TP, MUON = {"tensor_parallel": 2}, {"optimizer": "muon"}
+ON_TWO = [FSDP, TP, {**FSDP, **MUON}, {**TP, "activation_checkpointing": "selective"}]
+ON_FOUR = [HSDP, {**FSDP, **TP}, {**FSDP, **TP, **MUON}]
 
 
-def traced_worker(shape: LlamaConfig, run: TrainConfig) -> dict[str, int]:
-    layout = choose_layout(shape, run, 2).on(torch.device("cpu"))
-    stepper = make_stepper(shape, run, layout)
-    step(stepper, shape, run)
-    with MemoryTrace() as trace:
-        trace.watch(stepper.model, stepper.optimizer)
+@pytest.mark.parametrize(("workers", "many"), [(2, ON_TWO), (4, ON_FOUR)], ids=["two", "four"])
+def test_a_plan_is_what_real_workers_hold_and_send(workers: int, many: list[Any]) -> None:
+    runs = [replace(RUN, gradient_accumulation_steps=2, **settings) for settings in many]
+    measured = in_processes(workers, traced_workers, SHAPE, runs)[0]
+    for run, real in zip(runs, measured, strict=True):
+        planned = trace_step(SHAPE, run, choose_layout(SHAPE, run, workers))
+        assert planned.memory.keys() == real.memory.keys()
+        for kind, size in planned.memory.items():
+            assert size == pytest.approx(real.memory[kind], rel=0.05, abs=64 * 1024), (run, kind)
+        for part in ("micro_step", "last_micro_step", "update"):
+            assert getattr(planned, part) == getattr(real, part), (run, part)
+        assert real.micro_step
+        assert bool(real.update) == (run.optimizer == "muon")
+
+
+def traced_workers(shape: LlamaConfig, runs: list[TrainConfig]) -> list[Trace]:
+    traces = []
+    for run in runs:
+        layout = choose_layout(shape, run, world_size()).on(torch.device("cpu"))
+        stepper = make_stepper(shape, run, layout)
         step(stepper, shape, run)
-    return dict(trace.peak)
+        tokens = torch.zeros(run.batch_size, shape.max_seq_len, dtype=torch.int64)
+        assert isinstance(stepper.model, Llama)
+        traces.append(watch_step(stepper, stepper.model, [(tokens, tokens)] * 2))
+    return traces
 
 
 def test_extrapolated_layers_weigh_what_traced_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
     run = replace(RUN, parallelism="fsdp", precision="bf16")
     layout = choose_layout(SHAPE, run, 4)
-    extrapolated = peak_memory(SHAPE, run, layout)
+    extrapolated = trace_step(SHAPE, run, layout)
     monkeypatch.setattr("llama_ray.training.planning._DEPTHS", (4, SHAPE.num_layers))
-    assert sum(extrapolated.values()) == pytest.approx(
-        sum(peak_memory(SHAPE, run, layout).values()), rel=0.01
-    )
+    whole = trace_step(SHAPE, run, layout)
+    assert sum(extrapolated.memory.values()) == pytest.approx(sum(whole.memory.values()), rel=0.01)
+    assert extrapolated.last_micro_step == whole.last_micro_step
 
 
 def test_65b_fits_on_64_gpus_when_it_is_sharded_and_a_plan_that_does_not_fit_names_one_that_does() -> None:
@@ -114,10 +126,46 @@ def test_too_few_gpus_are_doubled_until_it_fits() -> None:
 
 
 def test_time_is_operations_over_the_assumed_rate() -> None:
-    cluster = Cluster(gpus=2, gpu_memory_bytes=80 * GIB, gpu_flops=1e12)
-    plan = make_plan(SHAPE, replace(RUN, parallelism="ddp"), cluster, mfu=0.5)
-    seconds = 2 * 4 * 128 * SHAPE.flops_per_token(128) / (2 * 1e12 * 0.5)
+    cluster = Cluster(gpus=1, gpu_memory_bytes=80 * GIB, gpu_flops=1e12)
+    plan = make_plan(SHAPE, RUN, cluster, mfu=0.5)
+    seconds = 4 * 128 * SHAPE.flops_per_token(128) / (1e12 * 0.5)
     assert plan.step_s == pytest.approx(seconds)
     assert plan.days(plan.tokens_per_step * 86400) == pytest.approx(seconds)
     with pytest.raises(ValueError, match="mfu is 40"):
         make_plan(SHAPE, RUN, cluster, mfu=40)
+
+
+def test_time_covers_what_travels_where_computing_does_not_and_what_is_waited_for() -> None:
+    slow = Cluster(
+        gpus=4, gpu_memory_bytes=80 * GIB, gpus_per_node=2, node_bandwidth=1e9, network_bandwidth=1e6
+    )
+    ddp = make_plan(SHAPE, replace(RUN, parallelism="ddp", gradient_accumulation_steps=3), slow)
+    # Gradients once a step, in a ring over two nodes with two adapters each; each half of a ring's two passes.
+    exchange = 2 * 4 * SHAPE.num_parameters() * (1 / 2) / (2 * 1e6) / slow.reached
+    assert ddp.compute_s < 0.01 * exchange
+    assert ddp.step_s == pytest.approx(exchange)
+
+    fast = replace(slow, node_bandwidth=1e15, network_bandwidth=1e15)
+    assert replace(ddp, cluster=fast).step_s == pytest.approx(ddp.compute_s)
+
+    # What tensor-parallel peers send is waited for, and stays within their node.
+    pairs = make_plan(SHAPE, replace(RUN, parallelism="fsdp", tensor_parallel=2), slow)
+    assert pairs.waited_s > 0
+    assert pairs.step_s == pytest.approx(pairs.overlapped_s + pairs.waited_s)
+    assert replace(pairs, cluster=replace(slow, network_bandwidth=1e7)).waited_s == pytest.approx(
+        pairs.waited_s, rel=1e-2
+    )
+
+
+def test_gradients_that_accumulate_travel_as_often_as_the_layout_says() -> None:
+    cluster = Cluster(gpus=4, gpu_memory_bytes=80 * GIB, gpus_per_node=2)
+
+    def overlapped(layout: Any, micro_steps: int) -> float:
+        run = replace(RUN, gradient_accumulation_steps=micro_steps, **layout)
+        return make_plan(SHAPE, run, cluster).overlapped_s
+
+    assert overlapped(FSDP, 6) == pytest.approx(6 * overlapped(FSDP, 1), rel=0.01)
+    ddp = {"parallelism": "ddp"}
+    assert overlapped(ddp, 6) == pytest.approx(overlapped(ddp, 1))
+    # HSDP gathers and scatters within the node each time; its copies meet once.
+    assert overlapped(HSDP, 1) < overlapped(HSDP, 6) < 6 * overlapped(HSDP, 1)

@@ -18,7 +18,7 @@ from llama_ray.pretrained import load_pretrained, save_pretrained
 
 # Random queries and keys give scores near 0, so that every token is attended to alike and a peer whose positions or
 # heads are mixed up goes unnoticed. Larger ones make attention sharp enough for the check of the peers to see it.
-SHARPNESS = 3.0
+SHARPNESS = 2.0
 
 
 def random_model(config: LlamaConfig, device: torch.device | str = "cpu") -> Llama:

@@ -52,15 +52,16 @@ def median(rates: Sequence[Rates]) -> Rates:
 def _best(function: Callable[[], object], device: torch.device, times: int = 5) -> float:
     best = float("inf")
     for _ in range(times):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         function()
-        _wait(device)
+        wait(device)
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

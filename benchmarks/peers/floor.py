@@ -26,6 +26,10 @@ class Rates:
         """The rate of products of weights in `kind`; 8-bit weights and narrower ones multiply as int8."""
         return self.product[kind if kind in self.product else "int8"]
 
+    def __str__(self) -> str:
+        products = ", ".join(f"{kind} {value / 1e9:,.0f}" for kind, value in self.product.items())
+        return f"memory {self.bandwidth / 1e9:,.1f} GB/s; matrix products {products} GOP/s"
+
 
 def measure(device: torch.device) -> Rates:
     """The rates now: on a CPU memory is read (a sum over 1 GiB), on CUDA copied (bytes read and written)."""

@@ -15,8 +15,12 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.utils import logging
 
 from peers.workload import Request, Sampling
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 
 class HuggingFace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -66,8 +65,6 @@ class Turn:
 def _live(
     pipe: Connection, name: str, cache: Path, preset: str, threads: int, options: dict[str, Any]
 ) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a library with OpenMP is first imported
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     try:
         contestant = make(name, cache, preset, threads, options)
         pipe.send((True, None))

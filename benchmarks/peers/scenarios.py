@@ -56,7 +56,10 @@ class Setting:
             turns.append(Turn(name, self.directory, self.preset, self.threads, given))
             got, _ = turns[-1].call("logprobs", prompt)
             off = statistics.fmean((value - reference[i]) ** 2 for i, value in got.items()) ** 0.5 / scale
-            print(f"  {name}: its log-probabilities are {off:.4f} of their deviation from transformers fp32")
+            print(
+                f"  {name}: its log-probabilities are {off:.4f} of their deviation from transformers fp32",
+                flush=True,
+            )
             if off > TOLERANCE[kind]:
                 raise RuntimeError(f"{name} computes another model: {off:.3f} is above {TOLERANCE[kind]}")
         return turns
@@ -80,15 +83,18 @@ def batch(setting: Setting, title: str, count: int, contestants: list[str]) -> N
     sizes = {"max_requests": count, "tokens": 2 * (PROMPT + NEW)}
     turns = setting.start(contestants, **{"llama.cpp": sizes})
     rates, figures = [], {name: list[float]() for name in contestants}
-    for i in range(-1, setting.rounds):  # the first is to warm up
+    warm_up = workload.prompts(count, PROMPT, setting.config.vocab_size, seed=-1)
+    for turn in turns:
+        turn.call("generate", warm_up, 4, Sampling())
+    for i in range(setting.rounds):
         prompts = workload.prompts(count, PROMPT, setting.config.vocab_size, seed=i)
         rates.append(floor.measure(CPU))
         for turn in _rotated(turns, i):
             outputs, took = turn.call("generate", prompts, NEW, Sampling())
             if [len(o) for o in outputs] != [NEW] * count:
                 raise RuntimeError(f"{turn.name} gave {[len(o) for o in outputs]} tokens, not {NEW} each")
-            if i >= 0:
-                figures[turn.name].append(tokens / took)
+            figures[turn.name].append(tokens / took)
+        print(f"  round {i}: {', '.join(f'{n} {v[-1]:,.0f}' for n, v in figures.items())}", flush=True)
     _close(turns)
     middle = floor.median(rates)
     print(f"in the median {middle}\n")

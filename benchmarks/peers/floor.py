@@ -1,0 +1,121 @@
+"""What the machine can do, measured, and how little time a task can take on it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llama_ray.model.config import LlamaConfig
+
+# Bytes of one weight: q8_0 has a 16-bit scale for 32 weights, int4 one of 32 bits for 64.
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "q8_0": 34 / 32, "int4": 0.5 + 4 / 64}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second that memory gives, and operations a second of a large matrix product, by format."""
+
+    bandwidth: float
+    product: dict[str, float]
+
+    def of(self, kind: str) -> float:
+        """The rate of products of weights in `kind`; 8-bit weights and narrower ones multiply as int8."""
+        return self.product[kind if kind in self.product else "int8"]
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{kind} {value / 1e9:,.0f}" for kind, value in self.product.items())
+        return f"memory {self.bandwidth / 1e9:,.1f} GB/s; matrix products {products} GOP/s"
+
+
+def measure(device: torch.device) -> Rates:
+    """The rates now: on a CPU memory is read (a sum over 256 MiB), on CUDA copied (bytes read and written)."""
+    size = 2048 if device.type == "cpu" else 8192
+    product = {}
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        product[kind] = 2 * size**3 / _best(lambda a=a: a @ a, device)
+    a8 = torch.ones(size, size, device=device, dtype=torch.int8)
+    product["int8"] = 2 * size**3 / _best(lambda: torch._int_mm(a8, a8), device)
+    x = torch.ones(2**26 if device.type == "cpu" else 2**30, device=device)
+    if device.type == "cpu":
+        return Rates(x.nbytes / _best(lambda: x.sum(), device), product)
+    y = torch.empty_like(x)
+    return Rates(2 * x.nbytes / _best(lambda: y.copy_(x), device), product)
+
+
+def median(rates: Sequence[Rates]) -> Rates:
+    """The medians of several measurements."""
+    product = {kind: statistics.median(r.product[kind] for r in rates) for kind in rates[0].product}
+    return Rates(statistics.median(r.bandwidth for r in rates), product)
+
+
+def _best(function: Callable[[], object], device: torch.device, times: int = 5) -> float:
+    best = float("inf")
+    for _ in range(times):
+        wait(device)
+        start = time.perf_counter()
+        function()
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_weights(config: LlamaConfig) -> tuple[int, int]:
+    """Weights that every token is multiplied with: (in the blocks, in the head)."""
+    head = config.vocab_size * config.hidden_size
+    return config.flops_per_token(0) // 6 - head, head
+
+
+def cache_bytes(config: LlamaConfig, itemsize: int = 2) -> int:
+    """Bytes of keys and values of one token, in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+
+
+def step_s(config: LlamaConfig, rates: Rates, kind: str, batch: int, context: float) -> float:
+    """Seconds that one new token for each of `batch` sequences with `context` tokens before it takes at least.
+
+    The weights are read once and the cache of every sequence; what is read is multiplied meanwhile.
+    """
+    blocks, head = matrix_weights(config)
+    read = (blocks + head) * WEIGHT_BYTES[kind] + batch * context * cache_bytes(config)
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
+    operations = batch * (2 * (blocks + head) + attention)
+    return max(read / rates.bandwidth, operations / rates.of(kind))
+
+
+def prompts_s(config: LlamaConfig, rates: Rates, kind: str, lengths: Sequence[int]) -> float:
+    """Seconds that prompts of these lengths take at least; only the last token of each goes through the head."""
+    blocks, head = matrix_weights(config)
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim  # causal: half of the scores
+    operations = sum(2 * blocks * n + 2 * head + attention * n * n for n in lengths)
+    return max(operations / rates.of(kind), (blocks + head) * WEIGHT_BYTES[kind] / rates.bandwidth)
+
+
+def batch_s(config: LlamaConfig, rates: Rates, kind: str, batch: int, length: int, new_tokens: int) -> float:
+    """Seconds for `batch` prompts of `length` and `new_tokens` for each, all together."""
+    steps = (step_s(config, rates, kind, batch, length + i) for i in range(1, new_tokens))
+    return prompts_s(config, rates, kind, [length] * batch) + sum(steps)
+
+
+def served_s(config: LlamaConfig, rates: Rates, kind: str, lengths: Sequence[tuple[int, int]]) -> float:
+    """Seconds for (prompt, output) lengths batched at will: all operations at full rate or all reads, the longer."""
+    blocks, head = matrix_weights(config)
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim
+    operations = read = 0.0
+    for prompt, new in lengths:
+        contexts = new * (prompt + new / 2)
+        operations += 2 * blocks * (prompt + new) + 2 * head * new + attention * (prompt**2 / 2 + contexts)
+        read += contexts * cache_bytes(config)
+    steps = max(new for _, new in lengths)
+    read += steps * (blocks + head) * WEIGHT_BYTES[kind]
+    return max(operations / rates.of(kind), read / rates.bandwidth)

@@ -29,6 +29,7 @@ from llama_ray.generation.constraints import Grammars
 from llama_ray.generation.core import Core
 from llama_ray.generation.draft_model import DraftModel
 from llama_ray.generation.kv_cache import count_blocks
+from llama_ray.generation.progress import Progress
 from llama_ray.generation.prompt_lookup import PromptLookup
 from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.runner import RunnerError
@@ -206,13 +207,17 @@ class Engine:
         self.close()
 
     def generate(
-        self, prompts: str | Iterable[Prompt], params: SamplingParams | None = None
+        self,
+        prompts: str | Iterable[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool = False,
     ) -> list[Completion]:
         """Complete every prompt, text or token ids; `params.n` completions for each, in the order of the prompts.
 
-        All prompts are checked before any is run. Raises ValueError for a bad prompt or while other requests are
-        in progress (their deltas would be lost), and GenerationError where the model's numbers overflow or the engine
-        has ended.
+        `progress` shows a bar on stderr. All prompts are checked before any is run. Raises ValueError for a bad
+        prompt or while other requests are in progress (their deltas would be lost), and GenerationError where the
+        model's numbers overflow or the engine has ended.
         """
         if self.has_work:
             raise ValueError(
@@ -228,9 +233,12 @@ class Engine:
         try:
             for prompt in encoded:
                 ids_of.append(self.submit(prompt, params))
-            while self.has_work:
-                for delta in self.step():
-                    deltas[delta.request_id, delta.index].append(delta)
+            with Progress(len(encoded) * params.n, shown=progress) as bar:
+                while self.has_work:
+                    new = self.step()
+                    bar.count(new)
+                    for delta in new:
+                        deltas[delta.request_id, delta.index].append(delta)
         except RunnerError as e:
             raise GenerationError(str(e)) from e
         finally:  # an error, or the user's interrupt, leaves nothing behind

@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ray.generation.cpu.ops import kernels
+from llama_ray.generation.quantize import GROUP_SIZE, quantize
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 PANEL = 64
 """Columns (outputs) that lie together; those of the last panel beyond the matrix are zeros."""
-
-GROUP = 64
-"""Values along the input that share the scale of an int4 weight."""
 
 
 class _Linear(ctypes.Structure):
@@ -43,9 +41,9 @@ class PackedLinear(nn.Module):
     [..., out / 2], rounded wherever torch rounds. `out_dtype` float32 keeps sums as they are; None is the weight's
     dtype. Every row's result is the same alone and in any batch, bit by bit.
 
-    int8: one scale for each output. int4: one for each output and 64 inputs, in bfloat16. Both are symmetric, and
-    both multiply with an input that is rounded to 8 bits, symmetric in groups of 64 (llama.cpp's q8_0 does that in
-    groups of 32). Raises ValueError for a dtype or a format that the kernels don't have.
+    int8 and int4 are those of `quantize`; both multiply with an input that is rounded to 8 bits, symmetric in groups
+    of 64 (llama.cpp's q8_0 does that in groups of 32). Raises ValueError for a dtype or a
+    format that the kernels don't have.
     """
 
     def __init__(
@@ -62,13 +60,12 @@ class PackedLinear(nn.Module):
         self.format, self.dtype, self.out_dtype = format, dtype, out_dtype or dtype
         out, self.in_features = weight.shape
         self.out_features = out // 2 if gated else out
-        panels = _panels(weight, gated)
         if format == "int4":
-            self._weight, self._scales = _pack_int4(panels)
+            self._weight, self._scales = _pack_int4(weight, gated)
         elif format == "int8":
-            self._weight, self._scales = _pack_int8(panels)
+            self._weight, self._scales = _pack_int8(weight, gated)
         else:
-            self._weight, self._scales = _pack_plain(panels), torch.empty(0)
+            self._weight, self._scales = _pack_plain(_panels(weight, gated)), torch.empty(0)
         # bfloat16 is multiplied in pairs; an odd input gets a zero beside it, as its weights did.
         self._pad = self.in_features % 2 if format == "bfloat16" else 0
         self._argument = _Linear(
@@ -121,7 +118,10 @@ def check_format(format: Format, dtype: torch.dtype) -> None:
 
 
 def _panels(weight: Tensor, gated: bool) -> Tensor:
-    """[out, in] -> [panels, 64, in], zeros where there is no row; half gate and half up where `gated`."""
+    """[out, in] -> [panels, 64, in], zeros where there is no row; half gate and half up where `gated`.
+
+    The results of rows that are not there are not stored, whatever zeros stand for.
+    """
     parts = weight.detach().chunk(2) if gated else (weight.detach(),)
     each = PANEL // len(parts)
     split = [F.pad(p, (0, 0, 0, -len(p) % each)).view(-1, each, p.shape[1]) for p in parts]
@@ -138,40 +138,20 @@ def _pack_plain(panels: Tensor) -> Tensor:
     return _interleave(F.pad(panels, (0, odd)))
 
 
-def _pack_int8(panels: Tensor) -> tuple[Tensor, Tensor]:
+def _pack_int8(weight: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     """Bytes w + 128 [panels, groups * 16, 64, 4], and scales fp32 [panels, 64]."""
-    panels = panels.float()
-    scales = panels.abs().amax(2) / 127
-    whole = (panels / scales.clamp(min=_TINY)[..., None]).round_().add_(128).to(torch.uint8)
-    return _interleave(F.pad(whole, (0, -whole.shape[2] % GROUP), value=128)), scales
+    quantized = quantize(F.pad(weight.detach(), (0, -weight.shape[1] % GROUP_SIZE)), "int8")
+    values = _panels(quantized.values.to(torch.int16).add_(128).to(torch.uint8), gated)
+    return _interleave(values), _panels(quantized.scales, gated)[..., 0].contiguous()
 
 
-def _pack_int4(panels: Tensor) -> tuple[Tensor, Tensor]:
+def _pack_int4(weight: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     """Bytes of w + 8 in two halves [panels, groups * 8, 64, 4], and scales bf16 [panels, groups, 64].
 
     A byte holds value i of its group in its low half and value i + 32 in its high half.
     """
-    grouped = F.pad(panels.float(), (0, -panels.shape[2] % GROUP)).view(*panels.shape[:2], -1, GROUP)
-    scales = _int4_scales(grouped)
-    steps = scales.float()
-    whole = (
-        (grouped / torch.where(steps == 0, 1, steps)[..., None])
-        .round_()
-        .clamp_(-8, 7)
-        .add_(8)
-        .to(torch.uint8)
-    )
-    low, high = whole.chunk(2, 3)
-    return _interleave((low | high << 4).flatten(2)), scales.transpose(1, 2).contiguous()
-
-
-def _int4_scales(grouped: Tensor) -> Tensor:
-    """The value of one step, bf16 [..., groups]: the group's value of largest magnitude becomes -8.
-
-    The scale takes the sign that makes it so: the range -8 .. 7 is then used in full (llama.cpp's q4_0 does the same).
-    """
-    largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))[..., 0]
-    return (largest / -8).bfloat16()
-
-
-_TINY = torch.finfo(torch.float32).tiny
+    quantized = quantize(F.pad(weight.detach(), (0, -weight.shape[1] % GROUP_SIZE)), "int4")
+    values = quantized.values.add(8).to(torch.uint8).view(len(weight), -1, GROUP_SIZE)
+    low, high = values.chunk(2, 2)
+    scales = _panels(quantized.scales, gated)
+    return _interleave(_panels((low | high << 4).flatten(1), gated)), scales.transpose(1, 2).contiguous()

@@ -31,6 +31,7 @@ def test_norm_rounds_where_the_model_rounds(kernels: ctypes.CDLL, dtype: torch.d
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 14), (4, 64), (2, 80)])
 @pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
 def test_rope_is_the_models_to_the_bit(
     kernels: ctypes.CDLL, dtype: torch.dtype, heads: int, head_dim: int
 ) -> None:

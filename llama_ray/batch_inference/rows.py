@@ -232,8 +232,8 @@ def _lines(file: Iterable[bytes], line: int, *, at_start: bool) -> Iterator[tupl
 
 
 def _buffered(file: Any) -> BinaryIO:
-    # pyarrow's files cannot be read by line
-    return file if isinstance(file, io.BufferedIOBase) else io.BufferedReader(file, 1 << 20)  # type: ignore[return-value]
+    # pyarrow's files, which cannot be read by line, say that they are buffered
+    return file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, 1 << 20)
 
 
 def _asked_for(source: str, name: str) -> bool:

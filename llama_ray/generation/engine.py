@@ -7,12 +7,14 @@ import json
 import operator
 import random
 import threading
+import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from tqdm import tqdm
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.kv_cache import KVCache
@@ -126,12 +128,17 @@ class Engine:
         return cls(model, tokenizer, **options)
 
     def generate(
-        self, prompts: str | Iterable[Prompt], params: SamplingParams | None = None
+        self,
+        prompts: str | Iterable[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool = False,
     ) -> list[Completion]:
         """Complete every prompt, text or token ids; `params.n` completions for each, in the order of the prompts.
 
-        All prompts are checked before any is run. Raises ValueError for a bad prompt or while other requests are
-        in progress (their deltas would be lost), and GenerationError where the model's numbers overflow.
+        `progress` shows a bar on stderr. All prompts are checked before any is run. Raises ValueError for a bad
+        prompt or while other requests are in progress (their deltas would be lost), and GenerationError where the
+        model's numbers overflow.
         """
         if self.has_work:
             raise ValueError(
@@ -144,10 +151,13 @@ class Engine:
         try:
             for prompt in encoded:
                 ids.append(self.submit(prompt, params))
-            while self.has_work:
-                for delta in self.step():
-                    key = (delta.request_id, delta.index)
-                    merged[key] = merged[key] + delta if key in merged else delta
+            with _Progress(len(encoded) * params.n, shown=progress) as bar:
+                while self.has_work:
+                    deltas = self.step()
+                    bar.count(deltas)
+                    for delta in deltas:
+                        key = (delta.request_id, delta.index)
+                        merged[key] = merged[key] + delta if key in merged else delta
         finally:  # an error, or the user's interrupt, leaves nothing behind
             for request_id in ids:
                 self.abort(request_id)
@@ -276,6 +286,28 @@ class Engine:
             )
         if params.stop_strings and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
+
+
+class _Progress:
+    """A bar of finished completions on stderr, with the tokens so far and their rate."""
+
+    def __init__(self, completions: int, *, shown: bool) -> None:
+        # miniters 0: long completions move the count of tokens for a while before they move the bar
+        self._bar = tqdm(total=completions, unit="completion", miniters=0, disable=not shown)
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def count(self, deltas: list[Delta]) -> None:
+        """Take note of what a step gave."""
+        self._tokens += sum(len(delta.token_ids) for delta in deltas)
+        rate = self._tokens / (time.perf_counter() - self._start)
+        self._bar.set_postfix_str(f"{self._tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(sum(delta.finish_reason is not None for delta in deltas))
 
 
 def _completion(delta: Delta, prompt: list[int]) -> Completion:

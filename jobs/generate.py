@@ -1,4 +1,7 @@
-"""Text from a checkpoint: ``python jobs/generate.py --checkpoint REF --prompt "Once upon a time"``."""
+"""Text from a checkpoint: ``python jobs/generate.py --checkpoint REF --prompt "Once upon a time"``.
+
+With ``--input prompts.jsonl --output out.jsonl`` for many prompts, over the cluster (``docs/generation.md``).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.model.checkpoint import load_config
-from llama_ray.paths import existing
+from llama_ray.paths import absolute, existing
 from llama_ray.pretrained import resolve
 
 SHAPE = (
@@ -29,16 +32,22 @@ SHAPE = (
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+BATCH_ONLY = ("output", "prompt_field", "replicas", "max_batch_size", "overwrite")
+"""Flags that mean nothing for a single prompt."""
+
+
 def run() -> None:
-    """Reads the flags and prints the prompt and its continuation, piece by piece."""
-    flags = parse(_parser())
+    """Reads the flags and prints the prompt and its continuation, piece by piece, or answers a file of prompts."""
+    parser = _parser()
+    flags = parse(parser)
+    _check_mode(flags, parser)
     params = SamplingParams(
         max_tokens=flags.max_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,
         top_p=flags.top_p,
         min_p=flags.min_p,
-        seed=flags.seed,
+        seed=None if flags.input else flags.seed,
         stop=tuple(flags.stop),
         repetition_penalty=flags.repetition_penalty,
         presence_penalty=flags.presence_penalty,
@@ -48,6 +57,9 @@ def run() -> None:
     ref = flags.checkpoint
     directory = resolve(ref if ref.startswith("models:/") else existing(ref))
     _check_shape(flags, directory)
+    if flags.input:
+        _batch(flags, params)
+        return
     engine = Engine.from_pretrained(
         directory,
         dtype=flags.dtype and getattr(torch, flags.dtype),
@@ -57,6 +69,75 @@ def run() -> None:
     )
     prompt = sys.stdin.read().removesuffix("\n") if flags.prompt == "-" else flags.prompt
     _stream(engine, prompt, params)
+
+
+def _check_mode(flags: Namespace, parser: ArgumentParser) -> None:
+    if (flags.prompt is None) == (flags.input is None):
+        raise ValueError("give either --prompt, or --input and --output")
+    if flags.input is not None and flags.output is None:
+        raise ValueError("--input needs --output, the .jsonl file that the answers go to")
+    unused = [name for name in BATCH_ONLY if flags[name] != parser.get_default(name)]
+    if flags.input is None and unused:
+        raise ValueError(f"--{unused[0]} belongs to --input; leave it out with --prompt")
+
+
+def _batch(flags: Namespace, params: SamplingParams) -> None:
+    # a single prompt need not wait for Ray
+    import ray
+
+    from llama_ray.batch_inference.config import BatchConfig
+    from llama_ray.batch_inference.job import BatchJob
+
+    ref = flags.checkpoint
+    job = BatchJob(
+        BatchConfig(
+            checkpoint=ref if ref.startswith("models:/") else existing(ref),
+            input=existing(flags.input),
+            output=absolute(flags.output),
+            params=params,
+            seed=flags.seed,
+            prompt_field=flags.prompt_field,
+            replicas=flags.replicas,
+            device=flags.device,
+            dtype=flags.dtype,
+            max_batch_size=flags.max_batch_size,
+            overwrite=flags.overwrite,
+        )
+    )
+    if job.finished is not None:
+        print(f"{job.output.location} is complete already ({job.finished.rows:,} rows): nothing to do")
+        return
+    if job.remaining:
+        ray.init(log_to_driver=False)
+    line = ProgressLine()
+    job.run(log=line.log, progress=line.show)
+
+
+class ProgressLine:
+    """One line that is written over on a terminal; in a log, a line every few seconds."""
+
+    EVERY_S = 5.0
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._open = False
+        self._last = -self.EVERY_S
+
+    def show(self, text: str) -> None:
+        """Replaces the line."""
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="", flush=True)
+            self._open = True
+        elif time.monotonic() - self._last >= self.EVERY_S:
+            print(text, flush=True)
+            self._last = time.monotonic()
+
+    def log(self, text: str) -> None:
+        """A line that stays."""
+        if self._open:
+            print()
+            self._open = False
+        print(text, flush=True)
 
 
 def _stream(engine: Engine, prompt: str, params: SamplingParams) -> None:
@@ -92,10 +173,18 @@ def _check_shape(flags: Namespace, directory: Path) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="generate.py", description="Continues a prompt with a trained model.")
+    parser = ArgumentParser(prog="generate.py", description="Continues prompts with a trained model.")
     add = parser.add_argument
     add("--checkpoint", required=True, help="A directory, models:/name/version or models:/name@alias.")
-    add("--prompt", required=True, help="The text to continue; - reads it from standard input.")
+    add("--prompt", type=str, help="The text to continue; - reads it from standard input.")
+    add("--input", type=str, help="Many prompts: a .jsonl file, a folder or glob of them, or a URI.")
+    add("--output", type=str, help="With --input: the .jsonl file to write, on storage that all nodes share.")
+    add("--prompt_field", default="prompt", help="With --input: the field that holds the text.")
+    add("--replicas", type=int, help="With --input: engines; all GPUs, or one for each node, if not given.")
+    add(
+        "--max_batch_size", type=int, default=16, help="With --input: sequences that an engine runs together."
+    )
+    add("--overwrite", action="store_true", help="With --input: replace what --output already holds.")
     add("--max_tokens", type=int, default=100, help="At most so many new tokens.")
     add("--temperature", type=float, default=0.8, help="0 always takes the most probable token.")
     add("--top_k", type=int, default=40, help="Keep the k most probable tokens; 0 keeps all.")

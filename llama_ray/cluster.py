@@ -13,17 +13,30 @@ def uses_gpu() -> bool:
     return _most("GPU") > 0
 
 
-def check_workers(world_size: int, *, gpu: bool) -> None:
-    """Raise ValueError for more workers than the cluster can ever have: one GPU each, or one CPU without GPUs."""
-    if world_size < 1:
-        raise ValueError(f"world_size is {world_size}; it must be at least 1")
+def check_workers(count: int, *, gpu: bool, flag: str = "world_size") -> None:
+    """Raise ValueError for more workers than the cluster can ever have: one GPU each, or one CPU without GPUs.
+
+    `flag` is what the user set their number with.
+    """
+    if count < 1:
+        raise ValueError(f"{flag} is {count}; it must be at least 1")
     kind = "GPU" if gpu else "CPU"
     most = int(_most(kind))
-    if world_size > most:
+    if count > most:
         raise ValueError(
-            f"world_size is {world_size}, but this cluster has at most {most} {kind}{'' if most == 1 else 's'} and a "
-            f"worker takes one; give --world_size {most} or less, or add nodes"
+            f"{flag} is {count}, but this cluster has at most {most} {kind}{'' if most == 1 else 's'} and a "
+            f"worker takes one; give --{flag} {most} or less, or add nodes"
         )
+
+
+def nodes() -> int:
+    """Machines of the cluster that are alive and take work."""
+    return sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
+def gpus() -> int:
+    """GPUs that the cluster has now."""
+    return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
 
 
 def cpu_threads(workers_on_node: int) -> int:

@@ -12,9 +12,10 @@ import json
 import os
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pyarrow import fs
 
@@ -184,18 +185,40 @@ def read_text(file: str) -> str | None:
 
 def write_text(file: str, content: str) -> None:
     """Write `file`, with the directories above it, so that a reader sees the old content or the new."""
+    with replacing(file) as stream:
+        stream.write(content.encode())
+
+
+@contextmanager
+def replacing(file: str) -> Iterator[BinaryIO]:
+    """A binary stream into `file`, which a reader sees as it was until the stream is closed without an error.
+
+    Makes the directories above it. On an object store an error in between may leave a cut object: write there what
+    is checked before it is used.
+    """
     filesystem, path = open_storage(file)
     filesystem.create_dir(str(Path(path).parent), recursive=True)
     if not isinstance(filesystem, fs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as stream:  # an object appears when its upload is complete
-            stream.write(content.encode())
+        # an object appears when its upload is complete; by default pyarrow compresses what is called .gz
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            yield stream
         return
     partial = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}")
-    with partial.open("wb") as f:
-        f.write(content.encode())
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def names(location: str) -> list[str]:
+    """The files directly in the directory `location`, sorted; none where it does not exist."""
+    filesystem, path = open_storage(location)
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == fs.FileType.File)
 
 
 def delete(file: str) -> None:

@@ -95,7 +95,7 @@ def find(source: str, max_bytes: int | None = None, seed: int = 0) -> Corpus:
     digest = hashlib.sha256()
     documents: list[Document] = []
     try:
-        for file in sorted(_files(source), key=lambda file: file.name):
+        for file in sorted(files(source), key=lambda file: file.name):
             digest.update(f"{file.name}\0{file.size}\0{file.modified_ns}\n".encode())
             documents.extend(_documents(file))
     except OSError as error:
@@ -131,7 +131,7 @@ def read(document: Document) -> Iterator[str]:
     Raises NotUTF8Error, and SourceError for a file that went away, changed, or has a bad ``.jsonl`` line.
     """
     try:
-        with _open(document.root, document.path) as file:
+        with open_file(document.root, document.path) as file:
             file.seek(document.start)
             content = file.read(document.size)
     except OSError as error:
@@ -167,7 +167,9 @@ def _line_text(line: str, document: Document) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class File:
+    """A file of a source: `name` as seen from the source, `root` and `path` for `open_file`."""
+
     name: str
     root: str
     path: str
@@ -175,7 +177,7 @@ class _File:
     modified_ns: int
 
 
-def _files(source: str) -> Iterator[_File]:
+def files(source: str) -> Iterator[File]:
     """All non-empty text files of a source, in no fixed order."""
     if source == BUILTIN:
         stdlib = _stdlib()
@@ -209,14 +211,14 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[:magic])
 
 
-def _local(path: Path, name: str, root: str = "") -> Iterator[_File]:
+def _local(path: Path, name: str, root: str = "") -> Iterator[File]:
     status = path.stat()
     if status.st_size:
         place = name if root == BUILTIN else str(path.resolve())
-        yield _File(name, root, place, status.st_size, status.st_mtime_ns)
+        yield File(name, root, place, status.st_size, status.st_mtime_ns)
 
 
-def _remote(uri: str) -> Iterator[_File]:
+def _remote(uri: str) -> Iterator[File]:
     """Files behind a URI; what follows a '?' configures the file system (``endpoint_override`` ...)."""
     head, _, options = uri.partition("?")
     scheme, _, rest = head.partition("://")
@@ -235,7 +237,7 @@ def _remote(uri: str) -> Iterator[_File]:
         hidden = any(part.startswith(".") for part in name.split("/"))
         wanted = info.type == fs.FileType.File and info.size and not hidden
         if wanted and _is_text(info.base_name, root, info.path):
-            yield _File(name, root, info.path, info.size, info.mtime_ns or 0)
+            yield File(name, root, info.path, info.size, info.mtime_ns or 0)
 
 
 def _is_text(name: str, root: str, path: str) -> bool:
@@ -243,7 +245,7 @@ def _is_text(name: str, root: str, path: str) -> bool:
     if Path(name).suffix.lower() in _TEXT_SUFFIXES:
         return True
     try:
-        with _open(root, path) as file:
+        with open_file(root, path) as file:
             start = file.read(_SNIFFED_BYTES)
         start.decode()
     except UnicodeDecodeError as error:
@@ -254,7 +256,7 @@ def _is_text(name: str, root: str, path: str) -> bool:
     return b"\0" not in start
 
 
-def _documents(file: _File) -> Iterator[Document]:
+def _documents(file: File) -> Iterator[Document]:
     """Cuts a file where it is too long for one document, and a ``.jsonl`` file between lines."""
     cuts: Iterable[int] = [0, file.size]
     if file.name.endswith(".jsonl"):
@@ -269,9 +271,9 @@ def _documents(file: _File) -> Iterator[Document]:
             start = stop
 
 
-def _line_cuts(file: _File, step: int) -> Iterator[int]:
+def _line_cuts(file: File, step: int) -> Iterator[int]:
     """Ends of the first lines that reach beyond ``step`` bytes."""
-    with _open(file.root, file.path) as opened:
+    with open_file(file.root, file.path) as opened:
         stop = 0
         while stop < file.size:
             position = stop + step
@@ -287,10 +289,10 @@ def _line_cuts(file: _File, step: int) -> Iterator[int]:
             yield stop
 
 
-def _text_cuts(file: _File) -> Iterator[int]:
+def _text_cuts(file: File) -> Iterator[int]:
     """Places in the last quarter of DOCUMENT_BYTES: after a blank line, else a line, else a character."""
     tail = DOCUMENT_BYTES // 4
-    with _open(file.root, file.path) as opened:
+    with open_file(file.root, file.path) as opened:
         stop = 0
         while stop + DOCUMENT_BYTES < file.size:
             first = stop + DOCUMENT_BYTES - tail
@@ -310,8 +312,8 @@ def _text_cuts(file: _File) -> Iterator[int]:
         yield file.size
 
 
-def _open(root: str, path: str) -> Any:
-    """A seekable binary file."""
+def open_file(root: str, path: str) -> Any:
+    """A seekable binary file; those behind a URI are pyarrow's, which cannot be read by line."""
     if root == BUILTIN:
         return (_stdlib() / path).open("rb")
     if root == "":

@@ -302,6 +302,18 @@ def test_one_string_is_one_prompt(engine: Engine) -> None:
     assert engine.generate("The quick", params) == engine.generate(["The quick"], params)
 
 
+def test_progress_counts_completions_and_tokens_and_is_off_by_default(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = SamplingParams(max_tokens=5, n=2, seed=1, ignore_eos=True)
+    silent = engine.generate(PROMPTS, params)
+    assert capsys.readouterr().err == ""
+    assert engine.generate(PROMPTS, params, progress=True) == silent
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "12/12" in last
+    assert "60 tokens, " in last
+
+
 def test_generate_refuses_to_swallow_the_deltas_of_others(engine: Engine) -> None:
     request_id = engine.submit("a", VARIED)
     with pytest.raises(ValueError, match="other requests in progress"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -113,6 +114,52 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(
     assert done.stdout == ""
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.ray
+def test_a_file_of_prompts_is_answered_once(
+    checkpoint: Path, tmp_path: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    prompts = [f"The {i}" for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps({'text': p})}\n" for p in prompts))
+    flags = [
+        "--input", "in.jsonl", "--output", "out.jsonl", "--prompt-field", "text", "--max_tokens", "8",
+        "--ignore_eos", "--replicas", "1", "--max_batch_size=4",
+    ]  # fmt: skip
+    done = run(checkpoint, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"40 rows in {tmp_path}/in.jsonl\n")
+    assert "40 rows, 0 of them errors" in done.stdout.splitlines()[-1]
+    content = (tmp_path / "out.jsonl").read_text()
+    assert [json.loads(line)["text"] for line in content.splitlines()] == prompts
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # what is complete needs no cluster
+    again = run(checkpoint, *flags, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.endswith("out.jsonl is complete already (40 rows): nothing to do\n")
+    assert (tmp_path / "out.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --prompt, or --input and --output"),
+        (["--prompt", "x", "--input", "y"], "give either --prompt, or --input and --output"),
+        (["--input", "x"], "--input needs --output"),
+        (["--prompt", "x", "--replicas", "2"], "--replicas belongs to --input"),
+        (["--input", "nowhere.jsonl", "--output", "o.jsonl"], "no rows found in"),
+    ],
+)
+def test_flags_of_a_batch_that_do_not_fit_start_no_cluster(
+    checkpoint: Path, tmp_path: Path, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    done = run(checkpoint, *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_outputs_that_cannot_be_used(checkpoint: Path, prompts: Path, tmp_path: 
 
 
 def test_settings_that_do_not_fit() -> None:
-    with pytest.raises(BatchError, match="device is 'cuda:1'.* it must be cpu or cuda"):
+    with pytest.raises(BatchError, match=r"device is 'cuda:1'.* it must be cpu or cuda"):
         config(Path("c"), "i", "o", device="cuda:1")
     with pytest.raises(BatchError, match="max_batch_size is 0; it must be at least 1"):
         config(Path("c"), "i", "o", max_batch_size=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -109,28 +109,37 @@ class Masks:
     ) -> NDArray[np.uint8]:
         """Bits by token id, least significant first, uint8 [rows, 4 * ceil(vocab_size / 32)].
 
-        Row i is for the place after `drafts[i]` of `constraints[i]`, whose state stays as it is. Rows of the same
-        constraint are prefixes of the longest one's draft. After a draft that is not allowed all is allowed: no
-        token that is drawn there can be used.
+        Row i is for the place after `drafts[i]` of `constraints[i]`, whose state stays as it is. After a draft that
+        is not allowed all is allowed: no token that is drawn there can be used.
         """
-        first, longest = dict[int, int](), dict[int, Sequence[int]]()
-        for constraint, draft in zip(constraints, drafts, strict=True):
-            if len(draft) >= len(longest.get(id(constraint), ())):
-                longest[id(constraint)] = draft
-        tasks, size = [], 0
-        for constraint in {id(c): c for c in constraints}.values():
-            draft = list(longest[id(constraint)])
-            first[id(constraint)] = size
-            tasks.append((constraint.matcher, size, draft))
-            size += len(draft) + 1
+        places = [0] * len(constraints)
+        chains: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
+        plain: list[tuple[LLMatcher, int]] = []
+        drafted: list[tuple[LLMatcher, int, list[int]]] = []
+        size = 0
+        # One walk along a draft passes the places of all its beginnings.
+        for i in sorted(range(len(constraints)), key=lambda i: -len(drafts[i])):
+            draft, walks = list(drafts[i]), chains[id(constraints[i])]
+            start = next((start for walk, start in walks if walk[: len(draft)] == draft), size)
+            places[i] = start + len(draft)
+            if start == size:
+                matcher = constraints[i].matcher
+                matcher = matcher.deep_copy() if walks else matcher  # walks run at the same time
+                if draft:
+                    drafted.append((matcher, start, draft))
+                else:
+                    plain.append((matcher, start))
+                walks.append((draft, start))
+                size += len(draft) + 1
         bits = np.full((size, -(-vocab_size // 32)), 0xFFFFFFFF, dtype=np.uint32)
         if self._executor is None:
             self._executor = LLExecutor()
-        self._executor.unsafe_compute_mask_ptr_with_draft_token(
-            tasks, bits.ctypes.data, bits.strides[0], size
-        )
-        rows = [first[id(c)] + len(d) for c, d in zip(constraints, drafts, strict=True)]
-        return bits.view(np.uint8)[rows]
+        where = (bits.ctypes.data, bits.strides[0], size)
+        if plain:
+            self._executor.unsafe_compute_mask_ptr(plain, *where)
+        if drafted:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *where)
+        return bits.view(np.uint8)[places]
 
     def apply(self, logits: Tensor, rows: Tensor, allowed: NDArray[np.uint8]) -> None:
         """Set the logits fp32 [_, vocab_size] of `rows` to -inf, in place, where `allowed` has no bit."""

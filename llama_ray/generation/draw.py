@@ -8,7 +8,7 @@ probable token's, and are added in fp64, where sums below 2^53 are exact and thu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from llama_ray.generation.sampling import SamplingParams
 
 UNITS = 2.0**36
 _BLOCK = 128
-_CHUNK = 32  # rows: what is in work at once fits the processor's cache
+_CHUNK = 16  # rows: what is in work at once fits the processor's cache
 _LEAST_WIDTH = 64
 # A nucleus rarely holds more tokens than this, and finding so many is several times cheaper than sorting them all.
 _NUCLEUS_WIDTH = 1024
@@ -37,52 +37,60 @@ def candidates_needed(params: SamplingParams, vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class Filters:
-    """The parameters of some rows as columns [rows, 1] on the logits' device."""
+    """The parameters of some rows, as columns [rows, 1] on the logits' device, and how many candidates they need."""
 
+    width: int
     temperature: Tensor
-    top_k: Tensor
+    beyond_k: Tensor
+    """bool [rows, width]: candidates that top-k leaves out."""
+    from_all: Tensor
+    """bool [rows, 1]: whether top-p counts the mass of the whole vocabulary, there being no top-k."""
     top_p: Tensor
-    log_min_p: Tensor
+    log_min_p: Tensor | None
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Filters:
-        """Those of `params`, whose temperatures must be above 0."""
+    def of(
+        cls, params: Sequence[SamplingParams], width: int, vocab_size: int, device: torch.device
+    ) -> Filters:
+        """Those of `params`, whose temperatures must be above 0, for draws from `width` candidates (0: from all)."""
         tiny = torch.finfo(torch.float32).tiny  # below it 0 / temperature could be 0 / 0
+        k = _column([p.top_k or vocab_size for p in params], torch.int64, device)
+        # A mass of 1 may be reached early by rounding: 1 means no limit.
+        top_p = [p.top_p if p.top_p < 1 else math.inf for p in params]
+        log_min_p = [math.log(p.min_p) if p.min_p else -math.inf for p in params]
         return cls(
+            width,
             _column([max(p.temperature, tiny) for p in params], torch.float32, device),
-            _column([p.top_k or vocab_size for p in params], torch.int64, device),
-            # A mass of 1 may be reached early by rounding: 1 means no limit.
-            _column([p.top_p if p.top_p < 1 else math.inf for p in params], torch.float64, device),
-            _column([math.log(p.min_p) if p.min_p else -math.inf for p in params], torch.float32, device),
+            torch.arange(width, device=device) >= k,
+            k >= vocab_size,
+            _column(top_p, torch.float64, device),
+            _column(log_min_p, torch.float32, device) if any(p.min_p for p in params) else None,
         )
-
-    def __getitem__(self, rows: Tensor | slice) -> Filters:
-        return Filters(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.log_min_p[rows])
 
 
 def draw_filtered(
-    logits: Tensor, width: int, filters: Filters, noise: Tensor, top_candidates: TopCandidates
+    logits: Tensor, filters: Filters, noise: Tensor, top_candidates: TopCandidates
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw rows of logits fp32 [rows, vocab_size] from their `width` most probable tokens.
+    """Draw rows of logits fp32 [rows, vocab_size] from their `filters.width` most probable tokens.
 
-    `noise` is fp64 [rows, 1] in [0, 1). Returns the tokens, int64 [rows], and where `width` may not hold all of a
+    `noise` is fp64 [rows, 1] in [0, 1). Returns the tokens, int64 [rows], and where the width may not hold all of a
     nucleus, a mask [rows] of those where it does not: they must be drawn again, from more. Every filter keeps a
     beginning of the candidates, and the token is the first whose cumulative mass passes the row's number.
     """
+    width = filters.width
     values, ids = top_candidates(logits, width)
-    shifted = (values - values[:, :1]) / filters.temperature
-    mass = shifted.exp().mul_(UNITS).round_()
-    mass = mass.masked_fill_(torch.arange(width, device=logits.device) >= filters.top_k, 0)
+    shifted = (values - values[:, :1]).div_(filters.temperature)
+    mass = shifted.exp().mul_(UNITS).round_().masked_fill_(filters.beyond_k, 0)
     running = mass.cumsum(-1, dtype=torch.float64)
     total, short = running[:, -1:], None
     if width == _NUCLEUS_WIDTH and width < logits.shape[-1]:
         # Rows with as large a top-k share this width; their mass is that of what top-k kept.
         everything = total_mass(logits, values[:, :1], filters.temperature)
-        nucleus = filters.top_k >= logits.shape[-1]
-        total = torch.where(nucleus, everything, total)
-        short = (nucleus & (running[:, -1:] < filters.top_p * total))[:, 0]
-    # A token is kept if those before it do not reach p.
-    kept = ((running - mass) < filters.top_p * total) & (shifted >= filters.log_min_p)
+        total = torch.where(filters.from_all, everything, total)
+        short = (filters.from_all & (running[:, -1:] < filters.top_p * total))[:, 0]
+    kept = (running - mass) < filters.top_p * total  # those before it do not reach p
+    if filters.log_min_p is not None:
+        kept &= shifted >= filters.log_min_p
     at = noise * (mass * kept).sum(-1, keepdim=True, dtype=torch.float64)
     # A number is at most 1 - 2^-24, so its product with the mass stays below the mass: always a token that is kept.
     place = (running <= at).sum(-1, keepdim=True)
@@ -94,20 +102,19 @@ def draw_from_all(logits: Tensor, rows: Tensor | None, filters: Filters, noise: 
 
     `filters` and `noise` hold one entry for each of `rows`. Tokens are passed in the order of their ids.
     """
-    count = len(noise)
-    step = _CHUNK if logits.device.type == "cpu" else max(count, 1)
     tokens = []
-    for start in range(0, count, step):
-        some = slice(start, start + step)
+    for some in _chunks(noise):
         chunk = logits[some] if rows is None else logits[rows[some]]
-        tokens.append(_draw_chunk(chunk, filters[some], noise[some]))
+        shifted = (chunk - chunk.amax(-1, keepdim=True)).div_(filters.temperature[some])
+        if filters.log_min_p is not None:
+            shifted.masked_fill_(shifted < filters.log_min_p[some], -math.inf)
+        tokens.append(_draw(shifted.exp_().mul_(UNITS).round_(), noise[some]))
     return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
 
-def _draw_chunk(logits: Tensor, filters: Filters, noise: Tensor) -> Tensor:
-    shifted = (logits - logits.amax(-1, keepdim=True)).div_(filters.temperature)
-    unlikely = shifted < filters.log_min_p
-    blocks = _blocks(shifted.exp_().mul_(UNITS).round_().masked_fill_(unlikely, 0))
+def _draw(mass: Tensor, noise: Tensor) -> Tensor:
+    """The first token whose cumulative mass passes the row's number: first its block, then its place in it."""
+    blocks = _blocks(mass)
     masses = blocks.sum(-1, dtype=torch.float64)
     running = masses.cumsum(-1)
     at = noise * running[:, -1:]
@@ -116,18 +123,20 @@ def _draw_chunk(logits: Tensor, filters: Filters, noise: Tensor) -> Tensor:
     at = at - (running - masses).gather(-1, block)
     inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]]
     place = (inside.cumsum(-1, dtype=torch.float64) <= at).sum(-1)
-    return (block[:, 0] * _BLOCK + place).clamp_max(logits.shape[-1] - 1)
+    return block[:, 0] * _BLOCK + place
 
 
-def total_mass(logits: Tensor, top: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+def _chunks(rows: Tensor) -> Iterator[slice]:
+    step = _CHUNK if rows.device.type == "cpu" else max(len(rows), 1)
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
+def total_mass(logits: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
     """The sum of exp((logits - top) / temperature) in `UNITS`, fp64 [rows, 1]; `top` are the largest [rows, 1]."""
-    step = _CHUNK if logits.device.type == "cpu" else max(len(logits), 1)
     parts = []
-    for start in range(0, len(logits), step):
-        some = slice(start, start + step)
-        by = temperature[some] if isinstance(temperature, Tensor) else temperature
-        mass = (logits[some] - top[some]).div_(by).exp_().mul_(UNITS).round_()
-        parts.append(mass.sum(-1, keepdim=True, dtype=torch.float64))
+    for some in _chunks(top):
+        mass = (logits[some] - top[some]).div_(temperature[some]).exp_().mul_(UNITS).round_()
+        parts.append(_blocks(mass).sum(-1, dtype=torch.float64).sum(-1, keepdim=True))
     return torch.cat(parts)
 
 

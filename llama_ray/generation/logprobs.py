@@ -32,7 +32,9 @@ def token_logprobs(
     width = min(1 << (MAX_LOGPROBS - 1).bit_length(), logits.shape[-1])
     values, ids = top_candidates(logits, width)
     largest = logits.amax(-1, keepdim=True)
-    normaliser = largest.double() + total_mass(logits, largest).log() - math.log(UNITS)
+    normaliser = (
+        largest.double() + total_mass(logits, largest, torch.ones_like(largest)).log() - math.log(UNITS)
+    )
     taken = logits.gather(-1, torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None])
     numbers = (torch.cat([taken, values], dim=-1).double() - normaliser).tolist()
     return [

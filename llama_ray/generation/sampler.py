@@ -9,12 +9,15 @@ A row's token depends on its own logits, parameters, seed and position only; `dr
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_ray.generation.candidates import TopCandidates, torch_top_candidates
@@ -99,7 +102,7 @@ class Sampler:
         if self._plan is None or not self._plan.fits(logits, rows):
             self._plan = _Plan(logits, rows)
         plan = self._plan
-        finite = logits.amax(-1).isfinite()  # neither NaN nor +inf anywhere, and not only -inf
+        finite = logits.amax(-1).abs() < math.inf  # neither NaN nor +inf anywhere, and not only -inf
         raw = logits[plan.reported] if plan.reported else None
         errors = self._adjust(logits, rows, plan)
         tokens = self._draw(logits, rows, plan)
@@ -153,25 +156,21 @@ class Sampler:
             logits.view(-1)[torch.tensor(places, device=logits.device)] = -torch.inf
 
     def _draw(self, logits: Tensor, rows: Sequence[Row], plan: _Plan) -> Tensor:
+        """Tokens int64 [rows]; `_AGAIN` for those that must be drawn again."""
         tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-        if plan.drawn:
-            positions = [len(row.prompt) + len(row.output) + len(row.draft) for row in rows]
-            noise = torch.from_numpy(uniforms_from(plan.noise, positions)).to(logits.device).double()[:, None]
+        noise = _noise(plan.streams, rows, logits.device) if plan.drawn else tokens
         for group in plan.groups:
-            members = group.rows
-            if group.filters is None:
-                found = argmax(logits if members is None else logits[members])
+            members, filters = group.rows, group.filters
+            if filters is not None and not filters.width:
+                found = draw_from_all(logits, members, filters, noise if members is None else noise[members])
             else:
-                numbers = noise if members is None else noise[members]
-                if group.width:
-                    some = logits if members is None else logits[members]
-                    found, short = draw_filtered(
-                        some, group.width, group.filters, numbers, self._top_candidates
-                    )
+                some, numbers = (logits, noise) if members is None else (logits[members], noise[members])
+                if filters is None:
+                    found = argmax(some)
+                else:
+                    found, short = draw_filtered(some, filters, numbers, self._top_candidates)
                     if short is not None:
                         found = found.masked_fill(short, _AGAIN)
-                else:
-                    found = draw_from_all(logits, members, group.filters, numbers)
             if members is None:
                 return found
             tokens[members] = found
@@ -180,11 +179,9 @@ class Sampler:
     def _draw_again(self, logits: Tensor, rows: Sequence[Row], again: list[int]) -> list[int]:
         """Draw from nuclei that hold more tokens than were looked at."""
         some, vocab_size = [rows[i] for i in again], logits.shape[-1]
-        filters = Filters.of([row.params for row in some], vocab_size, logits.device)
-        start = starts([row.seed for row in some], [row.index for row in some])
-        positions = [len(row.prompt) + len(row.output) + len(row.draft) for row in some]
-        noise = torch.from_numpy(uniforms_from(start, positions)).to(logits.device).double()[:, None]
-        found, _ = draw_filtered(logits[again], vocab_size, filters, noise, self._top_candidates)
+        filters = Filters.of([row.params for row in some], vocab_size, vocab_size, logits.device)
+        noise = _noise(_streams(some), some, logits.device)
+        found, _ = draw_filtered(logits[again], filters, noise, self._top_candidates)
         tokens: list[int] = found.tolist()
         return tokens
 
@@ -202,13 +199,9 @@ class Sampler:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows that are drawn in one go: all (`rows` None) or those named, from `width` candidates or (0) from all.
-
-    `filters` None means greedy: no draw.
-    """
+    """Rows that are drawn in one go: all (`rows` None) or those named. `filters` None means greedy: no draw."""
 
     rows: Tensor | None
-    width: int
     filters: Filters | None
 
 
@@ -219,7 +212,7 @@ class _Plan:
         vocab_size, device = logits.shape[-1], logits.device
         self._params = params = [row.params for row in rows]
         self._shape, self._device = logits.shape, device
-        self._streams = [(row.seed, row.index) for row in rows]
+        self._drawn_by = [(row.seed, row.index) for row in rows]
         by_width: dict[int, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
             by_width[candidates_needed(p, vocab_size) if p.temperature > 0 else -1].append(i)
@@ -227,12 +220,11 @@ class _Plan:
         self.groups = [
             _Group(
                 torch.tensor(members, device=device) if len(by_width) > 1 else None,
-                width,
-                Filters.of([params[i] for i in members], vocab_size, device) if width >= 0 else None,
+                Filters.of([params[i] for i in members], width, vocab_size, device) if width >= 0 else None,
             )
             for width, members in by_width.items()
         ]
-        self.noise = starts([row.seed for row in rows], [row.index for row in rows])
+        self.streams = _streams(rows)
         self.reported = [i for i, p in enumerate(params) if p.logprobs is not None]
         self.penalised = [i for i, row in enumerate(rows) if row.counts is not None]
         self.penalties = (
@@ -249,8 +241,19 @@ class _Plan:
             logits.shape == self._shape
             and logits.device == self._device
             and all(row.params is p for row, p in zip(rows, self._params, strict=True))
-            and all((row.seed, row.index) == s for row, s in zip(rows, self._streams, strict=True))
+            and all((row.seed, row.index) == s for row, s in zip(rows, self._drawn_by, strict=True))
         )
+
+
+def _streams(rows: Sequence[Row]) -> NDArray[np.uint64]:
+    return starts([row.seed for row in rows], [row.index for row in rows])
+
+
+def _noise(streams: NDArray[np.uint64], rows: Sequence[Row], device: torch.device) -> Tensor:
+    """Each row's number at its place, fp64 [rows, 1]."""
+    positions = [len(row.prompt) + len(row.output) + len(row.draft) for row in rows]
+    numbers = uniforms_from(streams, positions).astype(np.float64)
+    return torch.from_numpy(numbers).to(device)[:, None]
 
 
 def _bias(

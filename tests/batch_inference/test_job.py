@@ -220,6 +220,12 @@ def test_what_is_complete_stays_and_what_is_another_job_is_refused(
         BatchError, match=r"made with another input: choose another --output, or give --overwrite"
     ):
         BatchJob(plain)
+    with pytest.raises(ValueError, match="replicas is 5"):
+        finished(BatchJob(config(checkpoint, prompts, output, overwrite=True, replicas=5)))
+    assert len(read_rows(output)) == 100  # what cannot run replaces nothing
+    Path(f"{output}.job.json").write_text("{")
+    with pytest.raises(StorageError, match=r"cannot be read .* --overwrite"):
+        BatchJob(config(checkpoint, prompts, output))
     assert finished(BatchJob(config(checkpoint, prompts, output, overwrite=True))).rows == 1
     assert [row["prompt"] for row in read_rows(output)] == ["other"]
 
@@ -238,7 +244,7 @@ def test_outputs_that_cannot_be_used(checkpoint: Path, prompts: Path, tmp_path: 
 
 
 def test_settings_that_do_not_fit() -> None:
-    with pytest.raises(BatchError, match="device is 'cuda:1'.* it must be cpu or cuda"):
+    with pytest.raises(BatchError, match=r"device is 'cuda:1'.* it must be cpu or cuda"):
         config(Path("c"), "i", "o", device="cuda:1")
     with pytest.raises(BatchError, match="max_batch_size is 0; it must be at least 1"):
         config(Path("c"), "i", "o", max_batch_size=0)

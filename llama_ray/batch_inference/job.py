@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -49,29 +49,35 @@ class BatchJob:
         # an alias may move while the job runs, or before it is started again
         self._ref = resolve_version(ref).uri if ref.startswith("models:/") else ref
         self.output = Output(config.output)
-        size, found = self.output.size(), self.output.record()
+        size, found = self.output.size(), None if config.overwrite else self.output.record()
         if found is None and size is not None and not config.overwrite:
             raise BatchError(
                 f"output {config.output} exists and is not a batch job's: choose another --output, or give --overwrite"
             )
         self.rows: Rows = find_rows(config.input, self.output.owns)
         self.record = Record(self._made_from(found))
-        if found is not None and not config.overwrite:
-            _check_same(config.output, found, self.record)
         self.finished: Counts | None = None
-        if found is None or config.overwrite or (found.counts and size is None):
-            self.output.start(self.record)
-        elif found.counts:
-            if found.size_bytes != size:
+        # What is there is removed only when the job can run; a new output shows here that it can be written.
+        self._replaces = config.overwrite
+        if found is not None:
+            _check_same(config.output, found, self.record)
+            if found.counts and size is None:  # complete once, and deleted since
+                self._replaces = True
+            elif found.counts and found.size_bytes != size:
                 raise BatchError(
                     f"output {config.output} has {size} bytes, {found.size_bytes} were written: it was changed "
                     "afterwards; choose another --output, or give --overwrite"
                 )
-            self.finished = found.counts
+            else:
+                self.finished = found.counts
+        elif not config.overwrite:
+            self.output.start(self.record)
 
     @property
     def remaining(self) -> list[Part]:
         """The parts that nobody has finished yet."""
+        if self._replaces:
+            return list(self.rows.parts)
         done = committed(self.output.parts_of(self.record))
         return [part for part in self.rows.parts if part.file not in done]
 
@@ -84,12 +90,22 @@ class BatchJob:
             return self.finished
         started = time.monotonic()
         parts = self.remaining
+        if parts:
+            gpu = self._gpu()
+            replicas = min(self._replicas(gpu=gpu), len(parts))
+        if self._replaces:
+            self.output.start(self.record)
+            self._replaces = False
         left = sum(part.rows for part in parts)
         kept = self.rows.count - left
         again = f", {kept:,} of them answered before" if kept else ""
         log(f"{self.rows.count:,} rows in {self.config.input}{again}")
         if parts:
-            self._answer(parts, kept, started, log, progress)
+            log(f"{replicas} {'replica' if replicas == 1 else 'replicas'}, loading the model")
+            counts = Counts()
+            for result in self._results(parts, replicas, gpu=gpu):
+                counts += result
+                progress(_line(counts, kept, self.rows.count, time.monotonic() - started))
         finished = self.output.finish(self.record, self.rows.parts).counts
         assert finished is not None
         log(
@@ -100,14 +116,11 @@ class BatchJob:
         self.finished = finished
         return finished
 
-    def _answer(self, parts: list[Part], kept: int, started: float, log: Log, progress: Log) -> None:
-        gpu = self._gpu()
-        replicas = min(self._replicas(gpu=gpu), len(parts))
-        log(f"{replicas} {'replica' if replicas == 1 else 'replicas'}, loading the model")
+    def _results(self, parts: list[Part], replicas: int, *, gpu: bool) -> Iterator[Counts]:
+        """Has `parts` answered and committed -> the counts of each, in the order in which they are finished."""
         at_once = min(_MOST_PARTS_AT_ONCE, 1 + -(-2 * self.config.max_batch_size // SMALLEST_PART))
-        ray.data.DataContext.get_current().enable_progress_bars = (
-            False  # our own line reads better in a job's log
-        )
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False  # our own line reads better in a job's log
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         results = (
             ray.data.from_items([{"part": part.to_json()} for part in parts], override_num_blocks=len(parts))
@@ -129,13 +142,11 @@ class BatchJob:
             )
             .iter_rows()
         )
-        counts = Counts()
         try:
             for result in results:
                 if result["failure"]:
                     raise BatchError(result["failure"])
-                counts += Counts(**{name: result[name] for name in vars(Counts())})
-                progress(_line(counts, kept, self.rows.count, time.monotonic() - started))
+                yield Counts(**{name: result[name] for name in vars(Counts())})
         except ray.exceptions.RayActorError as error:
             raise BatchError(
                 f"the workers on one part died {_MAX_DEATHS + 1} times ({str(error).splitlines()[0]}); finished parts "
@@ -182,7 +193,7 @@ class BatchJob:
 
     def _made_from(self, found: Record | None) -> dict[str, Any]:
         seed = self.config.seed
-        if seed is None and found is not None and not self.config.overwrite:
+        if seed is None and found is not None:
             seed = found.made_from.get("seed")
         if seed is None:
             seed = secrets.randbits(63)

@@ -220,6 +220,12 @@ def test_what_is_complete_stays_and_what_is_another_job_is_refused(
         BatchError, match=r"made with another input: choose another --output, or give --overwrite"
     ):
         BatchJob(plain)
+    with pytest.raises(ValueError, match="replicas is 5"):
+        finished(BatchJob(config(checkpoint, prompts, output, overwrite=True, replicas=5)))
+    assert len(read_rows(output)) == 100  # what cannot run replaces nothing
+    Path(f"{output}.job.json").write_text("{")
+    with pytest.raises(StorageError, match=r"cannot be read .* --overwrite"):
+        BatchJob(config(checkpoint, prompts, output))
     assert finished(BatchJob(config(checkpoint, prompts, output, overwrite=True))).rows == 1
     assert [row["prompt"] for row in read_rows(output)] == ["other"]
 

@@ -23,7 +23,7 @@ CONFIGS = {
 def random_model(dtype: torch.dtype, **numbers: int) -> Llama:
     """Weights larger than training starts from, so that logits are far apart and attention matters."""
     config = LlamaConfig(
-        **{"vocab_size": 211, "hidden_size": 60, "num_layers": 3, "intermediate_size": 101, **numbers},
+        **{"vocab_size": 211, "hidden_size": 72, "num_layers": 3, "intermediate_size": 101, **numbers},
         max_seq_len=128,
     )
     model = Llama(config, seed=1)
@@ -63,7 +63,7 @@ def test_bfloat16_logits_are_as_near_to_exact_as_the_plain_models(kernels: ctype
     assert (result - exact).norm() < 1.05 * (plain - exact).norm()
 
 
-@pytest.mark.parametrize(("format", "bound"), [("int8", 0.05), ("int4", 0.3)])
+@pytest.mark.parametrize(("format", "bound"), [("int8", 0.05), ("int4", 0.4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_quantised_logits_are_near(

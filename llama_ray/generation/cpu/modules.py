@@ -9,6 +9,7 @@ from llama_ray.generation.cpu import ops
 from llama_ray.generation.cpu.linear import Format, PackedLinear, check_format
 from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU
 from llama_ray.model.llama import Llama
+from llama_ray.model.loss import Head
 
 
 def accelerate(model: Llama, format: Format | None = None) -> Llama:
@@ -32,8 +33,7 @@ def accelerate(model: Llama, format: Format | None = None) -> Llama:
             block.register_module(name, PackedRMSNorm(getattr(block, name)))
     model.register_module("norm", PackedRMSNorm(model.norm))
     # A tied head gets a copy of its own; the embedding stays a table to look tokens up in.
-    head: Format = "int8" if weights == "int4" else weights
-    model.register_module("lm_head", PackedLinear(model.lm_head.weight, head, out_dtype=torch.float32))
+    model.register_module("lm_head", PackedHead(model.lm_head, "int8" if weights == "int4" else weights))
     return model
 
 
@@ -82,3 +82,16 @@ class PackedSwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         return self.down_proj(self.gate_up_proj(x))  # type: ignore[no-any-return]
+
+
+class PackedHead(PackedLinear):
+    """The head without its loss: logits in fp32, as they were summed."""
+
+    def __init__(self, head: Head, format: Format) -> None:
+        super().__init__(head.weight, format, out_dtype=torch.float32)
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, *loss: object) -> Tensor:
+        """[..., hidden_size] -> logits [..., vocab_size]. Raises ValueError for targets."""
+        if targets is not None:
+            raise ValueError("an accelerated model computes no loss; load it again to train it")
+        return super().forward(hidden)

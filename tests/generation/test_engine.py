@@ -370,7 +370,7 @@ def test_submit_and_abort_from_other_threads(engine: Engine) -> None:
         ({"max_seq_len": 1}, "max_seq_len is 1"),
         ({"max_batch_tokens": 0}, "max_batch_tokens is 0; it must be at least 1"),
         ({"kv_cache_memory_bytes": 10**18}, "of memory are free on cpu; lower it"),
-        ({"kv_cache_memory_bytes": 10**5}, "lower max_seq_len, or raise kv_cache_memory_bytes"),
+        ({"kv_cache_memory_bytes": 10**4}, "lower max_seq_len, or raise kv_cache_memory_bytes"),
     ],
 )
 def test_bad_engine_options(model: Llama, options: dict[str, int], message: str) -> None:

@@ -29,8 +29,8 @@ class Normalize(torch.autograd.Function):
         r = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
         r = r.square_().mul_(1 / h.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        out: Tensor = (h * r).mul_(weight)
-        return out.to(dtype)
+        out: Tensor = (h * r).mul_(weight).to(dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

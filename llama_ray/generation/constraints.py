@@ -39,8 +39,11 @@ class Constraint:
 
     @property
     def error(self) -> str | None:
-        """Why it cannot go on: a grammar that outgrew its limits, or a token that was not allowed."""
-        return _one_line(self.matcher.get_error()) if self.matcher.is_error() else None
+        """Why it cannot go on: no token spells what must follow, a limit of the parser, a token not allowed."""
+        if not self.matcher.is_error():
+            return None
+        cause = _one_line(self.matcher.get_error().replace("<non-verbose/>", ""))
+        return f"the output cannot go on as json_schema or regex want it: {cause}"
 
 
 class Grammars:
@@ -67,8 +70,8 @@ class Grammars:
             return None
         name = "json_schema" if params.regex is None else "regex"
         if self._tokenizer is None or not self._eos_ids:
-            missing = "tokenizer" if self._tokenizer is None else "end-of-text token"
-            raise ValueError(f"{name} needs a model with a {missing}, and this one has none")
+            missing = "a tokenizer" if self._tokenizer is None else "an end-of-text token"
+            raise ValueError(f"{name} needs a model with {missing}, and this one has none")
         if params.regex is not None:
             grammar = LLMatcher.grammar_from_regex(params.regex)
         else:
@@ -87,9 +90,12 @@ class Grammars:
 
     def _compile(self, name: str, grammar: str, tokenizer: Tokenizer) -> LLMatcher:
         if self._backend is None:
-            self._backend = LLTokenizer(
-                tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos_ids
-            )
+            try:
+                self._backend = LLTokenizer(
+                    tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos_ids
+                )
+            except ValueError as e:
+                raise ValueError(f"{name} cannot be enforced with this tokenizer: {_one_line(str(e))}") from e
         limits = LLParserLimits(verbose_errors=False)
         matcher = LLMatcher(self._backend, grammar, log_level=0, limits=limits)
         if matcher.is_error():
@@ -109,8 +115,8 @@ class Masks:
     ) -> NDArray[np.uint8]:
         """Bits by token id, least significant first, uint8 [rows, 4 * ceil(vocab_size / 32)].
 
-        Row i is for the place after `drafts[i]` of `constraints[i]`, whose state stays as it is. After a draft that
-        is not allowed all is allowed: no token that is drawn there can be used.
+        Row i is for the place after `drafts[i]` of `constraints[i]`, whose state stays as it is. What is allowed
+        after a draft that is not allowed means nothing: no token that is drawn there can be used.
         """
         places = [0] * len(constraints)
         chains: dict[int, list[tuple[list[int], int]]] = defaultdict(list)

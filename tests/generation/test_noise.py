@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from llama_ray.generation.noise import uniforms
+from llama_ray.generation.noise import starts, uniforms, uniforms_from
 
 ROWS = st.lists(
     st.tuples(st.integers(-(2**63), 2**64 - 1), st.integers(0, 127), st.integers(0, 2**20)),
@@ -38,6 +38,8 @@ def test_each_row_draws_what_it_draws_alone(rows: list[tuple[int, int, int]]) ->
     assert together.dtype == np.float32
     assert ((together >= 0) & (together < 1)).all()
     assert together.tolist() == [uniforms([s], [c], [p])[0] for s, c, p in rows]
+    seeds, candidates, positions = zip(*rows, strict=True)
+    assert together.tolist() == uniforms_from(starts(seeds, candidates), positions).tolist()
 
 
 def test_uniform_and_independent_along_every_coordinate() -> None:

@@ -1,0 +1,76 @@
+"""How a completion ends, seen through the engine: end-of-text and stop tokens, min_tokens, constraints."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import pytest
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.sampling import SamplingParams
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["ok", "n"],
+    "additionalProperties": False,
+}
+
+
+def test_a_stop_token_ends_the_text_before_it(engine: Engine, tokenizer: Tokenizer) -> None:
+    params = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
+    whole = engine.generate("The", params)[0]
+    stop = whole.token_ids[7]
+    first = whole.token_ids.index(stop)
+    cut = engine.generate(
+        "The", SamplingParams(max_tokens=20, seed=1, ignore_eos=True, stop_token_ids=(stop,))
+    )[0]
+    assert cut.token_ids == whole.token_ids[: first + 1]
+    assert cut.finish_reason == "stop"
+    assert cut.text == tokenizer.decode(cut.token_ids[:-1])
+    with pytest.raises(ValueError, match="token id 320 is outside the model's vocabulary of 320"):
+        engine.generate("The", SamplingParams(stop_token_ids=(320,)))
+
+
+def test_nothing_ends_before_min_tokens(engine: Engine, tokenizer: Tokenizer) -> None:
+    eos = tokenizer.eos_id
+    assert eos is not None
+    eager = {eos: 60.0}
+    assert engine.generate("a", SamplingParams(logit_bias=eager))[0].token_ids == [eos]
+    got = engine.generate("a", SamplingParams(logit_bias=eager, min_tokens=5))[0]
+    assert got.token_ids[-1] == eos
+    assert eos not in got.token_ids[:-1]
+    assert len(got.token_ids) == 6
+    every = tuple("abcdefghijklmnopqrstuvwxyz ")
+    got = engine.generate("a", SamplingParams(max_tokens=40, min_tokens=12, stop=every, seed=3))[0]
+    assert len(got.token_ids) >= 12
+
+
+def test_constrained_and_free_requests_share_a_batch(engine: Engine) -> None:
+    schema = SamplingParams(json_schema=SCHEMA, max_tokens=120, seed=5, n=3)
+    regex = SamplingParams(regex="[a-f]{3}", max_tokens=20, seed=6)
+    free = SamplingParams(max_tokens=30, seed=7, ignore_eos=True)
+    alone = [engine.generate("x", params) for params in (schema, regex, free)]
+    for completion in alone[0]:
+        jsonschema.validate(json.loads(completion.text), SCHEMA)
+        assert completion.finish_reason == "stop"
+    assert len(alone[1][0].text) == 3
+    assert alone[1][0].finish_reason == "stop"
+
+    ids = [engine.submit("x", params) for params in (schema, regex, free)]
+    texts: dict[tuple[int, int], str] = {}
+    while engine.has_work:
+        for delta in engine.step():
+            key = (delta.request_id, delta.index)
+            texts[key] = texts.get(key, "") + delta.text
+    assert texts == {
+        (i, c): done.text for i, many in zip(ids, alone, strict=True) for c, done in enumerate(many)
+    }
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_at_once(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="json_schema cannot be enforced"):
+        engine.submit("x", SamplingParams(json_schema={"type": "nothing"}))
+    assert not engine.has_work

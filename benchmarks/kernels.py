@@ -116,8 +116,8 @@ def attention(seconds: float) -> None:
         took /= c.num_layers
         nbytes = sequences * context * 4 * c.num_heads * c.head_dim
         print(
-            f"attention {sequences:2} x {new:3} tokens at {context:4}: {took * 1e6:6.0f} us {nbytes / took / 1e9:5.1f} GB/s; "
-            f"torch {torchs * 1e6:6.0f} us, {torchs / took:.1f}x"
+            f"attention {sequences:2} x {new:3} tokens at {context:4}: {took * 1e6:6.0f} us "
+            f"{nbytes / took / 1e9:5.1f} GB/s; torch {torchs * 1e6:6.0f} us, {torchs / took:.1f}x"
         )
 
 

@@ -24,7 +24,6 @@ FLAGS = (
     "-march=native",
     "-ffp-contract=off",
     "-fopenmp",
-    "-shared",
     "-fPIC",
     "-std=c++17",
     "-w",
@@ -96,12 +95,23 @@ def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], targe
     # Under a name of its own until it is whole: another process sees the finished library or none.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
-        command = [compiler, *flags, "-o", str(made), *map(str, sources)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            errors = [line for line in result.stderr.splitlines() if "error" in line] or ["no message"]
-            raise BuildError(f"the CPU kernels do not compile with {compiler} ({errors[0].strip()})")
+        objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
+        compile_all = [
+            [compiler, *flags, "-c", "-o", to, str(source)]
+            for source, to in zip(sources, objects, strict=True)
+        ]
+        _run(compile_all)
+        _run([[compiler, *flags, "-shared", "-o", str(made), *objects]])
         made.replace(target)
+
+
+def _run(commands: Sequence[Sequence[str]]) -> None:
+    """Run the commands at once. Raises BuildError with the first error that a compiler wrote."""
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    messages = [process.communicate()[1] for process in running]
+    if any(process.returncode for process in running):
+        errors = [line for line in "".join(messages).splitlines() if "error" in line] or ["no message"]
+        raise BuildError(f"the CPU kernels do not compile with {commands[0][0]} ({errors[0].strip()})")
 
 
 def _compiler() -> str:

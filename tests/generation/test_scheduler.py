@@ -17,7 +17,9 @@ def sequence(
     request_id: int, length: int = 1, tokens: int = 8, index: int = 0, leader: Sequence | None = None
 ) -> Sequence:
     params = SamplingParams(max_tokens=tokens)
-    return Sequence(request_id, index, [request_id] * length, params, 0, TextOutput(None, ()), (), leader=leader)
+    return Sequence(
+        request_id, index, [request_id] * length, params, 0, TextOutput(None, ()), (), leader=leader
+    )
 
 
 def make(blocks: int = 100, seats: int = 8, budget: int = 16) -> Scheduler:

@@ -103,7 +103,7 @@ class Sampler:
             self._plan = _Plan(logits, rows)
         plan = self._plan
         finite = logits.amax(-1).abs() < math.inf  # neither NaN nor +inf anywhere, and not only -inf
-        raw = logits[plan.reported] if plan.reported else None
+        raw = logits[plan.reported_rows] if plan.reported else None
         errors = self._adjust(logits, rows, plan)
         tokens = self._draw(logits, rows, plan)
         chosen: list[int] = torch.where(finite, tokens, _FAILED).tolist()
@@ -187,14 +187,12 @@ class Sampler:
 
     def _report(self, raw: Tensor, rows: Sequence[Row], reported: list[int], samples: list[Sample]) -> None:
         """Add log-probabilities, of the raw logits, to the samples that are to have them."""
-        there = [(k, i) for k, i in enumerate(reported) if samples[i].token_id is not None]
-        tokens = [samples[i].token_id or 0 for _, i in there]
-        numbers = [rows[i].params.logprobs or 0 for _, i in there]
-        of = raw[[k for k, _ in there]]
-        for (_, i), report in zip(
-            there, token_logprobs(of, tokens, numbers, self._top_candidates), strict=True
-        ):
-            samples[i] = Sample(report.token_id, report)
+        tokens = [samples[i].token_id or 0 for i in reported]
+        numbers = [rows[i].params.logprobs or 0 for i in reported]
+        reports = token_logprobs(raw, tokens, numbers, self._top_candidates)
+        for i, report in zip(reported, reports, strict=True):
+            if samples[i].token_id is not None:
+                samples[i] = Sample(report.token_id, report)
 
 
 @dataclass(frozen=True)
@@ -226,6 +224,7 @@ class _Plan:
         ]
         self.streams = _streams(rows)
         self.reported = [i for i, p in enumerate(params) if p.logprobs is not None]
+        self.reported_rows = torch.tensor(self.reported, dtype=torch.int64, device=device)
         self.penalised = [i for i, row in enumerate(rows) if row.counts is not None]
         self.penalties = (
             Penalties(self.penalised, [params[i] for i in self.penalised], device) if self.penalised else None

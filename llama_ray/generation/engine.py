@@ -115,8 +115,8 @@ class Engine:
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
 
         shape = parallel.rank_config if parallel else model.config
-        per_block = block_bytes(shape, BLOCK_SIZE, weight.dtype)
-        per_block += proposer.block_bytes(BLOCK_SIZE) if proposer else 0
+        rank_block = block_bytes(shape, BLOCK_SIZE, weight.dtype)
+        per_block = rank_block + (proposer.block_bytes(BLOCK_SIZE) if proposer else 0)
         limits = (max_batch_size, max_seq_len)
         if parallel is None:
             blocks = count_blocks(per_block, BLOCK_SIZE, *limits, weight.device, kv_cache_memory_bytes)
@@ -131,7 +131,8 @@ class Engine:
         self._lock = threading.Lock()  # held over the scheduler and the counters, never during a forward pass
         self._core = Core(self._scheduler, runner, self._lock, proposer, draft_tokens)
         self._parallel = parallel
-        self._kv_cache_bytes = blocks * per_block * (parallel.size if parallel else 1)
+        others = parallel.size - 1 if parallel else 0
+        self._kv_cache_bytes = blocks * (per_block + others * rank_block)
         self._weight_bytes = parallel.weight_bytes if parallel else weight_bytes(model)
         self._seeds = random.Random(seed)
         self._requests = itertools.count()

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 # Largest difference to the reference, in standard deviations of its log-probabilities. Queries and keys in the wrong
 # order (a GGUF without llama.cpp's permutation) give 0.67.
-TOLERANCE = {"fp32": 0.02, "bf16": 0.05, "q8_0": 0.1, "int8": 0.15, "int4": 0.4}
+TOLERANCE = {"fp32": 0.02, "bf16": 0.05, "q8_0": 0.1, "int8": 0.15, "int4": 0.55}
 
 
 @dataclass(frozen=True)

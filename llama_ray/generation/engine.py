@@ -126,7 +126,8 @@ class Engine:
         own_eos = {tokenizer.eos_id} if tokenizer is not None else set()
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
 
-        per_block = block_bytes(model, parallel.rank_config if parallel else model.config)
+        rank_block = block_bytes(model, parallel.rank_config if parallel else model.config)
+        per_block = rank_block
         if proposer is not None:
             proposer.check(model.config.vocab_size, max_seq_len)
             per_block += proposer.block_bytes
@@ -146,7 +147,8 @@ class Engine:
             self._scheduler, runner, make_sampler(weight.device), self._lock, proposer, draft_tokens
         )
         self._parallel = parallel
-        self._kv_cache_bytes = blocks * per_block * (parallel.size if parallel else 1)
+        others = parallel.size - 1 if parallel else 0
+        self._kv_cache_bytes = blocks * (per_block + others * rank_block)
         self._weight_bytes = parallel.weight_bytes if parallel else weight_bytes(model)
         self._grammars = Grammars(tokenizer, model.config.vocab_size, self.eos_ids)
         self._seeds = random.Random(seed)

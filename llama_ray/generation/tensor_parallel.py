@@ -215,7 +215,7 @@ class TensorParallelRunner(RankRunner):
 
     def run(self, plan: Plan) -> StepLogits:
         """See `Runner`."""
-        self._copies = plan.copies
+        self._copies += plan.copies
         return super().run(Plan(plan.chunks))
 
     def forward(self, batch: StepBatch) -> Tensor:

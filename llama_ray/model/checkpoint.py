@@ -22,11 +22,11 @@ from llama_ray.model.pieces import StoredTensor, open_tensors
 MAX_SHARD_BYTES = 4 * 1024**3
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-Part = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
-"""The name and shape of a parameter -> what of it a process keeps."""
-
 PIECE_FILES = "model-rank*.safetensors"
 """What the workers of a training run wrote, see `llama_ray.model.pieces`."""
+
+Part = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
+"""The name and shape of a parameter -> what of it a process keeps."""
 
 
 class CheckpointError(ValueError):
@@ -68,6 +68,7 @@ def load_model(
         for name, kept in parts.items():
             if kept is not None:
                 _cut(model, name, kept)
+        model.tie_weights()
         model.to(dtype or file_dtype)
         model.materialize(device)
         with torch.no_grad():

@@ -55,10 +55,11 @@ class StoredTensor:
 
     def read(self, part: tuple[slice, ...] | None = None) -> Tensor:
         """The whole tensor, or a part of it; nothing else is copied from the files."""
+        if len(self._pieces) == 1:
+            file = self._pieces[0][0]
+            return file.get_tensor(self._name) if part is None else file.get_slice(self._name)[part]  # type: ignore[no-any-return]
         shape = self.shape
         wanted = [s.indices(n)[:2] for s, n in zip(part or (slice(None),) * len(shape), shape, strict=True)]
-        if len(self._pieces) == 1:
-            return self._pieces[0][0].get_slice(self._name)[_box(wanted)]  # type: ignore[no-any-return]
         out = torch.empty([end - start for start, end in wanted], dtype=self.dtype)
         for file, offsets in self._pieces:
             piece = file.get_slice(self._name)

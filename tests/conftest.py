@@ -13,7 +13,7 @@ os.environ.setdefault("RAY_enable_worker_prestart", "0")
 # Ray Train looks at its workers each 2 s, at drained nodes each 5 s, and waits 60 s for a node that is gone.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
 # For the S3 server that tests start; it takes any.
 os.environ |= {
     "AWS_ACCESS_KEY_ID": "tests",

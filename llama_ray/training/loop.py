@@ -56,6 +56,7 @@ def train(
     layout = choose_layout(
         model_config, config, world_size(), memory_bytes=memory_per_worker(device, node), node_size=node
     ).on(device)
+    torch.manual_seed(config.seed + layout.data_rank)  # else torch draws a seed for each process
     seq_len = config.seq_len or model_config.max_seq_len
     loader = Loader(
         TokenDataset(data, "train"),

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from llama_ray import storage
 from llama_ray.data.loader import Loader, TokenDataset
-from llama_ray.requests import request_stop
-from tests.e2e.conftest import MODEL, Trained
+from tests.e2e.conftest import CONFIG, MODEL, Trained
 from tests.e2e.test_training import assert_same_state, curve
 from tests.object_store import s3_server, uri
 
@@ -95,7 +94,10 @@ def test_a_killed_driver_costs_nothing_on_an_object_store(
         wait_for(whole(run, 9), driver)
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
-        outcome = trained.again(resume="latest", register_as="", output_dir=place)
+        run_id = json.loads(storage.read_text(storage.below(run, "run.json")) or "")["run_id"]
+        outcome = trained.again(resume="latest", register_as="resumed", output_dir=place)
+        assert outcome.run_id == run_id
+        assert outcome.version is not None
         assert_same_state(outcome.checkpoint, trained.outcome.checkpoint)
     client = MlflowClient(tracking)
     first = curve(client, trained.outcome.run_id, "train/loss")
@@ -107,20 +109,6 @@ def test_a_killed_driver_costs_nothing_on_an_object_store(
     assert "2 workers" in tags["restart.1"]
 
 
-def test_sigint_saves_and_marks_the_run_killed(trained: Trained, tracking: str, ray_cluster: str) -> None:
-    run = Path(trained.launch.output_dir) / "interrupted"
-    driver = start_driver(trained, ray_cluster, run.name, ENDLESS | {"checkpoint_every": 50_000})
-    wait_for(lambda: trains(tracking, run), driver)
-    driver.send_signal(signal.SIGINT)
-    said, _ = driver.communicate(timeout=120)
-    assert "SIGINT: saving, then stopping" in said
-    assert driver.returncode == 0
-    [checkpoint] = storage.checkpoints(str(run))
-    assert f"stopped after step {newest_step(run)}" in said
-    assert storage.missing_or_cut(checkpoint) is None
-    assert MlflowClient(tracking).get_run(run_id_of(run)).info.status == "KILLED"
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
     """A cluster of its own that takes jobs: a head without CPUs, and room for nodes with one each."""
@@ -130,6 +118,7 @@ def nodes() -> Iterator[Cluster]:
             "num_cpus": 0,
             "include_dashboard": True,
             "dashboard_port": 0,
+            "dashboard_agent_listen_port": 0,  # the session's cluster has the usual one
             "object_store_memory": 100 * 1024**2,
             "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
         },
@@ -163,56 +152,49 @@ def test_a_stopped_job_saves_is_marked_killed_and_can_be_resumed(
     run = Path(trained.launch.output_dir) / "job"
     flags = {
         "data": trained.data, "vocab_size": 1024, "preset": "llama-tiny", "max_seq_len": 64, "world_size": 1,
-        "output_dir": run.parent, "register_as": "", "batch_size": 8, "log_every": 20,
+        "output_dir": run.parent, "register_as": "", "batch_size": 8, "log_every": 20, "run_name": run.name,
+        "max_steps": 100_000,
     }  # fmt: skip
-
-    def command(**more: object) -> str:
-        named = [f"--{name}={value}" for name, value in (flags | more).items()]
-        return shlex.join([sys.executable, str(ROOT / "jobs" / "train.py"), *named])
-
-    jobs = JobSubmissionClient(f"http://{nodes.head_node.webui_url}")
+    script = [sys.executable, str(ROOT / "jobs" / "train.py")]
+    command = shlex.join(script + [f"--{name}={value}" for name, value in flags.items()])
     variables = {
         "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": tracking, "RAY_JOB_STOP_WAIT_TIME_S": "120"
     }  # fmt: skip
+    jobs = JobSubmissionClient(f"http://{nodes.head_node.webui_url}")
+    taken: list[str] = []
 
-    def submit(**more: object) -> str:
-        taken: list[str] = []
+    def accepted() -> bool:
+        try:
+            taken.append(jobs.submit_job(entrypoint=command, runtime_env={"env_vars": variables}))
+        except RuntimeError as e:
+            if "No available agent" not in str(e):  # the head has just started
+                raise
+        return bool(taken)
 
-        def accepted() -> bool:
-            try:
-                taken.append(jobs.submit_job(entrypoint=command(**more), runtime_env={"env_vars": variables}))
-            except RuntimeError as e:
-                if "No available agent" not in str(e):  # the head has just started
-                    raise
-            return bool(taken)
-
-        wait_for(accepted)
-        return taken[0]
-
-    first = submit(run_name="job", max_steps=100_000)
+    wait_for(accepted)
+    [job] = taken
 
     def goes_on() -> bool:
-        assert not jobs.get_job_status(first).is_terminal(), jobs.get_job_logs(first)
+        assert not jobs.get_job_status(job).is_terminal(), jobs.get_job_logs(job)
         return trains(tracking, run)
 
     wait_for(goes_on)
-    jobs.stop_job(first)
-    wait_for(lambda: jobs.get_job_status(first).is_terminal())
-    assert jobs.get_job_status(first) == JobStatus.STOPPED
-    said = jobs.get_job_logs(first)
+    jobs.stop_job(job)
+    wait_for(lambda: jobs.get_job_status(job).is_terminal())
+    assert jobs.get_job_status(job) == JobStatus.STOPPED
+    said = jobs.get_job_logs(job)
     assert "SIGTERM: saving, then stopping" in said
-    step = newest_step(run)
+    step, run_id = newest_step(run), run_id_of(run)
     assert f"stopped after step {step}; --resume goes on from there" in said
     client = MlflowClient(tracking)
-    assert client.get_run(run_id_of(run)).info.status == "KILLED"
+    assert client.get_run(run_id).info.status == "KILLED"
 
-    second = submit(resume="job", max_steps=step + 10)
-    wait_for(lambda: jobs.get_job_status(second).is_terminal())
-    said = jobs.get_job_logs(second)
-    assert jobs.get_job_status(second) == JobStatus.SUCCEEDED, said
-    assert f"going on after step {step} of {step + 10}" in said
-    assert client.get_run(run_id_of(run)).info.status == "FINISHED"
-    assert max(curve(client, run_id_of(run), "train/loss")) == step + 10
+    longer = replace(CONFIG, max_steps=step + 10)
+    outcome = trained.again(longer, resume=run.name, register_as="")
+    assert outcome.run_id == run_id
+    assert outcome.checkpoint == str(run / f"step_{step + 10:08d}")
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert max(curve(client, run_id, "train/loss")) == step + 10
 
 
 def test_memory_that_is_missing_at_the_same_step_again_ends_the_run(
@@ -289,9 +271,12 @@ def test_a_run_grows_with_the_cluster_saves_when_a_node_is_drained_and_shrinks_w
     wait_for(lambda: newest_step(run) > saved, driver)  # it goes on
     nodes.remove_node(spot, allow_graceful=False)
     wait_for(restarted(2), driver)
-    request_stop(str(run))
+    driver.send_signal(signal.SIGINT)
     said, _ = driver.communicate(timeout=120)
+    assert "SIGINT: saving, then stopping" in said
     assert f"stopped after step {newest_step(run)}" in said
+    assert driver.returncode == 0
+    assert client.get_run(run_id_of(run)).info.status == "KILLED"
 
     tags = client.get_run(run_id_of(run)).data.tags
     assert tags["restart.1"].endswith(", 2 workers")
@@ -299,8 +284,9 @@ def test_a_run_grows_with_the_cluster_saves_when_a_node_is_drained_and_shrinks_w
     marker = storage.read_marker(storage.checkpoints(str(run))[0])
     assert marker is not None
     loader = Loader(
-        TokenDataset(trained.data, "train"), seq_len=MODEL.max_seq_len, batch_size=8, rank=0, world_size=1
-    )
+        TokenDataset(trained.data, "train"),
+        seq_len=MODEL.max_seq_len, batch_size=8, rank=0, world_size=1, seed=CONFIG.seed,
+    )  # fmt: skip
     position = marker["loader"]
     assert position["global_batch_size"] == 8
     assert position["epoch"] * loader.batches_per_epoch + position["global_batch"] == marker["step"]

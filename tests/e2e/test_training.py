@@ -81,17 +81,6 @@ def test_the_last_checkpoint_opens_in_transformers(trained: Trained) -> None:
         torch.testing.assert_close(model(ids), peer(ids).logits, atol=1e-4, rtol=0)
 
 
-def test_a_resumed_run_goes_on_in_the_same_mlflow_run(trained: Trained, tracking: str) -> None:
-    longer = replace(CONFIG, max_steps=30)
-    outcome = trained.again(longer, resume="first")
-    assert outcome.run_id == trained.outcome.run_id
-    assert outcome.checkpoint.endswith("step_00000030")
-    client = MlflowClient(tracking)
-    assert list(curve(client, outcome.run_id, "train/loss"))[-3:] == [26, 28, 30]
-    assert outcome.version is not None
-    assert outcome.version.version > trained.outcome.version.version
-
-
 def test_workers_that_are_killed_or_hang_cost_nothing(trained: Trained, tracking: str) -> None:
     """One is killed after the first checkpoint, one stopped after the second: the run ends as the undisturbed one."""
     directory = Path(trained.launch.output_dir) / "hit"

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+_UNITS = {
+    "B": 1,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "MIB": 1024**2,
+    "GIB": 1024**3,
+    "TIB": 1024**4,
+}
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> Namespace:
@@ -31,6 +42,14 @@ def main(job: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def read_bytes(text: str, flag: str) -> int:
+    """``80GiB``, ``80 GB`` or plain bytes. Raises ValueError, which names the flag, for anything else."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
+    if match and match[1].count(".") < 2 and (unit := match[2].upper() or "B") in _UNITS:
+        return int(float(match[1]) * _UNITS[unit])
+    raise ValueError(f"{flag} is {text!r}; write a number and a unit, such as 80GiB or 24GB")
 
 
 def _underscored(argv: Sequence[str]) -> list[str]:

@@ -5,13 +5,15 @@ With ``--input prompts.jsonl --output out.jsonl`` for many prompts, over the clu
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from _cli import main, parse
+from _cli import main, parse, read_bytes
 from jsonargparse import ArgumentParser, Namespace
 
 from llama_ray.generation.engine import Engine
@@ -43,6 +45,7 @@ def run() -> None:
     _check_mode(flags, parser)
     params = SamplingParams(
         max_tokens=flags.max_tokens,
+        min_tokens=flags.min_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,
         top_p=flags.top_p,
@@ -53,6 +56,8 @@ def run() -> None:
         presence_penalty=flags.presence_penalty,
         frequency_penalty=flags.frequency_penalty,
         ignore_eos=flags.ignore_eos,
+        json_schema=None if flags.json_schema is None else _read_schema(flags.json_schema),
+        regex=flags.regex,
     )
     ref = flags.checkpoint
     directory = resolve(ref if ref.startswith("models:/") else existing(ref))
@@ -64,6 +69,8 @@ def run() -> None:
         directory,
         dtype=flags.dtype and getattr(torch, flags.dtype),
         device=flags.device,
+        quantization=flags.quantization,
+        kv_cache_memory_bytes=_kv_cache_bytes(flags),
         max_batch_size=1,
         seed=None,
     )
@@ -100,7 +107,9 @@ def _batch(flags: Namespace, params: SamplingParams) -> None:
             replicas=flags.replicas,
             device=flags.device,
             dtype=flags.dtype,
+            quantization=flags.quantization,
             max_batch_size=flags.max_batch_size,
+            kv_cache_memory_bytes=_kv_cache_bytes(flags),
             overwrite=flags.overwrite,
         )
     )
@@ -138,6 +147,23 @@ class ProgressLine:
             print()
             self._open = False
         print(text, flush=True)
+
+
+def _read_schema(text: str) -> dict[str, Any]:
+    """The JSON schema that the flag is, or that the file it names holds. Raises ValueError."""
+    try:
+        schema = json.loads(text if text.lstrip().startswith("{") else Path(existing(text)).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--json_schema is {text[:80]!r}; give a JSON object or a file of one ({error})"
+        ) from error
+    if not isinstance(schema, dict):
+        raise ValueError(f"--json_schema {text[:80]!r} holds no JSON object")
+    return schema
+
+
+def _kv_cache_bytes(flags: Namespace) -> int | None:
+    return None if flags.kv_cache_memory is None else read_bytes(flags.kv_cache_memory, "kv_cache_memory")
 
 
 def _stream(engine: Engine, prompt: str, params: SamplingParams) -> None:
@@ -182,10 +208,11 @@ def _parser() -> ArgumentParser:
     add("--prompt_field", default="prompt", help="With --input: the field that holds the text.")
     add("--replicas", type=int, help="With --input: engines; all GPUs, or one for each node, if not given.")
     add(
-        "--max_batch_size", type=int, default=16, help="With --input: sequences that an engine runs together."
+        "--max_batch_size", type=int, default=64, help="With --input: sequences that an engine runs together."
     )
     add("--overwrite", action="store_true", help="With --input: replace what --output already holds.")
     add("--max_tokens", type=int, default=100, help="At most so many new tokens.")
+    add("--min_tokens", type=int, default=0, help="No end before there are so many.")
     add("--temperature", type=float, default=0.8, help="0 always takes the most probable token.")
     add("--top_k", type=int, default=40, help="Keep the k most probable tokens; 0 keeps all.")
     add("--top_p", type=float, default=0.9, help="Keep the most probable tokens that reach this mass.")
@@ -198,8 +225,16 @@ def _parser() -> ArgumentParser:
     add("--presence_penalty", type=float, default=0.0, help="Subtracted from logits of tokens in the output.")
     add("--frequency_penalty", type=float, default=0.0, help="The same, for each time a token occurred.")
     add("--ignore_eos", action="store_true", help="Go on after an end-of-text token.")
+    add("--json_schema", type=str, help="Output that this schema allows: JSON, or a file of it.")
+    add("--regex", type=str, help="Output that this expression matches as a whole.")
     add("--device", type=str, help="cpu, cuda or cuda:N; CUDA where there is one, if not given.")
     add("--dtype", choices=DTYPES, help="Compute in this type; the stored one if not given.")
+    add(
+        "--quantization",
+        choices=("int8", "int4"),
+        help="Round the weights to so many bits as they are loaded.",
+    )
+    add("--kv_cache_memory", type=str, help="Of one engine, such as 2GiB; from the free memory if not given.")
     for name in SHAPE:
         add(f"--{name}", type=int, help="A check: the checkpoint's must be the same.")
     return parser

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
-from _cli import main, parse
+from _cli import main, parse, read_bytes
 from jsonargparse import ArgumentParser
 
 from llama_ray.model.config import PRESETS, LlamaConfig
@@ -20,7 +19,6 @@ from llama_ray.training.planning import (
 )
 
 GIB = 1024**3
-UNITS = {"GB": 10**9, "GIB": GIB, "TB": 10**12, "TIB": 1024**4, "MB": 10**6, "MIB": 1024**2}
 CHANGEABLE = (
     "parallelism",
     "tensor_parallel",
@@ -40,7 +38,7 @@ def run() -> None:
     config = TrainConfig(**{name: flags[name] for name in TRAINING})
     cluster = Cluster(
         gpus=flags.gpus,
-        gpu_memory_bytes=read_bytes(flags.gpu_memory),
+        gpu_memory_bytes=read_bytes(flags.gpu_memory, "gpu_memory"),
         gpu_flops=flags.gpu_flops,
         **{name: flags[name] for name in LINKS},
     )
@@ -67,14 +65,6 @@ def changes(plan: Plan, other: Plan) -> list[str]:
     ]
     more = [f"--gpus {other.cluster.gpus}"] if other.cluster.gpus != plan.cluster.gpus else []
     return changed + more
-
-
-def read_bytes(text: str) -> int:
-    """``80GiB``, ``80 GB`` or plain bytes. Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
-    if match and (unit := match[2].upper() or "B") in {"B": 1, **UNITS}:
-        return int(float(match[1]) * {"B": 1, **UNITS}[unit])
-    raise ValueError(f"gpu_memory is {text!r}; write a number and a unit, such as 80GiB or 24GB")
 
 
 def _tell(plan: Plan, tokens: float) -> None:

@@ -32,7 +32,9 @@ class BatchConfig:
         replicas: Engines, each with a GPU, or with one CPU of Ray's count. None takes all GPUs, or one for each node.
         device: cpu or cuda; None takes GPUs where the cluster has them.
         dtype: Compute in this type; None keeps the stored one.
+        quantization: int8 or int4 weights; None keeps `dtype`.
         max_batch_size: Sequences that an engine runs together.
+        kv_cache_memory_bytes: For the keys and values of one engine; None takes what the engine finds right.
         overwrite: Replace what `output` already holds.
     """
 
@@ -45,7 +47,9 @@ class BatchConfig:
     replicas: int | None = None
     device: str | None = None
     dtype: str | None = None
-    max_batch_size: int = 16
+    quantization: str | None = None
+    max_batch_size: int = 64
+    kv_cache_memory_bytes: int | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +73,7 @@ class BatchConfig:
             "checkpoint": model,
             "prompt_field": self.prompt_field,
             "dtype": self.dtype,
+            "quantization": self.quantization,
             **params,
             "seed": seed,
         }

@@ -180,7 +180,9 @@ class BatchJob:
             engine={
                 "device": "cuda" if gpu else "cpu",
                 "dtype": config.dtype and getattr(torch, config.dtype),
+                "quantization": config.quantization,
                 "max_batch_size": config.max_batch_size,
+                "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
             },
         )
 

@@ -20,6 +20,7 @@ from llama_ray.batch_inference.rows import Part
 from llama_ray.storage import StorageError
 
 _RECORD, _PARTS = ".job.json", ".parts"
+_PARTS_IN_FLIGHT = 64
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,12 @@ class Output:
         try:
             with storage.replacing(self.location) as stream:
                 for part in parts:
-                    counts, content = _read_part(join(self.parts_of(record), part.file), part.rows)
+                    counts, content = _read_part(storage.below(self.parts_of(record), part.file), part.rows)
                     stream.write(content)
                     total += counts
                     size += len(content)
+                    if part.index % _PARTS_IN_FLIGHT == 0:
+                        stream.flush()  # an object store's stream sends in the background, without a limit
             finished = Record(record.made_from, total, size)
             storage.write_text(self._beside(_RECORD), _to_json(finished))
             self._remove_parts()
@@ -144,13 +147,7 @@ def committed(directory: str) -> set[str]:
 def commit(directory: str, part: Part, rows: Sequence[Mapping[str, Any]], counts: Counts) -> None:
     """Write the answers of a part, its counts in the first line; from then on it is finished."""
     text = "".join(f"{_dumps(row)}\n" for row in ({"counts": asdict(counts)}, *rows))
-    storage.write_text(join(directory, part.file), text)
-
-
-def join(directory: str, name: str) -> str:
-    """A file in a directory, where that may be a URI with options behind a '?'."""
-    path, mark, options = directory.partition("?")
-    return f"{path}/{name}{mark}{options}"
+    storage.write_text(storage.below(directory, part.file), text)
 
 
 def _read_part(file: str, rows: int) -> tuple[Counts, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from llama_ray.batch_inference.rows import (
 )
 from llama_ray.cluster import cpu_threads
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.storage import StorageError
 
 _log = logging.getLogger(__name__)
@@ -206,13 +206,14 @@ def _output(row: _Asked) -> dict[str, Any]:
             "token_ids": candidate.token_ids,
         }
         if row.params is not None and row.params.logprobs is not None:
-            completion["logprobs"] = [
-                {
-                    "token_id": entry.token_id,
-                    "logprob": entry.logprob,
-                    "top": [list(pair) for pair in entry.top],
-                }
-                for entry in candidate.logprobs
-            ]
+            completion["logprobs"] = _logprobs(candidate.logprobs)
+        if candidate.prompt_logprobs is not None:
+            completion["prompt_logprobs"] = _logprobs(candidate.prompt_logprobs)
         completions.append(completion)
     return result | {"completions": completions}
+
+
+def _logprobs(entries: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    return [
+        {"token_id": e.token_id, "logprob": e.logprob, "top": [list(pair) for pair in e.top]} for e in entries
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from llama_ray import storage
 from llama_ray.batch_inference.config import BatchConfig, BatchError
 from llama_ray.batch_inference.job import BatchJob
 from llama_ray.batch_inference.output import Counts
@@ -26,8 +28,10 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.storage import StorageError
 from tests.batch_inference.conftest import read_rows, write_rows
+from tests.object_store import s3_server, uri
 
 JOBS = Path(__file__).parents[2] / "jobs"
+DIGITS = {"regex": "[0-9]{3}", "max_tokens": 9, "ignore_eos": False}
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
@@ -62,6 +66,7 @@ def test_one_row_for_each_row_in_order_whatever_is_in_it(checkpoint: Path, tmp_p
         "token_ids": [5, 6],
         "sampling_params": {"n": 2, "logprobs": 1, "temperature": 0},
     }
+    rows[31] = {"id": "digits", "prompt": "x", "sampling_params": DIGITS}
     rows[34] = {"id": "again", "prompt": "x", "row": 99, "error": "old", "completions": []}
     rows[40] = '{"id": "surrogate", "prompt": "\\ud800"}'
     rows[50] = {"id": "none"}
@@ -90,12 +95,13 @@ def test_one_row_for_each_row_in_order_whatever_is_in_it(checkpoint: Path, tmp_p
     assert [row["completions"] for row in found if row["id" if "id" in row else "row"] == 5] == [
         [{"text": expected.text, "finish_reason": "length", "token_ids": expected.token_ids}]
     ]
+    assert re.fullmatch("[0-9]{3}", found[31]["completions"][0]["text"])
     both = found[33]["completions"]
     assert len(both) == 2
     assert [entry["token_id"] for entry in both[0]["logprobs"]] == both[0]["token_ids"]
     assert counts.rows == 70
     assert counts.errors == 6
-    assert counts.generated_tokens == 65 * 6
+    assert counts.generated_tokens == 64 * 6 + len(found[31]["completions"][0]["token_ids"])
     assert "70 of 70 rows, 6 errors" in said[-2]
     assert "70 rows, 6 of them errors" in said[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.job.json"]
@@ -135,6 +141,23 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(checkpoint: Path, tmp_pat
     assert [row["completions"][0]["token_ids"] for row in read_rows(output)] == alone(
         checkpoint, texts, params
     )
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_and_answers_on_an_object_store(checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"The {i}"} for i in range(50)]
+    local = tmp_path / "out.jsonl"
+    here = write_rows(tmp_path / "in.jsonl", rows)
+    finished(BatchJob(config(checkpoint, here, local)))
+    with s3_server() as port:
+        storage.upload(here, uri(port, "in/a.jsonl"))
+        remote = config(checkpoint, uri(port, "in"), uri(port, "answers/out.jsonl"))
+        job = BatchJob(remote)
+        assert finished(job).rows == 50
+        assert storage.read_text(remote.output) == local.read_text()
+        assert storage.names(uri(port, "answers")) == ["out.jsonl", "out.jsonl.job.json"]
+        assert BatchJob(remote).finished == job.finished
 
 
 @pytest.mark.ray

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,6 +69,20 @@ def test_prints_prompt_and_continuation_and_the_speed(checkpoint: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_output_that_a_regex_or_a_schema_allows(checkpoint: Path, tmp_path: Path) -> None:
+    done = run(
+        checkpoint, "--prompt", "The ", "--regex", "[0-9]{4}", "--min_tokens", "2", "--quantization", "int8",
+        "--kv_cache_memory", "16MiB", "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch("The [0-9]{4}\n", done.stdout)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}')
+    done = run(checkpoint, "--prompt", "", "--json-schema", schema.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [type(item) for item in json.loads(done.stdout)] == [bool, bool]
+
+
 def test_prompt_from_standard_input_and_a_relative_checkpoint(checkpoint: Path) -> None:
     done = run(
         Path(checkpoint.name), "--prompt", "-", "--max_tokens", "4", "--temperature", "0", "--dtype", "bfloat16",
@@ -104,6 +119,12 @@ def test_ends_cleanly_in_the_middle(checkpoint: Path, end: str) -> None:
         (["--temperature", "-1"], "temperature is -1.0; it must be 0 (greedy) or above"),
         (["--max_tokens", "5000"], "set max_tokens to at most"),
         (["--dtype", "int8"], "--dtype"),
+        (["--quantization", "int2"], "--quantization"),
+        (["--kv_cache_memory", "much"], "kv_cache_memory is 'much'; write a number and a unit"),
+        (["--json_schema", "nowhere.json"], "--json_schema is 'nowhere.json'; give a JSON object or a file"),
+        (["--json_schema", "{"], "--json_schema is '{'"),
+        (["--regex", "("], "regex"),
+        (["--min_tokens", "200"], "min_tokens is 200; it must be 0 (off) to max_tokens, 100"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_exit_code_2(

@@ -87,6 +87,10 @@ _SIGNATURES: dict[str, list[type]] = {
         *(_pointer, _pointer, _pointer, _pointer, _size),
         *(_pointer, _size, _pointer, _size, _pointer, _size, _pointer, _float, _int),
     ],
+    "block": [
+        *(_pointer, _pointer, _pointer, _pointer, _pointer),
+        *(_pointer, _pointer, _size, _pointer, _pointer, _size, _float, _int),
+    ],
     "top_candidates": [_pointer, _size, _size, _size, _pointer, _pointer, _int],
 }
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.cpu.ops import kernels
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.layers import Attend
 
 BLOCK_SIZE = 32
 """Positions in a block."""
@@ -57,7 +56,6 @@ class CpuCache:
         self._values = torch.zeros(*heads, _value_dim(config) * BLOCK_SIZE, dtype=dtype)
         self._argument = _Cache(config.num_kv_heads, config.head_dim, BLOCK_SIZE, dtype == torch.bfloat16)
         self._layers = [(k.data_ptr(), v.data_ptr()) for k, v in zip(self._keys, self._values, strict=True)]
-        self._run = kernels().paged_attention
 
     @staticmethod
     def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -65,42 +63,66 @@ class CpuCache:
         each = (config.head_dim + _value_dim(config)) * block_size * dtype.itemsize
         return config.num_layers * config.num_kv_heads * each
 
-    def attend(self, batch: StepBatch) -> Attend:
+    def attend(self, batch: StepBatch) -> CpuAttend:
         """Attention for one step: writes its keys and values to their slots, then looks at all before them."""
-        config, dtype, layers, run = self._config, self._dtype, self._layers, self._run
-        indices = [t.contiguous() for t in (batch.query_start, batch.context_len, batch.block_table)]
-        slots = batch.slots.contiguous()
-        if any(t.dtype != torch.int32 for t in indices) or slots.dtype != torch.int64:
-            raise ValueError("a step has int32 query_start, context_len and block_table, and int64 slots")
-        sequences, table_width = batch.block_table.shape
-        step = _Step(*(t.data_ptr() for t in (*indices, slots)), sequences, table_width)
-        cache_at, step_at = ctypes.addressof(self._argument), ctypes.addressof(step)
-        tokens, scale, threads = len(slots), config.head_dim**-0.5, torch.get_num_threads()
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            _ = step, indices, slots  # kept alive: C++ sees addresses only
-            heads = query.shape[1]
-            for t in (query, key, value):
-                strides = t.stride()
-                if t.dtype != dtype or t.shape[2] != tokens or strides[3] != 1 or strides[1] != t.shape[3]:
-                    raise ValueError(
-                        f"attention over {tokens} tokens of {dtype}, heads side by side, was given "
-                        f"{t.dtype} {tuple(t.shape)} with strides {strides}"
-                    )
-            out = torch.empty((1, tokens, heads, query.shape[3]), dtype=dtype)
-            run(
-                *(cache_at, step_at, *layers[layer], heads),
-                *(query.data_ptr(), query.stride(2), key.data_ptr(), key.stride(2)),
-                *(value.data_ptr(), value.stride(2), out.data_ptr(), scale, threads),
-            )
-            return out.transpose(1, 2)
-
-        return attend
+        return CpuAttend(self._config, self._dtype, self._argument, self._layers, batch)
 
     def copy_block(self, source: int, target: int) -> None:
         """Make block `target` equal to `source` in all layers."""
         self._keys[:, target] = self._keys[:, source]
         self._values[:, target] = self._values[:, source]
+
+
+class CpuAttend:
+    """`Attend` for one step over a CpuCache; its parts are there for a kernel that does more than attend."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        dtype: torch.dtype,
+        cache: _Cache,
+        layers: list[tuple[int, int]],
+        batch: StepBatch,
+    ) -> None:
+        tensors = (
+            *(t.contiguous() for t in (batch.query_start, batch.context_len, batch.block_table)),
+            batch.slots.contiguous(),
+        )
+        if any(t.dtype != torch.int32 for t in tensors[:3]) or tensors[3].dtype != torch.int64:
+            raise ValueError("a step has int32 query_start, context_len and block_table, and int64 slots")
+        step = _Step(*(t.data_ptr() for t in tensors), len(batch.context_len), batch.block_table.shape[1])
+        self._kept = tensors, step, cache  # C++ sees addresses only
+        self.cache, self.step = ctypes.addressof(cache), ctypes.addressof(step)
+        self.layers, self.dtype = layers, dtype  # layers: the addresses of each one's keys and values
+        self.tokens, self.scale, self.threads = (
+            len(batch.slots),
+            config.head_dim**-0.5,
+            torch.get_num_threads(),
+        )
+        self._run = kernels().paged_attention
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `Attend`."""
+        for t in (query, key, value):
+            strides = t.stride()
+            if (
+                t.dtype != self.dtype
+                or t.shape[2] != self.tokens
+                or strides[3] != 1
+                or strides[1] != t.shape[3]
+            ):
+                raise ValueError(
+                    f"attention over {self.tokens} tokens of {self.dtype}, heads side by side, was given "
+                    f"{t.dtype} {tuple(t.shape)} with strides {strides}"
+                )
+        heads = query.shape[1]
+        out = torch.empty((1, self.tokens, heads, query.shape[3]), dtype=self.dtype)
+        self._run(
+            *(self.cache, self.step, *self.layers[layer], heads),
+            *(query.data_ptr(), query.stride(2), key.data_ptr(), key.stride(2)),
+            *(value.data_ptr(), value.stride(2), out.data_ptr(), self.scale, self.threads),
+        )
+        return out.transpose(1, 2)
 
 
 def _value_dim(config: LlamaConfig) -> int:

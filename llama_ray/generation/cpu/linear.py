@@ -67,18 +67,18 @@ class PackedLinear(nn.Module):
         else:
             self._weight, self._scales = _pack_plain(_panels(weight, gated)), torch.empty(0)
         # bfloat16 is multiplied in pairs; an odd input gets a zero beside it, as its weights did.
-        self._pad = self.in_features % 2 if format == "bfloat16" else 0
+        self.pad = self.in_features % 2 if format == "bfloat16" else 0
         self._argument = _Linear(
             self._weight.data_ptr(),
             self._scales.data_ptr(),
-            self.in_features + self._pad,
+            self.in_features + self.pad,
             self.out_features,
             FORMATS.index(format),
             dtype == torch.bfloat16,
             self.out_dtype == torch.bfloat16,
             gated,
         )
-        self._pointer = ctypes.addressof(self._argument)
+        self.address = ctypes.addressof(self._argument)
         self._run = kernels().linear
 
     @property
@@ -92,10 +92,10 @@ class PackedLinear(nn.Module):
             raise ValueError(
                 f"a {x.dtype} input of size {x.shape[-1]} meets a weight for {self.dtype}, {self.in_features}"
             )
-        x = F.pad(x, (0, 1)) if self._pad else x.contiguous()
+        x = F.pad(x, (0, 1)) if self.pad else x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.out_features), dtype=self.out_dtype)
         rows = x.numel() // x.shape[-1]
-        self._run(self._pointer, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        self._run(self.address, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
         return y
 
     def extra_repr(self) -> str:

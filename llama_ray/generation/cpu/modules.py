@@ -1,11 +1,14 @@
-"""What takes the place of a model's layers on a CPU. Block and Llama stay as they are."""
+"""What takes the place of a model's layers on a CPU. Llama stays as it is."""
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 from torch import Tensor, nn
 
 from llama_ray.generation.cpu import ops
+from llama_ray.generation.cpu.cache import CpuAttend
 from llama_ray.generation.cpu.linear import Format, PackedLinear, check_format
 from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU
 from llama_ray.model.llama import Llama
@@ -25,16 +28,84 @@ def accelerate(model: Llama, format: Format | None = None) -> Llama:
     weights: Format = format or ("bfloat16" if dtype == torch.bfloat16 else "float32")
     check_format(weights, dtype)
     ops.kernels()
-    for block in model.layers:
+    for i, block in enumerate(model.layers):
         assert isinstance(block, Block)
-        block.register_module("self_attn", PackedAttention(block.self_attn, weights))
-        block.register_module("mlp", PackedSwiGLU(block.mlp, weights))
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            block.register_module(name, PackedRMSNorm(getattr(block, name)))
+        model.layers[i] = PackedBlock(block, weights)
     model.register_module("norm", PackedRMSNorm(model.norm))
     # A tied head gets a copy of its own; the embedding stays a table to look tokens up in.
     model.register_module("lm_head", PackedHead(model.lm_head, "int8" if weights == "int4" else weights))
     return model
+
+
+class _Block(ctypes.Structure):
+    """`struct Block` of block.cpp."""
+
+    _fields_ = (
+        ("qkv", ctypes.c_void_p),
+        ("o", ctypes.c_void_p),
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("input_norm", ctypes.c_void_p),
+        ("post_attention_norm", ctypes.c_void_p),
+        ("hidden", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("is_bf16", ctypes.c_int32),
+    )
+
+
+class PackedBlock(nn.Module):
+    """A block in one call of C++ where the cache is a CpuCache, else by its parts, with the same result."""
+
+    def __init__(self, block: Block, format: Format) -> None:
+        super().__init__()
+        self.self_attn = PackedAttention(block.self_attn, format)
+        self.mlp = PackedSwiGLU(block.mlp, format)
+        self.input_layernorm = PackedRMSNorm(block.input_layernorm)
+        self.post_attention_layernorm = PackedRMSNorm(block.post_attention_layernorm)
+        attention, mlp = self.self_attn, self.mlp
+        products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        norms = (self.input_layernorm.weight, self.post_attention_layernorm.weight)
+        self._argument = _Block(
+            *(p.address for p in products),
+            *(w.data_ptr() for w in norms),
+            attention.qkv_proj.in_features,
+            *attention.heads[:2],
+            attention.head_dim,
+            mlp.down_proj.in_features,
+            self.input_layernorm.eps,
+            norms[0].dtype == torch.bfloat16,
+        )
+        self._address = ctypes.addressof(self._argument)
+        self._whole = not any(p.pad for p in products)
+        self._run = ops.kernels().block
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden]."""
+        # Whoever adds up the parts of several ranks does so after these two.
+        hooked = self.self_attn.o_proj._forward_hooks or self.mlp.down_proj._forward_hooks
+        if not self._whole or hooked or not isinstance(attend, CpuAttend):
+            x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+            return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        cos, sin = rope
+        rows, head_dim = x.numel() // x.shape[-1], self.self_attn.head_dim
+        positions = cos.numel() * 2 // head_dim
+        if x.dtype != attend.dtype or rows != attend.tokens or rows % positions:
+            raise ValueError(
+                f"{rows} rows of {x.dtype} at {positions} positions meet a step of {attend.tokens} tokens in "
+                f"{attend.dtype}"
+            )
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        out = torch.empty_like(x)
+        self._run(
+            *(self._address, attend.cache, attend.step, *attend.layers[self.self_attn.layer]),
+            *(x.data_ptr(), out.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), positions),
+            *(attend.scale, attend.threads),
+        )
+        return out
 
 
 class PackedRMSNorm(nn.Module):
@@ -56,16 +127,16 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = attention.layer, attention.head_dim
         weights = [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        self._heads = [len(w) // self.head_dim for w in weights]
+        self.heads = [len(w) // self.head_dim for w in weights]
         self.qkv_proj = PackedLinear(torch.cat(weights), format)
         self.o_proj = PackedLinear(attention.o_proj.weight, format)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         qkv = self.qkv_proj(x)
-        ops.rope_(qkv, self._heads[0] + self._heads[1], self.head_dim, *rope)
+        ops.rope_(qkv, self.heads[0] + self.heads[1], self.head_dim, *rope)
         # Views of one tensor, [batch, heads, seq, head_dim]: the kernel reads them where they are.
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(self._heads, 1)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(self.heads, 1)
         return self.o_proj(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

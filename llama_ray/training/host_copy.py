@@ -92,9 +92,10 @@ class HostCopies:
     def _take(self) -> Tensor:
         if self._slots is not None:
             self._slots.acquire()
-        if self._free:
+        try:
             return self._free.pop()
-        return torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=self._pinned)
+        except IndexError:
+            return torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=self._pinned)
 
     def _hand_over(self, buffer: Tensor, used: int) -> None:
         copied = torch.cuda.current_stream().record_event() if self._pinned else None

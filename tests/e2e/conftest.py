@@ -15,8 +15,9 @@ from llama_ray.training.config import TrainConfig
 
 MODEL = LlamaConfig.preset("llama-tiny", vocab_size=1024, max_seq_len=64)
 CONFIG = TrainConfig(
-    max_steps=24, batch_size=4, learning_rate=3e-3, log_every=2, validate_every=10, checkpoint_every=9
-)
+    max_steps=24, batch_size=4, learning_rate=3e-3, log_every=2, validate_every=10, checkpoint_every=9,
+    keep_checkpoints=2,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

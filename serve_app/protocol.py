@@ -23,8 +23,11 @@ from serve_app.events import Job, Logprobs, ModelInfo
 MAX_CHOICES = 128  # of one request: prompts times n
 MAX_STOP_STRINGS = 16
 
-# Fields that mean the same in both classes; `stop` has more forms in JSON.
-_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name != "stop")
+# Fields that mean the same in both classes; JSON has more forms of `stop` and no tuples, and the log-probabilities of a
+# prompt have no place in OpenAI's answer.
+_SAMPLING = tuple(
+    f.name for f in fields(SamplingParams) if f.name not in ("stop", "stop_token_ids", "prompt_logprobs")
+)
 TokenId = Annotated[int, Field(strict=False)]  # JSON's keys are strings
 
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -106,6 +109,10 @@ class CompletionRequest(_Request):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
+    min_tokens: int = 0
+    stop_token_ids: list[int] = Field([], description="End the text as an end-of-text token does.")
+    json_schema: dict[str, Any] | None = Field(None, description="The text is JSON that this schema allows.")
+    regex: str | None = Field(None, description="The whole text matches this expression (Rust's syntax).")
 
     @field_validator("prompt", "stop", mode="wrap")
     @classmethod
@@ -157,7 +164,11 @@ class CompletionRequest(_Request):
         if len(stop) > MAX_STOP_STRINGS:
             raise _refused("stop", f"stop has {len(stop)} strings; it may have {MAX_STOP_STRINGS}")
         try:
-            params = SamplingParams(stop=stop, **{name: getattr(self, name) for name in _SAMPLING})
+            params = SamplingParams(
+                stop=stop,
+                stop_token_ids=tuple(self.stop_token_ids),
+                **{name: getattr(self, name) for name in _SAMPLING},
+            )
         except ValueError as e:
             found = re.match(r"\w+", str(e))
             param = found[0] if found and found[0] in type(self).model_fields else None

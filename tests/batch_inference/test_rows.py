@@ -134,7 +134,7 @@ def test_sampling_parameters_of_a_row() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"temprature": 1}, "'temprature' is not known; known are max_tokens, temperature"),
+        ({"temprature": 1}, "'temprature' is not known; known are max_tokens, min_tokens, temperature"),
         ({"temperature": "hot"}, "sampling_params: temperature: Input should be a valid number"),
         ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer"),
         ({"top_p": 7}, "sampling_params: top_p is 7.0; it must be above 0"),

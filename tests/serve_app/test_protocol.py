@@ -47,9 +47,16 @@ def test_every_sampling_field_arrives() -> None:
         "min_p": 0.1,
         "repetition_penalty": 1.1,
         "ignore_eos": True,
+        "min_tokens": 2,
+        "stop_token_ids": [8, 9],
     }
     job = CompletionRequest.model_validate(BODY | fields | {"user": "u", "best_of": 2, "suffix": ""}).job()
-    assert job.params == SamplingParams(**fields | {"stop": ("x",), "logit_bias": {5: -100.0}})  # type: ignore[arg-type]
+    assert job.params == SamplingParams(
+        **fields | {"stop": ("x",), "logit_bias": {5: -100.0}, "stop_token_ids": (8, 9)}  # type: ignore[arg-type]
+    )
+    for constraint in ({"json_schema": {"type": "object"}}, {"regex": "a+"}):
+        job = CompletionRequest.model_validate(BODY | constraint).job()
+        assert job.params == SamplingParams(**constraint)  # type: ignore[arg-type]
 
 
 def test_null_means_the_default() -> None:

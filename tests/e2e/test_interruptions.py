@@ -185,7 +185,7 @@ def test_a_stopped_job_saves_is_marked_killed_and_can_be_resumed(
     said = jobs.get_job_logs(job)
     assert "SIGTERM: saving, then stopping" in said
     step, run_id = newest_step(run), run_id_of(run)
-    assert f"stopped after step {step}; --resume goes on from there" in said
+    assert f"stopped after step {step}, as asked; --resume goes on from there" in said
     client = MlflowClient(tracking)
     assert client.get_run(run_id).info.status == "KILLED"
 

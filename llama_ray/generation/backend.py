@@ -12,7 +12,7 @@ from llama_ray.generation.cpu.cache import CpuCache
 from llama_ray.generation.cpu.modules import PackedRMSNorm
 from llama_ray.generation.cpu.modules import accelerate as accelerate_on_cpu
 from llama_ray.generation.kv_cache import KVCache, TorchCache
-from llama_ray.generation.quantize import Quantization, check_quantization
+from llama_ray.generation.quantize import GROUP_SIZE, Quantization, check_quantization
 from llama_ray.generation.runner import Runner
 from llama_ray.generation.sampler import Sampler
 from llama_ray.model.config import LlamaConfig
@@ -32,8 +32,9 @@ def prepare(model: Llama, quantization: Quantization | None, *, batch_invariant:
     always. Raises ValueError for a quantization that is unknown, or that the model's shape or its device cannot have.
     """
     config, weight = model.config, model.embed_tokens.weight
-    for inputs in (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size):
-        check_quantization(quantization, inputs)
+    inputs = [config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size]
+    for size in inputs if weight.device.type == "cuda" else [GROUP_SIZE]:  # the CPU kernels pad the last group
+        check_quantization(quantization, size)
     if weight.device.type == "cuda" and _has_triton():
         from llama_ray.generation.cuda.modules import accelerate
 

@@ -33,7 +33,9 @@ def prepare(model: Llama, quantization: Quantization | None, *, batch_invariant:
     """
     config, weight = model.config, model.embed_tokens.weight
     inputs = [config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size]
-    for size in inputs if weight.device.type == "cuda" else [GROUP_SIZE]:  # the CPU kernels pad the last group
+    for size in (
+        inputs if weight.device.type == "cuda" else [GROUP_SIZE]
+    ):  # the CPU kernels pad the last group
         check_quantization(quantization, size)
     if weight.device.type == "cuda" and _has_triton():
         from llama_ray.generation.cuda.modules import accelerate

@@ -41,7 +41,7 @@ def load() -> ctypes.CDLL | None:
         return open_library(build())
     except BuildError as e:
         _log.warning(
-            "%s; the engine runs on plain torch, at about half the speed on a CPU and without int8 and int4. "
+            "%s; the engine runs on plain torch, slower and without int8 and int4. "
             "Install g++ (apt install g++) or name a compiler in CXX",
             e,
         )

@@ -33,8 +33,13 @@ struct Step {
 
 namespace {
 
-// Query rows that go over a block together: many share its trip to the first-level cache, few leave work for all threads.
+// Query rows of a head that go over a block together: many share its trip to the first-level cache, few leave work for all
+// threads.
 constexpr int kTileRows = 24;
+// Rows that a task takes over the blocks. Where a tile has fewer, as in decoding, it takes several heads: their panels are
+// neighbours, and memory is read several times as fast in runs of 48 KiB as in runs of 4.
+constexpr int kTaskRows = 32;
+constexpr int kTasksPerThread = 4;  // at least, as far as there are heads: threads finish at different times
 
 // One layer's cache, in units of 32 bits.
 template <class Dot>
@@ -87,14 +92,14 @@ void write(const Blocks<Dot>& blocks, int64_t slot, int64_t head, int64_t head_d
 
 // What a thread needs to take some rows over the blocks.
 struct Scratch {
-  std::vector<float> scores, output;   // [kTileRows, block_size], [kTileRows, value_dim]
-  std::vector<uint32_t> weights;       // [kTileRows, units of a block]
-  alignas(64) float most[32], total[32], scale[32];  // of each row: running maximum and sum, and what shrinks them
+  std::vector<float> scores, output;  // [kTaskRows, block_size], [kTaskRows, value_dim]
+  std::vector<uint32_t> weights;      // [kTaskRows, units of a block]
+  alignas(64) float most[kTaskRows], total[kTaskRows], scale[kTaskRows];  // running maximum and sum, and what shrinks them
 
   Scratch(int64_t block_size, int64_t value_dim)
-      : scores(kTileRows * block_size), output(kTileRows * value_dim), weights(kTileRows * block_size) {}
+      : scores(kTaskRows * block_size), output(kTaskRows * value_dim), weights(kTaskRows * block_size) {}
 };
-static_assert(kTileRows <= 32 && 32 % kLanes == 0);
+static_assert(kTileRows <= kTaskRows && kTaskRows % kLanes == 0);
 
 // The product of up to kTileRows rows, kMostRows at a time.
 template <class Dot, bool ADD>
@@ -110,83 +115,112 @@ void product_rows(const uint32_t* const* rows, int count, const uint32_t* panel,
   }
 }
 
-// Rows `first` .. of one sequence and key-value head. A row is a query head of the group at a token: row r stands for
-// token r / group.
+// Rows `first` .. of one sequence and of each of some key-value heads. A row is a query head of the group at a token: row r
+// stands for token r / group.
 template <class Dot, class T = typename Dot::Value>
-void attend(const Blocks<Dot>& blocks, const int32_t* table, int64_t head, int64_t group, const Tokens<const T>& query,
-            const Tokens<T>& out, int64_t token, int64_t position, int64_t first, int rows, float scale, Scratch& s) {
-  const uint32_t *q[kTileRows], *w[kTileRows];
+void attend(const Blocks<Dot>& blocks, const int32_t* table, int64_t first_head, int heads, int64_t group,
+            const Tokens<const T>& query, const Tokens<T>& out, int64_t token, int64_t position, int64_t first, int rows,
+            float scale, Scratch& s) {
+  const uint32_t *q[kTaskRows], *w[kTaskRows];
   const int64_t size = blocks.block_size, width = blocks.value_dim;
-  for (int r = 0; r < rows; ++r) {
-    q[r] = reinterpret_cast<const uint32_t*>(query.at(token + (first + r) / group, head * group + (first + r) % group));
-    w[r] = s.weights.data() + r * blocks.value_units;
+  const int all = heads * rows;
+  const auto place = [&](const auto& tokens, int i) {
+    const int64_t r = first + i % rows;
+    return tokens.at(token + r / group, (first_head + i / rows) * group + r % group);
+  };
+  for (int i = 0; i < all; ++i) {
+    q[i] = reinterpret_cast<const uint32_t*>(place(query, i));
+    w[i] = s.weights.data() + i * blocks.value_units;
   }
-  std::fill_n(s.most, 32, -std::numeric_limits<float>::infinity());
-  std::fill_n(s.total, 32, 0.0f);
-  std::fill_n(s.output.data(), rows * width, 0.0f);
+  std::fill_n(s.most, kTaskRows, -std::numeric_limits<float>::infinity());
+  std::fill_n(s.total, kTaskRows, 0.0f);
+  std::fill_n(s.output.data(), all * width, 0.0f);
 
   const int64_t last = position + (first + rows - 1) / group;  // the position that the last row sees up to
   for (int64_t start = 0; start <= last; start += size) {
     const int64_t block = table[start / size];
-    product_rows<Dot, false>(q, rows, blocks.key_panel(block, head), size, blocks.key_units, s.scores.data());
+    for (int h = 0; h < heads; ++h)
+      product_rows<Dot, false>(q + h * rows, rows, blocks.key_panel(block, first_head + h), size, blocks.key_units,
+                               s.scores.data() + h * rows * size);
 
-    for (int r = 0; r < rows; ++r) {
-      const int64_t visible = position + (first + r) / group + 1 - start;
-      float* const scores = s.scores.data() + r * size;
-      F32 most = broadcast(s.most[r]);
-      for (int64_t i = 0; i < size; i += kLanes) {
-        F32 score = load<F32>(scores + i) * scale;
-        if (visible < i + kLanes)
-          score = lane_index() < broadcast(int32_t(visible - i)) ? score : broadcast(-std::numeric_limits<float>::infinity());
-        store(scores + i, score);
+    for (int i = 0; i < all; ++i) {
+      const int64_t visible = position + (first + i % rows) / group + 1 - start;
+      float* const scores = s.scores.data() + i * size;
+      F32 most = broadcast(s.most[i]);
+      for (int64_t c = 0; c < size; c += kLanes) {
+        F32 score = load<F32>(scores + c) * scale;
+        if (visible < c + kLanes)
+          score = lane_index() < broadcast(int32_t(visible - c)) ? score : broadcast(-std::numeric_limits<float>::infinity());
+        store(scores + c, score);
         most = max(score, most);
       }
-      s.scale[r] = s.most[r];
-      s.most[r] = max_lanes(most);
+      s.scale[i] = s.most[i];
+      s.most[i] = max_lanes(most);
     }
-    for (int r = 0; r < 32; r += kLanes)  // rows beyond the last hold -inf and give NaN, which nobody reads
-      store(s.scale + r, exp(load<F32>(s.scale + r) - load<F32>(s.most + r)));
-    for (int r = 0; r < rows; ++r) {
-      const float* const scores = s.scores.data() + r * size;
-      T* const weights = reinterpret_cast<T*>(s.weights.data() + r * blocks.value_units);
-      const F32 most = broadcast(s.most[r]);
+    for (int i = 0; i < all; i += kLanes)  // rows beyond the last hold -inf and give NaN, which nobody reads
+      store(s.scale + i, exp(load<F32>(s.scale + i) - load<F32>(s.most + i)));
+    for (int i = 0; i < all; ++i) {
+      const float* const scores = s.scores.data() + i * size;
+      T* const weights = reinterpret_cast<T*>(s.weights.data() + i * blocks.value_units);
+      const F32 most = broadcast(s.most[i]);
       F32 total = {};
-      for (int64_t i = 0; i < size; i += kLanes) {
-        const F32 weight = exp(load<F32>(scores + i) - most);
+      for (int64_t c = 0; c < size; c += kLanes) {
+        const F32 weight = exp(load<F32>(scores + c) - most);
         total += weight;
-        store_f32(weights + i, weight);
+        store_f32(weights + c, weight);
       }
-      s.total[r] = s.total[r] * s.scale[r] + sum_lanes(total);
-      if (s.scale[r] != 1.0f) {
-        float* const output = s.output.data() + r * width;
-        for (int64_t d = 0; d < width; d += kLanes) store(output + d, load<F32>(output + d) * s.scale[r]);
+      s.total[i] = s.total[i] * s.scale[i] + sum_lanes(total);
+      if (s.scale[i] != 1.0f) {
+        float* const output = s.output.data() + i * width;
+        for (int64_t d = 0; d < width; d += kLanes) store(output + d, load<F32>(output + d) * s.scale[i]);
       }
     }
     // Positions that no row sees are left out: a block may still hold numbers of its earlier owner.
     const int64_t units = (std::min(size, last + 1 - start) + Dot::kDepth - 1) / Dot::kDepth;
-    product_rows<Dot, true>(w, rows, blocks.value_panel(block, head), width, units, s.output.data());
+    for (int h = 0; h < heads; ++h)
+      product_rows<Dot, true>(w + h * rows, rows, blocks.value_panel(block, first_head + h), width, units,
+                              s.output.data() + h * rows * width);
   }
 
-  for (int r = 0; r < rows; ++r) {
-    T* const to = out.at(token + (first + r) / group, head * group + (first + r) % group);
-    const F32 inverse = broadcast(1.0f / s.total[r]);
+  for (int i = 0; i < all; ++i) {
+    T* const to = place(out, i);
+    const F32 inverse = broadcast(1.0f / s.total[i]);
     for (int64_t d = 0; d < out.head_dim; d += kLanes)
-      store_f32(to + d, load<F32>(s.output.data() + r * width + d) * inverse, out.head_dim - d);
+      store_f32(to + d, load<F32>(s.output.data() + i * width + d) * inverse, out.head_dim - d);
   }
+}
+
+// The work on one sequence: its tiles of rows, times its key-value heads, so many heads together.
+struct Work {
+  int64_t first_task, tiles, heads, parts;  // parts: of all heads
+};
+
+// The tasks of all sequences, `most_heads` heads together at most -> how many they are.
+int64_t divide(const Step& step, int64_t kv_heads, int64_t group, int64_t most_heads, std::vector<Work>& work) {
+  int64_t tasks = 0;
+  work.clear();
+  for (int64_t s = 0; s < step.sequences; ++s) {
+    const int64_t rows = (step.query_start[s + 1] - step.query_start[s]) * group;
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    const int64_t most_rows = tiles ? (rows + tiles - 1) / tiles : 1;  // of a tile
+    const int64_t heads = std::clamp<int64_t>(kTaskRows / most_rows, 1, most_heads);
+    const int64_t parts = (kv_heads + heads - 1) / heads;
+    work.push_back({tasks, tiles, heads, parts});
+    tasks += tiles * parts;
+  }
+  return tasks;
 }
 
 template <class Dot, class T = typename Dot::Value>
 void run(const Cache& cache, const Step& step, const Blocks<Dot>& blocks, int64_t heads, const Tokens<const T>& query,
          const Tokens<const T>& key, const Tokens<const T>& value, const Tokens<T>& out, float scale, int threads) {
   const int64_t group = heads / cache.kv_heads;
-  // A task is a tile of rows of one sequence and key-value head; tile_start counts the tiles before each sequence.
-  static thread_local std::vector<int64_t> tile_start_storage;
-  tile_start_storage.assign(1, 0);
-  for (int64_t s = 0; s < step.sequences; ++s) {
-    const int64_t rows = (step.query_start[s + 1] - step.query_start[s]) * group;
-    tile_start_storage.push_back(tile_start_storage.back() + (rows + kTileRows - 1) / kTileRows);
-  }
-  const std::vector<int64_t>& tile_start = tile_start_storage;
+  static thread_local std::vector<Work> kept;
+  std::vector<Work>& work = kept;  // of this thread, also in the others
+  int64_t most_heads = cache.kv_heads;
+  int64_t tasks = divide(step, cache.kv_heads, group, most_heads, work);
+  while (tasks < kTasksPerThread * threads && most_heads > 1 && threads > 1)
+    tasks = divide(step, cache.kv_heads, group, most_heads = (most_heads + 1) / 2, work);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -199,14 +233,17 @@ void run(const Cache& cache, const Step& step, const Blocks<Dot>& blocks, int64_
     // The threads meet here: a query may see keys that another thread has written.
     Scratch scratch(blocks.block_size, blocks.value_dim);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tile_start.back() * cache.kv_heads; ++task) {
-      const int64_t flat = task / cache.kv_heads, head = task % cache.kv_heads;
-      const int64_t s = std::upper_bound(tile_start.begin(), tile_start.end(), flat) - tile_start.begin() - 1;
+    for (int64_t task = 0; task < tasks; ++task) {
+      const auto after = [](int64_t t, const Work& w) { return t < w.first_task; };
+      const int64_t s = std::upper_bound(work.begin(), work.end(), task, after) - work.begin() - 1;
+      const Work& w = work[s];
       const int64_t token = step.query_start[s], tokens = step.query_start[s + 1] - token;
+      const int64_t part = (task - w.first_task) % w.parts, first_head = part * w.heads;
       // The tiles at the end of a prompt see most and come first, so that no long task begins last.
-      const int64_t tiles = tile_start[s + 1] - tile_start[s], tile = tiles - 1 - (flat - tile_start[s]);
-      const int64_t first = tokens * group * tile / tiles, end = tokens * group * (tile + 1) / tiles;
-      attend<Dot>(blocks, step.block_table + s * step.table_width, head, group, query, out, token,
+      const int64_t tile = w.tiles - 1 - (task - w.first_task) / w.parts;
+      const int64_t first = tokens * group * tile / w.tiles, end = tokens * group * (tile + 1) / w.tiles;
+      attend<Dot>(blocks, step.block_table + s * step.table_width, first_head,
+                  int(std::min(w.heads, cache.kv_heads - first_head)), group, query, out, token,
                   step.context_len[s] - tokens, first, int(end - first), scale, scratch);
     }
   }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_ray.generation.batch import StepBatch
+from llama_ray.generation.cpu.memory import Arena
 from llama_ray.generation.cpu.ops import kernels
 from llama_ray.model.config import LlamaConfig
 
@@ -52,8 +53,9 @@ class CpuCache:
         self._config, self._dtype = config, dtype
         heads = (config.num_layers, num_blocks, config.num_kv_heads)
         # Zeros, for the columns that pad head_dim: they enter products, whose results nobody reads.
-        self._keys = torch.zeros(*heads, config.head_dim * BLOCK_SIZE, dtype=dtype)
-        self._values = torch.zeros(*heads, _value_dim(config) * BLOCK_SIZE, dtype=dtype)
+        arena = Arena()
+        self._keys = arena.zeros((*heads, config.head_dim * BLOCK_SIZE), dtype)
+        self._values = arena.zeros((*heads, _value_dim(config) * BLOCK_SIZE), dtype)
         self._argument = _Cache(config.num_kv_heads, config.head_dim, BLOCK_SIZE, dtype == torch.bfloat16)
         self._layers = [(k.data_ptr(), v.data_ptr()) for k, v in zip(self._keys, self._values, strict=True)]
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ray.generation.cpu.memory import Arena
 from llama_ray.generation.cpu.ops import kernels
 from llama_ray.generation.quantize import GROUP_SIZE, quantize
 
@@ -39,7 +40,8 @@ class PackedLinear(nn.Module):
 
     `gated`: the weight holds the rows of a gate and then those of as many ups, and the result is silu(gate) * up,
     [..., out / 2], rounded wherever torch rounds. `out_dtype` float32 keeps sums as they are; None is the weight's
-    dtype. Every row's result is the same alone and in any batch, bit by bit.
+    dtype. `arena` is where the weights go; None is memory of their own. Every row's result is the same alone and in
+    any batch, bit by bit.
 
     int8 and int4 are those of `quantize`; both multiply with an input that is rounded to 8 bits, symmetric in groups
     of 64 (llama.cpp's q8_0 does that in groups of 32). Raises ValueError for a dtype or a
@@ -53,6 +55,7 @@ class PackedLinear(nn.Module):
         *,
         gated: bool = False,
         out_dtype: torch.dtype | None = None,
+        arena: Arena | None = None,
     ) -> None:
         super().__init__()
         dtype = weight.dtype
@@ -61,11 +64,13 @@ class PackedLinear(nn.Module):
         out, self.in_features = weight.shape
         self.out_features = out // 2 if gated else out
         if format == "int4":
-            self._weight, self._scales = _pack_int4(weight, gated)
+            units, scales = _pack_int4(weight, gated)
         elif format == "int8":
-            self._weight, self._scales = _pack_int8(weight, gated)
+            units, scales = _pack_int8(weight, gated)
         else:
-            self._weight, self._scales = _pack_plain(_panels(weight, gated)), torch.empty(0)
+            units, scales = _pack_plain(_panels(weight, gated)), torch.empty(0)
+        arena = arena or Arena()
+        self._weight, self._scales = arena.copy(units), arena.copy(scales)
         # bfloat16 is multiplied in pairs; an odd input gets a zero beside it, as its weights did.
         self.pad = self.in_features % 2 if format == "bfloat16" else 0
         self._argument = _Linear(
@@ -129,8 +134,8 @@ def _panels(weight: Tensor, gated: bool) -> Tensor:
 
 
 def _interleave(panels: Tensor) -> Tensor:
-    """[panels, 64, bytes] -> [panels, bytes / 4, 64, 4]: units of 32 bits, as product.h wants them, as int32."""
-    return panels.view(torch.int32).transpose(1, 2).contiguous()
+    """[panels, 64, bytes] -> a view [panels, bytes / 4, 64] of units of 32 bits, as product.h wants them."""
+    return panels.view(torch.int32).transpose(1, 2)
 
 
 def _pack_plain(panels: Tensor) -> Tensor:
@@ -142,7 +147,7 @@ def _pack_int8(weight: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     """Bytes w + 128 [panels, groups * 16, 64, 4], and scales fp32 [panels, 64]."""
     quantized = quantize(F.pad(weight.detach(), (0, -weight.shape[1] % GROUP_SIZE)), "int8")
     values = _panels(quantized.values.to(torch.int16).add_(128).to(torch.uint8), gated)
-    return _interleave(values), _panels(quantized.scales, gated)[..., 0].contiguous()
+    return _interleave(values), _panels(quantized.scales, gated)[..., 0]
 
 
 def _pack_int4(weight: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
@@ -154,4 +159,4 @@ def _pack_int4(weight: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     values = quantized.values.add(8).to(torch.uint8).view(len(weight), -1, GROUP_SIZE)
     low, high = values.chunk(2, 2)
     scales = _panels(quantized.scales, gated)
-    return _interleave(_panels((low | high << 4).flatten(1), gated)), scales.transpose(1, 2).contiguous()
+    return _interleave(_panels((low | high << 4).flatten(1), gated)), scales.transpose(1, 2)

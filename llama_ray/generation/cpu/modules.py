@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llama_ray.generation.cpu import ops
 from llama_ray.generation.cpu.cache import CpuAttend
 from llama_ray.generation.cpu.linear import Format, PackedLinear, check_format
+from llama_ray.generation.cpu.memory import Arena
 from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import Head
@@ -28,12 +29,13 @@ def accelerate(model: Llama, format: Format | None = None) -> Llama:
     weights: Format = format or ("bfloat16" if dtype == torch.bfloat16 else "float32")
     check_format(weights, dtype)
     ops.kernels()
+    arena = Arena()
     for i, block in enumerate(model.layers):
         assert isinstance(block, Block)
-        model.layers[i] = PackedBlock(block, weights)
+        model.layers[i] = PackedBlock(block, weights, arena)
     model.register_module("norm", PackedRMSNorm(model.norm))
     # A tied head gets a copy of its own; the embedding stays a table to look tokens up in.
-    model.register_module("lm_head", PackedHead(model.lm_head, "int8" if weights == "int4" else weights))
+    model.register_module("lm_head", PackedHead(model.lm_head, "int8" if weights == "int4" else weights, arena))
     return model
 
 
@@ -60,10 +62,10 @@ class _Block(ctypes.Structure):
 class PackedBlock(nn.Module):
     """A block in one call of C++ where the cache is a CpuCache, else by its parts, with the same result."""
 
-    def __init__(self, block: Block, format: Format) -> None:
+    def __init__(self, block: Block, format: Format, arena: Arena) -> None:
         super().__init__()
-        self.self_attn = PackedAttention(block.self_attn, format)
-        self.mlp = PackedSwiGLU(block.mlp, format)
+        self.self_attn = PackedAttention(block.self_attn, format, arena)
+        self.mlp = PackedSwiGLU(block.mlp, format, arena)
         self.input_layernorm = PackedRMSNorm(block.input_layernorm)
         self.post_attention_layernorm = PackedRMSNorm(block.post_attention_layernorm)
         attention, mlp = self.self_attn, self.mlp
@@ -123,13 +125,13 @@ class PackedRMSNorm(nn.Module):
 class PackedAttention(nn.Module):
     """Attention with one product for queries, keys and values."""
 
-    def __init__(self, attention: Attention, format: Format) -> None:
+    def __init__(self, attention: Attention, format: Format, arena: Arena) -> None:
         super().__init__()
         self.layer, self.head_dim = attention.layer, attention.head_dim
         weights = [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.heads = [len(w) // self.head_dim for w in weights]
-        self.qkv_proj = PackedLinear(torch.cat(weights), format)
-        self.o_proj = PackedLinear(attention.o_proj.weight, format)
+        self.qkv_proj = PackedLinear(torch.cat(weights), format, arena=arena)
+        self.o_proj = PackedLinear(attention.o_proj.weight, format, arena=arena)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
@@ -143,12 +145,12 @@ class PackedAttention(nn.Module):
 class PackedSwiGLU(nn.Module):
     """SwiGLU in two products: gate, up and what joins them are one."""
 
-    def __init__(self, mlp: SwiGLU, format: Format) -> None:
+    def __init__(self, mlp: SwiGLU, format: Format, arena: Arena) -> None:
         super().__init__()
         self.gate_up_proj = PackedLinear(
-            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), format, gated=True
+            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), format, gated=True, arena=arena
         )
-        self.down_proj = PackedLinear(mlp.down_proj.weight, format)
+        self.down_proj = PackedLinear(mlp.down_proj.weight, format, arena=arena)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
@@ -158,8 +160,8 @@ class PackedSwiGLU(nn.Module):
 class PackedHead(PackedLinear):
     """The head without its loss: logits in fp32, as they were summed."""
 
-    def __init__(self, head: Head, format: Format) -> None:
-        super().__init__(head.weight, format, out_dtype=torch.float32)
+    def __init__(self, head: Head, format: Format, arena: Arena) -> None:
+        super().__init__(head.weight, format, out_dtype=torch.float32, arena=arena)
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, *loss: object) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size]. Raises ValueError for targets."""

@@ -20,6 +20,7 @@ extern "C" {
 // CpuCache and its batches hold one of each; the fields are in the same order there.
 struct Cache {
   int64_t kv_heads, head_dim, block_size;
+  int64_t block_stride;  // bytes from a block to the next
   int32_t is_bf16;
 };
 struct Step {
@@ -44,12 +45,13 @@ constexpr int kTasksPerThread = 4;  // at least, as far as there are heads: thre
 // One layer's cache, in units of 32 bits.
 template <class Dot>
 struct Blocks {
-  int64_t kv_heads, block_size, value_dim, key_units, value_units;
-  uint32_t *keys, *values;
+  int64_t kv_heads, block_size, stride, value_dim, key_units, value_units;
+  uint32_t *keys, *values;  // in block 0
 
   Blocks(const Cache& c, void* keys, void* values)
       : kv_heads(c.kv_heads),
         block_size(c.block_size),
+        stride(c.block_stride / 4),
         value_dim((c.head_dim + 15) / 16 * 16),
         key_units(c.head_dim / Dot::kDepth),
         value_units(c.block_size / Dot::kDepth),
@@ -57,10 +59,10 @@ struct Blocks {
         values(static_cast<uint32_t*>(values)) {}
 
   uint32_t* key_panel(int64_t block, int64_t head) const {
-    return keys + (block * kv_heads + head) * key_units * block_size;
+    return keys + block * stride + head * key_units * block_size;
   }
   uint32_t* value_panel(int64_t block, int64_t head) const {
-    return values + (block * kv_heads + head) * value_units * value_dim;
+    return values + block * stride + head * value_units * value_dim;
   }
 };
 

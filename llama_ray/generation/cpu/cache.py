@@ -23,6 +23,7 @@ class _Cache(ctypes.Structure):
         ("kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
         ("is_bf16", ctypes.c_int32),
     )
 
@@ -51,13 +52,17 @@ class CpuCache:
             raise ValueError(f"the CPU cache holds float32 or bfloat16, not {dtype}")
         self.block_size, self.num_blocks = BLOCK_SIZE, num_blocks
         self._config, self._dtype = config, dtype
-        heads = (config.num_layers, num_blocks, config.num_kv_heads)
-        # Zeros, for the columns that pad head_dim: they enter products, whose results nobody reads.
-        arena = Arena()
-        self._keys = arena.zeros((*heads, config.head_dim * BLOCK_SIZE), dtype)
-        self._values = arena.zeros((*heads, _value_dim(config) * BLOCK_SIZE), dtype)
-        self._argument = _Cache(config.num_kv_heads, config.head_dim, BLOCK_SIZE, dtype == torch.bfloat16)
-        self._layers = [(k.data_ptr(), v.data_ptr()) for k, v in zip(self._keys, self._values, strict=True)]
+        # A block's keys and values of all layers lie together. Zeros, for the columns that pad head_dim: they enter
+        # products, whose results nobody reads.
+        keys, values = (config.num_kv_heads * dim * BLOCK_SIZE for dim in (config.head_dim, _value_dim(config)))
+        self._blocks = Arena().zeros((num_blocks, config.num_layers, keys + values), dtype)
+        stride = self._blocks[0].nbytes
+        self._argument = _Cache(
+            config.num_kv_heads, config.head_dim, BLOCK_SIZE, stride, dtype == torch.bfloat16
+        )
+        first = self._blocks.data_ptr()
+        starts = range(first, first + stride, stride // config.num_layers)
+        self._layers = [(start, start + keys * dtype.itemsize) for start in starts]
 
     @staticmethod
     def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -71,8 +76,7 @@ class CpuCache:
 
     def copy_block(self, source: int, target: int) -> None:
         """Make block `target` equal to `source` in all layers."""
-        self._keys[:, target] = self._keys[:, source]
-        self._values[:, target] = self._values[:, source]
+        self._blocks[target] = self._blocks[source]
 
 
 class CpuAttend:
@@ -95,7 +99,7 @@ class CpuAttend:
         step = _Step(*(t.data_ptr() for t in tensors), len(batch.context_len), batch.block_table.shape[1])
         self._kept = tensors, step, cache  # C++ sees addresses only
         self.cache, self.step = ctypes.addressof(cache), ctypes.addressof(step)
-        self.layers, self.dtype = layers, dtype  # layers: the addresses of each one's keys and values
+        self.layers, self.dtype = layers, dtype  # layers: where each one's keys and values are in block 0
         self.tokens, self.scale, self.threads = (
             len(batch.slots),
             config.head_dim**-0.5,

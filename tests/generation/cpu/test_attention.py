@@ -183,7 +183,7 @@ def test_block_bytes_are_those_of_the_tensors() -> None:
     config = shape(12, 4, 80)
     for dtype in (torch.float32, torch.bfloat16):
         cache = CpuCache(config, BLOCKS, dtype)
-        total = cache._keys.nbytes + cache._values.nbytes
+        total = cache._blocks.nbytes
         assert CpuCache.block_bytes(config, cache.block_size, dtype) * BLOCKS == total
     with pytest.raises(ValueError, match="holds float32 or bfloat16, not"):
         CpuCache(config, BLOCKS, torch.float16)

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 import torch
 
-from llama_ray.generation.candidates import torch_top_candidates
 from llama_ray.generation.cpu import build, ops
 from llama_ray.generation.cpu.cache import CpuCache
 from llama_ray.generation.cpu.modules import PackedRMSNorm
@@ -85,8 +84,9 @@ def block_bytes(model: Llama, shape: LlamaConfig | None = None) -> int:
 
 def make_sampler(device: torch.device) -> Sampler:
     """A sampler for logits on `device`."""
-    kernels = device.type == "cpu" and build.load() is not None
-    return Sampler(ops.top_candidates if kernels else torch_top_candidates)
+    if device.type == "cpu" and build.load() is not None:
+        return Sampler(ops.top_candidates, ops.draw_filtered)
+    return Sampler()
 
 
 def weight_bytes(model: Llama) -> int:

@@ -8,7 +8,7 @@ probable token's, and are added in fp64, where sums below 2^53 are exact and thu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,10 @@ class Filters:
     top_p: Tensor
     log_min_p: Tensor | None
 
+    def may_be_short(self, vocab_size: int) -> bool:
+        """Whether so many candidates may not hold all of a nucleus."""
+        return self.width == _NUCLEUS_WIDTH and self.width < vocab_size
+
     @classmethod
     def of(
         cls, params: Sequence[SamplingParams], width: int, vocab_size: int, device: torch.device
@@ -68,22 +72,26 @@ class Filters:
         )
 
 
+DrawFiltered = Callable[[Tensor, Filters, Tensor], tuple[Tensor, Tensor | None]]
+"""Draws rows of logits fp32 [rows, vocab_size] from their `Filters.width` most probable tokens at noise fp64 [rows, 1].
+
+The noise is in [0, 1). Returns the tokens, int64 [rows], and where the width may not hold all of a nucleus, a mask
+[rows] of those where it does not: they must be drawn again, from more. Every filter keeps a beginning of the
+candidates, and the token is the first whose cumulative mass passes the row's number.
+"""
+
+
 def draw_filtered(
     logits: Tensor, filters: Filters, noise: Tensor, top_candidates: TopCandidates
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw rows of logits fp32 [rows, vocab_size] from their `filters.width` most probable tokens.
-
-    `noise` is fp64 [rows, 1] in [0, 1). Returns the tokens, int64 [rows], and where the width may not hold all of a
-    nucleus, a mask [rows] of those where it does not: they must be drawn again, from more. Every filter keeps a
-    beginning of the candidates, and the token is the first whose cumulative mass passes the row's number.
-    """
+    """`DrawFiltered` in plain torch, on any device."""
     width = filters.width
     values, ids = top_candidates(logits, width)
     shifted = (values - values[:, :1]).div_(filters.temperature)
     mass = shifted.exp().mul_(UNITS).round_().masked_fill_(filters.beyond_k, 0)
     running = mass.cumsum(-1, dtype=torch.float64)
     total, short = running[:, -1:], None
-    if width == _NUCLEUS_WIDTH and width < logits.shape[-1]:
+    if filters.may_be_short(logits.shape[-1]):
         # Rows with as large a top-k share this width; their mass is that of what top-k kept.
         everything = total_mass(logits, values[:, :1], filters.temperature)
         total = torch.where(filters.from_all, everything, total)

@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +23,14 @@ from torch import Tensor
 
 from llama_ray.generation.candidates import TopCandidates, torch_top_candidates
 from llama_ray.generation.constraints import Constraint, Masks, set_forbidden
-from llama_ray.generation.draw import Filters, argmax, candidates_needed, draw_filtered, draw_from_all
+from llama_ray.generation.draw import (
+    DrawFiltered,
+    Filters,
+    argmax,
+    candidates_needed,
+    draw_filtered,
+    draw_from_all,
+)
 from llama_ray.generation.logprobs import token_logprobs
 from llama_ray.generation.noise import starts, uniforms_from
 from llama_ray.generation.penalties import Penalties, TokenCounts
@@ -87,11 +95,15 @@ class Sample:
 class Sampler:
     """Samples batch after batch. What follows from the batch's parameters is kept while its rows are the same.
 
-    Used by one thread at a time. `top_candidates` may be any function that keeps to the contract of that type.
+    Used by one thread at a time. `top_candidates` and `draw` (None: torch, with these candidates) may be any functions
+    that keep to the contracts of these types.
     """
 
-    def __init__(self, top_candidates: TopCandidates = torch_top_candidates) -> None:
+    def __init__(
+        self, top_candidates: TopCandidates = torch_top_candidates, draw: DrawFiltered | None = None
+    ) -> None:
         self._top_candidates = top_candidates
+        self._draw_filtered = draw or partial(draw_filtered, top_candidates=top_candidates)
         self._masks = Masks()
         self._plan: _Plan | None = None
 
@@ -168,7 +180,7 @@ class Sampler:
                 if filters is None:
                     found = argmax(some)
                 else:
-                    found, short = draw_filtered(some, filters, numbers, self._top_candidates)
+                    found, short = self._draw_filtered(some, filters, numbers)
                     if short is not None:
                         found = found.masked_fill(short, _AGAIN)
             if members is None:
@@ -181,7 +193,7 @@ class Sampler:
         some, vocab_size = [rows[i] for i in again], logits.shape[-1]
         filters = Filters.of([row.params for row in some], vocab_size, vocab_size, logits.device)
         noise = _noise(_streams(some), some, logits.device)
-        found, _ = draw_filtered(logits[again], filters, noise, self._top_candidates)
+        found, _ = self._draw_filtered(logits[again], filters, noise)
         tokens: list[int] = found.tolist()
         return tokens
 

@@ -1,9 +1,8 @@
 // The largest logits of each row, in order: what sampling needs of them.
 #include <algorithm>
 #include <limits>
-#include <vector>
 
-#include "simd.h"
+#include "candidates.h"
 
 namespace {
 
@@ -19,11 +18,6 @@ inline float restored(int32_t key) {
   std::memcpy(&x, &key, 4);
   return x;
 }
-
-struct Scratch {
-  std::vector<int32_t> most;
-  std::vector<uint64_t> found;
-};
 
 // A number that at least `width` of the row's keys reach, and few more: the width-th largest of the maxima of chunks. A chunk
 // is one lane of `vectors` neighbouring vectors. With eight times as many chunks as keys wanted, few chunks hold two.
@@ -43,7 +37,9 @@ int32_t lower_bound(const float* row, int64_t size, int64_t width, std::vector<i
   return most[width - 1];
 }
 
-void top_row(const float* row, int64_t size, int64_t width, float* values, int64_t* ids, Scratch& s) {
+}  // namespace
+
+void top_row(const float* row, int64_t size, int64_t width, float* values, int64_t* ids, Candidates& s) {
   const int32_t bound = lower_bound(row, size, width, s.most);
   // Sorted together: logits fall, and ids rise where logits are equal.
   s.found.clear();
@@ -70,14 +66,12 @@ void top_row(const float* row, int64_t size, int64_t width, float* values, int64
   }
 }
 
-}  // namespace
-
 // logits [rows, size] -> the `width` <= size largest of each row: values and ids [rows, width].
 extern "C" void top_candidates(const float* logits, int64_t rows, int64_t size, int64_t width, float* values, int64_t* ids,
                                int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
   {
-    Scratch scratch;
+    Candidates scratch;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r)
       top_row(logits + r * size, size, width, values + r * width, ids + r * width, scratch);

@@ -112,6 +112,20 @@ inline bool any(I32 mask) {
 #endif
 }
 
+// To the nearest whole number, ties to even.
+inline F32 round_even(F32 x) {
+#if defined(LLAMA_RAY_AVX512)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(LLAMA_RAY_AVX2)
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  return (F32)vrndnq_f32((float32x4_t)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::nearbyint(x[i]);
+  return x;
+#endif
+}
+
 inline F32 widen(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
 
 // To the nearest bfloat16, ties to even.

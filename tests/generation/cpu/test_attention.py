@@ -95,8 +95,7 @@ def test_prompts_and_single_tokens_of_many_sequences(
     """Whole prompts, then chunks beside single tokens, in scattered blocks whose earlier owner left NaN."""
     config = shape(*numbers)
     cache = CpuCache(config, BLOCKS, dtype)
-    for tensor in (cache._keys, cache._values):
-        tensor.fill_(torch.nan)
+    cache._blocks.fill_(torch.nan)
     texts = [Text.draw(config, n, dtype, n) for n in (100, 33, 1, 32, 70)]
     give_blocks(texts, cache.block_size, 0)
     ends = [

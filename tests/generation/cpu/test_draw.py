@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import ctypes
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from llama_ray.generation.cpu import ops
+from llama_ray.generation.sampler import Sampler
+from llama_ray.generation.sampling import SamplingParams
+from tests.generation.rows import Row, random_logits
+
+PARAMS = [
+    SamplingParams(temperature=0.8, top_k=40, top_p=0.9),
+    SamplingParams(top_p=0.9),
+    SamplingParams(top_p=0.999, min_p=1e-4),
+    SamplingParams(top_k=1000, top_p=0.5),
+    SamplingParams(top_k=3000),
+    SamplingParams(temperature=2.5, top_k=300, min_p=0.01),
+    SamplingParams(temperature=1e-30, top_k=5),
+    SamplingParams(top_k=64),
+    SamplingParams(),
+    SamplingParams(temperature=0),
+]
+
+
+def rows(count: int) -> list[Row]:
+    return [Row(PARAMS[i % len(PARAMS)], prompt=[1] * (1 + i % 7), seed=i) for i in range(count)]
+
+
+def sampler() -> Sampler:
+    return Sampler(ops.top_candidates, ops.draw_filtered)
+
+
+def tokens(logits: torch.Tensor, some: list[Row], by: Sampler) -> list[int | None]:
+    return [s.token_id for s in by.sample(logits.clone(), some)]
+
+
+@pytest.mark.parametrize("vocab_size", [3, 50, 1500, 5003])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_draws_what_torch_draws(kernels: ctypes.CDLL, vocab_size: int, scale: float) -> None:
+    """Torch is held to the definition elsewhere. Its exponential differs in the last place, which a draw may hit."""
+    some, logits = rows(600), random_logits(600, vocab_size, scale=scale)
+    logits[::5] = logits[::5].round()
+    got, expected = (np.array(tokens(logits, some, by)) for by in (sampler(), Sampler()))
+    assert (got == expected).mean() >= 0.998
+
+
+def test_company_changes_nothing(kernels: ctypes.CDLL) -> None:
+    some, logits = rows(200), random_logits(200, 4000)
+    alone = [tokens(logits[i : i + 1], [row], sampler())[0] for i, row in enumerate(some)]
+    assert tokens(logits, some, sampler()) == alone
+    order = np.random.default_rng(0).permutation(200).tolist()
+    assert tokens(logits[order], [some[i] for i in order], sampler()) == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_row_without_finite_numbers_fails_alone(kernels: ctypes.CDLL, poison: float) -> None:
+    some, logits = rows(20), random_logits(20, 2000)
+    clean = tokens(logits, some, sampler())
+    logits[3] = poison
+    assert tokens(logits, some, sampler()) == [*clean[:3], None, *clean[4:]]
+
+
+def test_filters_of_other_rows_are_refused(kernels: ctypes.CDLL) -> None:
+    logits, by = random_logits(2, 100), sampler()
+    by.sample(logits, rows(1) * 2)
+    filters = by._plan.groups[0].filters  # type: ignore[union-attr]
+    assert filters is not None
+    with pytest.raises(ValueError, match="3 rows meet 2 numbers and filters of 2"):
+        ops.draw_filtered(random_logits(3, 100), filters, torch.zeros(2, 1, dtype=torch.float64))

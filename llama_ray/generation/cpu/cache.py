@@ -54,7 +54,9 @@ class CpuCache:
         self._config, self._dtype = config, dtype
         # A block's keys and values of all layers lie together. Zeros, for the columns that pad head_dim: they enter
         # products, whose results nobody reads.
-        keys, values = (config.num_kv_heads * dim * BLOCK_SIZE for dim in (config.head_dim, _value_dim(config)))
+        keys, values = (
+            config.num_kv_heads * dim * BLOCK_SIZE for dim in (config.head_dim, _value_dim(config))
+        )
         self._blocks = Arena().zeros((num_blocks, config.num_layers, keys + values), dtype)
         stride = self._blocks[0].nbytes
         self._argument = _Cache(

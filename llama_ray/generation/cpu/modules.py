@@ -35,7 +35,9 @@ def accelerate(model: Llama, format: Format | None = None) -> Llama:
         model.layers[i] = PackedBlock(block, weights, arena)
     model.register_module("norm", PackedRMSNorm(model.norm))
     # A tied head gets a copy of its own; the embedding stays a table to look tokens up in.
-    model.register_module("lm_head", PackedHead(model.lm_head, "int8" if weights == "int4" else weights, arena))
+    model.register_module(
+        "lm_head", PackedHead(model.lm_head, "int8" if weights == "int4" else weights, arena)
+    )
     return model
 
 

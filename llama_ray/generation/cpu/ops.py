@@ -93,7 +93,9 @@ def draw_filtered(logits: Tensor, filters: Filters, noise: Tensor) -> tuple[Tens
     logits, noise = _checked(logits, torch.float32), _checked(noise, torch.float64)
     rows, size = logits.shape
     if noise.numel() != rows or filters.temperature.numel() != rows:
-        raise ValueError(f"{rows} rows meet {noise.numel()} numbers and filters of {len(filters.temperature)}")
+        raise ValueError(
+            f"{rows} rows meet {noise.numel()} numbers and filters of {len(filters.temperature)}"
+        )
     tokens = torch.empty(rows, dtype=torch.int64)
     short = torch.empty(rows, dtype=torch.bool)
     may_be_short = filters.may_be_short(size)

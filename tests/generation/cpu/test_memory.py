@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import mmap
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from llama_ray.generation.cpu.memory import Arena
 
 def test_tensors_lie_side_by_side_and_are_zeros() -> None:
     arena = Arena()
-    shapes = [((3, 5), torch.float32), ((7,), torch.bfloat16), ((0,), torch.float32), ((2, 2, 9), torch.uint8)]
+    shapes = [
+        ((3, 5), torch.float32),
+        ((7,), torch.bfloat16),
+        ((0,), torch.float32),
+        ((2, 2, 9), torch.uint8),
+    ]
     tensors = [arena.zeros(shape, dtype) for shape, dtype in shapes]
     for i, (tensor, (shape, dtype)) in enumerate(zip(tensors, shapes, strict=True)):
         assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 64) == (shape, dtype, 0)
@@ -50,7 +56,7 @@ def test_the_system_is_asked_for_huge_pages() -> None:
     text = Path("/proc/self/smaps").read_text()
     areas = text.split("VmFlags:")
     flags = None
-    for area, following in zip(areas, areas[1:], strict=False):
+    for area, following in itertools.pairwise(areas):
         for line in area.splitlines():
             bounds = line.split(" ")[0].split("-")
             if len(bounds) == 2 and int(bounds[0], 16) <= start < int(bounds[1], 16):

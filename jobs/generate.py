@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from _cli import main, parse, read_bytes
 from jsonargparse import ArgumentParser, Namespace
 
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.model.checkpoint import load_config
 from llama_ray.paths import absolute, existing
@@ -69,13 +71,13 @@ def run() -> None:
         directory,
         dtype=flags.dtype and getattr(torch, flags.dtype),
         device=flags.device,
-        quantization=flags.quantization,
-        kv_cache_memory_bytes=_kv_cache_bytes(flags),
         max_batch_size=1,
         seed=None,
+        **asdict(_engine_options(flags)),
     )
     prompt = sys.stdin.read().removesuffix("\n") if flags.prompt == "-" else flags.prompt
-    _stream(engine, prompt, params)
+    with engine:
+        _stream(engine, prompt, params)
 
 
 def _check_mode(flags: Namespace, parser: ArgumentParser) -> None:
@@ -107,9 +109,8 @@ def _batch(flags: Namespace, params: SamplingParams) -> None:
             replicas=flags.replicas,
             device=flags.device,
             dtype=flags.dtype,
-            quantization=flags.quantization,
             max_batch_size=flags.max_batch_size,
-            kv_cache_memory_bytes=_kv_cache_bytes(flags),
+            engine=_engine_options(flags),
             overwrite=flags.overwrite,
         )
     )
@@ -162,8 +163,16 @@ def _read_schema(text: str) -> dict[str, Any]:
     return schema
 
 
-def _kv_cache_bytes(flags: Namespace) -> int | None:
-    return None if flags.kv_cache_memory is None else read_bytes(flags.kv_cache_memory, "kv_cache_memory")
+def _engine_options(flags: Namespace) -> EngineOptions:
+    memory, draft = flags.kv_cache_memory, flags.draft_model
+    return EngineOptions(
+        quantization=flags.quantization,
+        kv_cache_memory_bytes=None if memory is None else read_bytes(memory, "kv_cache_memory"),
+        prompt_lookup=flags.prompt_lookup,
+        draft_model=draft if draft is None or draft.startswith("models:/") else existing(draft),
+        tensor_parallel=flags.tensor_parallel,
+        batch_invariant=flags.batch_invariant,
+    )
 
 
 def _stream(engine: Engine, prompt: str, params: SamplingParams) -> None:
@@ -235,6 +244,10 @@ def _parser() -> ArgumentParser:
         help="Round the weights to so many bits as they are loaded.",
     )
     add("--kv_cache_memory", type=str, help="Of one engine, such as 2GiB; from the free memory if not given.")
+    add("--prompt_lookup", action="store_true", help="Guess tokens from the text itself; no token changes.")
+    add("--draft_model", type=str, help="A small model of the same tokenizer that guesses; no token changes.")
+    add("--tensor_parallel", type=int, default=1, help="GPUs that share one engine's model.")
+    add("--batch_invariant", action="store_true", help="On CUDA: the same tokens in any company, at a price.")
     for name in SHAPE:
         add(f"--{name}", type=int, help="A check: the checkpoint's must be the same.")
     return parser

@@ -13,8 +13,8 @@ def uses_gpu() -> bool:
     return _most("GPU") > 0
 
 
-def check_workers(count: int, *, gpu: bool, flag: str = "world_size") -> None:
-    """Raise ValueError for more workers than the cluster can ever have: one GPU each, or one CPU without GPUs.
+def check_workers(count: int, *, gpu: bool, flag: str = "world_size", each: int = 1) -> None:
+    """Raise ValueError for more workers than the cluster can ever have: `each` GPUs, or CPUs without GPUs, for one.
 
     `flag` is what the user set their number with.
     """
@@ -22,10 +22,14 @@ def check_workers(count: int, *, gpu: bool, flag: str = "world_size") -> None:
         raise ValueError(f"{flag} is {count}; it must be at least 1")
     kind = "GPU" if gpu else "CPU"
     most = int(_most(kind))
-    if count > most:
+    if most < each:
+        raise ValueError(
+            f"a worker takes {each} {kind}s, but this cluster has at most {most}; ask for fewer, or add nodes"
+        )
+    if count * each > most:
         raise ValueError(
             f"{flag} is {count}, but this cluster has at most {most} {kind}{'' if most == 1 else 's'} and a "
-            f"worker takes one; give --{flag} {most} or less, or add nodes"
+            f"worker takes {'one' if each == 1 else each}; give --{flag} {most // each} or less, or add nodes"
         )
 
 

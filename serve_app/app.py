@@ -9,6 +9,8 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from llama_ray.generation.options import EngineOptions
+from llama_ray.generation.quantize import Quantization
 from llama_ray.paths import existing
 from llama_ray.tracking.uri import tracking_uri
 from serve_app.api import Api
@@ -29,6 +31,18 @@ class ServeArgs(BaseModel):
     max_seq_len: int | None = Field(
         None, ge=2, description="Tokens of prompt and output; the model's where not given."
     )
+    quantization: Quantization | None = Field(None, description="int8 or int4: rounds the weights.")
+    kv_cache_memory_bytes: int | None = Field(
+        None, ge=1, description="For keys and values; what is free, up to a limit, where not given."
+    )
+    prompt_lookup: bool = Field(False, description="Guess tokens from the text itself; no token changes.")
+    draft_model: str | None = Field(
+        None, description="A small model of the same tokenizer that guesses; no token changes."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share a model; then num_gpus is as many.")
+    batch_invariant: bool = Field(
+        False, description="On CUDA: the same tokens in any company, at a price in speed."
+    )
     num_cpus: float = Field(1, ge=0, description="For each model replica; its threads on the CPU, too.")
     num_gpus: float = Field(0, ge=0, description="For each model replica; 0 computes on the CPU.")
     min_replicas: int = Field(1, ge=1, description="Model replicas that are always there.")
@@ -47,6 +61,28 @@ class ServeArgs(BaseModel):
     graceful_shutdown_timeout_s: float = Field(
         600, gt=0, description="A replica that stops may finish its answers for so long."
     )
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        _ = self.engine
+        if self.num_gpus and self.tensor_parallel > 1 and self.num_gpus != self.tensor_parallel:
+            raise ValueError(
+                f"num_gpus is {self.num_gpus:g} and tensor_parallel {self.tensor_parallel}; make them equal"
+            )
+        return self
+
+    @property
+    def engine(self) -> EngineOptions:
+        """What each replica's engine is told. Raises ValueError for options that do not fit together."""
+        draft = self.draft_model
+        return EngineOptions(
+            quantization=self.quantization,
+            kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+            prompt_lookup=self.prompt_lookup,
+            draft_model=draft if draft is None or draft.startswith("models:/") else existing(draft),
+            tensor_parallel=self.tensor_parallel,
+            batch_invariant=self.batch_invariant,
+        )
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> Self:
@@ -77,6 +113,7 @@ def build(args: ServeArgs) -> Application:
         dtype=args.dtype,
         max_batch_size=args.max_batch_size,
         max_seq_len=args.max_seq_len,
+        options=args.engine,
     )
     # The API only passes things on: it takes whatever comes, so that /health and the answer 429 never have to wait.
     application: Application = serve.deployment(

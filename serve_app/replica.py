@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.async_engine import AsyncEngine
 from llama_ray.generation.engine import Engine, GenerationError
+from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.sequence import Delta
 from llama_ray.generation.stats import EngineStats
@@ -31,8 +33,9 @@ class LlamaReplica:
     """Answers jobs with the model that `ref` stands for: a directory, `models:/name/7` or `models:/name@alias`.
 
     References are looked up in the MLflow registry at `tracking_uri`. `dtype` None keeps the stored one, `max_seq_len`
-    None the model's. `threads` are for computing on the CPU, no more than this process has cores. Raises ValueError
-    for a model that cannot be served; Serve then reports the deployment as failed, with that message.
+    None the model's; `options` are the engine's own. `threads` are for computing on the CPU, no more than this process
+    has cores. Raises ValueError for a model that cannot be served; Serve then reports the deployment as failed, with
+    that message.
     """
 
     def __init__(
@@ -45,12 +48,16 @@ class LlamaReplica:
         dtype: DType | None = None,
         max_batch_size: int = 16,
         max_seq_len: int | None = None,
+        options: EngineOptions = EngineOptions(),  # noqa: B008  frozen
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch sees no GPU here; install a CUDA build of torch, or set num_gpus to 0")
         torch.set_num_threads(max(1, min(threads, len(os.sched_getaffinity(0)))))
         version = registry.resolve_version(ref, tracking_uri) if ref.startswith("models:/") else None
         directory = Path(ref) if version is None else registry.download(version.uri, tracking_uri)
+        if options.draft_model is not None and options.draft_model.startswith("models:/"):
+            draft = registry.resolve_version(options.draft_model, tracking_uri)
+            options = replace(options, draft_model=str(registry.download(draft.uri, tracking_uri)))
         engine = Engine.from_pretrained(
             directory,
             dtype=dtype and getattr(torch, dtype),
@@ -58,6 +65,7 @@ class LlamaReplica:
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
             seed=None,
+            **asdict(options),
         )
         if engine.tokenizer is None:
             raise ValueError(f"{ref} holds no tokenizer to answer with text; add its tokenizer.json")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling import SamplingParams
 
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
@@ -32,9 +33,8 @@ class BatchConfig:
         replicas: Engines, each with a GPU, or with one CPU of Ray's count. None takes all GPUs, or one for each node.
         device: cpu or cuda; None takes GPUs where the cluster has them.
         dtype: Compute in this type; None keeps the stored one.
-        quantization: int8 or int4 weights; None keeps `dtype`.
         max_batch_size: Sequences that an engine runs together.
-        kv_cache_memory_bytes: For the keys and values of one engine; None takes what the engine finds right.
+        engine: What else each engine is told; one with `tensor_parallel` takes so many GPUs.
         overwrite: Replace what `output` already holds.
     """
 
@@ -47,9 +47,8 @@ class BatchConfig:
     replicas: int | None = None
     device: str | None = None
     dtype: str | None = None
-    quantization: str | None = None
     max_batch_size: int = 64
-    kv_cache_memory_bytes: int | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -73,7 +72,9 @@ class BatchConfig:
             "checkpoint": model,
             "prompt_field": self.prompt_field,
             "dtype": self.dtype,
-            "quantization": self.quantization,
+            "quantization": self.engine.quantization,
+            "tensor_parallel": self.engine.tensor_parallel,
+            "batch_invariant": self.engine.batch_invariant,
             **params,
             "seed": seed,
         }

@@ -13,6 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -31,8 +32,9 @@ from llama_ray.tracking.versions import resolve_version
 
 Log = Callable[[str], None]
 
-_MAX_DEATHS = 3
-"""So often the workers on one part may die before the job ends: rows that kill a process would go on for ever."""
+_MAX_DEATHS = 15
+"""So often the workers on one part may die before the job ends. Rows that kill a process are found after fewer, unless
+there are many of them: `attempts` counts on from there when the job is started again."""
 _MOST_PARTS_AT_ONCE = 8
 
 
@@ -134,7 +136,7 @@ class BatchJob:
                     enable_true_multi_threading=True,
                 ),
                 num_cpus=1,
-                num_gpus=1 if gpu else None,
+                num_gpus=self.config.engine.tensor_parallel if gpu else None,
                 scheduling_strategy="SPREAD",
                 max_restarts=-1,
                 max_task_retries=_MAX_DEATHS,
@@ -162,10 +164,10 @@ class BatchJob:
         return gpu
 
     def _replicas(self, *, gpu: bool) -> int:
-        count = self.config.replicas
+        count, each = self.config.replicas, self.config.engine.tensor_parallel if gpu else 1
         if count is None:
-            return max(1, gpus() if gpu else nodes())
-        check_workers(count, gpu=gpu, flag="replicas")
+            count = max(1, gpus() // each if gpu else nodes())
+        check_workers(count, gpu=gpu, flag="replicas", each=each)
         return count
 
     def _setup(self, replicas: int, *, gpu: bool) -> Setup:
@@ -180,15 +182,15 @@ class BatchJob:
             engine={
                 "device": "cuda" if gpu else "cpu",
                 "dtype": config.dtype and getattr(torch, config.dtype),
-                "quantization": config.quantization,
                 "max_batch_size": config.max_batch_size,
-                "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+                **asdict(config.engine),
             },
         )
 
     def _environment(self) -> dict[str, str]:
         """What workers need to find a registered model: the driver's environment does not reach them."""
-        if not self._ref.startswith("models:/"):
+        refs = (self._ref, self.config.engine.draft_model or "")
+        if not any(ref.startswith("models:/") for ref in refs):
             return {}
         mlflow = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
         return mlflow | {"MLFLOW_TRACKING_URI": tracking_uri()}

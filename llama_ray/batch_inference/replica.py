@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llama_ray.batch_inference.attempts import ALONE, Attempts
 from llama_ray.batch_inference.engine_loop import Candidate, EngineCrashed, EngineLoop, EngineLost
 from llama_ray.batch_inference.output import Counts, commit
 from llama_ray.batch_inference.rows import (
@@ -93,16 +94,14 @@ class Replica:
 
     def _answer(self, part: Part) -> Counts:
         asked = [self._read(line) for line in read_lines(part)]
-        with self._turns.together():
-            for row in asked:
-                self._submit(row)
-            crashed = [row for row in asked if self._crashed(row)]
-        if crashed:  # one of them may be the cause, so each is tried where it can harm no other
-            with self._turns.alone():
-                for row in crashed:
-                    self._submit(row)
-                    if self._crashed(row):
-                        row.error = f"{row.error} (twice: the second time with no other row in it)"
+        try:
+            attempts = Attempts(self._setup.directory, part)
+            if attempts.may_go_together:
+                self._answer_together(asked, attempts)
+            else:
+                self._answer_one_by_one(asked, attempts)
+        except OSError as error:
+            raise self._cannot_write(error) from error
         rows = [_output(row) for row in asked]
         counts = Counts(
             rows=len(rows),
@@ -114,11 +113,42 @@ class Replica:
         )
         try:
             commit(self._setup.directory, part, rows, counts)
+            attempts.forget()
         except OSError as error:
-            raise StorageError(
-                f"a worker cannot write to {self._setup.directory}: {str(error).splitlines()[0]}"
-            ) from error
+            raise self._cannot_write(error) from error
         return counts
+
+    def _answer_together(self, asked: list[_Asked], attempts: Attempts) -> None:
+        with self._turns.together():
+            attempts.begin_together()
+            for row in asked:
+                self._submit(row)
+            crashed = [row for row in asked if self._crashed(row)]
+        if crashed:  # one of them may be the cause, so each is tried where it can harm no other
+            with self._turns.alone():
+                for row in crashed:
+                    self._submit(row)
+                    if self._crashed(row):
+                        row.error = f"{row.error} (twice: the second time with no other row in it)"
+
+    def _answer_one_by_one(self, asked: list[_Asked], attempts: Attempts) -> None:
+        """After processes have died, and took what they knew with them: slow, and finds the row that kills."""
+        with self._turns.alone():
+            for row in asked:
+                if row.params is None:
+                    continue
+                number = row.line.row
+                if attempts.kills(number):
+                    row.error = f"the process died {ALONE} times when it answered this row and nothing else"
+                    continue
+                attempts.begin_alone(number)
+                self._submit(row)
+                self._crashed(row)
+                attempts.survived(number)
+
+    def _cannot_write(self, error: OSError) -> StorageError:
+        reason = str(error).splitlines()[0]
+        return StorageError(f"a worker cannot write to {self._setup.directory}: {reason}")
 
     def _read(self, line: Line) -> _Asked:
         try:

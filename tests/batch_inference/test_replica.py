@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,54 @@ def test_a_row_that_crashes_the_engine_is_the_only_one_that_fails(
         else:
             assert row == whole
     assert Fragile.loads >= 4
+
+
+class Deadly(Engine):
+    """An engine whose process is killed at the second step after it was given the token POISON."""
+
+    doomed = False
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        self.doomed = self.doomed or POISON in prompt
+        return super().submit(prompt, params)
+
+    def step(self) -> list[Delta]:
+        deltas = super().step()
+        if self.doomed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return deltas
+
+
+def answer_with_deadly_engine(checkpoint: Path, rows: Rows, output: Path) -> None:
+    module.Engine = Deadly  # type: ignore[misc]  # in a process of its own
+    answer(checkpoint, rows, output)
+
+
+def test_a_row_that_kills_its_process_is_the_only_one_that_fails(checkpoint: Path, tmp_path: Path) -> None:
+    """Processes that die, each with a new one after it, until all rows have an answer."""
+    given = [{"id": f"r{i}", "token_ids": [i + 1, POISON if i in (5, 40) else 2]} for i in range(50)]
+    rows = find_rows(str(write_rows(tmp_path / "in.jsonl", given)), lambda path: False)
+    healthy = answer(checkpoint, rows, tmp_path / "healthy.jsonl")
+    context, exits = multiprocessing.get_context("forkserver"), list[int | None]()
+    context.set_forkserver_preload(["tests.batch_inference.test_replica"])
+    while not exits or exits[-1]:
+        process = context.Process(
+            target=answer_with_deadly_engine, args=(checkpoint, rows, tmp_path / "out.jsonl")
+        )
+        process.start()
+        process.join()
+        exits.append(process.exitcode)
+        assert len(exits) <= 16
+    assert set(exits[:-1]) == {-signal.SIGKILL}
+    survived = read_rows(tmp_path / "out.jsonl")
+    assert [row["row"] for row in survived] == list(range(50))
+    for row, whole in zip(survived, healthy, strict=True):
+        if row["row"] in (5, 40):
+            assert row.pop("error") == "the process died 2 times when it answered this row and nothing else"
+            assert row == {k: v for k, v in whole.items() if k != "completions"}
+        else:
+            assert row == whole
+    assert not list(tmp_path.rglob("attempts-*"))
 
 
 def test_rows_of_several_parts_fill_one_batch(

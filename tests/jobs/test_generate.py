@@ -83,6 +83,15 @@ def test_output_that_a_regex_or_a_schema_allows(checkpoint: Path, tmp_path: Path
     assert [type(item) for item in json.loads(done.stdout)] == [bool, bool]
 
 
+@pytest.mark.parametrize("guesses", ["--prompt_lookup", "--draft_model"])
+def test_guesses_change_no_text(checkpoint: Path, guesses: str) -> None:
+    sampling = ["--max_tokens", "30", "--seed", "3", "--ignore_eos"]
+    flags = [guesses] if guesses == "--prompt_lookup" else [guesses, str(checkpoint)]
+    plain, done = (run(checkpoint, "--prompt", "The quick", *sampling, *more) for more in ([], flags))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == plain.stdout
+
+
 def test_prompt_from_standard_input_and_a_relative_checkpoint(checkpoint: Path) -> None:
     done = run(
         Path(checkpoint.name), "--prompt", "-", "--max_tokens", "4", "--temperature", "0", "--dtype", "bfloat16",
@@ -124,6 +133,9 @@ def test_ends_cleanly_in_the_middle(checkpoint: Path, end: str) -> None:
         (["--json_schema", "nowhere.json"], "--json_schema is 'nowhere.json'; give a JSON object or a file"),
         (["--json_schema", "{"], "--json_schema is '{'"),
         (["--regex", "("], "regex"),
+        (["--tensor_parallel", "2"], "tensor_parallel is 2, which does not divide the model's vocab_size"),
+        (["--draft_model", "nowhere"], "nowhere"),
+        (["--draft_model", ".", "--prompt_lookup"], "prompt_lookup is on; choose one of them"),
         (["--min_tokens", "200"], "min_tokens is 200; it must be 0 (off) to max_tokens, 100"),
     ],
 )

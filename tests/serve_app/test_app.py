@@ -13,6 +13,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 import serve_app.app
+from llama_ray.generation.options import EngineOptions
 from serve_app.app import ServeArgs, build
 
 CONFIG = yaml.safe_load(Path(inspect.getfile(serve_app.app)).with_name("config.yaml").read_text())
@@ -36,6 +37,14 @@ def test_strings_from_the_command_line_are_enough(tmp_path: Path) -> None:
     assert replicas.init_kwargs["threads"] == 2
     assert replicas.ray_actor_options["num_gpus"] == 0.5
     assert replicas.max_ongoing_requests == 16
+
+
+def test_the_engines_options_reach_the_replicas(tmp_path: Path) -> None:
+    _, replicas = deployments(
+        model=str(tmp_path), quantization="int8", kv_cache_memory_bytes="1000000", prompt_lookup="true",
+        tensor_parallel="2", num_gpus="2", batch_invariant="true",
+    )  # fmt: skip
+    assert replicas.init_kwargs["options"] == EngineOptions("int8", 1_000_000, True, None, 2, True)
 
 
 def test_a_relative_directory_is_one_of_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +72,9 @@ def test_replicas_are_held_to_their_limits() -> None:
         ({"max_batch_size": "0"}, "max_batch_size"),
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas is 2; it must be at least min_replicas, 3"),
         ({"dtype": "int4"}, "dtype"),
+        ({"quantization": "int2"}, "quantization"),
+        ({"tensor_parallel": 2, "num_gpus": 1}, "num_gpus is 1 and tensor_parallel 2; make them equal"),
+        ({"draft_model": "models:/x/1", "prompt_lookup": True}, "prompt_lookup is on; choose one"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_deployed(args: dict[str, Any], message: str) -> None:

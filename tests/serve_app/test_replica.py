@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from llama_ray.generation.engine import Engine, GenerationError
+from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.model.checkpoint import CheckpointError
 from llama_ray.pretrained import load_pretrained, save_pretrained
 from llama_ray.tracking.uri import TrackingError
 from serve_app.events import Event, Failure, Job, Piece, Started
 from serve_app.replica import LlamaReplica
-from tests.serve_app.conftest import MAX_SEQ_LEN
+from tests.serve_app.conftest import EMOJI, MAX_SEQ_LEN
 
 LONG = SamplingParams(max_tokens=MAX_SEQ_LEN - 100, ignore_eos=True)
 JOB = Job("tiny", ["The quick"], SamplingParams(max_tokens=20, seed=1), stream=True)
@@ -60,6 +61,14 @@ def test_prompts_and_candidates_come_as_the_engine_gives_them(
     params = SamplingParams(max_tokens=20, seed=1, n=3)
     job = Job("tiny", ["The quick", engine.encode("dog"), "a"], params, stream=stream)
     asyncio.run(compare(replica, job, engine))
+
+
+def test_guesses_change_nothing(model_dir: Path, engine: Engine) -> None:
+    replica = LlamaReplica(str(model_dir), options=EngineOptions(prompt_lookup=True))
+    job = Job("tiny", [EMOJI * 4, "The quick"], SamplingParams(max_tokens=30, seed=1), stream=True)
+    asyncio.run(compare(replica, job, engine))
+    assert asyncio.run(replica.stats()).draft_tokens > 0
+    replica._engine.stop()
 
 
 def test_a_slow_reader_gets_what_is_ready_at_once(replica: LlamaReplica) -> None:

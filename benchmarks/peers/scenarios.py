@@ -80,8 +80,15 @@ def batch(setting: Setting, title: str, count: int, contestants: list[str]) -> N
         return tokens / floor.batch_s(setting.config, rates, kind, count, PROMPT, NEW)
 
     setting.print_floor(f"{title}: {count} x ({PROMPT} + {NEW} tokens)", "tok/s", at_best)
-    sizes = {"max_requests": count, "tokens": 2 * (PROMPT + NEW)}
-    turns = setting.start(contestants, **{"llama.cpp": sizes})
+    length = 2 * (PROMPT + NEW)
+    # A cache of the size that the task needs for both: after the first round all of its memory has been used before,
+    # as in a server that runs for a while. The system takes as long to hand out new memory as a tenth of a round.
+    cache = count * length * floor.cache_bytes(setting.config)
+    options: dict[str, dict[str, Any]] = {
+        "llama.cpp": {"max_requests": count, "tokens": length},
+        "ours": {"max_seq_len": length, "kv_cache_memory_bytes": 2 * cache if count == 1 else cache},
+    }
+    turns = setting.start(contestants, **options)
     rates, figures = [], {name: list[float]() for name in contestants}
     warm_up = workload.prompts(count, PROMPT, setting.config.vocab_size, seed=-1)
     for turn in turns:

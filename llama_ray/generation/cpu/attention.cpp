@@ -40,7 +40,7 @@ constexpr int kTileRows = 24;
 // Rows that a task takes over the blocks. Where a tile has fewer, as in decoding, it takes several heads: their panels are
 // neighbours, and memory is read several times as fast in runs of 48 KiB as in runs of 4.
 constexpr int kTaskRows = 32;
-constexpr int kTasksPerThread = 4;  // at least, as far as there are heads: threads finish at different times
+constexpr int kManyTasks = 4;  // for each thread: so many need not be of one size to end at about the same time
 
 // One layer's cache, in units of 32 bits.
 template <class Dot>
@@ -93,12 +93,12 @@ void write(const Blocks<Dot>& blocks, int64_t slot, int64_t head, int64_t head_d
 }
 
 // What a thread needs to take some rows over the blocks.
-struct Scratch {
+struct AttentionScratch {
   std::vector<float> scores, output;  // [kTaskRows, block_size], [kTaskRows, value_dim]
   std::vector<uint32_t> weights;      // [kTaskRows, units of a block]
   alignas(64) float most[kTaskRows], total[kTaskRows], scale[kTaskRows];  // running maximum and sum, and what shrinks them
 
-  Scratch(int64_t block_size, int64_t value_dim)
+  AttentionScratch(int64_t block_size, int64_t value_dim)
       : scores(kTaskRows * block_size), output(kTaskRows * value_dim), weights(kTaskRows * block_size) {}
 };
 static_assert(kTileRows <= kTaskRows && kTaskRows % kLanes == 0);
@@ -122,7 +122,7 @@ void product_rows(const uint32_t* const* rows, int count, const uint32_t* panel,
 template <class Dot, class T = typename Dot::Value>
 void attend(const Blocks<Dot>& blocks, const int32_t* table, int64_t first_head, int heads, int64_t group,
             const Tokens<const T>& query, const Tokens<T>& out, int64_t token, int64_t position, int64_t first, int rows,
-            float scale, Scratch& s) {
+            float scale, AttentionScratch& s) {
   const uint32_t *q[kTaskRows], *w[kTaskRows];
   const int64_t size = blocks.block_size, width = blocks.value_dim;
   const int all = heads * rows;
@@ -197,9 +197,18 @@ struct Work {
   int64_t first_task, tiles, heads, parts;  // parts: of all heads
 };
 
-// The tasks of all sequences, `most_heads` heads together at most -> how many they are.
-int64_t divide(const Step& step, int64_t kv_heads, int64_t group, int64_t most_heads, std::vector<Work>& work) {
-  int64_t tasks = 0;
+// The tasks of all sequences, with `most_heads` heads together at most.
+struct Division {
+  int64_t tasks = 0, cost = 0, longest = 0;  // cost in products of a row with a position, of all tasks and of the longest
+
+  // Whether threads that take the tasks as they come would end at about the same time.
+  bool is_even(int threads) const {
+    return tasks >= kManyTasks * threads || (tasks % threads == 0 && longest * threads <= cost);
+  }
+};
+
+Division divide(const Step& step, int64_t kv_heads, int64_t group, int64_t most_heads, std::vector<Work>& work) {
+  Division all;
   work.clear();
   for (int64_t s = 0; s < step.sequences; ++s) {
     const int64_t rows = (step.query_start[s + 1] - step.query_start[s]) * group;
@@ -207,10 +216,12 @@ int64_t divide(const Step& step, int64_t kv_heads, int64_t group, int64_t most_h
     const int64_t most_rows = tiles ? (rows + tiles - 1) / tiles : 1;  // of a tile
     const int64_t heads = std::clamp<int64_t>(kTaskRows / most_rows, 1, most_heads);
     const int64_t parts = (kv_heads + heads - 1) / heads;
-    work.push_back({tasks, tiles, heads, parts});
-    tasks += tiles * parts;
+    work.push_back({all.tasks, tiles, heads, parts});
+    all.tasks += tiles * parts;
+    all.cost += rows * kv_heads * step.context_len[s];
+    all.longest = std::max(all.longest, most_rows * heads * step.context_len[s]);
   }
-  return tasks;
+  return all;
 }
 
 template <class Dot, class T = typename Dot::Value>
@@ -220,9 +231,9 @@ void run(const Cache& cache, const Step& step, const Blocks<Dot>& blocks, int64_
   static thread_local std::vector<Work> kept;
   std::vector<Work>& work = kept;  // of this thread, also in the others
   int64_t most_heads = cache.kv_heads;
-  int64_t tasks = divide(step, cache.kv_heads, group, most_heads, work);
-  while (tasks < kTasksPerThread * threads && most_heads > 1 && threads > 1)
-    tasks = divide(step, cache.kv_heads, group, most_heads = (most_heads + 1) / 2, work);
+  Division all = divide(step, cache.kv_heads, group, most_heads, work);
+  while (!all.is_even(threads) && most_heads > 1)
+    all = divide(step, cache.kv_heads, group, most_heads = (most_heads + 1) / 2, work);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -233,9 +244,9 @@ void run(const Cache& cache, const Step& step, const Blocks<Dot>& blocks, int64_
         write<Dot>(blocks, step.slots[t], head, cache.head_dim, key.at(t, head), value.at(t, head));
     }
     // The threads meet here: a query may see keys that another thread has written.
-    Scratch scratch(blocks.block_size, blocks.value_dim);
+    AttentionScratch scratch(blocks.block_size, blocks.value_dim);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; ++task) {
+    for (int64_t task = 0; task < all.tasks; ++task) {
       const auto after = [](int64_t t, const Work& w) { return t < w.first_task; };
       const int64_t s = std::upper_bound(work.begin(), work.end(), task, after) - work.begin() - 1;
       const Work& w = work[s];

@@ -1,5 +1,5 @@
-// A whole block of the model in one call: the other kernels in a row, with what lies between them in memory that stays
-// in the cache. For a single token the calls from Python would otherwise take as long as a tenth of the work.
+// All blocks of the model in one call: the other kernels in a row, with what lies between them in memory that stays in the
+// cache. For a single token the calls from Python would otherwise take as long as a tenth of the work.
 #include <algorithm>
 #include <vector>
 
@@ -8,6 +8,13 @@
 struct Linear;
 struct Cache;
 struct Step;
+
+namespace {
+struct Rope {
+  const float *cos, *sin;  // [positions, head_dim / 2]
+  int64_t positions;
+};
+}  // namespace
 
 extern "C" {
 void linear(const Linear*, const void* x, int64_t rows, void* y, int threads);
@@ -18,7 +25,7 @@ void paged_attention(const Cache*, const Step*, void* keys, void* values, int64_
                      int64_t query_stride, const void* key, int64_t key_stride, const void* value, int64_t value_stride,
                      void* out, float scale, int threads);
 
-// PackedBlock in modules.py holds one; the fields are in the same order there.
+// PackedBlocks in modules.py holds one for each; the fields are in the same order there.
 struct Block {
   const Linear *qkv, *o, *gate_up, *down;
   const void *input_norm, *post_attention_norm;
@@ -43,33 +50,58 @@ void add(bool is_bf16, const void* x, const void* y, void* sum, int64_t count) {
     add_rows((const float*)x, (const float*)y, (float*)sum, count);
 }
 
+// Memory for `count` tensors, each at the beginning of a cache line.
+struct BlockScratch {
+  std::vector<char> memory;
+  char* next;
+
+  void reserve(int64_t bytes, int count) {
+    if (int64_t(memory.size()) < bytes + count * 64) memory.resize(bytes + count * 64);
+    next = memory.data();
+  }
+  char* take(int64_t bytes) {
+    char* const start = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(next) + 63) & ~uintptr_t(63));
+    next = start + bytes;
+    return start;
+  }
+};
+
+// x and out [rows, hidden], which may not overlap; h [rows, hidden], m [rows, widest product], a [rows, heads] in between.
+void block(const Block& b, const Cache* cache, const Step* step, void* keys, void* values, const void* x, void* out,
+           char* h, char* m, char* a, int64_t rows, const Rope& r, float scale, int threads) {
+  const int64_t size = b.is_bf16 ? 2 : 4, width = (b.heads + 2 * b.kv_heads) * b.head_dim;
+  rms_norm(b.is_bf16, x, b.input_norm, h, rows, b.hidden, b.eps, threads);
+  linear(b.qkv, h, rows, m, threads);
+  rope(b.is_bf16, m, width, rows, b.heads + b.kv_heads, b.head_dim, r.cos, r.sin, r.positions, threads);
+  char* const k = m + b.heads * b.head_dim * size;
+  char* const v = k + b.kv_heads * b.head_dim * size;
+  paged_attention(cache, step, keys, values, b.heads, m, width, k, width, v, width, a, scale, threads);
+  linear(b.o, a, rows, h, threads);
+  add(b.is_bf16, x, h, out, rows * b.hidden);
+  rms_norm(b.is_bf16, out, b.post_attention_norm, h, rows, b.hidden, b.eps, threads);
+  linear(b.gate_up, h, rows, m, threads);
+  linear(b.down, m, rows, h, threads);
+  add(b.is_bf16, out, h, out, rows * b.hidden);
+}
+
 }  // namespace
 
-// x and out [rows, hidden], which may not overlap.
-extern "C" void block(const Block* b, const Cache* cache, const Step* step, void* keys, void* values, const void* x,
-                      void* out, int64_t rows, const float* cos, const float* sin, int64_t positions, float scale,
-                      int threads) {
-  const int64_t size = b->is_bf16 ? 2 : 4, width = (b->heads + 2 * b->kv_heads) * b->head_dim;
-  const int64_t attended = b->heads * b->head_dim, between = std::max(width, b->intermediate);
-  static thread_local std::vector<char> memory;
-  const int64_t needed = rows * (b->hidden + between + attended) * size + 3 * 64;
-  if (int64_t(memory.size()) < needed) memory.resize(needed);
-  const auto aligned = [](char* p) { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t(63)); };
-  char* const h = aligned(memory.data());
-  char* const qkv = aligned(h + rows * b->hidden * size);
-  char* const a = aligned(qkv + rows * between * size);
-
-  rms_norm(b->is_bf16, x, b->input_norm, h, rows, b->hidden, b->eps, threads);
-  linear(b->qkv, h, rows, qkv, threads);
-  rope(b->is_bf16, qkv, width, rows, b->heads + b->kv_heads, b->head_dim, cos, sin, positions, threads);
-  char* const k = qkv + attended * size;
-  char* const v = k + b->kv_heads * b->head_dim * size;
-  paged_attention(cache, step, keys, values, b->heads, qkv, width, k, width, v, width, a, scale, threads);
-  linear(b->o, a, rows, h, threads);
-  add(b->is_bf16, x, h, out, rows * b->hidden);
-  rms_norm(b->is_bf16, out, b->post_attention_norm, h, rows, b->hidden, b->eps, threads);
-  char* const m = qkv;
-  linear(b->gate_up, h, rows, m, threads);
-  linear(b->down, m, rows, h, threads);
-  add(b->is_bf16, out, h, out, rows * b->hidden);
+// x and out [rows, hidden], which may not overlap. All blocks are of one shape; keys and values hold a pointer for each.
+extern "C" void blocks(const Block* const* all, int64_t count, const Cache* cache, const Step* step, void* const* keys,
+                       void* const* values, const void* x, void* out, int64_t rows, const float* cos, const float* sin,
+                       int64_t positions, float scale, int threads) {
+  const Block& b = *all[0];
+  const int64_t size = b.is_bf16 ? 2 : 4, width = (b.heads + 2 * b.kv_heads) * b.head_dim;
+  const int64_t hidden = rows * b.hidden * size, between = rows * std::max(width, b.intermediate) * size;
+  const int64_t attended = rows * b.heads * b.head_dim * size;
+  static thread_local BlockScratch scratch;
+  scratch.reserve(2 * hidden + between + attended, 4);
+  char *const h = scratch.take(hidden), *const m = scratch.take(between), *const a = scratch.take(attended);
+  void* const other = scratch.take(hidden);
+  const void* from = x;
+  for (int64_t i = 0; i < count; ++i) {
+    void* const to = (count - i) % 2 ? out : other;  // the last one writes to out
+    block(*all[i], cache, step, keys[i], values[i], from, to, h, m, a, rows, {cos, sin, positions}, scale, threads);
+    from = to;
+  }
 }

@@ -87,8 +87,8 @@ _SIGNATURES: dict[str, list[type]] = {
         *(_pointer, _pointer, _pointer, _pointer, _size),
         *(_pointer, _size, _pointer, _size, _pointer, _size, _pointer, _float, _int),
     ],
-    "block": [
-        *(_pointer, _pointer, _pointer, _pointer, _pointer),
+    "blocks": [
+        *(_pointer, _size, _pointer, _pointer, _pointer, _pointer),
         *(_pointer, _pointer, _size, _pointer, _pointer, _size, _float, _int),
     ],
     "draw": [_pointer, _size, _size, _pointer, _pointer, _pointer, _int],
@@ -112,7 +112,10 @@ def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], targe
 
 
 def _units(sources: Sequence[Path]) -> list[list[Path]]:
-    """The sources in two translation units of about one size: the header of the intrinsics costs 0.3 s in each."""
+    """The sources in two translation units of about one size: the header of the intrinsics costs 0.3 s in each.
+
+    So a name in an anonymous namespace must be its file's alone.
+    """
     units: list[list[Path]] = [[], []]
     sizes = [0, 0]
     for source in sorted(sources, key=lambda path: path.stat().st_size, reverse=True):

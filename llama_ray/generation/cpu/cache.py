@@ -64,7 +64,10 @@ class CpuCache:
         )
         first = self._blocks.data_ptr()
         starts = range(first, first + stride, stride // config.num_layers)
-        self._layers = [(start, start + keys * dtype.itemsize) for start in starts]
+        # Where each layer's keys and values are in block 0, as C++ takes them.
+        pointers = ctypes.c_void_p * config.num_layers
+        self._keys = pointers(*starts)
+        self._values = pointers(*(start + keys * dtype.itemsize for start in starts))
 
     @staticmethod
     def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -74,7 +77,7 @@ class CpuCache:
 
     def attend(self, batch: StepBatch) -> CpuAttend:
         """Attention for one step: writes its keys and values to their slots, then looks at all before them."""
-        return CpuAttend(self._config, self._dtype, self._argument, self._layers, batch)
+        return CpuAttend(self._config, self._dtype, self._argument, (self._keys, self._values), batch)
 
     def copy_block(self, source: int, target: int) -> None:
         """Make block `target` equal to `source` in all layers."""
@@ -89,7 +92,7 @@ class CpuAttend:
         config: LlamaConfig,
         dtype: torch.dtype,
         cache: _Cache,
-        layers: list[tuple[int, int]],
+        layers: tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]],
         batch: StepBatch,
     ) -> None:
         tensors = (
@@ -101,7 +104,8 @@ class CpuAttend:
         step = _Step(*(t.data_ptr() for t in tensors), len(batch.context_len), batch.block_table.shape[1])
         self._kept = tensors, step, cache  # C++ sees addresses only
         self.cache, self.step = ctypes.addressof(cache), ctypes.addressof(step)
-        self.layers, self.dtype = layers, dtype  # layers: where each one's keys and values are in block 0
+        self.keys, self.values = layers
+        self.dtype = dtype
         self.tokens, self.scale, self.threads = (
             len(batch.slots),
             config.head_dim**-0.5,
@@ -126,7 +130,7 @@ class CpuAttend:
         heads = query.shape[1]
         out = torch.empty((1, self.tokens, heads, query.shape[3]), dtype=self.dtype)
         self._run(
-            *(self.cache, self.step, *self.layers[layer], heads),
+            *(self.cache, self.step, self.keys[layer], self.values[layer], heads),
             *(query.data_ptr(), query.stride(2), key.data_ptr(), key.stride(2)),
             *(value.data_ptr(), value.stride(2), out.data_ptr(), self.scale, self.threads),
         )

@@ -27,13 +27,13 @@ inline F32 mass_of(F32 shifted) { return round_even(exp(shifted) * kUnits); }
 
 inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-struct Scratch {
+struct DrawScratch {
   Candidates candidates;
   std::vector<float> values, shifted, mass;
   std::vector<int64_t> ids;
   std::vector<double> running;
 
-  explicit Scratch(int64_t width)
+  explicit DrawScratch(int64_t width)
       : values(padded(width)), shifted(padded(width)), mass(padded(width)), ids(width), running(width) {}
 };
 
@@ -48,7 +48,7 @@ double total_mass(const float* row, int64_t size, float top, float temperature) 
 }
 
 // -> the token; `is_short` where it must be drawn again, from more candidates.
-int64_t draw_row(const float* row, int64_t size, const Draw& d, int64_t r, Scratch& s, bool& is_short) {
+int64_t draw_row(const float* row, int64_t size, const Draw& d, int64_t r, DrawScratch& s, bool& is_short) {
   const int64_t width = d.width;
   top_row(row, size, width, s.values.data(), s.ids.data(), s.candidates);
   const float top = s.values[0], temperature = d.temperature[r];
@@ -85,7 +85,7 @@ extern "C" void draw(const float* logits, int64_t rows, int64_t size, const Draw
                      int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
   {
-    Scratch scratch(d->width);
+    DrawScratch scratch(d->width);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
       bool is_short = false;

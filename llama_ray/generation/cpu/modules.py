@@ -29,10 +29,12 @@ def accelerate(model: Llama, format: Format | None = None) -> Llama:
     weights: Format = format or ("bfloat16" if dtype == torch.bfloat16 else "float32")
     check_format(weights, dtype)
     ops.kernels()
-    arena = Arena()
+    arena, blocks = Arena(), nn.ModuleList()
     for i, block in enumerate(model.layers):
         assert isinstance(block, Block)
-        model.layers[i] = PackedBlock(block, weights, arena)
+        blocks.append(PackedBlock(block, weights, arena))
+        model.layers[i] = nn.Identity()
+    model.layers = nn.ModuleList([PackedBlocks(blocks)])
     model.register_module("norm", PackedRMSNorm(model.norm))
     # A tied head gets a copy of its own; the embedding stays a table to look tokens up in.
     model.register_module(
@@ -61,42 +63,31 @@ class _Block(ctypes.Structure):
     )
 
 
-class PackedBlock(nn.Module):
-    """A block in one call of C++ where the cache is a CpuCache, else by its parts, with the same result."""
+class PackedBlocks(nn.Module):
+    """All blocks in one call of C++ where the cache is a CpuCache, else one after the other, with the same result."""
 
-    def __init__(self, block: Block, format: Format, arena: Arena) -> None:
+    def __init__(self, blocks: nn.ModuleList) -> None:
         super().__init__()
-        self.self_attn = PackedAttention(block.self_attn, format, arena)
-        self.mlp = PackedSwiGLU(block.mlp, format, arena)
-        self.input_layernorm = PackedRMSNorm(block.input_layernorm)
-        self.post_attention_layernorm = PackedRMSNorm(block.post_attention_layernorm)
-        attention, mlp = self.self_attn, self.mlp
-        products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        norms = (self.input_layernorm.weight, self.post_attention_layernorm.weight)
-        self._argument = _Block(
-            *(p.address for p in products),
-            *(w.data_ptr() for w in norms),
-            attention.qkv_proj.in_features,
-            *attention.heads[:2],
-            attention.head_dim,
-            mlp.down_proj.in_features,
-            self.input_layernorm.eps,
-            norms[0].dtype == torch.bfloat16,
-        )
-        self._address = ctypes.addressof(self._argument)
-        self._whole = not any(p.pad for p in products)
-        self._run = ops.kernels().block
+        self.blocks = blocks
+        each = [block for block in blocks if isinstance(block, PackedBlock)]
+        self._arguments = [block.argument() for block in each]
+        self._addresses = (ctypes.c_void_p * len(each))(*(ctypes.addressof(a) for a in self._arguments))
+        self._summed = [p for b in each for p in (b.self_attn.o_proj, b.mlp.down_proj)]
+        self._whole = not any(p.pad for b in each for p in b.products)
+        self._head_dim = each[0].self_attn.head_dim
+        self._run = ops.kernels().blocks
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
-        # Whoever adds up the parts of several ranks does so after these two.
-        hooked = self.self_attn.o_proj._forward_hooks or self.mlp.down_proj._forward_hooks
+        # Whoever adds up the parts of several ranks does so after these products.
+        hooked = any(p._forward_hooks for p in self._summed)
         if not self._whole or hooked or not isinstance(attend, CpuAttend):
-            x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-            return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+            for block in self.blocks:
+                x = block(x, rope, attend)
+            return x
         cos, sin = rope
-        rows, head_dim = x.numel() // x.shape[-1], self.self_attn.head_dim
-        positions = cos.numel() * 2 // head_dim
+        rows = x.numel() // x.shape[-1]
+        positions = cos.numel() * 2 // self._head_dim
         if x.dtype != attend.dtype or rows != attend.tokens or rows % positions:
             raise ValueError(
                 f"{rows} rows of {x.dtype} at {positions} positions meet a step of {attend.tokens} tokens in "
@@ -105,11 +96,51 @@ class PackedBlock(nn.Module):
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         out = torch.empty_like(x)
         self._run(
-            *(self._address, attend.cache, attend.step, *attend.layers[self.self_attn.layer]),
+            *(self._addresses, len(self._addresses), attend.cache, attend.step, attend.keys, attend.values),
             *(x.data_ptr(), out.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), positions),
             *(attend.scale, attend.threads),
         )
         return out
+
+
+class PackedBlock(nn.Module):
+    """A block of packed layers."""
+
+    def __init__(self, block: Block, format: Format, arena: Arena) -> None:
+        super().__init__()
+        self.self_attn = PackedAttention(block.self_attn, format, arena)
+        self.mlp = PackedSwiGLU(block.mlp, format, arena)
+        self.input_layernorm = PackedRMSNorm(block.input_layernorm)
+        self.post_attention_layernorm = PackedRMSNorm(block.post_attention_layernorm)
+
+    @property
+    def products(self) -> tuple[PackedLinear, ...]:
+        """Its matrix products, in the order of their use."""
+        return (
+            self.self_attn.qkv_proj,
+            self.self_attn.o_proj,
+            self.mlp.gate_up_proj,
+            self.mlp.down_proj,
+        )
+
+    def argument(self) -> _Block:
+        """What C++ is told of the block; it holds addresses in it."""
+        attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
+        return _Block(
+            *(p.address for p in self.products),
+            *(norm.weight.data_ptr() for norm in norms),
+            attention.qkv_proj.in_features,
+            *attention.heads[:2],
+            attention.head_dim,
+            self.mlp.down_proj.in_features,
+            norms[0].eps,
+            norms[0].weight.dtype == torch.bfloat16,
+        )
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden]."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
 class PackedRMSNorm(nn.Module):

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
+from llama_ray.generation.backend import make_sampler
 from llama_ray.generation.constraints import Constraint
 from llama_ray.generation.penalties import TokenCounts
-from llama_ray.generation.sampler import Sampler
 from llama_ray.generation.sampling import SamplingParams
 
 CASES: dict[str, dict[str, Any]] = {
@@ -74,10 +74,12 @@ def main(vocab_size: int = 32000, device: str = "cpu", threads: int = 2, repeats
             params = SamplingParams(**values)
             prompts = torch.randint(vocab_size, (n, 256), generator=generator).tolist()
             rows = [Row(params, seed, prompt) for seed, prompt in enumerate(prompts)]
-            sampler = Sampler()
+            sampler = make_sampler(torch.device(device))
             sampler.sample(logits, rows)
             known = milliseconds(lambda: sampler.sample(logits, rows), repeats, synchronise)  # noqa: B023
-            new = milliseconds(lambda: Sampler().sample(logits, rows), repeats, synchronise)  # noqa: B023
+            new = milliseconds(
+                lambda: make_sampler(torch.device(device)).sample(logits, rows), repeats, synchronise
+            )  # noqa: B023
             line += f"{known:13.3f}{new:8.3f}"
         print(line, flush=True)
 

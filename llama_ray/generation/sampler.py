@@ -40,7 +40,7 @@ NOT_FINITE = (
     "the model's logits are not finite (its numbers overflowed or its weights hold NaN); "
     "try dtype bfloat16 or float32"
 )
-_FAILED, _AGAIN = -1, -2
+_AGAIN = -1
 
 
 class Row(Protocol):
@@ -114,17 +114,19 @@ class Sampler:
         if self._plan is None or not self._plan.fits(logits, rows):
             self._plan = _Plan(logits, rows)
         plan = self._plan
-        finite = logits.amax(-1).abs() < math.inf  # neither NaN nor +inf anywhere, and not only -inf
+        largest = logits.amax(-1)  # finite where there is neither NaN nor +inf, and not only -inf
         raw = logits[plan.reported_rows] if plan.reported else None
         errors = self._adjust(logits, rows, plan)
         tokens = self._draw(logits, rows, plan)
-        chosen: list[int] = torch.where(finite, tokens, _FAILED).tolist()
+        chosen: list[int] = tokens.tolist()
+        finite = [math.isfinite(value) for value in largest.tolist()]
         if _AGAIN in chosen:
-            again = [i for i, token in enumerate(chosen) if token == _AGAIN]
+            again = [i for i, token in enumerate(chosen) if token == _AGAIN and finite[i]]
             for i, token in zip(again, self._draw_again(logits, rows, again), strict=True):
                 chosen[i] = token
         samples = [
-            Sample(None, None, NOT_FINITE) if token == _FAILED else Sample(token, None) for token in chosen
+            Sample(token, None) if ok else Sample(None, None, NOT_FINITE)
+            for token, ok in zip(chosen, finite, strict=True)
         ]
         for i, error in errors.items():
             samples[i] = Sample(None, None, error)

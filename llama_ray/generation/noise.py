@@ -31,7 +31,8 @@ def uniforms(
 def starts(seeds: Sequence[int], candidates: Sequence[int]) -> NDArray[np.uint64]:
     """The start of each row's stream, uint64 [rows]: the part of `uniforms` that no position changes."""
     state = _mix(np.array([s & _MASK for s in seeds], dtype=np.uint64) + np.uint64(_GAMMA))
-    return _mix(state + np.uint64(_GAMMA) * np.array(candidates, dtype=np.uint64))
+    mixed: NDArray[np.uint64] = _mix(state + np.uint64(_GAMMA) * np.array(candidates, dtype=np.uint64))
+    return mixed
 
 
 def uniforms_from(start: NDArray[np.uint64], positions: Sequence[int]) -> NDArray[np.float32]:
@@ -40,8 +41,8 @@ def uniforms_from(start: NDArray[np.uint64], positions: Sequence[int]) -> NDArra
     if len(positions) <= _FEW:
         bits = [_mix(s + _GAMMA * p & _MASK) >> 40 for s, p in zip(start.tolist(), positions, strict=True)]
         return np.array([b * 2.0**-24 for b in bits], dtype=np.float32)
-    places = start + np.uint64(_GAMMA) * np.array(positions, dtype=np.uint64)
-    return (_mix(places) >> 40).astype(np.float32) * np.float32(2**-24)
+    mixed: NDArray[np.uint64] = _mix(start + np.uint64(_GAMMA) * np.array(positions, dtype=np.uint64))
+    return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
 def _mix(z: Any) -> Any:

@@ -15,7 +15,8 @@ import torch
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.async_engine import AsyncEngine
-from llama_ray.generation.engine import Engine, GenerationError
+from llama_ray.generation.completion import GenerationError
+from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 from llama_ray.generation.sequence import Delta

@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from llama_ray.generation.engine import Engine, GenerationError, Prompt
+from llama_ray.generation.completion import GenerationError
+from llama_ray.generation.engine import Engine, Prompt
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.generation.sequence import Delta
 

@@ -9,7 +9,6 @@ import random
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,22 +24,24 @@ from llama_ray.generation.backend import (
     weight_bytes,
 )
 from llama_ray.generation.blocks import BlockPool
+from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.constraints import Grammars
 from llama_ray.generation.core import Core
 from llama_ray.generation.draft_model import DraftModel
 from llama_ray.generation.kv_cache import count_blocks
+from llama_ray.generation.limits import Limits
+from llama_ray.generation.parallel_model import TensorParallel
 from llama_ray.generation.progress import Progress
 from llama_ray.generation.prompt_lookup import PromptLookup
 from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.runner import RunnerError
-from llama_ray.generation.sampling import SamplingParams, TokenLogprob
+from llama_ray.generation.sampling import SamplingParams
 from llama_ray.generation.scheduler import Scheduler
-from llama_ray.generation.sequence import Delta, FinishReason
+from llama_ray.generation.sequence import Delta
 from llama_ray.generation.sequence import Sequence as Candidate
 from llama_ray.generation.speculation import Proposer
-from llama_ray.generation.stats import EngineStats, RequestStats
+from llama_ray.generation.stats import EngineStats
 from llama_ray.generation.text import TextOutput
-from llama_ray.generation.workers import TensorParallel
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained, resolve
 
@@ -48,28 +49,6 @@ Prompt = str | Sequence[int]
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 256, 2048
 """Tokens that one step computes, by default: enough for matrix products to be efficient."""
-
-
-class GenerationError(RuntimeError):
-    """A request that was accepted but could not be finished; the message gives the cause."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One candidate, finished: `finish_reason` is "stop" (end-of-text token or stop string) or "length".
-
-    `token_ids` include the end-of-text token or the stop string's tokens, though `text` does not. `logprobs` has an
-    entry for each of them, or is None where the request did not ask; so has `prompt_logprobs` for each token of the
-    prompt but the first.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[TokenLogprob] | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[TokenLogprob] | None = None
-    stats: RequestStats | None = field(default=None, compare=False)
 
 
 class Engine:
@@ -150,6 +129,7 @@ class Engine:
         others = parallel.size - 1 if parallel else 0
         self._kv_cache_bytes = blocks * (per_block + others * rank_block)
         self._weight_bytes = parallel.weight_bytes if parallel else weight_bytes(model)
+        self._limits = Limits(model.config.vocab_size, max_seq_len, has_tokenizer=tokenizer is not None)
         self._grammars = Grammars(tokenizer, model.config.vocab_size, self.eos_ids)
         self._seeds = random.Random(seed)
         self._requests = itertools.count()
@@ -229,7 +209,7 @@ class Engine:
         given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = [self.encode(prompt) for prompt in given]
         for ids in encoded:
-            self._check(ids, params)
+            self._limits.check(ids, params)
         ids_of: list[int] = []
         deltas: defaultdict[tuple[int, int], list[Delta]] = defaultdict(list)
         try:
@@ -247,7 +227,7 @@ class Engine:
             for request_id in ids_of:
                 self.abort(request_id)
         return [
-            _completion(deltas[request_id, index], prompt)
+            Completion.of(deltas[request_id, index], prompt)
             for request_id, prompt in zip(ids_of, encoded, strict=True)
             for index in range(params.n)
         ]
@@ -274,7 +254,7 @@ class Engine:
         """Queue a request -> its id, which its deltas carry. Raises ValueError for one that cannot be served."""
         params = params or SamplingParams()
         ids = self.encode(prompt)
-        self._check(ids, params)
+        self._limits.check(ids, params)
         constraints = [self._grammars.constraint(params) for _ in range(params.n)]
         with self._lock:
             request_id = next(self._requests)
@@ -332,46 +312,6 @@ class Engine:
         any more: a worker process is gone.
         """
         return self._core.step()
-
-    def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
-        vocab_size = self.config.vocab_size
-        if not ids:
-            raise ValueError(
-                "the prompt is empty and the model has no token to begin with; give at least one token"
-            )
-        named = (*ids, *(params.logit_bias or ()), *params.stop_token_ids)
-        outside = next((t for t in named if not 0 <= t < vocab_size), None)
-        if outside is not None:
-            raise ValueError(
-                f"token id {outside} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
-            )
-        if len(ids) >= self.max_seq_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, which leaves no room for an answer within max_seq_len "
-                f"{self.max_seq_len}; shorten the prompt"
-            )
-        if len(ids) + params.max_tokens > self.max_seq_len:
-            raise ValueError(
-                f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed max_seq_len "
-                f"{self.max_seq_len}; set max_tokens to at most {self.max_seq_len - len(ids)} or shorten the prompt"
-            )
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this model has none")
-
-
-def _completion(deltas: list[Delta], prompt: list[int]) -> Completion:
-    whole = Delta.joined(deltas) if deltas else None
-    if whole is None or whole.finish_reason is None or whole.error is not None:
-        raise GenerationError(whole.error if whole and whole.error else "the request was aborted")
-    return Completion(
-        whole.text,
-        whole.token_ids,
-        whole.finish_reason,
-        whole.logprobs,
-        prompt,
-        whole.prompt_logprobs,
-        whole.stats,
-    )
 
 
 def _eos_ids(directory: Path) -> list[int]:

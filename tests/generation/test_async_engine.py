@@ -10,7 +10,8 @@ import torch
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.async_engine import AsyncEngine
-from llama_ray.generation.engine import Engine, GenerationError, Prompt
+from llama_ray.generation.completion import GenerationError
+from llama_ray.generation.engine import Engine, Prompt
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.generation.sequence import Delta
 from llama_ray.model.llama import Llama

@@ -16,7 +16,8 @@ import torch
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.backend import BLOCK_SIZE, block_bytes
-from llama_ray.generation.engine import Completion, Engine, GenerationError
+from llama_ray.generation.completion import Completion, GenerationError
+from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.engine import Completion, Engine, GenerationError
+from llama_ray.generation.completion import Completion, GenerationError
+from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.generation.sequence import Delta
 from llama_ray.model.config import LlamaConfig, RopeScaling

@@ -18,8 +18,9 @@ from torch import Tensor
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.async_engine import AsyncEngine
 from llama_ray.generation.batch import StepBatch
+from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.cpu.cache import CpuCache
-from llama_ray.generation.engine import Engine, GenerationError
+from llama_ray.generation.engine import Engine
 from llama_ray.generation.kv_cache import TorchCache
 from llama_ray.generation.runner import Runner, RunnerError
 from llama_ray.generation.sampling import SamplingParams
@@ -58,7 +59,7 @@ def pair(saved: Path) -> Iterator[Engine]:
 def workers(pid: int | None = None) -> list[psutil.Process]:
     """The worker processes of a process, of this one by default."""
     return [
-        p for p in psutil.Process(pid).children() if "llama_ray.generation.workers" in " ".join(p.cmdline())
+        p for p in psutil.Process(pid).children() if "llama_ray.generation.worker " in " ".join(p.cmdline())
     ]
 
 

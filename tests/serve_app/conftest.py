@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.engine import Engine, EngineStats
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.stats import EngineStats
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.generation.engine import Engine, GenerationError
+from llama_ray.generation.completion import GenerationError
+from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling import SamplingParams
 from llama_ray.model.checkpoint import CheckpointError

@@ -1,0 +1,49 @@
+"""What `Engine.generate` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from llama_ray.generation.sampling import TokenLogprob
+from llama_ray.generation.sequence import Delta, FinishReason
+from llama_ray.generation.stats import RequestStats
+
+
+class GenerationError(RuntimeError):
+    """A request that was accepted but could not be finished; the message gives the cause."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One candidate, finished: `finish_reason` is "stop" (end-of-text token or stop string) or "length".
+
+    `token_ids` include the end-of-text token or the stop string's tokens, though `text` does not. `logprobs` has an
+    entry for each of them, or is None where the request did not ask; so has `prompt_logprobs` for each token of the
+    prompt but the first.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[TokenLogprob] | None = None
+    stats: RequestStats | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta], prompt: list[int]) -> Self:
+        """All deltas of one candidate, in order, as one. Raises GenerationError where they do not end well."""
+        whole = Delta.joined(deltas) if deltas else None
+        if whole is None or whole.finish_reason is None or whole.error is not None:
+            raise GenerationError(whole.error if whole and whole.error else "the request was aborted")
+        return cls(
+            whole.text,
+            whole.token_ids,
+            whole.finish_reason,
+            whole.logprobs,
+            prompt,
+            whole.prompt_logprobs,
+            whole.stats,
+        )

@@ -1,0 +1,43 @@
+"""What a request may ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llama_ray.generation.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one engine: token ids from 0 to `vocab_size` - 1, and up to `max_seq_len` of prompt and output together."""
+
+    vocab_size: int
+    max_seq_len: int
+    has_tokenizer: bool = field(kw_only=True)
+
+    def check(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise ValueError for a prompt or parameters that cannot be served."""
+        vocab_size = self.vocab_size
+        if not ids:
+            raise ValueError(
+                "the prompt is empty and the model has no token to begin with; give at least one token"
+            )
+        named = (*ids, *(params.logit_bias or ()), *params.stop_token_ids)
+        outside = next((t for t in named if not 0 <= t < vocab_size), None)
+        if outside is not None:
+            raise ValueError(
+                f"token id {outside} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
+            )
+        if len(ids) >= self.max_seq_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, which leaves no room for an answer within max_seq_len "
+                f"{self.max_seq_len}; shorten the prompt"
+            )
+        if len(ids) + params.max_tokens > self.max_seq_len:
+            raise ValueError(
+                f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed max_seq_len "
+                f"{self.max_seq_len}; set max_tokens to at most {self.max_seq_len - len(ids)} or shorten the prompt"
+            )
+        if params.stop_strings and not self.has_tokenizer:
+            raise ValueError("stop strings need a tokenizer, and this model has none")

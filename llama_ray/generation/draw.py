@@ -1,7 +1,12 @@
-"""One token a row out of logits: temperature, top-k, top-p, min-p, and a draw at a given number.
+"""One token a row out of logits: temperature, top-k, top-p, min-p, and a draw.
+
+The draw is a race: every token runs for an exponentially distributed time, divided by its mass, and the first one in
+is drawn, which each is with a probability in proportion to its mass (the Gumbel-max trick, as in Maddison, Tarlow and
+Minka 2014, arXiv:1411.0030, in another form). Times belong to a place and a token, so two models that think alike draw
+alike there, which guesses of a draft model live on: if the cumulative mass were inverted, half as many would be right.
 
 A row's outcome must not depend on the rows beside it, nor on how many there are. Sums of floats do: a device splits
-them according to the shape of the whole. So probabilities become whole numbers here, in units of 2^-36 of the most
+them according to the shape of the whole. So for top-p probabilities become whole numbers, in units of 2^-36 of the most
 probable token's, and are added in fp64, where sums below 2^53 are exact and thus the same in any order.
 """
 
@@ -14,12 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_ray.generation.candidates import TopCandidates
+from llama_ray.generation.candidates import TopCandidates, torch_top_candidates
+from llama_ray.generation.noise import exponentials
 from llama_ray.generation.sampling import SamplingParams
 
 UNITS = 2.0**36
 _BLOCK = 128
 _CHUNK = 16  # rows: what is in work at once fits the processor's cache
+_GPU_CHUNK = 2**24  # numbers: of 8 bytes, and a few of them for each
 _LEAST_WIDTH = 64
 # A nucleus rarely holds more tokens than this, and finding so many is several times cheaper than sorting them all.
 _NUCLEUS_WIDTH = 1024
@@ -73,20 +80,22 @@ class Filters:
 
 
 DrawFiltered = Callable[[Tensor, Filters, Tensor], tuple[Tensor, Tensor | None]]
-"""Draws rows of logits fp32 [rows, vocab_size] from their `Filters.width` most probable tokens at noise fp64 [rows, 1].
+"""Draws rows of logits fp32 [rows, vocab_size] from their `Filters.width` most probable tokens, at `noise.places`.
 
-The noise is in [0, 1). Returns the tokens, int64 [rows], and where the width may not hold all of a nucleus, a mask
-[rows] of those where it does not: they must be drawn again, from more. Every filter keeps a beginning of the
-candidates, and the token is the first whose cumulative mass passes the row's number.
+Returns the tokens, int64 [rows], and where the width may not hold all of a nucleus, a mask [rows] of those where it
+does not: they must be drawn again, from more. Every filter keeps a beginning of the candidates.
+"""
+
+DrawFromAll = Callable[[Tensor, Tensor | None, Filters, Tensor], Tensor]
+"""Draws `rows` (None: all) of logits fp32 [_, vocab_size] from the whole vocabulary -> int64 [rows].
+
+`Filters`, of which temperature and min-p count, and `noise.places` hold an entry for each of `rows`.
 """
 
 
-def draw_filtered(
-    logits: Tensor, filters: Filters, noise: Tensor, top_candidates: TopCandidates
-) -> tuple[Tensor, Tensor | None]:
+def draw_filtered(logits: Tensor, filters: Filters, place: Tensor) -> tuple[Tensor, Tensor | None]:
     """`DrawFiltered` in plain torch, on any device."""
-    width = filters.width
-    values, ids = top_candidates(logits, width)
+    values, ids = torch_top_candidates(logits, filters.width)
     shifted = (values - values[:, :1]).div_(filters.temperature)
     mass = shifted.exp().mul_(UNITS).round_().masked_fill_(filters.beyond_k, 0)
     running = mass.cumsum(-1, dtype=torch.float64)
@@ -99,50 +108,42 @@ def draw_filtered(
     kept = (running - mass) < filters.top_p * total  # those before it do not reach p
     if filters.log_min_p is not None:
         kept &= shifted >= filters.log_min_p
-    at = noise * (mass * kept).sum(-1, keepdim=True, dtype=torch.float64)
-    # A number is at most 1 - 2^-24, so its product with the mass stays below the mass: always a token that is kept.
-    place = (running <= at).sum(-1, keepdim=True)
-    return ids.gather(-1, place)[:, 0], short
+    first = (exponentials(place, ids) / (mass * kept)).argmin(-1, keepdim=True)
+    return ids.gather(-1, first)[:, 0], short
 
 
-def draw_from_all(logits: Tensor, rows: Tensor | None, filters: Filters, noise: Tensor) -> Tensor:
-    """Draw `rows` (None: all) of logits fp32 [_, vocab_size] from the whole vocabulary -> int64 [len(rows)].
-
-    `filters` and `noise` hold one entry for each of `rows`. Tokens are passed in the order of their ids.
-    """
+def draw_from_all(logits: Tensor, rows: Tensor | None, filters: Filters, place: Tensor) -> Tensor:
+    """`DrawFromAll` in plain torch, on any device."""
     tokens = []
-    for some in _chunks(noise):
+    every = torch.arange(logits.shape[-1], device=logits.device)
+    for some in _chunks(place, logits.shape[-1]):
         chunk = logits[some] if rows is None else logits[rows[some]]
         shifted = (chunk - chunk.amax(-1, keepdim=True)).div_(filters.temperature[some])
         if filters.log_min_p is not None:
             shifted.masked_fill_(shifted < filters.log_min_p[some], -math.inf)
-        tokens.append(_draw(shifted.exp_().mul_(UNITS).round_(), noise[some]))
+        mass = shifted.exp_().mul_(UNITS).round_()
+        tokens.append((exponentials(place[some], every) / mass).argmin(-1))
     return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
 
-def _draw(mass: Tensor, noise: Tensor) -> Tensor:
-    """The first token whose cumulative mass passes the row's number: first its block, then its place in it."""
-    blocks = _blocks(mass)
-    masses = blocks.sum(-1, dtype=torch.float64)
-    running = masses.cumsum(-1)
-    at = noise * running[:, -1:]
-    # Rows that hold NaN count up to 0 here: they are reported as failed, but must not lead out of the vocabulary.
-    block = (running <= at).sum(-1, keepdim=True)
-    at = at - (running - masses).gather(-1, block)
-    inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]]
-    place = (inside.cumsum(-1, dtype=torch.float64) <= at).sum(-1)
-    return block[:, 0] * _BLOCK + place
+@dataclass(frozen=True)
+class Kernels:
+    """What sampling is made of, on one device; the same contracts everywhere."""
+
+    top_candidates: TopCandidates = torch_top_candidates
+    draw_filtered: DrawFiltered = draw_filtered
+    draw_from_all: DrawFromAll = draw_from_all
 
 
-def _chunks(rows: Tensor) -> Iterator[slice]:
-    step = _CHUNK if rows.device.type == "cpu" else max(len(rows), 1)
+def _chunks(rows: Tensor, vocab_size: int) -> Iterator[slice]:
+    step = _CHUNK if rows.device.type == "cpu" else max(_GPU_CHUNK // vocab_size, 1)
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 def total_mass(logits: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
     """The sum of exp((logits - top) / temperature) in `UNITS`, fp64 [rows, 1]; `top` are the largest [rows, 1]."""
     parts = []
-    for some in _chunks(top):
+    for some in _chunks(top, logits.shape[-1]):
         mass = (logits[some] - top[some]).div_(temperature[some]).exp_().mul_(UNITS).round_()
         parts.append(_blocks(mass).sum(-1, dtype=torch.float64).sum(-1, keepdim=True))
     return torch.cat(parts)

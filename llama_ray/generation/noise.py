@@ -1,4 +1,10 @@
-"""Random numbers that belong to a place, not to a moment: one per (seed, candidate, position)."""
+"""Random numbers that belong to a place, not to a moment: one for each seed, candidate, position and token.
+
+A counter-based generator: a number is a hash of its coordinates, so no state is kept and a row draws the same whichever
+rows stand beside it. The hash is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators"), three times over: a seed and a candidate give the start of a stream, its output number `position` gives
+the start of another, and that one's output number `token` is the number.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +12,63 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-_GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the step of SplitMix64
+GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the step of SplitMix64
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
 _FEW = (
     8  # numbers that are sooner made one by one: after a step that has emptied the caches arrays take 0.1 ms
 )
 
 
-def uniforms(
-    seeds: Sequence[int], candidates: Sequence[int], positions: Sequence[int]
-) -> NDArray[np.float32]:
-    """One number in [0, 1) for each row, fp32 [rows], each a multiple of 2^-24.
-
-    A counter-based generator: the number is a hash of its three coordinates, so no state is kept and a row draws
-    the same whichever rows stand beside it. It is output number `position` of a SplitMix64 (Steele, Lea and
-    Flood 2014, "Fast splittable pseudorandom number generators") whose start is hashed from seed and candidate.
-    Seeds are taken modulo 2^64.
-    """
-    return uniforms_from(starts(seeds, candidates), positions)
-
-
 def starts(seeds: Sequence[int], candidates: Sequence[int]) -> NDArray[np.uint64]:
-    """The start of each row's stream, uint64 [rows]: the part of `uniforms` that no position changes."""
-    state = _mix(np.array([s & _MASK for s in seeds], dtype=np.uint64) + np.uint64(_GAMMA))
-    mixed: NDArray[np.uint64] = _mix(state + np.uint64(_GAMMA) * np.array(candidates, dtype=np.uint64))
+    """The start of each row's stream of positions, uint64 [rows]. Seeds are taken modulo 2^64."""
+    state = _mix(np.array([s & _MASK for s in seeds], dtype=np.uint64) + np.uint64(GAMMA))
+    mixed: NDArray[np.uint64] = _mix(state + np.uint64(GAMMA) * np.array(candidates, dtype=np.uint64))
     return mixed
 
 
-def uniforms_from(start: NDArray[np.uint64], positions: Sequence[int]) -> NDArray[np.float32]:
-    """`uniforms`, from what `starts` made of seeds and candidates."""
-    # 24 bits are all that an fp32 below 1 holds exactly; more would round up to 1.
+def places(start: NDArray[np.uint64], positions: Sequence[int]) -> Tensor:
+    """The start of each row's stream of tokens at its position: 64 bits as int64 [rows, 1], on the host."""
     if len(positions) <= _FEW:
-        bits = [_mix(s + _GAMMA * p & _MASK) >> 40 for s, p in zip(start.tolist(), positions, strict=True)]
-        return np.array([b * 2.0**-24 for b in bits], dtype=np.float32)
-    mixed: NDArray[np.uint64] = _mix(start + np.uint64(_GAMMA) * np.array(positions, dtype=np.uint64))
-    return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+        pairs = zip(start.tolist(), positions, strict=True)
+        bits = np.array([_mix(s + GAMMA * p & _MASK) for s, p in pairs], dtype=np.uint64)
+    else:
+        bits = _mix(start + np.uint64(GAMMA) * np.array(positions, dtype=np.uint64))
+    return torch.from_numpy(bits.view(np.int64))[:, None]
+
+
+def exponentials(place: Tensor, tokens: Tensor) -> Tensor:
+    """Exponentially distributed numbers of mean 1, fp64 [rows, n], for tokens int64 [rows, n] or [n].
+
+    -log(1 - v) for a uniform v of 52 bits, which is never 0 or 1.
+    """
+    bits = _mix_tensor(place + _signed(GAMMA) * tokens)
+    v = (_shifted(bits, 12).double() + 0.5) * 2.0**-52
+    return torch.log1p(-v).neg_()
 
 
 def _mix(z: Any) -> Any:
-    """The finaliser of SplitMix64, modulo 2^64, of a number or of an array."""
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    """The finaliser of SplitMix64, modulo 2^64, of a number or of a uint64 array."""
+    z = (z ^ (z >> 30)) * _FACTORS[0] & _MASK
+    z = (z ^ (z >> 27)) * _FACTORS[1] & _MASK
     return z ^ (z >> 31)
+
+
+def _mix_tensor(z: Tensor) -> Tensor:
+    """The same for int64, whose products wrap around."""
+    z = (z ^ _shifted(z, 30)) * _signed(_FACTORS[0])
+    z = (z ^ _shifted(z, 27)) * _signed(_FACTORS[1])
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros coming in: torch has no such shift."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >> 63 else bits

@@ -2,7 +2,7 @@
 
 The order of operations: log-probabilities are read off the raw logits; then repetition penalty, presence and
 frequency penalty, logit bias, tokens that are not allowed, temperature, top-k, top-p over what top-k kept, min-p, and
-one draw from what is left, at a number that `noise` makes from seed and position.
+one draw from what is left, with numbers that `noise` makes from seed, position and token.
 
 A row's token depends on its own logits, parameters, seed and position only; `draw` says what that takes.
 """
@@ -13,7 +13,6 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -21,18 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama_ray.generation.candidates import TopCandidates, torch_top_candidates
 from llama_ray.generation.constraints import Constraint, Masks, set_forbidden
-from llama_ray.generation.draw import (
-    DrawFiltered,
-    Filters,
-    argmax,
-    candidates_needed,
-    draw_filtered,
-    draw_from_all,
-)
+from llama_ray.generation.draw import Filters, Kernels, argmax, candidates_needed
 from llama_ray.generation.logprobs import token_logprobs
-from llama_ray.generation.noise import starts, uniforms_from
+from llama_ray.generation.noise import places, starts
 from llama_ray.generation.penalties import Penalties, TokenCounts
 from llama_ray.generation.sampling import SamplingParams, TokenLogprob
 
@@ -95,15 +86,11 @@ class Sample:
 class Sampler:
     """Samples batch after batch. What follows from the batch's parameters is kept while its rows are the same.
 
-    Used by one thread at a time. `top_candidates` and `draw` (None: torch, with these candidates) may be any functions
-    that keep to the contracts of these types.
+    Used by one thread at a time.
     """
 
-    def __init__(
-        self, top_candidates: TopCandidates = torch_top_candidates, draw: DrawFiltered | None = None
-    ) -> None:
-        self._top_candidates = top_candidates
-        self._draw_filtered = draw or partial(draw_filtered, top_candidates=top_candidates)
+    def __init__(self, kernels: Kernels = Kernels()) -> None:  # noqa: B008  frozen
+        self._kernels = kernels
         self._masks = Masks()
         self._plan: _Plan | None = None
 
@@ -172,17 +159,18 @@ class Sampler:
     def _draw(self, logits: Tensor, rows: Sequence[Row], plan: _Plan) -> Tensor:
         """Tokens int64 [rows]; `_AGAIN` for those that must be drawn again."""
         tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-        noise = _noise(plan.streams, rows, logits.device) if plan.drawn else tokens
+        place = _places(plan.streams, rows, logits.device) if plan.drawn else tokens
         for group in plan.groups:
             members, filters = group.rows, group.filters
             if filters is not None and not filters.width:
-                found = draw_from_all(logits, members, filters, noise if members is None else noise[members])
+                at = place if members is None else place[members]
+                found = self._kernels.draw_from_all(logits, members, filters, at)
             else:
-                some, numbers = (logits, noise) if members is None else (logits[members], noise[members])
+                some, at = (logits, place) if members is None else (logits[members], place[members])
                 if filters is None:
                     found = argmax(some)
                 else:
-                    found, short = self._draw_filtered(some, filters, numbers)
+                    found, short = self._kernels.draw_filtered(some, filters, at)
                     if short is not None:
                         found = found.masked_fill(short, _AGAIN)
             if members is None:
@@ -194,8 +182,8 @@ class Sampler:
         """Draw from nuclei that hold more tokens than were looked at."""
         some, vocab_size = [rows[i] for i in again], logits.shape[-1]
         filters = Filters.of([row.params for row in some], vocab_size, vocab_size, logits.device)
-        noise = _noise(_streams(some), some, logits.device)
-        found, _ = self._draw_filtered(logits[again], filters, noise)
+        place = _places(_streams(some), some, logits.device)
+        found, _ = self._kernels.draw_filtered(logits[again], filters, place)
         tokens: list[int] = found.tolist()
         return tokens
 
@@ -203,7 +191,7 @@ class Sampler:
         """Add log-probabilities, of the raw logits, to the samples that are to have them."""
         tokens = [samples[i].token_id or 0 for i in reported]
         numbers = [rows[i].params.logprobs or 0 for i in reported]
-        reports = token_logprobs(raw, tokens, numbers, self._top_candidates)
+        reports = token_logprobs(raw, tokens, numbers, self._kernels.top_candidates)
         for i, report in zip(reported, reports, strict=True):
             if samples[i].token_id is not None:
                 samples[i] = Sample(report.token_id, report)
@@ -262,11 +250,10 @@ def _streams(rows: Sequence[Row]) -> NDArray[np.uint64]:
     return starts([row.seed for row in rows], [row.index for row in rows])
 
 
-def _noise(streams: NDArray[np.uint64], rows: Sequence[Row], device: torch.device) -> Tensor:
-    """Each row's number at its place, fp64 [rows, 1]."""
+def _places(streams: NDArray[np.uint64], rows: Sequence[Row], device: torch.device) -> Tensor:
+    """Where each row's numbers are, as `noise.places` has it, on the device."""
     positions = [len(row.prompt) + len(row.output) + len(row.draft) for row in rows]
-    numbers = uniforms_from(streams, positions).astype(np.float64)
-    return torch.from_numpy(numbers).to(device)[:, None]
+    return places(streams, positions).to(device)
 
 
 def _bias(

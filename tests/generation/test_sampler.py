@@ -16,7 +16,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from llama_ray.generation.constraints import Grammars
 from llama_ray.generation.draw import UNITS
 from llama_ray.generation.logprobs import token_logprobs
-from llama_ray.generation.noise import uniforms
+from llama_ray.generation.noise import exponentials, places, starts
 from llama_ray.generation.sampler import Ahead, Sampler
 from llama_ray.generation.sampling import SamplingParams
 from tests.generation.rows import Row, logits_after, random_logits, sample
@@ -69,14 +69,10 @@ def by_definition(logits: Tensor, row: Row) -> int:
         before += mass[token]
     least = torch.tensor(math.log(p.min_p) if p.min_p else -math.inf)
     kept = [token for token in kept if shifted[token] >= least]
-    place = len(row.prompt) + len(row.output) + len(row.draft)
-    at = float(uniforms([row.seed], [row.index], [place])[0]) * sum(mass[token] for token in kept)
-    running = 0
-    for token in kept:
-        running += mass[token]
-        if running > at:
-            return token
-    raise AssertionError("the number was not below 1")
+    position = len(row.prompt) + len(row.output) + len(row.draft)
+    place = places(starts([row.seed], [row.index]), [position])
+    times = exponentials(place, torch.arange(vocab_size))[0].tolist()
+    return min((token for token in kept if mass[token]), key=lambda token: times[token] / mass[token])
 
 
 PARAMS = st.builds(
@@ -198,6 +194,21 @@ def test_samples_follow_the_exact_distribution(values: dict[str, Any]) -> None:
     observed, wanted = observed[wanted > 0], wanted[wanted > 0]
     if len(observed) > 1:
         assert stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("values", [{}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9}], ids=str)
+def test_models_that_think_alike_draw_alike(values: dict[str, Any]) -> None:
+    """As often as the Gumbel-max trick has them: (1 - d) / (1 + d) at least, d the distributions' total variation."""
+    n, params = 4000, SamplingParams(**values)
+    logits = random_logits(500, scale=2.0)
+    pair = [logits, logits + random_logits(500, seed=1, scale=0.3)]
+    rows = [Row(params, seed=seed) for seed in range(n)]
+    first, second = ([s.token_id for s in sample(x.expand(n, -1), rows)] for x in pair)
+    p, q = (peer_filter(x, params).double().softmax(-1) for x in pair)
+    apart = ((p - q).abs().sum() / 2).item()
+    alike = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    assert alike > (1 - apart) / (1 + apart) - 0.03
+    assert first != second
 
 
 def test_draws_are_independent_along_a_sequence() -> None:

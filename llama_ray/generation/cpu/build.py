@@ -91,7 +91,7 @@ _SIGNATURES: dict[str, list[type]] = {
         *(_pointer, _size, _pointer, _pointer, _pointer, _pointer),
         *(_pointer, _pointer, _size, _pointer, _pointer, _size, _float, _int),
     ],
-    "draw": [_pointer, _size, _size, _pointer, _pointer, _pointer, _int],
+    "draw": [_pointer, _pointer, _size, _size, _pointer, _pointer, _pointer, _int],
     "top_candidates": [_pointer, _size, _size, _size, _pointer, _pointer, _int],
 }
 

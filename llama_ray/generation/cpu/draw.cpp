@@ -1,6 +1,7 @@
-// One token a row, drawn from its most probable ones: draw_filtered of draw.py, whose order of operations and whose exact
-// sums these are. Masses are whole numbers in units of 2^-36 of the most probable token's, so that sums in double are exact.
+// One token a row: draw_filtered and draw_from_all of draw.py, whose order of operations, exact sums and race these are.
+// Masses are whole numbers in units of 2^-36 of the most probable token's, so that sums in double are exact.
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "candidates.h"
@@ -8,20 +9,65 @@
 extern "C" {
 // The filters and numbers of all rows; ops.py holds one, with the fields in the same order.
 struct Draw {
-  int64_t width;
+  int64_t width;            // 0: the whole vocabulary, for which beyond_k, from_all and top_p do not count
   int32_t may_be_short;     // whether `width` candidates may not hold all of a nucleus
   const float* temperature;
   const uint8_t* beyond_k;  // [rows, width]
   const uint8_t* from_all;
   const double* top_p;
   const float* log_min_p;   // null: no row has one
-  const double* noise;
+  const uint64_t* place;    // of noise.py
 };
 }
 
 namespace {
 
+typedef uint64_t U64 __attribute__((vector_size(kLanes * 8)));
+typedef double F64 __attribute__((vector_size(kLanes * 8)));
+
 constexpr float kUnits = 68719476736.0f;
+constexpr uint64_t kGamma = 0x9E3779B97F4A7C15u;
+
+// The finaliser of SplitMix64, of numbers or of vectors; see noise.py.
+template <class T>
+inline T mixed(T z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+// The token that is first in: the one whose exponential number, divided by its mass, is smallest.
+class Race {
+ public:
+  Race(uint64_t place, int64_t token) : place_(place), token_(token) {}
+
+  int64_t first() const { return token_; }
+
+  void enter(int64_t token, float mass) { enter(token, mass, (double(mixed(place_ + kGamma * uint64_t(token)) >> 12) + 0.5) * 0x1p-52); }
+
+  // Tokens `from` and those after it, one for each lane.
+  void enter(int64_t from, F32 mass) {
+    U64 token;
+    for (int i = 0; i < kLanes; ++i) token[i] = uint64_t(from + i);
+    const F64 v = (__builtin_convertvector(mixed(place_ + kGamma * token) >> 12, F64) + 0.5) * 0x1p-52;
+    const auto may_win = __builtin_convertvector(v < best_ * __builtin_convertvector(mass, F64), I32);
+    if (any(may_win))
+      for (int i = 0; i < kLanes; ++i)
+        if (may_win[i]) enter(from + i, mass[i], v[i]);
+  }
+
+ private:
+  // -log(1 - v) is at least v: most tokens are out of the race without a logarithm.
+  void enter(int64_t token, float mass, double v) {
+    if (!(mass > 0) || v >= best_ * mass) return;
+    const double time = -std::log1p(-v) / mass;
+    if (time < best_) best_ = time, token_ = token;
+  }
+
+  uint64_t place_;
+  int64_t token_;
+  double best_ = 1e300;  // not infinite, which times a mass of 0 would be NaN
+};
 
 inline F32 mass_of(F32 shifted) { return round_even(exp(shifted) * kUnits); }
 
@@ -69,28 +115,50 @@ int64_t draw_row(const float* row, int64_t size, const Draw& d, int64_t r, DrawS
     is_short = sum < d.top_p[r] * total;
   }
   const double limit = d.top_p[r] * total;  // those before a token that is kept do not reach it
-  double kept = 0;
+  Race race(d.place[r], s.ids[0]);
   for (int64_t i = 0; i < width; ++i)
-    if (s.running[i] - s.mass[i] < limit && (!d.log_min_p || s.shifted[i] >= d.log_min_p[r])) kept += s.mass[i];
-  const double at = d.noise[r] * kept;
-  int64_t place = 0;
-  while (place < width - 1 && s.running[place] <= at) ++place;
-  return s.ids[place];
+    if (s.running[i] - s.mass[i] < limit && (!d.log_min_p || s.shifted[i] >= d.log_min_p[r])) race.enter(s.ids[i], s.mass[i]);
+  return race.first();
+}
+
+int64_t draw_from_all_row(const float* row, int64_t size, const Draw& d, int64_t r) {
+  F32 most = broadcast(-std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < size; i += kLanes) {
+    F32 x = load_f32(row + i, size - i);
+    if (size - i < kLanes) x = lane_index() < broadcast(int32_t(size - i)) ? x : most;
+    most = max(x, most);
+  }
+  const float top = max_lanes(most), temperature = d.temperature[r];
+  const F32 least = broadcast(d.log_min_p ? d.log_min_p[r] : -std::numeric_limits<float>::infinity());
+  Race race(d.place[r], 0);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const F32 shifted = (load_f32(row + i, size - i) - top) / temperature;
+    F32 mass = shifted >= least ? mass_of(shifted) : F32{};
+    if (size - i < kLanes) mass = lane_index() < broadcast(int32_t(size - i)) ? mass : F32{};
+    race.enter(i, mass);
+  }
+  return race.first();
 }
 
 }  // namespace
 
-// logits [rows, size] -> tokens [rows], and where they must be drawn again.
-extern "C" void draw(const float* logits, int64_t rows, int64_t size, const Draw* d, int64_t* tokens, uint8_t* are_short,
-                     int threads) {
+// logits [_, size] -> tokens [rows], and where they must be drawn again (null for a width of 0). `which` are the rows to draw,
+// null for all.
+extern "C" void draw(const float* logits, const int64_t* which, int64_t rows, int64_t size, const Draw* d, int64_t* tokens,
+                     uint8_t* are_short, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
   {
     DrawScratch scratch(d->width);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
-      bool is_short = false;
-      tokens[r] = draw_row(logits + r * size, size, *d, r, scratch, is_short);
-      are_short[r] = is_short;
+      const float* const row = logits + (which ? which[r] : r) * size;
+      if (d->width) {
+        bool is_short = false;
+        tokens[r] = draw_row(row, size, *d, r, scratch, is_short);
+        are_short[r] = is_short;
+      } else {
+        tokens[r] = draw_from_all_row(row, size, *d, r);
+      }
     }
   }
 }

@@ -84,33 +84,42 @@ class _Draw(ctypes.Structure):
         ("from_all", ctypes.c_void_p),
         ("top_p", ctypes.c_void_p),
         ("log_min_p", ctypes.c_void_p),
-        ("noise", ctypes.c_void_p),
+        ("place", ctypes.c_void_p),
     )
 
 
-def draw_filtered(logits: Tensor, filters: Filters, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+def draw_filtered(logits: Tensor, filters: Filters, place: Tensor) -> tuple[Tensor, Tensor | None]:
     """`DrawFiltered` in one call: a dozen operations of torch on a few numbers each take longer than the drawing."""
-    logits, noise = _checked(logits, torch.float32), _checked(noise, torch.float64)
-    rows, size = logits.shape
-    if noise.numel() != rows or filters.temperature.numel() != rows:
-        raise ValueError(
-            f"{rows} rows meet {noise.numel()} numbers and filters of {len(filters.temperature)}"
-        )
-    tokens = torch.empty(rows, dtype=torch.int64)
-    short = torch.empty(rows, dtype=torch.bool)
-    may_be_short = filters.may_be_short(size)
-    min_p = filters.log_min_p
+    short = torch.empty(len(place), dtype=torch.bool)
+    tokens = _draw(logits, None, filters, place, short)
+    return tokens, short if filters.may_be_short(logits.shape[-1]) else None
+
+
+def draw_from_all(logits: Tensor, rows: Tensor | None, filters: Filters, place: Tensor) -> Tensor:
+    """`DrawFromAll` in one pass."""
+    return _draw(logits, rows, filters, place, None)
+
+
+def _draw(
+    logits: Tensor, which: Tensor | None, filters: Filters, place: Tensor, short: Tensor | None
+) -> Tensor:
+    logits, place = _checked(logits, torch.float32), _checked(place, torch.int64)
+    rows = len(logits if which is None else which)
+    if place.numel() != rows or filters.temperature.numel() != rows:
+        raise ValueError(f"{rows} rows meet {place.numel()} places and filters of {len(filters.temperature)}")
+    tokens, min_p = torch.empty(rows, dtype=torch.int64), filters.log_min_p
     draw = _Draw(
         filters.width,
-        may_be_short,
+        filters.may_be_short(logits.shape[-1]),
         *(filters.temperature.data_ptr(), filters.beyond_k.data_ptr(), filters.from_all.data_ptr()),
-        *(filters.top_p.data_ptr(), min_p.data_ptr() if min_p is not None else None, noise.data_ptr()),
+        *(filters.top_p.data_ptr(), min_p.data_ptr() if min_p is not None else None, place.data_ptr()),
     )
     kernels().draw(
-        *(logits.data_ptr(), rows, size, ctypes.addressof(draw), tokens.data_ptr(), short.data_ptr()),
+        *(logits.data_ptr(), which.data_ptr() if which is not None else None, rows, logits.shape[-1]),
+        *(ctypes.addressof(draw), tokens.data_ptr(), short.data_ptr() if short is not None else None),
         torch.get_num_threads(),
     )
-    return tokens, short if may_be_short else None
+    return tokens
 
 
 def _checked(x: Tensor, dtype: torch.dtype) -> Tensor:

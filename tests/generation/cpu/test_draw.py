@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llama_ray.generation.cpu import ops
+from llama_ray.generation.draw import Kernels
 from llama_ray.generation.sampler import Sampler
 from llama_ray.generation.sampling import SamplingParams
 from tests.generation.rows import Row, random_logits
@@ -22,6 +23,7 @@ PARAMS = [
     SamplingParams(temperature=1e-30, top_k=5),
     SamplingParams(top_k=64),
     SamplingParams(),
+    SamplingParams(temperature=1.3, min_p=0.02),
     SamplingParams(temperature=0),
 ]
 
@@ -31,7 +33,7 @@ def rows(count: int) -> list[Row]:
 
 
 def sampler() -> Sampler:
-    return Sampler(ops.top_candidates, ops.draw_filtered)
+    return Sampler(Kernels(ops.top_candidates, ops.draw_filtered, ops.draw_from_all))
 
 
 def tokens(logits: torch.Tensor, some: list[Row], by: Sampler) -> list[int | None]:
@@ -69,5 +71,5 @@ def test_filters_of_other_rows_are_refused(kernels: ctypes.CDLL) -> None:
     by.sample(logits, rows(1) * 2)
     filters = by._plan.groups[0].filters  # type: ignore[union-attr]
     assert filters is not None
-    with pytest.raises(ValueError, match="3 rows meet 2 numbers and filters of 2"):
-        ops.draw_filtered(random_logits(3, 100), filters, torch.zeros(2, 1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="3 rows meet 2 places and filters of 2"):
+        ops.draw_filtered(random_logits(3, 100), filters, torch.zeros(2, 1, dtype=torch.int64))

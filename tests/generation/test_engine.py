@@ -145,7 +145,9 @@ def test_every_step_gives_every_running_sequence_a_token(engine: Engine) -> None
 
 
 def test_end_of_text_stops_unless_ignored(model: Llama, tokenizer: Tokenizer) -> None:
-    params = SamplingParams(max_tokens=20, seed=3)
+    eos = tokenizer.eos_id
+    assert eos is not None
+    params = SamplingParams(max_tokens=20, seed=2, logit_bias={eos: -100.0})
     free = Engine(model, tokenizer).generate(["The quick"], params)[0]
     assert free.finish_reason == "length"
     cut = next(i for i in range(3, 20) if free.token_ids[i] not in free.token_ids[:i])
@@ -156,8 +158,6 @@ def test_end_of_text_stops_unless_ignored(model: Llama, tokenizer: Tokenizer) ->
     assert stopped.text == tokenizer.decode(free.token_ids[:cut])
     assert engine.generate(["The quick"], dataclasses.replace(params, ignore_eos=True))[0] == free
 
-    eos = tokenizer.eos_id
-    assert eos is not None
     at_once = SamplingParams(temperature=0, logit_bias={eos: 1000.0})
     assert Engine(model, tokenizer).generate(["x"], at_once)[0].token_ids == [eos]
 

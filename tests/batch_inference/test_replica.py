@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llama_ray.batch_inference import replica as module
-from llama_ray.batch_inference.output import Output, Record
+from llama_ray.batch_inference.output import Output, Record, committed
 from llama_ray.batch_inference.replica import Replica, Setup
 from llama_ray.batch_inference.rows import Rows, find_rows
 from llama_ray.generation.engine import Engine, Prompt
@@ -49,7 +49,7 @@ class Fragile(Engine):
 
 
 def answer(checkpoint: Path, rows: Rows, output: Path, max_batch_size: int = 8) -> list[dict[str, Any]]:
-    """All parts at once through one replica -> the output's rows."""
+    """All parts that are not finished, at once, through one replica -> the output's rows."""
     where, record = Output(str(output)), Record({})
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     setup = Setup(
@@ -57,13 +57,15 @@ def answer(checkpoint: Path, rows: Rows, output: Path, max_batch_size: int = 8) 
         {"device": "cpu", "max_batch_size": max_batch_size},
     )  # fmt: skip
     replica = Replica(setup)
+    parts = [part for part in rows.parts if part.file not in committed(where.parts_of(record))]
     with ThreadPoolExecutor(len(rows.parts)) as pool:
-        results = list(pool.map(replica, [{"part": part.to_json()} for part in rows.parts]))
-    assert [result["failure"] for result in results] == [""] * len(rows.parts)
+        results = list(pool.map(replica, [{"part": part.to_json()} for part in parts]))
+    assert [result["failure"] for result in results] == [""] * len(parts)
     counts = where.finish(record, rows.parts).counts
     assert counts is not None
-    assert counts.rows == sum(result["rows"] for result in results)
-    assert counts.generated_tokens == sum(result["generated_tokens"] for result in results)
+    if parts == list(rows.parts):
+        assert counts.rows == sum(result["rows"] for result in results)
+        assert counts.generated_tokens == sum(result["generated_tokens"] for result in results)
     return read_rows(output)
 
 
@@ -123,8 +125,9 @@ def test_a_row_that_kills_its_process_is_the_only_one_that_fails(checkpoint: Pat
         process.start()
         process.join()
         exits.append(process.exitcode)
-        assert len(exits) <= 16
-    assert set(exits[:-1]) == {-signal.SIGKILL}
+        # At most three deaths of each part together and two of each row alone.
+        assert exits[-1] in (0, -signal.SIGKILL)
+        assert len(exits) <= 11
     survived = read_rows(tmp_path / "out.jsonl")
     assert [row["row"] for row in survived] == list(range(50))
     for row, whole in zip(survived, healthy, strict=True):

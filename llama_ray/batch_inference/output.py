@@ -160,8 +160,12 @@ def _read_part(file: str, rows: int) -> tuple[Counts, bytes]:
     return Counts(**json.loads(head)["counts"]), content
 
 
+# Line ends to Unicode but not to JSON: many a reader, such as str.splitlines, would cut a row there.
+_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
+
+
 def _dumps(row: Mapping[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False)
+    text = json.dumps(row, ensure_ascii=False).translate(_LINE_ENDS)
     try:
         text.encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON may hold as an escape only

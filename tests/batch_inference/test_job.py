@@ -70,7 +70,7 @@ def test_one_row_for_each_row_in_order_whatever_is_in_it(checkpoint: Path, tmp_p
     rows[34] = {"id": "again", "prompt": "x", "row": 99, "error": "old", "completions": []}
     rows[40] = '{"id": "surrogate", "prompt": "\\ud800"}'
     rows[50] = {"id": "none"}
-    rows[69] = {"id": "漢", "prompt": "漢字 🙂", "nested": {"kept": [1, 2.5, None]}}
+    rows[69] = {"id": "漢", "prompt": "漢字 🙂", "nested": {"kept": [1, 2.5, None, "\u2028\x85"]}}
     output = tmp_path / "out.jsonl"
     said: list[str] = []
     job = BatchJob(config(checkpoint, write_rows(tmp_path / "in.jsonl", rows), output, replicas=1))

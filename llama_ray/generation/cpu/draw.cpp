@@ -22,8 +22,10 @@ struct Draw {
 
 namespace {
 
-typedef uint64_t U64 __attribute__((vector_size(kLanes * 8)));
-typedef double F64 __attribute__((vector_size(kLanes * 8)));
+constexpr int kHalf = kLanes / 2;  // what a vector holds of 64 bits each
+typedef uint64_t U64 __attribute__((vector_size(kHalf * 8)));
+typedef double F64 __attribute__((vector_size(kHalf * 8)));
+typedef float HalfF32 __attribute__((vector_size(kHalf * 4)));
 
 constexpr float kUnits = 68719476736.0f;
 constexpr uint64_t kGamma = 0x9E3779B97F4A7C15u;
@@ -39,21 +41,26 @@ inline T mixed(T z) {
 // The token that is first in: the one whose exponential number, divided by its mass, is smallest.
 class Race {
  public:
-  Race(uint64_t place, int64_t token) : place_(place), token_(token) {}
+  Race(uint64_t place, int64_t token) : place_(place), token_(token) {
+    for (int i = 0; i < kHalf; ++i) steps_[i] = kGamma * uint64_t(i);
+  }
 
   int64_t first() const { return token_; }
 
-  void enter(int64_t token, float mass) { enter(token, mass, (double(mixed(place_ + kGamma * uint64_t(token)) >> 12) + 0.5) * 0x1p-52); }
+  void enter(int64_t token, float mass) {
+    enter(token, mass, (double(mixed(place_ + kGamma * uint64_t(token)) >> 12) + 0.5) * 0x1p-52);
+  }
 
-  // Tokens `from` and those after it, one for each lane.
-  void enter(int64_t from, F32 mass) {
-    U64 token;
-    for (int i = 0; i < kLanes; ++i) token[i] = uint64_t(from + i);
-    const F64 v = (__builtin_convertvector(mixed(place_ + kGamma * token) >> 12, F64) + 0.5) * 0x1p-52;
-    const auto may_win = __builtin_convertvector(v < best_ * __builtin_convertvector(mass, F64), I32);
-    if (any(may_win))
-      for (int i = 0; i < kLanes; ++i)
-        if (may_win[i]) enter(from + i, mass[i], v[i]);
+  // kLanes tokens, from `first` on.
+  void enter(int64_t first, const float* masses) {
+    for (int half = 0; half < kLanes; half += kHalf) {
+      const uint64_t start = place_ + kGamma * uint64_t(first + half);
+      const F64 v = (__builtin_convertvector(mixed(start + steps_) >> 12, F64) + 0.5) * 0x1p-52;
+      const auto may_win = v < best_ * __builtin_convertvector(load<HalfF32>(masses + half), F64);
+      if (any((I32)may_win))
+        for (int i = 0; i < kHalf; ++i)
+          if (may_win[i]) enter(first + half + i, masses[half + i], v[i]);
+    }
   }
 
  private:
@@ -66,6 +73,7 @@ class Race {
 
   uint64_t place_;
   int64_t token_;
+  U64 steps_;
   double best_ = 1e300;  // not infinite, which times a mass of 0 would be NaN
 };
 
@@ -135,7 +143,9 @@ int64_t draw_from_all_row(const float* row, int64_t size, const Draw& d, int64_t
     const F32 shifted = (load_f32(row + i, size - i) - top) / temperature;
     F32 mass = shifted >= least ? mass_of(shifted) : F32{};
     if (size - i < kLanes) mass = lane_index() < broadcast(int32_t(size - i)) ? mass : F32{};
-    race.enter(i, mass);
+    alignas(64) float masses[kLanes];
+    store(masses, mass);
+    race.enter(i, masses);
   }
   return race.first();
 }

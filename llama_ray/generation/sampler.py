@@ -127,8 +127,8 @@ class Sampler:
             counts = [(rows[i].counts, rows[i].draft) for i in plan.penalised]
             plan.penalties.apply(logits, [c.after(draft) for c, draft in counts if c is not None])
         if plan.bias is not None:
-            places, values = plan.bias
-            logits.view(-1)[places] += values
+            flat, values = plan.bias
+            logits.view(-1)[flat] += values
         if plan.ending:
             self._forbid_ends(logits, rows, plan)
         errors = {}
@@ -146,15 +146,15 @@ class Sampler:
 
     def _forbid_ends(self, logits: Tensor, rows: Sequence[Row], plan: _Plan) -> None:
         vocab_size = logits.shape[-1]
-        places = [
+        flat = [
             i * vocab_size + token
             for i in plan.ending
             if _may_not_end(rows[i])
             for token in rows[i].end_ids
             if token < vocab_size
         ]
-        if places:
-            logits.view(-1)[torch.tensor(places, device=logits.device)] = -torch.inf
+        if flat:
+            logits.view(-1)[torch.tensor(flat, device=logits.device)] = -torch.inf
 
     def _draw(self, logits: Tensor, rows: Sequence[Row], plan: _Plan) -> Tensor:
         """Tokens int64 [rows]; `_AGAIN` for those that must be drawn again."""
@@ -259,7 +259,7 @@ def _places(streams: NDArray[np.uint64], rows: Sequence[Row], device: torch.devi
 def _bias(
     params: Sequence[SamplingParams], vocab_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
-    """Where and what to add to the batch's logits, as flat places and values."""
+    """Where and what to add to the batch's logits, as flat indices and values."""
     pairs = [
         (i * vocab_size + token, value)
         for i, p in enumerate(params)
@@ -267,8 +267,8 @@ def _bias(
     ]
     if not pairs:
         return None
-    places, values = zip(*pairs, strict=True)
-    return torch.tensor(places, device=device), torch.tensor(values, dtype=torch.float32, device=device)
+    flat, values = zip(*pairs, strict=True)
+    return torch.tensor(flat, device=device), torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _may_not_end(row: Row) -> bool:

@@ -291,4 +291,5 @@ def test_a_run_grows_with_the_cluster_saves_when_a_node_is_drained_and_shrinks_w
     assert position["global_batch_size"] == 8
     assert position["epoch"] * loader.batches_per_epoch + position["global_batch"] == marker["step"]
     steps = list(curve(client, run_id_of(run), "train/loss"))
-    assert steps[1:] == list(range(20, marker["step"] + 1, 20))
+    # The lost node's last steps are in the curve; the run may have been stopped before it came to them again.
+    assert [s for s in steps[1:] if s <= marker["step"]] == list(range(20, marker["step"] + 1, 20))

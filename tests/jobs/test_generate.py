@@ -104,8 +104,12 @@ def test_prompt_from_standard_input_and_a_relative_checkpoint(checkpoint: Path) 
 @pytest.mark.parametrize("end", ["Ctrl-C", "the reader leaves"])
 def test_ends_cleanly_in_the_middle(checkpoint: Path, end: str) -> None:
     flags = ["--checkpoint", str(checkpoint), "--prompt", "The quick", "--max_tokens", "4000", "--ignore_eos"]
-    job = subprocess.Popen(
-        [sys.executable, str(JOB), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    job = subprocess.Popen(  # the pipe is too short for all of its text: it cannot be done before it is interrupted
+        [sys.executable, str(JOB), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        pipesize=4096,
     )
     assert job.stdout is not None
     assert job.stderr is not None

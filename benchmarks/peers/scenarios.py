@@ -83,10 +83,11 @@ def batch(setting: Setting, title: str, count: int, contestants: list[str]) -> N
     length = 2 * (PROMPT + NEW)
     # A cache of the size that the task needs for both: after the first round all of its memory has been used before,
     # as in a server that runs for a while. The system takes as long to hand out new memory as a tenth of a round.
-    cache = count * length * floor.cache_bytes(setting.config)
+    # One sequence more, because our engine keeps a block for itself.
+    cache = (count + 1) * length * floor.cache_bytes(setting.config)
     options: dict[str, dict[str, Any]] = {
         "llama.cpp": {"max_requests": count, "tokens": length},
-        "ours": {"max_seq_len": length, "kv_cache_memory_bytes": 2 * cache if count == 1 else cache},
+        "ours": {"max_seq_len": length, "kv_cache_memory_bytes": cache},
     }
     turns = setting.start(contestants, **options)
     rates, figures = [], {name: list[float]() for name in contestants}

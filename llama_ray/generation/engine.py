@@ -57,12 +57,12 @@ class Engine:
     Sequences join and leave the batch at every step. At most `max_batch_size` run together, each up to
     `max_seq_len` tokens of prompt and output (None: the model's), and a step computes at most `max_batch_tokens`
     tokens. Their keys and values share a cache of `kv_cache_memory_bytes` (None: see `kv_cache.count_blocks`), which
-    is reserved here; ValueError is raised where it is not there. With `enable_prefix_caching` prompts that begin as
-    others did are not computed again. `proposer` guesses tokens ahead, `draft_tokens` at most, which changes no
-    token that comes out. Requests without a seed draw theirs from `seed` in the order in which they come; None draws
-    anew in every process. `eos_ids` end a completion beside the tokenizer's own. `parallel` is where `model` is only
-    one rank's share, with the others: `kv_cache_memory_bytes` are then those of each rank, and the rank with the
-    least room decides.
+    must be free now, else ValueError is raised; on a CPU it is taken block by block, when one is first written. With
+    `enable_prefix_caching` prompts that begin as others did are not computed again. `proposer` guesses tokens ahead,
+    `draft_tokens` at most, which changes no token that comes out. Requests without a seed draw theirs from `seed` in
+    the order in which they come; None draws anew in every process. `eos_ids` end a completion beside the tokenizer's
+    own. `parallel` is where `model` is only one rank's share, with the others: `kv_cache_memory_bytes` are then those
+    of each rank, and the rank with the least room decides.
 
     An engine whose model lies on several ranks has processes that end with it: at `close`, at the end of a `with`
     block, and when nobody refers to it any more. `submit` and `abort` may be called from any thread; `step`, and

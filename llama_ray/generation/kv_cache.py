@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
-import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ray.generation.batch import StepBatch
+from llama_ray.generation.cpu.memory import Arena
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import Attend
 
@@ -46,8 +47,10 @@ class TorchCache:
     ) -> None:
         self.block_size = block_size
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.keys = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
-        self.values = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
+        on_cpu = torch.device(device).type == "cpu"
+        zeros = Arena().zeros if on_cpu else partial(torch.zeros, device=device)
+        self.keys = [zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
+        self.values = [zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
 
     @staticmethod
     def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -105,14 +108,6 @@ class TorchCache:
         weights = scores.masked_fill(beyond[:, None, None], -math.inf).softmax(-1).to(q.dtype)
         out: Tensor = weights @ values.transpose(1, 2)
         return out.view(sequences, -1, dim).transpose(0, 1)[None]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    if torch.device(device).type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # NumPy's zeros take no memory until they are written; torch writes them.
-    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def count_blocks(

@@ -107,8 +107,7 @@ class Sampler:
         tokens = self._draw(logits, rows, plan)
         chosen: list[int] = tokens.tolist()
         finite = [math.isfinite(value) for value in largest.tolist()]
-        if _AGAIN in chosen:
-            again = [i for i, token in enumerate(chosen) if token == _AGAIN and finite[i]]
+        if again := [i for i, token in enumerate(chosen) if token == _AGAIN and finite[i]]:
             for i, token in zip(again, self._draw_again(logits, rows, again), strict=True):
                 chosen[i] = token
         samples = [

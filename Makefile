@@ -24,7 +24,7 @@ stop: ## end what `make demo` started, and nothing else
 	@test ! -x $(BIN)/python || $(BIN)/python deploy/demo.py stop
 
 test: lint ## lint, types and the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check

@@ -26,18 +26,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Among several processes (`-n 2 --dist loadgroup`): one has the session's Ray cluster, one those of the e2e tests.
-
-    Both wait for Ray most of the time. All other tests go to whichever process is free.
-    """
-    for item in items:
-        if item.nodeid.startswith("tests/e2e/"):
-            item.add_marker(pytest.mark.xdist_group("e2e"))
-        elif "ray_cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """The address of a local cluster with four logical CPUs that belongs to this test session alone."""

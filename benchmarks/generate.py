@@ -36,7 +36,7 @@ MIXED = ("ours bf16", "ours int8", "transformers-continuous bf16", "transformers
 # and 24 with fewer tokens a step (256, 128) gave 78 and 77.
 CONTINUOUS = {
     "max_requests_per_batch": 16,
-    "max_batch_tokens": 512,
+    "max_num_batched_tokens": 512,
     "num_blocks": 96,
     "allow_block_sharing": False,
 }

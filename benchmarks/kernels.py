@@ -26,6 +26,7 @@ from llama_ray.generation.cpu.modules import accelerate
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import Attend
 from llama_ray.model.llama import Llama
+from llama_ray.utils.integers import ceil_div
 
 CONFIG = LlamaConfig.preset("llama-110m")
 
@@ -171,7 +172,7 @@ def heads(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Ten
 
 def paged(sequences: int, context: int, new: int, dtype: torch.dtype = torch.bfloat16) -> Attend:
     """Attention of a step that adds `new` tokens to each sequence, in a full cache of scattered blocks."""
-    width = -(-context // 32)
+    width = ceil_div(context, 32)
     cache = CpuCache(CONFIG, sequences * width, dtype)
     table = torch.randperm(sequences * width).view(sequences, width)
 

@@ -26,9 +26,9 @@ from jsonargparse import auto_cli
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.layout import choose_layout
-from llama_ray.training.optimizer import build_optimizer
-from llama_ray.training.parallel import parallelize
+from llama_ray.training.optimizers.build import build_optimizer
+from llama_ray.training.parallel.layout import choose_layout
+from llama_ray.training.parallel.parallelize import parallelize
 from llama_ray.training.step import Stepper
 
 

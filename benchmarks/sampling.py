@@ -19,10 +19,10 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from llama_ray.generation.backend import make_sampler
-from llama_ray.generation.constraints import Constraint
-from llama_ray.generation.penalties import TokenCounts
-from llama_ray.generation.sampler import Sampler
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.constraints import Constraint
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.sampling.penalties import TokenCounts
+from llama_ray.generation.sampling.sampler import Sampler
 
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},

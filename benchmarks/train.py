@@ -31,11 +31,12 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.hf_config import to_hf
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import Precision, TrainConfig
-from llama_ray.training.layout import ALONE
 from llama_ray.training.metrics import peak_flops, peak_memory_bytes
-from llama_ray.training.optimizer import build_optimizer
-from llama_ray.training.parallel import parallelize
+from llama_ray.training.optimizers.build import build_optimizer
+from llama_ray.training.parallel.layout import ALONE
+from llama_ray.training.parallel.parallelize import parallelize
 from llama_ray.training.step import Stepper
+from llama_ray.utils.errors import first_line
 
 CONTESTANTS = ("ours eager", "ours compiled", "transformers eager", "transformers compiled")
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -201,7 +202,7 @@ def _contestant(
                 contestant.move(torch.device("cpu"))
                 torch.cuda.empty_cache()
         except torch.OutOfMemoryError as error:
-            pipe.send(Turn(failure=str(error).splitlines()[0]))
+            pipe.send(Turn(failure=first_line(error)))
             return
 
 

@@ -19,10 +19,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.checkpoint import load_config
-from llama_ray.paths import absolute, existing
 from llama_ray.pretrained import resolve
+from llama_ray.storage.paths import absolute, existing, existing_ref
 
 SHAPE = (
     "vocab_size",
@@ -36,7 +36,7 @@ SHAPE = (
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-BATCH_ONLY = ("output", "prompt_field", "replicas", "max_batch_size", "overwrite")
+BATCH_ONLY = ("output", "prompt_field", "replicas", "max_num_seqs", "overwrite")
 """Flags that mean nothing for a single prompt."""
 
 
@@ -62,7 +62,7 @@ def run() -> None:
         regex=flags.regex,
     )
     ref = flags.checkpoint
-    directory = resolve(ref if ref.startswith("models:/") else existing(ref))
+    directory = resolve(existing_ref(ref))
     _check_shape(flags, directory)
     if flags.input:
         _batch(flags, params)
@@ -71,7 +71,7 @@ def run() -> None:
         directory,
         dtype=flags.dtype and getattr(torch, flags.dtype),
         device=flags.device,
-        max_batch_size=1,
+        max_num_seqs=1,
         seed=None,
         **asdict(_engine_options(flags)),
     )
@@ -100,7 +100,7 @@ def _batch(flags: Namespace, params: SamplingParams) -> None:
     ref = flags.checkpoint
     job = BatchJob(
         BatchConfig(
-            checkpoint=ref if ref.startswith("models:/") else existing(ref),
+            checkpoint=existing_ref(ref),
             input=existing(flags.input),
             output=absolute(flags.output),
             params=params,
@@ -109,7 +109,7 @@ def _batch(flags: Namespace, params: SamplingParams) -> None:
             replicas=flags.replicas,
             device=flags.device,
             dtype=flags.dtype,
-            max_batch_size=flags.max_batch_size,
+            max_num_seqs=flags.max_num_seqs,
             engine=_engine_options(flags),
             overwrite=flags.overwrite,
         )
@@ -169,7 +169,7 @@ def _engine_options(flags: Namespace) -> EngineOptions:
         quantization=flags.quantization,
         kv_cache_memory_bytes=None if memory is None else read_bytes(memory, "kv_cache_memory"),
         prompt_lookup=flags.prompt_lookup,
-        draft_model=draft if draft is None or draft.startswith("models:/") else existing(draft),
+        draft_model=draft and existing_ref(draft),
         tensor_parallel=flags.tensor_parallel,
         batch_invariant=flags.batch_invariant,
     )
@@ -216,9 +216,7 @@ def _parser() -> ArgumentParser:
     add("--output", type=str, help="With --input: the .jsonl file to write, on storage that all nodes share.")
     add("--prompt_field", default="prompt", help="With --input: the field that holds the text.")
     add("--replicas", type=int, help="With --input: engines; all GPUs, or one for each node, if not given.")
-    add(
-        "--max_batch_size", type=int, default=64, help="With --input: sequences that an engine runs together."
-    )
+    add("--max_num_seqs", type=int, default=64, help="With --input: sequences that an engine runs together.")
     add("--overwrite", action="store_true", help="With --input: replace what --output already holds.")
     add("--max_tokens", type=int, default=100, help="At most so many new tokens.")
     add("--min_tokens", type=int, default=0, help="No end before there are so many.")

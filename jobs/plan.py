@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from llama_ray.model.config import PRESETS, LlamaConfig
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.planning import (
+from llama_ray.training.planning.plan import (
     FRAGMENTATION,
     RUNTIME_BYTES,
     Cluster,

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.data.sources import BUILTIN
-from llama_ray.paths import absolute, existing
+from llama_ray.storage.paths import absolute, existing
 
 
 def run() -> None:

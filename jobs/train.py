@@ -12,13 +12,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.data.shards import read_info
-from llama_ray.launch import LaunchConfig
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
-from llama_ray.paths import absolute, existing
-from llama_ray.trainer import train_on_ray
+from llama_ray.orchestration.launch import LaunchConfig
+from llama_ray.orchestration.trainer import train_on_ray
+from llama_ray.storage.paths import absolute, existing
 from llama_ray.training.config import TrainConfig
+from llama_ray.training.errors import TrainingError
 from llama_ray.training.interrupt import Stopped
-from llama_ray.training.trouble import TrainingError
 
 DEFAULT_PRESET = "llama-30m"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama_ray.data.tokenizer import Tokenizer
     from llama_ray.generation.engine import Engine
-    from llama_ray.generation.sampling import SamplingParams
+    from llama_ray.generation.sampling.params import SamplingParams
     from llama_ray.model.config import LlamaConfig
     from llama_ray.model.llama import Llama
     from llama_ray.pretrained import load_pretrained, save_pretrained

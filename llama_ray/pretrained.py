@@ -10,10 +10,11 @@ import torch
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import CheckpointError, Part, load_model, save_model
 from llama_ray.model.llama import Llama
+from llama_ray.storage.paths import MODEL_SCHEME
 
 # Resolvers are named, not imported: a plain directory must load where no MLflow is installed, and this floor
 # lies below the registry's.
-_RESOLVERS = {"models:/": "llama_ray.tracking.registry:download"}
+_RESOLVERS = {MODEL_SCHEME: "llama_ray.tracking.registry:download"}
 
 
 def resolve(ref: str | Path) -> Path:

@@ -11,7 +11,7 @@ from ray.serve.config import AutoscalingConfig
 
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.quantize import Quantization
-from llama_ray.paths import existing
+from llama_ray.storage.paths import existing_ref
 from llama_ray.tracking.uri import tracking_uri
 from serve_app.api import Api
 from serve_app.replica import DType, LlamaReplica
@@ -27,7 +27,7 @@ class ServeArgs(BaseModel):
     )
     tracking_uri: str = Field(default_factory=tracking_uri, description="Of the MLflow registry.")
     dtype: DType | None = Field(None, description="To compute in; the stored one where not given.")
-    max_batch_size: int = Field(16, ge=1, description="Sequences that one replica runs together.")
+    max_num_seqs: int = Field(16, ge=1, description="Sequences that one replica runs together.")
     max_seq_len: int | None = Field(
         None, ge=2, description="Tokens of prompt and output; the model's where not given."
     )
@@ -50,10 +50,10 @@ class ServeArgs(BaseModel):
     target_ongoing_requests: float | None = Field(
         None,
         gt=0,
-        description="A replica's share that scaling aims at; 3/4 of max_batch_size where not given.",
+        description="A replica's share that scaling aims at; 3/4 of max_num_seqs where not given.",
     )
     max_ongoing_requests: int | None = Field(
-        None, ge=1, description="A replica gets so many at once; 2 x max_batch_size where not given."
+        None, ge=1, description="A replica gets so many at once; 2 x max_num_seqs where not given."
     )
     max_queued_requests: int = Field(
         256, ge=-1, description="So many more wait; then 429 is the answer. -1: no limit."
@@ -79,7 +79,7 @@ class ServeArgs(BaseModel):
             quantization=self.quantization,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             prompt_lookup=self.prompt_lookup,
-            draft_model=draft if draft is None or draft.startswith("models:/") else existing(draft),
+            draft_model=draft and existing_ref(draft),
             tensor_parallel=self.tensor_parallel,
             batch_invariant=self.batch_invariant,
         )
@@ -95,23 +95,23 @@ class ServeArgs(BaseModel):
 
 def build(args: ServeArgs) -> Application:
     """The application: `Api` takes HTTP requests in, `LlamaReplica` answers them and scales with their number."""
-    ongoing = args.max_ongoing_requests or 2 * args.max_batch_size
+    ongoing = args.max_ongoing_requests or 2 * args.max_num_seqs
     replicas = serve.deployment(
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         max_ongoing_requests=ongoing,
         max_queued_requests=args.max_queued_requests,
         autoscaling_config=_scaling(
-            args, args.target_ongoing_requests or min(ongoing, 0.75 * args.max_batch_size)
+            args, args.target_ongoing_requests or min(ongoing, 0.75 * args.max_num_seqs)
         ),
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         logging_config={"enable_access_log": False},  # the API logs each request already
     )(LlamaReplica).bind(
-        args.model if args.model.startswith("models:/") else existing(args.model),
+        existing_ref(args.model),
         args.tracking_uri,
         device="cuda" if args.num_gpus else "cpu",
         threads=int(args.num_cpus),
         dtype=args.dtype,
-        max_batch_size=args.max_batch_size,
+        max_num_seqs=args.max_num_seqs,
         max_seq_len=args.max_seq_len,
         options=args.engine,
     )

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 from serve_app.events import Job, Logprobs, ModelInfo
 
 MAX_CHOICES = 128  # of one request: prompts times n

@@ -18,9 +18,10 @@ from llama_ray.generation.async_engine import AsyncEngine
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
-from llama_ray.generation.sampling import SamplingParams, TokenLogprob
-from llama_ray.generation.sequence import Delta
+from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
+from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.generation.stats import EngineStats
+from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking import registry
 from serve_app.events import Event, Failure, Job, Logprobs, ModelInfo, Piece, Started
 
@@ -47,23 +48,23 @@ class LlamaReplica:
         device: Literal["cpu", "cuda"] = "cpu",
         threads: int = 1,
         dtype: DType | None = None,
-        max_batch_size: int = 16,
+        max_num_seqs: int = 16,
         max_seq_len: int | None = None,
         options: EngineOptions = EngineOptions(),  # noqa: B008  frozen
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch sees no GPU here; install a CUDA build of torch, or set num_gpus to 0")
         torch.set_num_threads(max(1, min(threads, len(os.sched_getaffinity(0)))))
-        version = registry.resolve_version(ref, tracking_uri) if ref.startswith("models:/") else None
+        version = registry.resolve_version(ref, tracking_uri) if is_model_ref(ref) else None
         directory = Path(ref) if version is None else registry.download(version.uri, tracking_uri)
-        if options.draft_model is not None and options.draft_model.startswith("models:/"):
+        if options.draft_model is not None and is_model_ref(options.draft_model):
             draft = registry.resolve_version(options.draft_model, tracking_uri)
             options = replace(options, draft_model=str(registry.download(draft.uri, tracking_uri)))
         engine = Engine.from_pretrained(
             directory,
             dtype=dtype and getattr(torch, dtype),
             device=device,
-            max_batch_size=max_batch_size,
+            max_num_seqs=max_num_seqs,
             max_seq_len=max_seq_len,
             seed=None,
             **asdict(options),

@@ -56,7 +56,7 @@ def crowd(rounds: int, device: torch.device, preset: str = "llama-3.2-1b", reque
     config = LlamaConfig.preset(preset)
     model = weights.random_model(config, device)
     theirs = _transformers(model)
-    ours = _InProcess(model, max_seq_len=PROMPT + NEW, max_batch_size=requests)
+    ours = _InProcess(model, max_seq_len=PROMPT + NEW, max_num_seqs=requests)
     prompt = workload.prompts(1, 48, config.vocab_size, seed=0)[0]
     reference, got = theirs.logprobs(prompt), ours.logprobs(prompt)
     off = statistics.fmean((v - reference[i]) ** 2 for i, v in got.items()) ** 0.5

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from llama_ray.utils.integers import ceil_div
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -79,4 +81,4 @@ def waits(requests: Sequence[Request], times: Sequence[Sequence[float]]) -> Wait
 def percentile(values: Sequence[float], percent: int) -> float:
     """The smallest value that at least `percent` of all values do not exceed."""
     ordered = sorted(values)
-    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
+    return ordered[max(0, ceil_div(percent * len(ordered), 100) - 1)]

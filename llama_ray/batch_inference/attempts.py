@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from llama_ray import storage
 from llama_ray.batch_inference.rows import Part
+from llama_ray.storage import store
 
 TOGETHER = 3
 """So often a part's rows are tried together; somebody else's death may have been the cause, or a lost node."""
@@ -20,10 +20,10 @@ class Attempts:
     """
 
     def __init__(self, directory: str, part: Part) -> None:
-        self._file = storage.below(directory, f"attempts-{part.index:06}.json")
+        self._file = store.join(directory, f"attempts-{part.index:06}.json")
         self._together, self._alone = 0, dict[int, int]()
         try:
-            if (text := storage.read_text(self._file)) is not None:
+            if (text := store.read_text(self._file)) is not None:
                 note = json.loads(text)
                 self._together = int(note["together"])
                 self._alone = {int(row): int(count) for row, count in note["alone"].items()}
@@ -60,7 +60,7 @@ class Attempts:
 
     def forget(self) -> None:
         """The part is finished."""
-        storage.delete(self._file)
+        store.delete(self._file)
 
     def _write(self) -> None:
-        storage.write_text(self._file, json.dumps({"together": self._together, "alone": self._alone}))
+        store.write_text(self._file, json.dumps({"together": self._together, "alone": self._alone}))

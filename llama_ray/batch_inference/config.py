@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ray.generation.options import EngineOptions
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -33,7 +33,7 @@ class BatchConfig:
         replicas: Engines, each with a GPU, or with one CPU of Ray's count. None takes all GPUs, or one for each node.
         device: cpu or cuda; None takes GPUs where the cluster has them.
         dtype: Compute in this type; None keeps the stored one.
-        max_batch_size: Sequences that an engine runs together.
+        max_num_seqs: Sequences that an engine runs together.
         engine: What else each engine is told; one with `tensor_parallel` takes so many GPUs.
         overwrite: Replace what `output` already holds.
     """
@@ -47,7 +47,7 @@ class BatchConfig:
     replicas: int | None = None
     device: str | None = None
     dtype: str | None = None
-    max_batch_size: int = 64
+    max_num_seqs: int = 64
     engine: EngineOptions = field(default_factory=EngineOptions)
     overwrite: bool = False
 
@@ -56,7 +56,7 @@ class BatchConfig:
             raise BatchError(
                 f"device is {self.device!r}; with an input file it must be cpu or cuda: Ray picks the GPU"
             )
-        for name in ("replicas", "max_batch_size"):
+        for name in ("replicas", "max_num_seqs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BatchError(f"{name} is {value}; it must be at least 1")

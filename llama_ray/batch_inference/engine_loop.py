@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from llama_ray.generation.engine import Engine, Prompt
-from llama_ray.generation.sampling import SamplingParams, TokenLogprob
-from llama_ray.generation.sequence import Delta, FinishReason
+from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
+from llama_ray.generation.scheduling.sequence import Delta, FinishReason
 
 
 class EngineCrashed(RuntimeError):

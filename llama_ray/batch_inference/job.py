@@ -25,10 +25,13 @@ from llama_ray.batch_inference.config import BatchConfig, BatchError, fingerprin
 from llama_ray.batch_inference.output import Counts, Output, Record, committed
 from llama_ray.batch_inference.replica import Replica, Setup
 from llama_ray.batch_inference.rows import SMALLEST_PART, Part, Rows, find_rows
-from llama_ray.cluster import check_workers, gpus, nodes, uses_gpu
+from llama_ray.orchestration.resources import check_workers, gpus, nodes, uses_gpu
 from llama_ray.pretrained import resolve
+from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking.uri import tracking_uri
 from llama_ray.tracking.versions import resolve_version
+from llama_ray.utils.errors import first_line
+from llama_ray.utils.integers import ceil_div
 
 Log = Callable[[str], None]
 
@@ -49,7 +52,7 @@ class BatchJob:
         self.config = config
         ref = config.checkpoint
         # an alias may move while the job runs, or before it is started again
-        self._ref = resolve_version(ref).uri if ref.startswith("models:/") else ref
+        self._ref = resolve_version(ref).uri if is_model_ref(ref) else ref
         self.output = Output(config.output)
         size, found = self.output.size(), None if config.overwrite else self.output.record()
         if found is None and size is not None and not config.overwrite:
@@ -120,7 +123,7 @@ class BatchJob:
 
     def _results(self, parts: list[Part], replicas: int, *, gpu: bool) -> Iterator[Counts]:
         """Has `parts` answered and committed -> the counts of each, in the order in which they are finished."""
-        at_once = min(_MOST_PARTS_AT_ONCE, 1 + -(-2 * self.config.max_batch_size // SMALLEST_PART))
+        at_once = min(_MOST_PARTS_AT_ONCE, 1 + ceil_div(2 * self.config.max_num_seqs, SMALLEST_PART))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # our own line reads better in a job's log
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -151,8 +154,8 @@ class BatchJob:
                 yield Counts(**{name: result[name] for name in vars(Counts())})
         except ray.exceptions.RayActorError as error:
             raise BatchError(
-                f"the workers on one part died {_MAX_DEATHS + 1} times ({str(error).splitlines()[0]}); finished parts "
-                "are kept, start again to go on; if memory was short, with a smaller --max_batch_size"
+                f"the workers on one part died {_MAX_DEATHS + 1} times ({first_line(error)}); finished parts "
+                "are kept, start again to go on; if memory was short, with a smaller --max_num_seqs"
             ) from error
 
     def _gpu(self) -> bool:
@@ -178,11 +181,11 @@ class BatchJob:
             params=config.params,
             seed=self.record.made_from["seed"],
             prompt_field=config.prompt_field,
-            replicas_on_node=-(-replicas // max(1, nodes())),
+            replicas_on_node=ceil_div(replicas, max(1, nodes())),
             engine={
                 "device": "cuda" if gpu else "cpu",
                 "dtype": config.dtype and getattr(torch, config.dtype),
-                "max_batch_size": config.max_batch_size,
+                "max_num_seqs": config.max_num_seqs,
                 **asdict(config.engine),
             },
         )
@@ -190,7 +193,7 @@ class BatchJob:
     def _environment(self) -> dict[str, str]:
         """What workers need to find a registered model: the driver's environment does not reach them."""
         refs = (self._ref, self.config.engine.draft_model or "")
-        if not any(ref.startswith("models:/") for ref in refs):
+        if not any(is_model_ref(ref) for ref in refs):
             return {}
         mlflow = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
         return mlflow | {"MLFLOW_TRACKING_URI": tracking_uri()}

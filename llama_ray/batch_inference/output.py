@@ -15,9 +15,10 @@ from typing import Any
 
 from pyarrow import fs
 
-from llama_ray import storage
 from llama_ray.batch_inference.rows import Part
-from llama_ray.storage import StorageError
+from llama_ray.storage import store
+from llama_ray.storage.store import StorageError
+from llama_ray.utils.errors import first_line
 
 _RECORD, _PARTS = ".job.json", ".parts"
 _PARTS_IN_FLIGHT = 64
@@ -66,7 +67,7 @@ class Output:
         """What is known of the output. Raises StorageError where the record is there but cannot be read."""
         place = self._beside(_RECORD)
         try:
-            text = storage.read_text(place)
+            text = store.read_text(place)
             if text is None:
                 return None
             content = json.loads(text)
@@ -74,17 +75,17 @@ class Output:
             return Record(content["made_from"], counts and Counts(**counts), content["size_bytes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
-                f"{place} cannot be read ({_first_line(error)}): give --overwrite to start from nothing, or another "
+                f"{place} cannot be read ({first_line(error)}): give --overwrite to start from nothing, or another "
                 "--output"
             ) from error
 
     def size(self) -> int | None:
         """Bytes of the output; None where there is none. Raises StorageError for a place that cannot be looked at."""
         try:
-            filesystem, path = storage.open_storage(self.location)
+            filesystem, path = store.open_storage(self.location)
             info = filesystem.get_file_info(path)
         except (OSError, ValueError) as error:
-            raise StorageError(f"cannot write to output {self.location} ({_first_line(error)})") from error
+            raise StorageError(f"cannot write to output {self.location} ({first_line(error)})") from error
         if info.type == fs.FileType.Directory:
             raise StorageError(f"output {self.location} is a directory: give a file in it, such as out.jsonl")
         return int(info.size) if info.type == fs.FileType.File else None
@@ -93,13 +94,13 @@ class Output:
         """Note what is about to be made; parts of another job are removed. Raises StorageError."""
         try:
             self._remove_parts()
-            storage.write_text(self._beside(_RECORD), _to_json(record))
-            filesystem, path = storage.open_storage(self.location)
+            store.write_text(self._beside(_RECORD), _to_json(record))
+            filesystem, path = store.open_storage(self.location)
             if filesystem.get_file_info(path).type == fs.FileType.File:
                 filesystem.delete_file(path)
         except (OSError, ValueError) as error:
             raise StorageError(
-                f"cannot write to output {self.location} ({_first_line(error)}): choose another --output"
+                f"cannot write to output {self.location} ({first_line(error)}): choose another --output"
             ) from error
 
     def parts_of(self, record: Record) -> str:
@@ -113,23 +114,23 @@ class Output:
         """
         total, size = Counts(), 0
         try:
-            with storage.replacing(self.location) as stream:
+            with store.replacing(self.location) as stream:
                 for part in parts:
-                    counts, content = _read_part(storage.below(self.parts_of(record), part.file), part.rows)
+                    counts, content = _read_part(store.join(self.parts_of(record), part.file), part.rows)
                     stream.write(content)
                     total += counts
                     size += len(content)
                     if part.index % _PARTS_IN_FLIGHT == 0:
                         stream.flush()  # an object store's stream sends in the background, without a limit
             finished = Record(record.made_from, total, size)
-            storage.write_text(self._beside(_RECORD), _to_json(finished))
+            store.write_text(self._beside(_RECORD), _to_json(finished))
             self._remove_parts()
         except OSError as error:
-            raise StorageError(f"cannot put {self.location} together: {_first_line(error)}") from error
+            raise StorageError(f"cannot put {self.location} together: {first_line(error)}") from error
         return finished
 
     def _remove_parts(self) -> None:
-        filesystem, path = storage.open_storage(self._beside(_PARTS))
+        filesystem, path = store.open_storage(self._beside(_PARTS))
         if filesystem.get_file_info(path).type == fs.FileType.Directory:
             filesystem.delete_dir(path)
 
@@ -141,17 +142,17 @@ class Output:
 def committed(directory: str) -> set[str]:
     """The names of the parts that are finished."""
     # files that were being written when their writer was killed begin with a dot
-    return {name for name in storage.names(directory) if name.startswith("part-")}
+    return {name for name in store.list_files(directory) if name.startswith("part-")}
 
 
 def commit(directory: str, part: Part, rows: Sequence[Mapping[str, Any]], counts: Counts) -> None:
     """Write the answers of a part, its counts in the first line; from then on it is finished."""
     text = "".join(f"{_dumps(row)}\n" for row in ({"counts": asdict(counts)}, *rows))
-    storage.write_text(storage.below(directory, part.file), text)
+    store.write_text(store.join(directory, part.file), text)
 
 
 def _read_part(file: str, rows: int) -> tuple[Counts, bytes]:
-    filesystem, path = storage.open_storage(file)
+    filesystem, path = store.open_storage(file)
     with filesystem.open_input_stream(path, compression=None) as stream:
         head, _, content = stream.readall().partition(b"\n")
     found = content.count(b"\n")
@@ -179,7 +180,3 @@ def _to_json(record: Record) -> str:
 
 def _values(counts: Counts) -> tuple[int, ...]:
     return (counts.rows, counts.errors, counts.prompt_tokens, counts.generated_tokens)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

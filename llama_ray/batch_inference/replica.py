@@ -25,10 +25,11 @@ from llama_ray.batch_inference.rows import (
     prompt_of,
     read_lines,
 )
-from llama_ray.cluster import cpu_threads
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling import SamplingParams, TokenLogprob
-from llama_ray.storage import StorageError
+from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
+from llama_ray.orchestration.resources import cpu_threads
+from llama_ray.storage.store import StorageError
+from llama_ray.utils.errors import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Replica:
                 attempts.survived(number)
 
     def _cannot_write(self, error: OSError) -> StorageError:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return StorageError(f"a worker cannot write to {self._setup.directory}: {reason}")
 
     def _read(self, line: Line) -> _Asked:

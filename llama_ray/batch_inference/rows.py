@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from llama_ray.data.sources import SourceError, files, open_file
-from llama_ray.generation.sampling import SamplingParams
-from llama_ray.paths import is_uri
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.storage.paths import is_uri
 
 _BOM = b"\xef\xbb\xbf"
 SMALLEST_PART, _LARGEST_PART = 32, 256

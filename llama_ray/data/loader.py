@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from llama_ray.data.shards import DatasetError, open_shard, read_info
+from llama_ray.utils.integers import ceil_div, splitmix64
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """(inputs, targets), int64 [batch, seq_len] each; targets are the inputs moved on by one token."""
@@ -165,7 +166,7 @@ class Loader:
                     "data, max_seq_len and seed, or start a new run"
                 )
         seen = state["global_batch"] * state["global_batch_size"]
-        self._start(state["epoch"], min(-(-seen // self.global_batch_size), self.batches_per_epoch))
+        self._start(state["epoch"], min(ceil_div(seen, self.global_batch_size), self.batches_per_epoch))
 
     def _start(self, epoch: int, global_batch: int) -> None:
         if epoch != self._epoch:
@@ -193,7 +194,7 @@ def validation_batches(
             f"the {dataset.split} split holds {len(dataset)} tokens, too few for one sample of {seq_len}: use more "
             "data, a larger validation_fraction or a smaller max_seq_len"
         )
-    batches = -(-num_samples // batch_size)
+    batches = ceil_div(num_samples, batch_size)
     if max_batches is not None:
         batches = min(batches, max_batches)
     return (
@@ -237,12 +238,5 @@ class Permutation:
     def _network(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         left, right = values >> self._half, values & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right + key) & self._mask)
+            left, right = right, left ^ (splitmix64(right + key) & self._mask)
         return (left << self._half) | right
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finalizer (Steele, Lea and Flood, 2014): an input bit flips half of the output bits."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

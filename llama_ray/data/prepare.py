@@ -33,7 +33,7 @@ from llama_ray.data.shards import (
 )
 from llama_ray.data.sources import Corpus, Document, NotUTF8Error, SourceError, find, read, sample
 from llama_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-from llama_ray.paths import is_uri
+from llama_ray.storage.paths import is_uri
 
 TOKENIZER_SAMPLE_BYTES = 100_000_000
 """A tokenizer is trained on at most this much text: more changes few merges and takes long."""

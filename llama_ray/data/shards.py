@@ -8,7 +8,6 @@ tokens, eos. ``dataset.json`` is written last: a directory without it is not a d
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from llama_ray.storage.atomic import replacing, sync_directory
 
 MAGIC = b"LLAMARAY"
 FORMAT_VERSION = 1
@@ -83,21 +84,14 @@ def write_shard(path: Path, pieces: Iterable[Tokens], width: int) -> int:
     The file appears under its name only when it is complete and on disk, so a killed writer leaves no half
     shard.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     count = 0
-    try:
-        with partial.open("wb") as file:
-            file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, 0))
-            for piece in pieces:
-                file.write(piece.astype(_DTYPES[width]).tobytes())
-                count += len(piece)
-            file.seek(0)
-            file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, count))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, 0))
+        for piece in pieces:
+            file.write(piece.astype(_DTYPES[width]).tobytes())
+            count += len(piece)
+        file.seek(0)
+        file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, count))
     return count
 
 
@@ -136,18 +130,9 @@ def write_info(directory: Path, info: DatasetInfo) -> None:
     content["totals"] = {
         split: {"tokens": info.tokens(split), "documents": info.documents(split)} for split in info.splits
     }
-    partial = directory / f".{INFO_FILE}.{os.getpid()}"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(directory / INFO_FILE)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the names of the shards, too, survive a power cut
-    finally:
-        os.close(handle)
+    with replacing(directory / INFO_FILE) as file:
+        file.write(f"{json.dumps(content, indent=2)}\n".encode())
+    sync_directory(directory)  # the names of the shards, too, survive a power cut
 
 
 def read_info(directory: str | Path) -> DatasetInfo:

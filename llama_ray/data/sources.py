@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pyarrow import fs
 
-from llama_ray.paths import is_uri
+from llama_ray.storage.paths import is_uri
 
 BUILTIN = "builtin"
 DOCUMENT_BYTES = 256 * 1024

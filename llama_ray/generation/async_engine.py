@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine, Prompt
-from llama_ray.generation.sampling import SamplingParams
-from llama_ray.generation.sequence import Delta
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.scheduling.sequence import Delta
 
 _log = logging.getLogger(__name__)
 

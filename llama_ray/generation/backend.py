@@ -10,11 +10,11 @@ from llama_ray.generation.cpu import build, ops
 from llama_ray.generation.cpu.cache import CpuCache
 from llama_ray.generation.cpu.modules import PackedRMSNorm
 from llama_ray.generation.cpu.modules import accelerate as accelerate_on_cpu
-from llama_ray.generation.draw import Kernels
 from llama_ray.generation.kv_cache import KVCache, TorchCache
 from llama_ray.generation.quantize import GROUP_SIZE, Quantization, check_quantization
 from llama_ray.generation.runner import Runner
-from llama_ray.generation.sampler import Sampler
+from llama_ray.generation.sampling.draw import Kernels
+from llama_ray.generation.sampling.sampler import Sampler
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
@@ -52,12 +52,12 @@ def prepare(model: Llama, quantization: Quantization | None, *, batch_invariant:
     return model
 
 
-def make_runner(model: Llama, num_blocks: int, max_batch_size: int, max_seq_len: int) -> Runner:
+def make_runner(model: Llama, num_blocks: int, max_num_seqs: int, max_seq_len: int) -> Runner:
     """A model with an empty cache, for batches of so many sequences of up to `max_seq_len` tokens."""
     if model.embed_tokens.weight.device.type == "cuda" and _has_triton():
         from llama_ray.generation.cuda.graphs import GraphRunner
 
-        return GraphRunner(model, make_cache(model, num_blocks), max_batch_size, max_seq_len)
+        return GraphRunner(model, make_cache(model, num_blocks), max_num_seqs, max_seq_len)
     return Runner(model, make_cache(model, num_blocks))
 
 

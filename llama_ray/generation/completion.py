@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from llama_ray.generation.sampling import TokenLogprob
-from llama_ray.generation.sequence import Delta, FinishReason
+from llama_ray.generation.sampling.params import TokenLogprob
+from llama_ray.generation.scheduling.sequence import Delta, FinishReason
 from llama_ray.generation.stats import RequestStats
 
 

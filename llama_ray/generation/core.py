@@ -8,17 +8,19 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 
 import torch
 
-from llama_ray.generation.logprobs import token_logprobs
 from llama_ray.generation.runner import Runner, RunnerError, StepLogits
-from llama_ray.generation.sampler import Ahead, Row, Sample, Sampler
-from llama_ray.generation.scheduler import Chunk, Plan, Scheduler
-from llama_ray.generation.sequence import Delta, Sequence
-from llama_ray.generation.speculation import Proposer, accepted
+from llama_ray.generation.sampling.logprobs import token_logprobs
+from llama_ray.generation.sampling.sampler import Ahead, Row, Sample, Sampler
+from llama_ray.generation.scheduling.scheduler import Chunk, Plan, Scheduler
+from llama_ray.generation.scheduling.sequence import Delta, SequenceState
+from llama_ray.generation.speculation.proposer import Proposer, accepted
 from llama_ray.generation.stats import StepStats
+from llama_ray.utils.errors import first_line
+from llama_ray.utils.memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class Core:
                             self.counts["reused_tokens"] += min(sequence.reused, len(sequence.prompt))
             if not plan.chunks:
                 return []
-            failed: list[tuple[Sequence, str]] = []
+            failed: list[tuple[SequenceState, str]] = []
             try:
                 done = [self._compute(plan)]
             except RunnerError:
@@ -68,9 +70,9 @@ class Core:
             except Exception as e:
                 with self._lock:
                     self._scheduler.undo(plan)
-                    smaller = _out_of_memory(e) and self._scheduler.shrink()
+                    smaller = is_out_of_memory(e) and self._scheduler.shrink()
                 if smaller:
-                    _log.warning("a step ran out of memory and is tried with less: %s", _first_line(e))
+                    _log.warning("a step ran out of memory and is tried with less: %s", first_line(e))
                     _release_memory()
                     continue
                 done, failed = self._compute_each(plan)
@@ -97,7 +99,7 @@ class Core:
                 rows += [Ahead(chunk.sequence, chunk.draft[:n]) for n in range(1, len(chunk.draft) + 1)]
         return plan, logits, self._sampler.sample(logits.next, rows) if rows else []
 
-    def _compute_each(self, plan: Plan) -> tuple[list[Computed], list[tuple[Sequence, str]]]:
+    def _compute_each(self, plan: Plan) -> tuple[list[Computed], list[tuple[SequenceState, str]]]:
         """A step failed: each of its sequences alone, so that whichever is the cause fails alone."""
         done, failed = [], []
         for chunk in plan.chunks:
@@ -107,10 +109,10 @@ class Core:
                 raise
             except Exception as e:
                 _log.exception("request %d fails", chunk.sequence.request_id)
-                failed.append((chunk.sequence, f"{type(e).__name__}: {_first_line(e)}"))
+                failed.append((chunk.sequence, f"{type(e).__name__}: {first_line(e)}"))
         return done, failed
 
-    def _apply(self, plan: Plan, logits: StepLogits, samples: Many[Sample]) -> list[Delta]:
+    def _apply(self, plan: Plan, logits: StepLogits, samples: Sequence[Sample]) -> list[Delta]:
         """Give the sequences what was computed for them; those aborted meanwhile get nothing."""
         deltas: list[Delta] = []
         if logits.reported:
@@ -141,14 +143,16 @@ class Core:
         for (sequence, _), report in zip(logits.reported, reports, strict=True):
             sequence.prompt_logprobs.append(report)
 
-    def _give(self, sequence: Sequence, computed: int, samples: Many[Sample], deltas: list[Delta]) -> None:
+    def _give(
+        self, sequence: SequenceState, computed: int, samples: Sequence[Sample], deltas: list[Delta]
+    ) -> None:
         if not self._scheduler.knows(sequence):
             return
         try:
             delta = sequence.append(samples)
         except Exception as e:  # text that cannot be made of its tokens, or a grammar that refuses them
             _log.exception("request %d fails", sequence.request_id)
-            delta = sequence.fail(f"{type(e).__name__}: {_first_line(e)}")
+            delta = sequence.fail(f"{type(e).__name__}: {first_line(e)}")
         self.counts["generated_tokens"] += len(delta.token_ids)
         if delta.error is None:
             # The last token was sampled, not computed.
@@ -157,7 +161,7 @@ class Core:
             self._scheduler.finish(sequence)
         deltas.append(delta)
 
-    def _advance(self, sequence: Sequence, computed: int) -> None:
+    def _advance(self, sequence: SequenceState, computed: int) -> None:
         """Keys and values of the first `computed` tokens are there: let others find the blocks that are full."""
         if not self._scheduler.knows(sequence):
             return
@@ -182,16 +186,7 @@ class Core:
         )
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # torch has no exception of its own for the CPU's allocator.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def _release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

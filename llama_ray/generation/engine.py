@@ -23,25 +23,24 @@ from llama_ray.generation.backend import (
     prepare,
     weight_bytes,
 )
-from llama_ray.generation.blocks import BlockPool
 from llama_ray.generation.completion import Completion, GenerationError
-from llama_ray.generation.constraints import Grammars
 from llama_ray.generation.core import Core
-from llama_ray.generation.draft_model import DraftModel
 from llama_ray.generation.kv_cache import count_blocks
 from llama_ray.generation.limits import Limits
-from llama_ray.generation.parallel_model import TensorParallel
+from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.progress import Progress
-from llama_ray.generation.prompt_lookup import PromptLookup
 from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.runner import RunnerError
-from llama_ray.generation.sampling import SamplingParams
-from llama_ray.generation.scheduler import Scheduler
-from llama_ray.generation.sequence import Delta
-from llama_ray.generation.sequence import Sequence as Candidate
-from llama_ray.generation.speculation import Proposer
+from llama_ray.generation.sampling.constraints import Grammars
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.scheduling.blocks import BlockPool
+from llama_ray.generation.scheduling.scheduler import Scheduler
+from llama_ray.generation.scheduling.sequence import Delta, SequenceState
+from llama_ray.generation.scheduling.text import TextOutput
+from llama_ray.generation.speculation.draft_model import DraftModel
+from llama_ray.generation.speculation.prompt_lookup import PromptLookup
+from llama_ray.generation.speculation.proposer import Proposer
 from llama_ray.generation.stats import EngineStats
-from llama_ray.generation.text import TextOutput
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained, resolve
 
@@ -54,8 +53,8 @@ CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 256, 2048
 class Engine:
     """Generates for many requests at once, each with its own parameters, on one device.
 
-    Sequences join and leave the batch at every step. At most `max_batch_size` run together, each up to
-    `max_seq_len` tokens of prompt and output (None: the model's), and a step computes at most `max_batch_tokens`
+    Sequences join and leave the batch at every step. At most `max_num_seqs` run together, each up to
+    `max_seq_len` tokens of prompt and output (None: the model's), and a step computes at most `max_num_batched_tokens`
     tokens. Their keys and values share a cache of `kv_cache_memory_bytes` (None: see `kv_cache.count_blocks`), which
     must be free now, else ValueError is raised; on a CPU it is taken block by block, when one is first written. With
     `enable_prefix_caching` prompts that begin as others did are not computed again. `proposer` guesses tokens ahead,
@@ -74,25 +73,25 @@ class Engine:
         model: Llama,
         tokenizer: Tokenizer | None,
         *,
-        max_batch_size: int = 64,
+        max_num_seqs: int = 64,
         max_seq_len: int | None = None,
-        max_batch_tokens: int | None = None,
+        max_num_batched_tokens: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         enable_prefix_caching: bool = True,
         proposer: Proposer | None = None,
         draft_tokens: int = 4,
         seed: int | None = 0,
         eos_ids: Collection[int] = (),
-        parallel: TensorParallel | None = None,
+        parallel: ShardedModel | None = None,
     ) -> None:
         limit = model.config.max_seq_len
         max_seq_len = limit if max_seq_len is None else max_seq_len
         weight = model.embed_tokens.weight
-        if max_batch_tokens is None:
-            max_batch_tokens = GPU_BATCH_TOKENS if weight.device.type == "cuda" else CPU_BATCH_TOKENS
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = GPU_BATCH_TOKENS if weight.device.type == "cuda" else CPU_BATCH_TOKENS
         for name, value in (
-            ("max_batch_size", max_batch_size),
-            ("max_batch_tokens", max_batch_tokens),
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
             ("draft_tokens", draft_tokens),
         ):
             if value < 1:
@@ -101,7 +100,7 @@ class Engine:
             raise ValueError(f"max_seq_len is {max_seq_len}; it must be from 2 to {limit}, the model's limit")
         self.tokenizer = tokenizer
         self.config = model.config
-        self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
+        self.max_num_seqs, self.max_seq_len = max_num_seqs, max_seq_len
         own_eos = {tokenizer.eos_id} if tokenizer is not None else set()
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
 
@@ -110,7 +109,7 @@ class Engine:
         if proposer is not None:
             proposer.check(model.config.vocab_size, max_seq_len)
             per_block += proposer.block_bytes
-        limits = (max_batch_size, max_seq_len)
+        limits = (max_num_seqs, max_seq_len)
         if parallel is None:
             blocks = count_blocks(per_block, BLOCK_SIZE, *limits, weight.device, kv_cache_memory_bytes)
             runner = make_runner(model, blocks, *limits)
@@ -118,9 +117,9 @@ class Engine:
             blocks = parallel.count_blocks(per_block, *limits, kv_cache_memory_bytes)
             runner = parallel.runner(blocks)
         if proposer is not None:
-            proposer.reserve(blocks, max_batch_size, max_seq_len)
+            proposer.reserve(blocks, max_num_seqs, max_seq_len)
         pool = BlockPool(blocks, BLOCK_SIZE, caching=enable_prefix_caching)
-        self._scheduler = Scheduler(pool, max_batch_size, max_batch_tokens)
+        self._scheduler = Scheduler(pool, max_num_seqs, max_num_batched_tokens)
         self._lock = threading.Lock()  # held over the scheduler and the counters, never during a forward pass
         self._core = Core(
             self._scheduler, runner, make_sampler(weight.device), self._lock, proposer, draft_tokens
@@ -154,7 +153,7 @@ class Engine:
         `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
         rounds the weights of matrix products as they are loaded; for `batch_invariant` see `backend.prepare`.
         `draft_model`, or with `prompt_lookup` the text itself, guesses tokens ahead. `tensor_parallel` is the number
-        of GPUs (on a CPU, of processes) to divide the model between, see `llama_ray.generation.tensor_parallel`.
+        of GPUs (on a CPU, of processes) to divide the model between, see `llama_ray.generation.parallel.runner`.
         `options` are those of the constructor. Raises ValueError for a checkpoint that cannot be read or not be
         divided so.
         """
@@ -170,7 +169,7 @@ class Engine:
             model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
             model = prepare(model, quantization, batch_invariant=batch_invariant)
             return cls(model, tokenizer, **options)
-        parallel = TensorParallel(directory, dtype, device, quantization, batch_invariant, tensor_parallel)
+        parallel = ShardedModel(directory, dtype, device, quantization, batch_invariant, tensor_parallel)
         try:
             return cls(parallel.model, parallel.tokenizer, parallel=parallel, **options)
         except BaseException:
@@ -259,11 +258,11 @@ class Engine:
         with self._lock:
             request_id = next(self._requests)
             seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-            leader: Candidate | None = None
+            leader: SequenceState | None = None
             for index, constraint in enumerate(constraints):
                 stream = self.tokenizer.stream() if self.tokenizer else None
                 text = TextOutput(stream, params.stop_strings, params.min_tokens)
-                candidate = Candidate(
+                candidate = SequenceState(
                     request_id, index, ids, params, seed, text, self.eos_ids, constraint, leader
                 )
                 leader = leader or candidate
@@ -297,7 +296,7 @@ class Engine:
                 blocks=pool.num_blocks - 1,
                 blocks_in_use=pool.in_use,
                 block_size=pool.block_size,
-                max_batch_size=self.max_batch_size,
+                max_num_seqs=self.max_num_seqs,
                 kv_cache_bytes=self._kv_cache_bytes,
                 weight_bytes=self._weight_bytes,
                 last_step=self._core.last_step,

@@ -16,6 +16,7 @@ from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.cpu.memory import Arena
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import Attend
+from llama_ray.utils.integers import ceil_div
 
 GPU_MEMORY_SHARE = 0.9
 CPU_CACHE_BYTES = 4 * 2**30
@@ -84,7 +85,7 @@ class TorchCache:
 
     def _extend(self, layer: int, query: Tensor, table: Tensor, context: int) -> Tensor:
         """The last queries [1, heads, n, head_dim] of one sequence of `context` tokens."""
-        blocks = table[: -(-context // self.block_size)].long()
+        blocks = table[: ceil_div(context, self.block_size)].long()
         keys, values = (
             t[blocks].flatten(0, 1)[:context].transpose(0, 1)[None]
             for t in (self.keys[layer], self.values[layer])
@@ -113,7 +114,7 @@ class TorchCache:
 def count_blocks(
     bytes_per_block: int,
     block_size: int,
-    max_batch_size: int,
+    max_num_seqs: int,
     max_seq_len: int,
     device: torch.device,
     memory_bytes: int | None,
@@ -122,11 +123,11 @@ def count_blocks(
     """How many blocks to make, the scratch block included.
 
     `memory_bytes` None takes what is free of 90% of a GPU's memory, and on a CPU up to 4 GiB or half of what is free;
-    never more than `max_batch_size` sequences of `max_seq_len` tokens could fill. On a CPU so many `processes` each
+    never more than `max_num_seqs` sequences of `max_seq_len` tokens could fill. On a CPU so many `processes` each
     take as much, and share what is free. Raises ValueError where one such
     sequence would not fit.
     """
-    per_sequence = -(-max_seq_len // block_size)
+    per_sequence = ceil_div(max_seq_len, block_size)
     free = free_bytes(device) // (processes if device.type == "cpu" else 1)
     if memory_bytes is not None:
         room = memory_bytes
@@ -139,7 +140,7 @@ def count_blocks(
         room = free - int((1 - GPU_MEMORY_SHARE) * total)
     else:
         room = min(CPU_CACHE_BYTES, int(_CPU_SHARE * free))
-    blocks = min(room // bytes_per_block, 1 + max_batch_size * per_sequence)
+    blocks = min(room // bytes_per_block, 1 + max_num_seqs * per_sequence)
     if blocks < 1 + per_sequence:
         needed = (1 + per_sequence) * bytes_per_block
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from llama_ray.generation.sequence import Delta
+from llama_ray.generation.scheduling.sequence import Delta
 
 
 class Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.kv_cache import KVCache
-from llama_ray.generation.scheduler import Chunk, Plan
-from llama_ray.generation.sequence import Sequence
+from llama_ray.generation.scheduling.scheduler import Chunk, Plan
+from llama_ray.generation.scheduling.sequence import SequenceState
 from llama_ray.model.llama import Llama
+from llama_ray.utils.integers import ceil_div
 
 
 class RunnerError(RuntimeError):
@@ -41,7 +42,7 @@ class StepLogits:
     each token of its draft."""
     prompt: Tensor
     """[reported, vocab_size]: for prompt tokens whose probability is asked for."""
-    reported: list[tuple[Sequence, int]]
+    reported: list[tuple[SequenceState, int]]
     """Whose token, and which of its prompt, each row of `prompt` is about."""
 
 
@@ -69,7 +70,7 @@ class Runner:
         hidden = self.model.hidden(batch.tokens[None], batch.positions, self.cache.attend(batch))
         return self.model.head(hidden[0, batch.logit_rows])
 
-    def batch(self, spans: list[Span], more_rows: Ids[int] = ()) -> StepBatch:
+    def batch(self, spans: list[Span], more_rows: Sequence[int] = ()) -> StepBatch:
         """All spans, end to end, on the host; logits for the rows of each, in order, then for `more_rows` of it all."""
         # Plain lists: for the few numbers of a decoding step they take a third of the time of array operations.
         size = self.cache.block_size
@@ -83,7 +84,7 @@ class Runner:
             slots += [span.blocks[p // size] * size + p % size for p in range(span.start, end)]
             query_start.append(len(tokens))
             contexts.append(end)
-        widths = [-(-end // size) for end in contexts]
+        widths = [ceil_div(end, size) for end in contexts]
         table = np.zeros((len(spans), max(widths)), dtype=np.int32)
         for row, span, width in zip(table, spans, widths, strict=True):
             row[:width] = span.blocks[:width]
@@ -110,10 +111,10 @@ def _span(chunk: Chunk) -> Span:
     return Span(start, [*sequence.tokens[start : start + length], *chunk.draft], sequence.blocks, rows)
 
 
-def _reported(chunks: list[Chunk]) -> tuple[list[int], list[tuple[Sequence, int]]]:
+def _reported(chunks: list[Chunk]) -> tuple[list[int], list[tuple[SequenceState, int]]]:
     """The rows that tell the probability of a prompt token for those who asked, and which token that is."""
     rows: list[int] = []
-    about: list[tuple[Sequence, int]] = []
+    about: list[tuple[SequenceState, int]] = []
     start = 0
     for chunk in chunks:
         sequence = chunk.sequence

@@ -86,7 +86,7 @@ class EngineStats:
     blocks: int
     blocks_in_use: int
     block_size: int
-    max_batch_size: int
+    max_num_seqs: int
     kv_cache_bytes: int
     weight_bytes: int
     last_step: StepStats | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,13 +16,14 @@ from torch import Tensor
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.hf_config import from_hf, to_hf
 from llama_ray.model.llama import Llama
-from llama_ray.model.pieces import StoredTensor, open_tensors
+from llama_ray.model.sharded_safetensors import StoredTensor, open_tensors
+from llama_ray.storage.atomic import replacing, replacing_path
 
 MAX_SHARD_BYTES = 4 * 1024**3
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 PIECE_FILES = "model-rank*.safetensors"
-"""What the workers of a training run wrote, see `llama_ray.model.pieces`."""
+"""What the workers of a training run wrote, see `llama_ray.model.sharded_safetensors`."""
 
 Part = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
 """The name and shape of a parameter -> what of it a process keeps."""
@@ -98,9 +98,8 @@ def save_model(
     for i, names in enumerate(shards, start=1):
         file = _SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        partial = directory / f".{file}.partial"
-        save_file({n: tensors[n].cpu().contiguous() for n in names}, partial, metadata={"format": "pt"})
-        partial.replace(directory / file)
+        with replacing_path(directory / file) as partial:
+            save_file({n: tensors[n].cpu().contiguous() for n in names}, partial, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(t.nbytes for t in tensors.values())
         write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -129,12 +128,8 @@ def hf_name(name: str) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `path` so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as f:
-        f.write(json.dumps(content, indent=2) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write(f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _split(tensors: dict[str, Tensor], max_bytes: int) -> Iterator[list[str]]:

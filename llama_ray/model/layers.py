@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ray.model import by_hand
+from llama_ray.model import eager_autograd
 from llama_ray.model.config import LlamaConfig, RopeScaling
 
 
@@ -81,8 +81,8 @@ class RMSNorm(nn.Module):
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        if by_hand.pays(x):
-            return by_hand.Normalize.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-any-return, no-untyped-call]
+        if eager_autograd.use_fused_backward(x):
+            return eager_autograd.Normalize.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-any-return, no-untyped-call]
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return (h.to(x.dtype) * self.weight).to(dtype)
@@ -142,8 +142,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Halves are paired, not neighbours: the layout that Hugging Face checkpoints are permuted to.
     """
-    if by_hand.pays(x):
-        return by_hand.Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+    if eager_autograd.use_fused_backward(x):
+        return eager_autograd.Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 

@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from llama_ray.tracking.runs import Point, Run
 from llama_ray.tracking.uri import TrackingError
+from llama_ray.utils.errors import first_line
 
 _MAX_POINTS = 100_000
 _POINTS_AT_ONCE = 50
@@ -106,7 +107,7 @@ class BufferedRun:
                     self._send_some(run)
                     pause_s = _RETRY_S[0]
                 except _AWAY as e:
-                    _log.warning("MLflow does not answer, metrics wait (%s)", str(e).splitlines()[0])
+                    _log.warning("MLflow does not answer, metrics wait (%s)", first_line(e))
                     with self._lock:
                         self._lock.wait_for(lambda: self._closing, timeout=pause_s)
                     time.sleep(_RETRY_S[0] if self._closing else 0)

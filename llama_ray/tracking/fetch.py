@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from llama_ray.tracking.lock import locked
 from llama_ray.tracking.package import CHECKPOINT_PATH
 from llama_ray.tracking.uri import TrackingError
+from llama_ray.utils.errors import first_line
 
 CACHE = Path("~/.cache/llama_ray/models")
 
@@ -45,7 +46,7 @@ def fetch(client: MlflowClient, name: str, version: int, cache_dir: Path | None 
             )
         except (MlflowException, OSError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise TrackingError(
                 f"models:/{name}/{version} could not be fetched from {artifact}: {reason}"
             ) from error

@@ -24,6 +24,7 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH,
 
 from llama_ray.tracking.figures import loss_curve
 from llama_ray.tracking.uri import TrackingError, artifact_location, connect, tracking_uri
+from llama_ray.utils.errors import first_line
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -77,7 +78,7 @@ class Run:
         try:
             info = client.get_run(run_id).info
         except MlflowException as error:
-            raise TrackingError(f"no run {run_id} at {client.tracking_uri}: {_first_line(error)}") from error
+            raise TrackingError(f"no run {run_id} at {client.tracking_uri}: {first_line(error)}") from error
         if info.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"run {run_id} was deleted; bring it back with: mlflow runs restore --run-id {run_id}"
@@ -247,7 +248,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float) else str(value)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 
-from llama_ray.paths import workspace
+from llama_ray.storage.paths import workspace
 from llama_ray.tracking.lock import locked
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 
-class Request(IntEnum):
+class Interrupt(IntEnum):
     """What somebody outside the loop asks for; the larger one wins where workers ask for different things."""
 
-    NOTHING = 0
+    NONE = 0
     CHECKPOINT = 1
     """Save now and go on: a machine is about to be taken away."""
     STOP = 2
@@ -35,24 +35,24 @@ class Agreement:
     and no device is synchronised.
     """
 
-    def __init__(self, asked: Callable[[], Request], timeout_s: int) -> None:
+    def __init__(self, asked: Callable[[], Interrupt], timeout_s: int) -> None:
         self._asked = asked
         timeout = timedelta(seconds=timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._flag = torch.zeros(1, dtype=torch.int64)
         self._work: dist.Work | None = None
-        self._served = Request.NOTHING
+        self._served = Interrupt.NONE
 
-    def new_request(self) -> Request:
+    def next_interrupt(self) -> Interrupt:
         """A request that is to be answered after this step; each is returned once. All workers call it each step."""
         if self._work is not None:
             self._work.wait()
-        agreed = Request(int(self._flag.item()))
+        agreed = Interrupt(int(self._flag.item()))
         self._flag.fill_(self._asked())
         if self._group is not None:
             self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         if agreed <= self._served:
             self._served = agreed  # withdrawn ones may come again
-            return Request.NOTHING
+            return Interrupt.NONE
         self._served = agreed
         return agreed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,20 +11,20 @@ from llama_ray.data.loader import Loader, TokenDataset, validation_batches
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.training.checkpointer import Checkpointer
-from llama_ray.training.compilation import compile_pays
+from llama_ray.training.checkpointing.checkpointer import Checkpointer
+from llama_ray.training.checkpointing.state import Progress, load_state
 from llama_ray.training.config import Schedule, TrainConfig
-from llama_ray.training.interrupt import Agreement, Request, Stopped
-from llama_ray.training.layout import choose_layout, local_world_size, memory_per_worker
-from llama_ray.training.metrics import Throughput, peak_flops, peak_memory_bytes
+from llama_ray.training.errors import Skips, TrainingError, out_of_memory_at
+from llama_ray.training.interrupt import Agreement, Interrupt, Stopped
+from llama_ray.training.metrics import Throughput, peak_flops, peak_memory_bytes, perplexity
 from llama_ray.training.observer import Observer
-from llama_ray.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from llama_ray.training.parallel import gather_model, parallelize, rank, world_size
+from llama_ray.training.optimizers.build import build_optimizer, learning_rate, set_learning_rate
+from llama_ray.training.parallel.compilation import compile_pays
+from llama_ray.training.parallel.layout import choose_layout, local_world_size, memory_per_worker
+from llama_ray.training.parallel.parallelize import gather_model, parallelize, rank, world_size
 from llama_ray.training.preflight import check_run
-from llama_ray.training.profile import profiled
-from llama_ray.training.state import Progress, load_state
+from llama_ray.training.profiling import profiled
 from llama_ray.training.step import Stepper
-from llama_ray.training.trouble import Skips, TrainingError, naming_the_step_of_exhausted_memory
 
 MAX_FAILED_CHECKPOINTS = 3
 
@@ -40,7 +39,7 @@ def train(
     output_dir: str | None = None,
     resume_from: Path | None = None,
     run_id: str | None = None,
-    asked: Callable[[], Request] = lambda: Request.NOTHING,
+    asked: Callable[[], Interrupt] = lambda: Interrupt.NONE,
 ) -> Progress:
     """Train a model on the prepared data directory `data`, on every worker of the current process group.
 
@@ -98,7 +97,7 @@ def train(
         )
         loss = stepper.validate(batches)
         progress.validation_loss = loss
-        metrics = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}
+        metrics = {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
         observer.validated(step, metrics, gather_model(model, config))
 
     checkpointer = Checkpointer(output_dir, llama, optimizer, tokenizer, config) if output_dir else None
@@ -139,7 +138,7 @@ def train(
             rate = learning_rate(step, config, schedule)
             set_learning_rate(optimizer, rate)
             epoch = loader.epoch
-            with naming_the_step_of_exhausted_memory(step):
+            with out_of_memory_at(step):
                 result = stepper.step(loader.next_global_batch())
             skips.count(result.skipped)
             progress.step = step
@@ -182,10 +181,10 @@ def train(
                 if schedule.saves(step):
                     checkpoint()
                 throughput.resume()
-            request = agreement.new_request()
+            request = agreement.next_interrupt()
             if request and not schedule.saves(step):
                 checkpoint()
-            if request is Request.STOP and step < schedule.total_steps:
+            if request is Interrupt.STOP and step < schedule.total_steps:
                 finish(step)
                 raise Stopped(step)
             tell_saved()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 
 import torch
 
 from llama_ray.training.config import Precision
+from llama_ray.training.precision import DTYPES
 
 # Dense bf16 FLOP/s of one GPU, from the makers' data sheets.
 _PEAK_BF16 = {
@@ -42,8 +44,7 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
 
 def measured_matmul_flops(device: torch.device, precision: Precision, size: int = 1024) -> float:
     """FLOP/s of the best of a few products of two `size` x `size` matrices."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    a = torch.ones(size, size, device=device, dtype=DTYPES[precision])
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()
@@ -86,3 +87,8 @@ class Throughput:
         rate = self._tokens / max(self._seconds, 1e-9)
         self._tokens, self._seconds = 0, 0.0
         return rate, rate * self._flops_per_token / self._peak
+
+
+def perplexity(loss: float) -> float:
+    """exp(`loss`) for a loss in nats per token, bounded so that a run that diverges still has a number to log."""
+    return math.exp(min(loss, 700.0))

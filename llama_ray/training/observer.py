@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama_ray.model.llama import Llama
-from llama_ray.training.checkpointer import Saved
+from llama_ray.training.checkpointing.checkpointer import Saved
+from llama_ray.training.checkpointing.state import Progress
 from llama_ray.training.config import Schedule
-from llama_ray.training.parallel import rank
-from llama_ray.training.state import Progress
+from llama_ray.training.parallel.parallelize import rank
 
 Metrics = Mapping[str, float]
 """Metric name -> value, named `group/metric` as they appear in MLflow."""

@@ -10,7 +10,7 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import load_config
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.layout import choose_layout
+from llama_ray.training.parallel.layout import choose_layout
 
 
 def check_run(

@@ -15,9 +15,9 @@ from llama_ray.data.loader import Batch
 from llama_ray.model.loss import IGNORE
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.host_memory import keep_freed_memory
-from llama_ray.training.layout import ALONE, Layout
-from llama_ray.training.parallel import AUTOCAST, micro_step, whole_tensor
-from llama_ray.training.scaler import LossScaler
+from llama_ray.training.optimizers.scaler import LossScaler
+from llama_ray.training.parallel.layout import ALONE, Layout
+from llama_ray.training.parallel.parallelize import AUTOCAST, micro_step, whole_tensor
 
 
 @dataclass(frozen=True)

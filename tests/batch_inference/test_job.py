@@ -19,14 +19,14 @@ from typing import Any
 import psutil
 import pytest
 
-from llama_ray import storage
 from llama_ray.batch_inference.config import BatchConfig, BatchError
 from llama_ray.batch_inference.job import BatchJob
 from llama_ray.batch_inference.output import Counts
 from llama_ray.batch_inference.rows import row_seed
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling import SamplingParams
-from llama_ray.storage import StorageError
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.storage import store
+from llama_ray.storage.store import StorageError
 from tests.batch_inference.conftest import read_rows, write_rows
 from tests.object_store import s3_server, uri
 
@@ -115,7 +115,7 @@ def test_the_answers_are_the_same_for_any_number_of_replicas(
     contents = []
     for replicas, batch in ((1, 4), (3, 16)):
         output = tmp_path / f"{replicas}.jsonl"
-        finished(BatchJob(config(checkpoint, prompts, output, replicas=replicas, max_batch_size=batch)))
+        finished(BatchJob(config(checkpoint, prompts, output, replicas=replicas, max_num_seqs=batch)))
         contents.append(output.read_bytes())
     assert contents[0] == contents[1]
     answers = {row["completions"][0]["text"] for row in read_rows(tmp_path / "1.jsonl")}
@@ -129,7 +129,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(checkpoint: Path, tmp_pat
     source = write_rows(tmp_path / "in.jsonl", [{"prompt": text} for text in texts])
     params = SamplingParams(max_tokens=80, ignore_eos=True)
     output = tmp_path / "out.jsonl"
-    job = BatchJob(config(checkpoint, source, output, params=params, replicas=1, max_batch_size=4))
+    job = BatchJob(config(checkpoint, source, output, params=params, replicas=1, max_num_seqs=4))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(finished, job)
         wait_for(lambda: running.done() or len(job.remaining) < len(job.rows.parts))
@@ -151,12 +151,12 @@ def test_rows_and_answers_on_an_object_store(checkpoint: Path, tmp_path: Path) -
     here = write_rows(tmp_path / "in.jsonl", rows)
     finished(BatchJob(config(checkpoint, here, local)))
     with s3_server() as port:
-        storage.upload(here, uri(port, "in/a.jsonl"))
+        store.upload(here, uri(port, "in/a.jsonl"))
         remote = config(checkpoint, uri(port, "in"), uri(port, "answers/out.jsonl"))
         job = BatchJob(remote)
         assert finished(job).rows == 50
-        assert storage.read_text(remote.output) == local.read_text()
-        assert storage.names(uri(port, "answers")) == ["out.jsonl", "out.jsonl.job.json"]
+        assert store.read_text(remote.output) == local.read_text()
+        assert store.list_files(uri(port, "answers")) == ["out.jsonl", "out.jsonl.job.json"]
         assert BatchJob(remote).finished == job.finished
 
 
@@ -172,7 +172,7 @@ def test_a_killed_driver_costs_no_row_and_doubles_none(
         [
             sys.executable, str(JOBS / "generate.py"), "--checkpoint", str(checkpoint), "--input", str(source),
             "--output", str(output), "--max_tokens", "80", "--ignore_eos", "--seed", "1", "--replicas", "1",
-            "--max_batch_size", "4",
+            "--max_num_seqs", "4",
         ],
         env={**os.environ, "RAY_ADDRESS": ray_cluster},
     )  # fmt: skip
@@ -227,7 +227,7 @@ def test_what_is_complete_stays_and_what_is_another_job_is_refused(
     counts = finished(BatchJob(plain))
     before = output.stat().st_mtime_ns
     assert BatchJob(plain).finished == counts
-    assert BatchJob(config(checkpoint, prompts, output, replicas=2, max_batch_size=2)).finished == counts
+    assert BatchJob(config(checkpoint, prompts, output, replicas=2, max_num_seqs=2)).finished == counts
     assert output.stat().st_mtime_ns == before
     hotter = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.5)
     for other, message in (
@@ -269,8 +269,8 @@ def test_outputs_that_cannot_be_used(checkpoint: Path, prompts: Path, tmp_path: 
 def test_settings_that_do_not_fit() -> None:
     with pytest.raises(BatchError, match=r"device is 'cuda:1'.* it must be cpu or cuda"):
         config(Path("c"), "i", "o", device="cuda:1")
-    with pytest.raises(BatchError, match="max_batch_size is 0; it must be at least 1"):
-        config(Path("c"), "i", "o", max_batch_size=0)
+    with pytest.raises(BatchError, match="max_num_seqs is 0; it must be at least 1"):
+        config(Path("c"), "i", "o", max_num_seqs=0)
     with pytest.raises(BatchError, match="replicas is 0; it must be at least 1"):
         config(Path("c"), "i", "o", replicas=0)
 

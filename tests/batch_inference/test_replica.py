@@ -16,8 +16,8 @@ from llama_ray.batch_inference.output import Output, Record, committed
 from llama_ray.batch_inference.replica import Replica, Setup
 from llama_ray.batch_inference.rows import Rows, find_rows
 from llama_ray.generation.engine import Engine, Prompt
-from llama_ray.generation.sampling import SamplingParams
-from llama_ray.generation.sequence import Delta
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.scheduling.sequence import Delta
 from tests.batch_inference.conftest import read_rows, write_rows
 
 POISON = 280
@@ -48,13 +48,13 @@ class Fragile(Engine):
         return deltas
 
 
-def answer(checkpoint: Path, rows: Rows, output: Path, max_batch_size: int = 8) -> list[dict[str, Any]]:
+def answer(checkpoint: Path, rows: Rows, output: Path, max_num_seqs: int = 8) -> list[dict[str, Any]]:
     """All parts that are not finished, at once, through one replica -> the output's rows."""
     where, record = Output(str(output)), Record({})
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     setup = Setup(
         str(checkpoint), where.parts_of(record), params, 3, "prompt", 1,
-        {"device": "cpu", "max_batch_size": max_batch_size},
+        {"device": "cpu", "max_num_seqs": max_num_seqs},
     )  # fmt: skip
     replica = Replica(setup)
     parts = [part for part in rows.parts if part.file not in committed(where.parts_of(record))]
@@ -146,7 +146,7 @@ def test_rows_of_several_parts_fill_one_batch(
     monkeypatch.setattr(Fragile, "most", 0)
     given = [{"prompt": "fox"} for _ in range(70)]
     rows = find_rows(str(write_rows(tmp_path / "in.jsonl", given)), lambda path: False)
-    answered = answer(checkpoint, rows, tmp_path / "out.jsonl", max_batch_size=64)
+    answered = answer(checkpoint, rows, tmp_path / "out.jsonl", max_num_seqs=64)
     assert Fragile.most > max(part.rows for part in rows.parts)
     assert len({tuple(row["completions"][0]["token_ids"]) for row in answered}) > 60
 

@@ -18,7 +18,7 @@ from llama_ray.batch_inference.rows import (
     read_lines,
 )
 from llama_ray.data.sources import SourceError
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 from tests.batch_inference.conftest import write_rows
 
 

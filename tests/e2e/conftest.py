@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from llama_ray.data.prepare import PrepareConfig, prepare
-from llama_ray.launch import LaunchConfig
 from llama_ray.model.config import LlamaConfig
-from llama_ray.trainer import Outcome, train_on_ray
+from llama_ray.orchestration.launch import LaunchConfig
+from llama_ray.orchestration.trainer import Outcome, train_on_ray
 from llama_ray.training.config import TrainConfig
 
 MODEL = LlamaConfig.preset("llama-tiny", vocab_size=1024, max_seq_len=64)

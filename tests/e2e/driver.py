@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import ray
 
-from llama_ray.launch import LaunchConfig
-from llama_ray.trainer import train_on_ray
+from llama_ray.orchestration.launch import LaunchConfig
+from llama_ray.orchestration.trainer import train_on_ray
+from llama_ray.training.errors import TrainingError
 from llama_ray.training.interrupt import Stopped
-from llama_ray.training.trouble import TrainingError
 from tests.e2e.conftest import CONFIG, MODEL
 
 if __name__ == "__main__":

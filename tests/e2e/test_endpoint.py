@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 from tests.e2e.conftest import Trained
 
 

@@ -21,8 +21,8 @@ from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from llama_ray import storage
 from llama_ray.data.loader import Loader, TokenDataset
+from llama_ray.storage import run_directory, store
 from tests.e2e.conftest import CONFIG, MODEL, Trained
 from tests.e2e.test_training import assert_same_state, curve
 from tests.object_store import s3_server, uri
@@ -62,7 +62,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None
 
 
 def whole(run: str, step: int) -> Callable[[], bool]:
-    return lambda: storage.read_marker(storage.below(run, f"step_{step:08d}")) is not None
+    return lambda: run_directory.read_marker(store.join(run, f"step_{step:08d}")) is not None
 
 
 def run_id_of(run: Path) -> str:
@@ -77,11 +77,11 @@ def trains(tracking: str, run: Path) -> bool:
 
 
 def step_of(checkpoint: str) -> int:
-    return int(storage.name_of(checkpoint).rpartition("_")[2])
+    return int(store.name_of(checkpoint).rpartition("_")[2])
 
 
 def newest_step(run: Path) -> int:
-    return step_of(storage.checkpoints(str(run))[0])
+    return step_of(run_directory.list_checkpoints(str(run))[0])
 
 
 def test_a_killed_driver_costs_nothing_on_an_object_store(
@@ -89,12 +89,12 @@ def test_a_killed_driver_costs_nothing_on_an_object_store(
 ) -> None:
     with s3_server() as port:
         place = uri(port, "checkpoints")
-        run = storage.below(place, "driver-killed")
+        run = store.join(place, "driver-killed")
         driver = start_driver(trained, ray_cluster, "driver-killed", output_dir=place)
         wait_for(whole(run, 9), driver)
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
-        run_id = json.loads(storage.read_text(storage.below(run, "run.json")) or "")["run_id"]
+        run_id = json.loads(store.read_text(store.join(run, "run.json")) or "")["run_id"]
         outcome = trained.again(resume="latest", register_as="resumed", output_dir=place)
         assert outcome.run_id == run_id
         assert outcome.version is not None
@@ -264,7 +264,9 @@ def test_a_run_grows_with_the_cluster_saves_when_a_node_is_drained_and_shrinks_w
 
     def saved_out_of_turn() -> bool:
         nonlocal saved
-        saved = max((s for s in map(step_of, storage.checkpoints(str(run))) if s % every), default=0)
+        saved = max(
+            (s for s in map(step_of, run_directory.list_checkpoints(str(run))) if s % every), default=0
+        )
         return saved > 0
 
     wait_for(saved_out_of_turn, driver)
@@ -281,7 +283,7 @@ def test_a_run_grows_with_the_cluster_saves_when_a_node_is_drained_and_shrinks_w
     tags = client.get_run(run_id_of(run)).data.tags
     assert tags["restart.1"].endswith(", 2 workers")
     assert tags["restart.2"].endswith(", 1 workers")
-    marker = storage.read_marker(storage.checkpoints(str(run))[0])
+    marker = run_directory.read_marker(run_directory.list_checkpoints(str(run))[0])
     assert marker is not None
     loader = Loader(
         TokenDataset(trained.data, "train"),

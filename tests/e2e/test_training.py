@@ -14,13 +14,13 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_ray import storage
-from llama_ray.launch import LaunchConfig
 from llama_ray.model.config import LlamaConfig
+from llama_ray.orchestration.launch import LaunchConfig
+from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.pretrained import load_pretrained
+from llama_ray.storage import run_directory
 from llama_ray.tracking.registry import resolve_version
-from llama_ray.trainer import train_on_ray
-from llama_ray.training.checkpointer import fetched
+from llama_ray.training.checkpointing.checkpointer import local_copy
 from llama_ray.training.config import TrainConfig
 from tests.e2e.conftest import CONFIG, MODEL, Trained
 
@@ -90,7 +90,7 @@ def test_workers_that_are_killed_or_hang_cost_nothing(trained: Trained, tracking
 
     def hit_workers() -> None:
         for step, number in ((9, signal.SIGKILL), (18, signal.SIGSTOP)):
-            while not (directory / f"step_{step:08d}" / storage.MARKER).exists():
+            while not (directory / f"step_{step:08d}" / run_directory.MARKER).exists():
                 if ended.wait(0.02):
                     return
             os.kill(_workers(ray_session)[0].pid, number)
@@ -122,7 +122,7 @@ def assert_same_state(checkpoint: str, other: str) -> None:
 
 
 def _state(checkpoint: str) -> dict[str, torch.Tensor]:
-    with fetched(checkpoint) as local:
+    with local_copy(checkpoint) as local:
         files = [load_file(path) for path in local.glob("*-rank*.safetensors")]
     return {name: tensor for file in files for name, tensor in file.items()}
 

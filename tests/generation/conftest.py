@@ -51,4 +51,4 @@ def model(tokenizer: Tokenizer) -> Llama:
 
 @pytest.fixture
 def engine(model: Llama, tokenizer: Tokenizer) -> Engine:
-    return Engine(model, tokenizer, max_batch_size=4)
+    return Engine(model, tokenizer, max_num_seqs=4)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llama_ray.generation.constraints import Constraint
-from llama_ray.generation.penalties import TokenCounts
-from llama_ray.generation.sampler import Sample, Sampler
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.constraints import Constraint
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.sampling.penalties import TokenCounts
+from llama_ray.generation.sampling.sampler import Sample, Sampler
 
 
 @dataclass

@@ -12,8 +12,8 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.async_engine import AsyncEngine
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine, Prompt
-from llama_ray.generation.sampling import SamplingParams
-from llama_ray.generation.sequence import Delta
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.model.llama import Llama
 
 PROMPTS = ["def", "The quick brown fox", "Zwölf Box", "a"]
@@ -23,7 +23,7 @@ LONG = SamplingParams(max_tokens=150, ignore_eos=True)
 
 @pytest.fixture
 def running(model: Llama, tokenizer: Tokenizer) -> Iterator[AsyncEngine]:
-    running = AsyncEngine(Engine(model, tokenizer, max_batch_size=2))
+    running = AsyncEngine(Engine(model, tokenizer, max_num_seqs=2))
     yield running
     running.stop()
 
@@ -127,7 +127,7 @@ def test_a_bad_request_raises_at_once_and_others_go_on(running: AsyncEngine) -> 
 
 def test_a_model_that_breaks_fails_the_streams_it_has_and_not_those_after_it(model: Llama) -> None:
     doomed = Llama(model.config)
-    running = AsyncEngine(Engine(doomed, None, max_batch_size=2))
+    running = AsyncEngine(Engine(doomed, None, max_num_seqs=2))
     whole = doomed.lm_head.weight
 
     async def crash() -> None:

@@ -18,7 +18,7 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.backend import BLOCK_SIZE, block_bytes
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
@@ -59,7 +59,7 @@ def run(engine: Engine, many: list[list[int]], n: int = 1) -> list[list[list[int
 @pytest.fixture(scope="module")
 def expected(model: Llama, tokenizer: Tokenizer) -> list[list[list[int]]]:
     """One request at a time, nothing shared, whole prompts."""
-    alone = Engine(model, tokenizer, max_batch_size=1, max_batch_tokens=1000, enable_prefix_caching=False)
+    alone = Engine(model, tokenizer, max_num_seqs=1, max_num_batched_tokens=1000, enable_prefix_caching=False)
     return [
         [
             c.token_ids
@@ -76,7 +76,7 @@ def first_candidates(expected: list[list[list[int]]]) -> list[list[list[int]]]:
 def test_prompts_in_small_chunks_beside_others(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]]
 ) -> None:
-    engine = Engine(model, tokenizer, max_batch_size=7, max_batch_tokens=9, enable_prefix_caching=False)
+    engine = Engine(model, tokenizer, max_num_seqs=7, max_num_batched_tokens=9, enable_prefix_caching=False)
     assert run(engine, prompts(model, 24)) == first_candidates(expected)
     assert engine.stats.prompt_tokens == sum(map(len, prompts(model, 24)))
 
@@ -85,7 +85,11 @@ def test_a_cache_for_two_sequences_is_enough_for_all(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]]
 ) -> None:
     engine = Engine(
-        model, tokenizer, max_batch_size=16, kv_cache_memory_bytes=cache_of(model, 10), max_batch_tokens=64
+        model,
+        tokenizer,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=cache_of(model, 10),
+        max_num_batched_tokens=64,
     )
     assert run(engine, prompts(model, 24)) == first_candidates(expected)
     stats = engine.stats
@@ -111,13 +115,13 @@ def test_a_beginning_that_is_known_is_not_computed_again(
 def test_candidates_share_their_prompt(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]]
 ) -> None:
-    engine = Engine(model, tokenizer, max_batch_size=8, enable_prefix_caching=False)
+    engine = Engine(model, tokenizer, max_num_seqs=8, enable_prefix_caching=False)
     many = prompts(model, 24)
     assert run(engine, many, n=3) == expected
-    # Fewer seats than candidates: some begin on their own, and still nothing is shared wrongly.
-    few = Engine(model, tokenizer, max_batch_size=2, kv_cache_memory_bytes=cache_of(model, 6))
+    # Fewer max_num_seqs than candidates: some begin on their own, and still nothing is shared wrongly.
+    few = Engine(model, tokenizer, max_num_seqs=2, kv_cache_memory_bytes=cache_of(model, 6))
     assert run(few, many, n=3) == expected
-    wide = Engine(model, tokenizer, max_batch_size=8, enable_prefix_caching=False)
+    wide = Engine(model, tokenizer, max_num_seqs=8, enable_prefix_caching=False)
     wide.generate([many[0]], dataclasses.replace(PARAMS, n=8))
     assert wide.stats.prompt_tokens == len(many[0])
 
@@ -132,8 +136,8 @@ def test_thousands_of_requests_in_random_company(model: Llama, tokenizer: Tokeni
         engine = Engine(
             model,
             tokenizer,
-            max_batch_size=rng.choice([3, 17, 64]),
-            max_batch_tokens=rng.choice([8, 50, 400]),
+            max_num_seqs=rng.choice([3, 17, 64]),
+            max_num_batched_tokens=rng.choice([8, 50, 400]),
             kv_cache_memory_bytes=cache_of(model, rng.choice([6, 30, 200])),
             enable_prefix_caching=bool(round_ % 3),
         )
@@ -167,7 +171,7 @@ def test_nothing_is_left_behind_by_thousands_of_requests(tokenizer: Tokenizer) -
         intermediate_size=8,
         max_seq_len=64,
     )
-    engine = Engine(Llama(config), tokenizer, max_batch_size=256, max_batch_tokens=1024)
+    engine = Engine(Llama(config), tokenizer, max_num_seqs=256, max_num_batched_tokens=1024)
     params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
     rng = random.Random(0)
 
@@ -218,7 +222,7 @@ def failing(model: Llama, fails: Callable[[torch.Tensor], Exception | None]) -> 
 def test_a_step_that_runs_out_of_memory_is_done_in_smaller_ones(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]], error: Exception
 ) -> None:
-    engine = Engine(model, tokenizer, max_batch_size=24, max_batch_tokens=256)
+    engine = Engine(model, tokenizer, max_num_seqs=24, max_num_batched_tokens=256)
     with failing(model, lambda tokens: error if tokens.numel() > 40 else None) as sizes:
         assert run(engine, prompts(model, 24)) == first_candidates(expected)
     assert max(sizes) > 40

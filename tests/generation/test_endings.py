@@ -9,7 +9,7 @@ import pytest
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 
 SCHEMA = {
     "type": "object",

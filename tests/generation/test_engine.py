@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling import SamplingParams
-from llama_ray.generation.sequence import Delta
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.model.config import LlamaConfig, RopeScaling
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
@@ -64,7 +64,7 @@ def test_greedy_is_transformers_greedy_alone_and_in_a_batch(
     save_pretrained(random_model(config, seed=3), tokenizer, tmp_path)
     peer: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     # Fewer slots than prompts: sequences join while others are in the middle.
-    engine = Engine.from_pretrained(tmp_path, device="cpu", max_batch_size=3)
+    engine = Engine.from_pretrained(tmp_path, device="cpu", max_num_seqs=3)
     params = SamplingParams(max_tokens=70, temperature=0)
     batched = engine.generate(PROMPTS, params)
     for prompt, completion in zip(PROMPTS, batched, strict=True):
@@ -83,8 +83,8 @@ def test_greedy_is_transformers_greedy_alone_and_in_a_batch(
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company(model: Llama, tokenizer: Tokenizer) -> None:
-    alone = Engine(model, tokenizer, max_batch_size=1).generate(PROMPTS, VARIED)
-    engine = Engine(model, tokenizer, max_batch_size=8)
+    alone = Engine(model, tokenizer, max_num_seqs=1).generate(PROMPTS, VARIED)
+    engine = Engine(model, tokenizer, max_num_seqs=8)
     assert engine.generate(PROMPTS, VARIED) == alone
     # Again, joining one by one a batch of strangers with other parameters.
     ids, tokens = [], defaultdict(list)
@@ -222,7 +222,7 @@ def test_logprobs_are_those_of_transformers(
 
 
 def test_abort_frees_the_slot_at_once(model: Llama, tokenizer: Tokenizer) -> None:
-    engine = Engine(model, tokenizer, max_batch_size=1)
+    engine = Engine(model, tokenizer, max_num_seqs=1)
     long = SamplingParams(max_tokens=100, ignore_eos=True)
     running, waiting, third = (engine.submit("a", long) for _ in range(3))
     engine.step()
@@ -327,7 +327,7 @@ def test_numbers_that_overflow_fail_their_request_and_no_other(tokenizer: Tokeni
     broken.load_state_dict(model.state_dict())
     with torch.no_grad():
         broken.embed_tokens.weight[17] = math.nan
-    engine = Engine(broken, tokenizer, max_batch_size=2)
+    engine = Engine(broken, tokenizer, max_num_seqs=2)
     params = dataclasses.replace(VARIED, logit_bias={17: -100.0})
     expected = Engine(model, tokenizer).generate([[1, 2], [3]], params)
     good, bad, later = (engine.submit(p, params) for p in ([1, 2], [17] * 9, [3]))
@@ -366,10 +366,10 @@ def test_submit_and_abort_from_other_threads(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_batch_size": 0}, "max_batch_size is 0; it must be at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be at least 1"),
         ({"max_seq_len": 161}, "max_seq_len is 161; it must be from 2 to 160, the model's limit"),
         ({"max_seq_len": 1}, "max_seq_len is 1"),
-        ({"max_batch_tokens": 0}, "max_batch_tokens is 0; it must be at least 1"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0; it must be at least 1"),
         ({"kv_cache_memory_bytes": 10**18}, "of memory are free on cpu; lower it"),
         ({"kv_cache_memory_bytes": 10**4}, "lower max_seq_len, or raise kv_cache_memory_bytes"),
     ],

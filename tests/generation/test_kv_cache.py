@@ -5,10 +5,10 @@ import torch
 
 from llama_ray.generation.kv_cache import TorchCache, count_blocks
 from llama_ray.generation.runner import Runner
-from llama_ray.generation.sampling import SamplingParams
-from llama_ray.generation.scheduler import Chunk, Plan
-from llama_ray.generation.sequence import Sequence
-from llama_ray.generation.text import TextOutput
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.scheduling.scheduler import Chunk, Plan
+from llama_ray.generation.scheduling.sequence import SequenceState
+from llama_ray.generation.scheduling.text import TextOutput
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
@@ -16,13 +16,13 @@ SIZE = 8
 CPU = torch.device("cpu")
 
 
-def placed(tokens: list[int], blocks: list[int]) -> Sequence:
-    s = Sequence(0, 0, tokens, SamplingParams(max_tokens=1), 0, TextOutput(None, ()), ())
+def placed(tokens: list[int], blocks: list[int]) -> SequenceState:
+    s = SequenceState(0, 0, tokens, SamplingParams(max_tokens=1), 0, TextOutput(None, ()), ())
     s.blocks = blocks
     return s
 
 
-def run(runner: Runner, work: list[tuple[Sequence, int]]) -> torch.Tensor:
+def run(runner: Runner, work: list[tuple[SequenceState, int]]) -> torch.Tensor:
     """Compute so many tokens of each; the logits of those that are complete."""
     chunks = [Chunk(s, n) for s, n in work]
     logits = runner.run(Plan(chunks)).next

@@ -12,7 +12,7 @@ import pytest
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
@@ -162,7 +162,7 @@ def test_a_file_of_prompts_is_answered_once(
     (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps({'text': p})}\n" for p in prompts))
     flags = [
         "--input", "in.jsonl", "--output", "out.jsonl", "--prompt-field", "text", "--max_tokens", "8",
-        "--ignore_eos", "--replicas", "1", "--max_batch_size=4",
+        "--ignore_eos", "--replicas", "1", "--max_num_seqs=4",
     ]  # fmt: skip
     done = run(checkpoint, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from transformers import LlamaConfig as PeerConfig
 from llama_ray.model.checkpoint import CheckpointError, hf_name, load_config, load_model, save_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.pieces import PIECES
+from llama_ray.model.sharded_safetensors import PIECES
 
 TINY = LlamaConfig.preset("llama-tiny")
 

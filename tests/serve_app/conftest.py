@@ -65,7 +65,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine(model_dir: Path) -> Engine:
     """What is served, in this process: the reference for what HTTP answers."""
-    return Engine.from_pretrained(model_dir, device="cpu", max_batch_size=8)
+    return Engine.from_pretrained(model_dir, device="cpu", max_num_seqs=8)
 
 
 @pytest.fixture(scope="package")
@@ -80,7 +80,7 @@ def served(ray_cluster: str, model_dir: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = ServeArgs(
-        model=str(model_dir), num_cpus=0.5, max_replicas=1, max_batch_size=8, max_queued_requests=MAX_QUEUED
+        model=str(model_dir), num_cpus=0.5, max_replicas=1, max_num_seqs=8, max_queued_requests=MAX_QUEUED
     )
     serve.run(build(args), name="llama-ray", route_prefix="/")
     yield f"http://127.0.0.1:{port}"

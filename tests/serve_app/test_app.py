@@ -29,7 +29,7 @@ def deployments(**args: Any) -> tuple[Any, Any]:
 
 def test_strings_from_the_command_line_are_enough(tmp_path: Path) -> None:
     api, replicas = deployments(
-        model=str(tmp_path), num_cpus="2", num_gpus="0.5", max_batch_size="8", dtype="bfloat16"
+        model=str(tmp_path), num_cpus="2", num_gpus="0.5", max_num_seqs="8", dtype="bfloat16"
     )
     assert (api.name, replicas.name) == ("Api", "LlamaReplica")
     assert replicas.init_args[0] == str(tmp_path)
@@ -69,7 +69,7 @@ def test_replicas_are_held_to_their_limits() -> None:
     ("args", "message"),
     [
         ({"modle": "x"}, "modle"),
-        ({"max_batch_size": "0"}, "max_batch_size"),
+        ({"max_num_seqs": "0"}, "max_num_seqs"),
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas is 2; it must be at least min_replicas, 3"),
         ({"dtype": "int4"}, "dtype"),
         ({"quantization": "int2"}, "quantization"),

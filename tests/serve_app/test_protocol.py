@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 from serve_app.protocol import ApiError, CompletionRequest, validation_error
 
 BODY = {"model": "m", "prompt": "p"}

@@ -13,7 +13,7 @@ import pytest
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.checkpoint import CheckpointError
 from llama_ray.pretrained import load_pretrained, save_pretrained
 from llama_ray.tracking.uri import TrackingError
@@ -27,7 +27,7 @@ JOB = Job("tiny", ["The quick"], SamplingParams(max_tokens=20, seed=1), stream=T
 
 @pytest.fixture
 def replica(model_dir: Path) -> Iterator[LlamaReplica]:
-    replica = LlamaReplica(str(model_dir), max_batch_size=4)
+    replica = LlamaReplica(str(model_dir), max_num_seqs=4)
     yield replica
     replica._engine.stop()
 

@@ -14,7 +14,7 @@ from openai.types import Completion as Response
 
 from llama_ray.generation.completion import Completion
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.stats import EngineStats
 from tests.serve_app.conftest import EMOJI, MAX_SEQ_LEN
 

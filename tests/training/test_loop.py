@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llama_ray.model.checkpoint import CheckpointError
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
-from llama_ray.training.checkpointer import Saved, checkpoint_name
+from llama_ray.training.checkpointing.checkpointer import Saved, checkpoint_name
+from llama_ray.training.checkpointing.state import load_progress
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.interrupt import Request, Stopped
+from llama_ray.training.errors import TrainingError
+from llama_ray.training.interrupt import Interrupt, Stopped
 from llama_ray.training.loop import train
 from llama_ray.training.observer import Console, Metrics
-from llama_ray.training.state import load_progress
-from llama_ray.training.trouble import TrainingError
 from tests.datasets import write_dataset
 
 CPU = torch.device("cpu")
@@ -122,8 +122,8 @@ def test_a_stop_saves_at_once_and_a_resume_loses_nothing(
     recorder, directory = finished
     first, second = Recorder(), Recorder()
 
-    def asked() -> Request:
-        return Request.STOP if len(first.points) >= 6 else Request.NOTHING
+    def asked() -> Interrupt:
+        return Interrupt.STOP if len(first.points) >= 6 else Interrupt.NONE
 
     with pytest.raises(Stopped, match="after step 7") as stopped:
         train(tiny, CONFIG, dataset, device=CPU, observer=first, output_dir=str(tmp_path), asked=asked)
@@ -145,8 +145,8 @@ def test_a_preemption_notice_saves_once_and_training_goes_on(
     recorder = Recorder()
     config = replace(CONFIG, checkpoint_every=100)
 
-    def asked() -> Request:
-        return Request.CHECKPOINT if len(recorder.points) >= 4 else Request.NOTHING
+    def asked() -> Interrupt:
+        return Interrupt.CHECKPOINT if len(recorder.points) >= 4 else Interrupt.NONE
 
     train(tiny, config, dataset, device=CPU, observer=recorder, output_dir=str(tmp_path), asked=asked)
     assert [saved.step for saved in recorder.saved] == [5, 12]

@@ -11,9 +11,9 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import IGNORE, cross_entropy_sum
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.layout import choose_layout
-from llama_ray.training.optimizer import build_optimizer
-from llama_ray.training.parallel import gather_model, parallelize, rank, world_size
+from llama_ray.training.optimizers.build import build_optimizer
+from llama_ray.training.parallel.layout import choose_layout
+from llama_ray.training.parallel.parallelize import gather_model, parallelize, rank, world_size
 from llama_ray.training.step import Stepper
 from tests.training.processes import in_processes
 

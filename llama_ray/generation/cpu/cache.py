@@ -11,6 +11,7 @@ from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.cpu.memory import Arena
 from llama_ray.generation.cpu.ops import kernels
 from llama_ray.model.config import LlamaConfig
+from llama_ray.utils.integers import ceil_div
 
 BLOCK_SIZE = 32
 """Positions in a block."""
@@ -138,4 +139,4 @@ class CpuAttend:
 
 
 def _value_dim(config: LlamaConfig) -> int:
-    return -(-config.head_dim // 16) * 16
+    return ceil_div(config.head_dim, 16) * 16

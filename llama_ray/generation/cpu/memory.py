@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llama_ray.utils.integers import ceil_div
+
 _HUGE_PAGE = 2 * 2**20  # bytes, on x86-64 and on arm64 with pages of 4 KiB
 _CHUNK = 32 * _HUGE_PAGE
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -29,7 +31,7 @@ class Arena:
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Zeros that begin at a multiple of 64 bytes."""
         size = math.prod(shape) * dtype.itemsize
-        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        start = ceil_div(self._used, _ALIGNMENT) * _ALIGNMENT
         if start + size > len(self._chunk):
             self._chunk, start = _huge_pages(max(size, _CHUNK)), 0
         self._used = start + size

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_ray.generation.cpu.build import load
-from llama_ray.generation.draw import Filters
+from llama_ray.generation.sampling.draw import Filters
 
 
 def kernels() -> ctypes.CDLL:

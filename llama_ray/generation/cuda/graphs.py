@@ -17,6 +17,7 @@ from llama_ray.generation.batch import StepBatch, to_device
 from llama_ray.generation.kv_cache import KVCache
 from llama_ray.generation.runner import Runner
 from llama_ray.model.llama import Llama
+from llama_ray.utils.integers import ceil_div
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Records a function of no arguments -> where its result will be, and what computes it anew."""
@@ -57,7 +58,7 @@ class Graph(NamedTuple):
 
 
 class GraphRunner(Runner):
-    """A runner that decodes up to `max_batch_size` sequences of up to `max_seq_len` tokens by graphs.
+    """A runner that decodes up to `max_num_seqs` sequences of up to `max_seq_len` tokens by graphs.
 
     A graph is recorded when its batch size comes up first, which costs a fraction of a second then. Logits are
     computed outside: they differ in number, and no two graphs then keep tensors as large.
@@ -67,13 +68,13 @@ class GraphRunner(Runner):
         self,
         model: Llama,
         cache: KVCache,
-        max_batch_size: int,
+        max_num_seqs: int,
         max_seq_len: int,
         capture: Capture | None = None,
     ) -> None:
         super().__init__(model, cache)
-        self._sizes = batch_sizes(max_batch_size)
-        self._width = -(-max_seq_len // cache.block_size)
+        self._sizes = batch_sizes(max_num_seqs)
+        self._width = ceil_div(max_seq_len, cache.block_size)
         self._capture = capture or CudaCapture()
         self._graphs: dict[int, Graph] = {}
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llama_ray.generation.cpu import ops
-from llama_ray.generation.draw import Kernels
-from llama_ray.generation.sampler import Sampler
-from llama_ray.generation.sampling import SamplingParams
+from llama_ray.generation.sampling.draw import Kernels
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.sampling.sampler import Sampler
 from tests.generation.rows import Row, random_logits
 
 PARAMS = [

@@ -1,0 +1,1 @@
+"""One model over several ranks: the processes, their collectives, and each rank's share of the weights."""

@@ -1,0 +1,1 @@
+"""Logits to tokens: parameters, penalties, constraints, filters, noise and log probabilities."""

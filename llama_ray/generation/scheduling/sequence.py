@@ -1,0 +1,178 @@
+"""One candidate completion on its way: its tokens, its text, its blocks, and when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llama_ray.generation.sampling.constraints import Constraint
+from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
+from llama_ray.generation.sampling.penalties import TokenCounts
+from llama_ray.generation.sampling.sampler import NOT_FINITE, Sample
+from llama_ray.generation.scheduling.text import TextOutput
+from llama_ray.generation.stats import RequestStats
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step, or several that were taken together, added to candidate `index` of a request.
+
+    `text` may be empty although there are tokens: bytes of a character, or the beginning of a stop string, wait for
+    what follows. All texts of a candidate together are its completion's text. `token_ids` include an end-of-text
+    token and those of a stop string, though the text does not. `logprobs` has an entry for each token, or is
+    None where the request did not ask; `prompt_logprobs`, for each prompt token but the first, comes with the first
+    delta. `finish_reason` is set on the last delta of the candidate, with its `stats`: "stop" (end-of-text or stop
+    token, stop string, or the end of what `regex` or `json_schema` allow), "length" (`max_tokens`), or "error" with
+    the cause in `error`.
+    """
+
+    request_id: int
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason | None
+    error: str | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    stats: RequestStats | None = None
+
+    @classmethod
+    def joined(cls, deltas: Sequence[Delta]) -> Delta:
+        """Deltas of one candidate, in order, as one."""
+        first, last = deltas[0], deltas[-1]
+        logprobs = None if first.logprobs is None else [p for d in deltas for p in d.logprobs or ()]
+        return cls(
+            first.request_id,
+            first.index,
+            "".join([d.text for d in deltas]),
+            [t for d in deltas for t in d.token_ids],
+            logprobs,
+            last.finish_reason,
+            last.error,
+            first.prompt_logprobs,
+            last.stats,
+        )
+
+    def __add__(self, later: Delta) -> Delta:
+        """Both deltas of one candidate as one."""
+        return Delta.joined((self, later))
+
+
+class SequenceState:
+    """The state of one candidate.
+
+    `tokens` are those of prompt and output; keys and values of the first `computed` of them are in `blocks`. A
+    candidate with a `leader` starts where that one's prompt has been computed, if it can.
+    """
+
+    draft: Sequence[int] = ()
+    """See `sampler.Row`: a sequence itself assumes none."""
+
+    def __init__(
+        self,
+        request_id: int,
+        index: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        text: TextOutput,
+        eos_ids: Collection[int],
+        constraint: Constraint | None = None,
+        leader: SequenceState | None = None,
+    ) -> None:
+        self.request_id, self.index = request_id, index
+        self.prompt, self.output = list(prompt), list[int]()
+        self.tokens = list(prompt)
+        self.params, self.seed = params, seed
+        self.leader, self.followers = leader, list[SequenceState]()
+        self.arrival = 0
+        self.running = False
+        self.blocks: list[int] = []
+        self.digests: list[bytes] = []  # of the blocks that are full, as far as they were published
+        self.computed = self.reused = self.draft_computed = 0
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.stats = RequestStats(arrived=time.monotonic(), prompt_tokens=len(prompt))
+        self.end_ids = frozenset([*(() if params.ignore_eos else eos_ids), *params.stop_token_ids])
+        self.counts = TokenCounts.of(params, prompt)
+        self.constraint = constraint
+        self._text = text
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def tokens_left(self) -> int:
+        """How many more it may generate."""
+        return self.params.max_tokens - len(self.output)
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether blocks that others computed will do: reports on the prompt need all of its logits."""
+        return self.params.prompt_logprobs is None or bool(self.output)
+
+    def append(self, samples: Sequence[Sample]) -> Delta:
+        """Take the tokens that were sampled, in order, as far as the sequence goes on.
+
+        Where one could not be sampled it ends with an error.
+        """
+        texts: list[str] = []
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob] | None = None if self.params.logprobs is None else []
+        finish: FinishReason | None = None
+        for sample in samples:
+            if sample.token_id is None:
+                reason = sample.error or NOT_FINITE
+                return self._delta("".join(texts), token_ids, logprobs, "error", reason)
+            text, finish = self._take(sample.token_id)
+            texts.append(text)
+            token_ids.append(sample.token_id)
+            if logprobs is not None and sample.logprob is not None:
+                logprobs.append(sample.logprob)
+            if finish is not None:
+                break
+        return self._delta("".join(texts), token_ids, logprobs, finish)
+
+    def fail(self, reason: str) -> Delta:
+        """End with an error."""
+        return self._delta("", [], [] if self.params.logprobs is not None else None, "error", reason)
+
+    def _take(self, token: int) -> tuple[str, FinishReason | None]:
+        self.output.append(token)
+        self.tokens.append(token)
+        if self.counts is not None:
+            self.counts.push(token)
+        at_end = token in self.end_ids
+        text, stopped = ("", False) if at_end else self._text.push(token)
+        if self.constraint is not None and not at_end:
+            self.constraint.push(token)
+            at_end = self.constraint.finished and self.constraint.error is None
+        done = at_end or len(self.output) >= self.params.max_tokens
+        if done and not stopped:
+            rest, stopped = self._text.finish()
+            text += rest
+        return text, "stop" if at_end or stopped else "length" if done else None
+
+    def _delta(
+        self,
+        text: str,
+        token_ids: list[int],
+        logprobs: list[TokenLogprob] | None,
+        finish: FinishReason | None,
+        error: str | None = None,
+    ) -> Delta:
+        now = time.monotonic()
+        self.stats.count(len(token_ids), now)
+        if finish is not None:
+            self.stats.finished = now
+            self.stats.reused_tokens = self.reused
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs or None, []
+        stats = self.stats if finish is not None else None
+        return Delta(
+            self.request_id, self.index, text, token_ids, logprobs, finish, error, prompt_logprobs, stats
+        )

@@ -1,0 +1,1 @@
+"""Proposers of draft tokens, and the rule that accepts them."""

@@ -1,0 +1,1 @@
+"""Ray Train, and what ties a run to MLflow and the registry."""

@@ -1,0 +1,106 @@
+"""A training run told to MLflow, and to the console."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_ray.data.loader import TokenDataset
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.model.llama import Llama
+from llama_ray.storage import store
+from llama_ray.tracking.buffer import BufferedRun
+from llama_ray.training.checkpointing.checkpointer import Saved
+from llama_ray.training.checkpointing.state import Progress
+from llama_ray.training.config import Schedule
+from llama_ray.training.observer import Console, Metrics
+from llama_ray.training.parallel.parallelize import world_size
+
+_STARTS = "starts.json"  # [step that it went on after, workers] of each time that workers began
+_PROMPTS, _PROMPT_TOKENS, _SAMPLE_TOKENS = 3, 16, 64
+
+
+class MLflowObserver(Console):
+    """Logs what rank 0 observes to `run` (None on the other ranks): curves, a loss picture, samples of text.
+
+    Nothing here waits for the tracking server. After a restart from a checkpoint some steps are trained again;
+    points that the run has already are not logged twice.
+    """
+
+    def __init__(self, run: BufferedRun | None, data: str, directory: str) -> None:
+        super().__init__()
+        self.run, self._starts = run, store.join(directory, _STARTS)
+        self._tokenizer = Tokenizer.load(data)
+        self._prompts = _validation_prompts(data)
+
+    def started(self, schedule: Schedule, progress: Progress, layout: str) -> None:
+        """See `Observer`."""
+        super().started(schedule, progress, layout)
+        if self.run:
+            self.run.restore(progress.unsent)
+            # Kept beside the checkpoints, for these workers may be gone before they can tell MLflow.
+            starts = [*json.loads(store.read_text(self._starts) or "[]"), (progress.step, world_size())]
+            store.write_text(self._starts, json.dumps(starts))
+            tags = {"total_steps": str(schedule.total_steps), "layout": layout}
+            for n, (step, workers) in enumerate(starts[1:], 1):
+                tags |= {"restarts": str(n), f"restart.{n}": f"after step {step}, {workers} workers"}
+            self.run.do("started", lambda run: run.set_tags(tags))
+
+    def logged(self, step: int, metrics: Metrics) -> None:
+        """See `Observer`."""
+        super().logged(step, metrics)
+        if self.run:
+            self.run.log_metrics(metrics, step)
+
+    def validated(self, step: int, metrics: Metrics, model: Llama | None) -> None:
+        """See `Observer`."""
+        super().validated(step, metrics, model)
+        if self.run:
+            self.run.log_metrics(metrics, step)
+            self.run.do("loss curve", lambda run: run.log_loss_curve())
+            if model is not None:
+                samples = self._samples(model)
+                self.run.do(f"samples {step}", lambda run: run.log_samples(samples, step))
+
+    def checkpointed(self, saved: Saved) -> None:
+        """See `Observer`."""
+        super().checkpointed(saved)
+        if self.run:
+            metrics = {"checkpoint/stall_s": saved.stall_s, "checkpoint/write_s": saved.write_s}
+            failed = {"checkpoint/failed": 1.0}
+            self.run.log_metrics(failed if saved.error else metrics, saved.step)
+
+    def profiled(self, trace: Path) -> None:
+        """See `Observer`."""
+        super().profiled(trace)
+        if self.run:
+            self.run.do("profile", lambda run: run.log_file(trace, "profile"))
+
+    def unsent(self) -> list[Any]:
+        """See `Observer`."""
+        return self.run.unsent() if self.run else []
+
+    def _samples(self, model: Llama) -> list[tuple[str, str]]:
+        """(prompt, continuation) for a few places in the validation text."""
+        room = model.config.max_seq_len
+        prompts = [p[: room // 2] for p in self._prompts]
+        engine = Engine(model, self._tokenizer, max_num_seqs=len(prompts))
+        length = min(_SAMPLE_TOKENS, room - max(map(len, prompts)))
+        params = SamplingParams(max_tokens=length, temperature=0.8, top_k=40, top_p=0.9, seed=0)
+        completions = engine.generate(prompts, params)
+        return [
+            (self._tokenizer.decode(prompt), completion.text)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+
+
+def _validation_prompts(data: str) -> list[list[int]]:
+    dataset = TokenDataset(data, "validation")
+    places = np.linspace(0, dataset.num_samples(_PROMPT_TOKENS), _PROMPTS, endpoint=False, dtype=np.int64)
+    prompts: list[list[int]] = dataset.samples(np.unique(places), _PROMPT_TOKENS)[0].tolist()
+    return prompts

@@ -1,0 +1,48 @@
+"""A finished checkpoint -> a registered, servable model version."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from llama_ray.pretrained import load_pretrained, save_pretrained
+from llama_ray.tracking.registry import Policy, PromotionDecision, Version, promote, register
+from llama_ray.tracking.runs import Run
+from llama_ray.training.config import Precision
+from llama_ray.training.precision import DTYPES
+
+
+def publish(
+    run: Run,
+    checkpoint: Path,
+    *,
+    name: str,
+    precision: Precision,
+    policy: Policy,
+    validation_loss: float,
+    data_fingerprint: str,
+    tags: Mapping[str, str],
+    description: str,
+) -> tuple[Version, PromotionDecision]:
+    """Register the model of a training checkpoint under `name`, and let `policy` decide about the champion.
+
+    The version holds weights in the precision that the model was trained in, half the bytes of the checkpoint's
+    fp32 for bf16 and fp16, and no optimizer state.
+    """
+    model, tokenizer = load_pretrained(checkpoint, dtype=DTYPES[precision])
+    with tempfile.TemporaryDirectory() as staging:
+        exported = Path(staging, "model")
+        save_pretrained(model, tokenizer, exported)
+        version = register(
+            run,
+            name=name,
+            checkpoint=exported,
+            python_model=Path(__file__).with_name("pyfunc_model.py"),
+            validation_loss=validation_loss,
+            data_fingerprint=data_fingerprint,
+            tags=tags,
+            description=description,
+        )
+    decision = promote(name, version.version, policy=policy, uri=run.uri)
+    return version, decision

@@ -1,0 +1,1 @@
+"""Sharded checkpoints: written beside the training, exact on resume."""

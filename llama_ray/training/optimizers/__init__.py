@@ -1,0 +1,1 @@
+"""AdamW and Muon, their learning rates, and the loss scaler of fp16."""

@@ -1,0 +1,1 @@
+"""How a model is divided among workers, recomputed and compiled."""

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.scheduling.text import StopMatcher, TextOutput
+
+
+def character_by_character(text: str, stop: tuple[str, ...], passed: int = 0) -> tuple[str, bool]:
+    """The definition: read on until the text ends with a stop string, and leave out the longest that it ends with.
+
+    Those that are complete within the first `passed` characters do not count.
+    """
+    for end in range(passed + 1, len(text) + 1):
+        ended = [s for s in stop if text[:end].endswith(s)]
+        if ended:
+            return text[: end - max(map(len, ended))], True
+    return text, False
+
+
+def in_pieces(pieces: list[str], stop: tuple[str, ...], unstoppable: int = 0) -> tuple[list[str], bool]:
+    matcher, shown = StopMatcher(stop), []
+    for i, piece in enumerate(pieces):
+        text, stopped = matcher.push(piece, may_stop=i >= unstoppable)
+        shown.append(text)
+        if stopped:
+            return shown, True
+    return [*shown, matcher.flush()], False
+
+
+LETTERS = st.text("ab", min_size=1, max_size=4)
+
+
+@given(st.lists(st.text("abc", max_size=5), max_size=12), st.lists(LETTERS, max_size=3).map(tuple))
+def test_the_cut_does_not_depend_on_the_pieces(pieces: list[str], stop: tuple[str, ...]) -> None:
+    shown, stopped = in_pieces(pieces, stop)
+    assert ("".join(shown), stopped) == character_by_character("".join(pieces), stop)
+
+
+@given(
+    st.lists(st.text("abc", max_size=5), max_size=12),
+    st.lists(LETTERS, max_size=3).map(tuple),
+    st.integers(0, 12),
+)
+def test_stop_strings_in_the_first_pieces_are_text(
+    pieces: list[str], stop: tuple[str, ...], unstoppable: int
+) -> None:
+    shown, stopped = in_pieces(pieces, stop, unstoppable)
+    # What was shown cannot be taken back: a stop string that begins in it is cut at its end, not at its beginning.
+    expected, expected_stop = character_by_character(
+        "".join(pieces), stop, len("".join(pieces[:unstoppable]))
+    )
+    assert ("".join(shown), stopped) == (expected, expected_stop)
+
+
+def test_only_what_could_become_a_stop_string_is_held_back() -> None:
+    matcher = StopMatcher(("###", "END"))
+    assert matcher.push("one #") == ("one ", False)
+    assert matcher.push(" two E") == ("# two ", False)
+    assert matcher.push("N") == ("", False)
+    assert matcher.push("E") == ("EN", False)
+    assert matcher.push("ND more") == ("", True)
+
+
+def test_characters_come_whole_and_the_end_of_the_bytes_may_stop(tokenizer: Tokenizer) -> None:
+    text = "🙂 漢字 é"
+    output = TextOutput(tokenizer.stream(), ())
+    shown = [output.push(token)[0] for token in tokenizer.encode(text)] + [output.finish()[0]]
+    assert "".join(shown) == text
+    assert not any("�" in piece for piece in shown)
+
+    unfinished = TextOutput(tokenizer.stream(), ("�",))
+    first_byte = tokenizer.encode("\U0010ffff")[0]
+    assert unfinished.push(first_byte) == ("", False)
+    assert unfinished.finish() == ("", True)
+
+
+def test_stop_strings_count_from_min_tokens_on(tokenizer: Tokenizer) -> None:
+    tokens = [tokenizer.encode(character)[0] for character in "a.b.c"]
+    for min_tokens, expected in ((0, "a"), (2, "a"), (3, "a.b"), (4, "a.b"), (5, "a.b.c")):
+        output, shown = TextOutput(tokenizer.stream(), (".",), min_tokens), ""
+        for token in tokens:
+            text, stopped = output.push(token)
+            shown += text
+            if stopped:
+                break
+        assert shown == expected

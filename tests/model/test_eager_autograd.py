@@ -1,0 +1,76 @@
+"""What is derived by hand equals what torch derives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_ray.model import eager_autograd
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.layers import RMSNorm, RotaryEmbedding, rotate
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def both_ways(
+    monkeypatch: pytest.MonkeyPatch, function: Callable[[], Tensor], leaves: tuple[Tensor, ...]
+) -> list[tuple[Tensor, ...]]:
+    """(value, gradients) by hand, then by torch."""
+    results = []
+    for hand in (True, False):
+        monkeypatch.setattr(eager_autograd, "use_fused_backward", lambda x, hand=hand: hand)
+        out = function()
+        weight = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
+        results.append((out, *torch.autograd.grad(out, leaves, weight)))
+    return results
+
+
+def assert_equal(results: list[tuple[Tensor, ...]], dtype: torch.dtype) -> None:
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
+def test_norm(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(48, 1e-5)
+    with torch.no_grad():
+        norm.weight.normal_(1, 0.3, generator=generator)
+    norm.to(dtype)
+    x = (3 * torch.randn(2, 5, 48, generator=generator)).to(dtype).requires_grad_()
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else nullcontext():
+            return norm(x)
+
+    results = both_ways(monkeypatch, run, (x, norm.weight))
+    assert_equal(results, torch.float32 if mode == "fp32" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_rotation(dtype: torch.dtype, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotary = RotaryEmbedding(LlamaConfig.preset("llama-tiny"))
+    rotary.reset_parameters()
+    positions = torch.arange(14).view(2, 7) if per_row else torch.arange(7)
+    # As attention hands it over: heads were split off the last dimension.
+    x = torch.randn(2, 7, 4 * 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+
+    def run() -> Tensor:
+        return rotate(x.unflatten(-1, (4, 16)).transpose(1, 2), *rotary(positions))
+
+    assert_equal(both_ways(monkeypatch, run, (x,)), dtype)
+
+
+def test_gradients_in_an_eager_step_on_a_cpu_alone_are_by_hand() -> None:
+    x = torch.zeros(1)
+    assert eager_autograd.use_fused_backward(x)
+    with torch.no_grad():
+        assert not eager_autograd.use_fused_backward(x)
+    assert not eager_autograd.use_fused_backward(torch.zeros(1, device="meta"))

@@ -1,0 +1,98 @@
+import itertools
+
+import pytest
+import torch
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.llama import Llama
+from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.optimizers.build import build_optimizer, learning_rate, set_learning_rate
+
+
+def test_the_rate_follows_the_warmup_and_cosine_of_transformers() -> None:
+    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=2e-3)
+    schedule = Schedule.of(config, batches_per_epoch=40)
+    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    peer = get_cosine_with_min_lr_schedule_with_warmup(dummy, 10, 100, min_lr_rate=0.1)
+    for step in range(1, 101):
+        peer.step()
+        assert learning_rate(step, config, schedule) == pytest.approx(peer.get_last_lr()[0])
+
+
+def test_a_line_falls_evenly_to_the_least_rate() -> None:
+    config = TrainConfig(max_steps=110, warmup_steps=10, learning_rate=1.0, schedule="linear")
+    schedule = Schedule.of(config, batches_per_epoch=40)
+    rates = [learning_rate(step, config, schedule) for step in range(10, 111)]
+    assert rates[0] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert {round(a - b, 9) for a, b in itertools.pairwise(rates)} == {0.009}
+
+
+def test_wsd_stays_and_then_decays() -> None:
+    config = TrainConfig(
+        max_steps=100,
+        warmup_steps=10,
+        learning_rate=2.0,
+        schedule="wsd",
+        decay_fraction=0.25,
+        min_learning_rate_ratio=0.0,
+    )
+    schedule = Schedule.of(config, batches_per_epoch=40)
+    rates = {step: learning_rate(step, config, schedule) for step in range(1, 101)}
+    assert rates[5] == 1.0
+    assert {rates[step] for step in range(10, 76)} == {2.0}
+    assert rates[76] < 2.0
+    assert rates[88] == pytest.approx(2.0 * 12 / 25)
+    assert rates[100] == pytest.approx(0.0)
+    # Where nothing is left of the stable part, the decay begins after the warm-up.
+    late = Schedule.of(TrainConfig(max_steps=100, warmup_steps=90), batches_per_epoch=40)
+    assert learning_rate(90, config, late) == 2.0
+    assert learning_rate(95, config, late) == pytest.approx(1.0)
+
+
+def test_muon_is_for_the_matrices_of_the_blocks() -> None:
+    model = Llama(LlamaConfig.preset("llama-tiny"))
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
+    turned = {id(p) for g in optimizer.param_groups if g["muon"] for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in turned) == (name.startswith("layers.") and "norm" not in name), name
+
+
+def test_decay_is_for_matrices_only() -> None:
+    model = Llama(LlamaConfig.preset("llama-tiny", tie_embeddings=True))
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.5))
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.5 for p in g["params"]}
+    plain = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.0 for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert id(p) in (plain if "norm" in name else decayed), name
+    assert len(decayed) + len(plain) == len(list(model.parameters()))
+    set_learning_rate(optimizer, 0.25)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.25}
+
+
+def test_the_schedule_fills_in_what_depends_on_the_data() -> None:
+    schedule = Schedule.of(TrainConfig(epochs=3), batches_per_epoch=40)
+    assert (schedule.total_steps, schedule.warmup_steps) == (120, 12)
+    assert [s for s in range(1, 121) if schedule.saves(s)] == [40, 80, 120]
+    shorter = Schedule.of(TrainConfig(epochs=3, max_steps=50, validate_every=20), batches_per_epoch=40)
+    assert [s for s in range(1, 51) if shorter.validates(s)] == [20, 40, 50]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"precision": "fp8"}, "precision is 'fp8'; choose bf16, fp16 or fp32"),
+        ({"beta2": 1.5}, "beta2 is 1.5; it must be between 0 and 1"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"schedule": "step"}, "schedule is 'step'; choose cosine, linear or wsd"),
+        ({"decay_fraction": 1.1}, "decay_fraction is 1.1; it must be between 0 and 1"),
+        ({"tensor_parallel": 0}, "tensor_parallel is 0; it must be at least 1"),
+        ({"fsdp_size": 2}, "fsdp_size 2 is for parallelism hsdp, not auto"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**values)

@@ -1,0 +1,46 @@
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.llama import Llama
+from llama_ray.training.parallel.recompute import checkpoint_block
+
+CONFIG = LlamaConfig.preset("llama-tiny", num_layers=3)
+TOKENS = torch.randint(0, 512, (2, 65), generator=torch.Generator().manual_seed(0))
+
+
+def backward(mode: Any) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients by name, and the floating point operations that they took."""
+    model = Llama(CONFIG)
+    for block in model.layers:
+        checkpoint_block(block, mode)
+    with FlopCounterMode(display=False) as counter:
+        model(TOKENS[:, :-1], targets=TOKENS[:, 1:])[0].backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gradients_are_the_same_to_the_bit(mode: str) -> None:
+    torch.testing.assert_close(backward(mode)[0], backward("none")[0], atol=0, rtol=0)
+
+
+def test_selective_computes_again_less_than_full() -> None:
+    none, selective, full = (backward(mode)[1] for mode in ("none", "selective", "full"))
+    blocks = full - none  # one forward pass through all blocks
+    assert blocks > 0.2 * none
+    # Half of the matrix products, none of the attention.
+    assert 0.2 * blocks < selective - none < 0.6 * blocks
+
+
+def test_names_do_not_change_and_nothing_is_kept_in_evaluation() -> None:
+    model = Llama(CONFIG)
+    names = list(model.state_dict())
+    with torch.no_grad():
+        expected = model(TOKENS)
+        for block in model.layers:
+            checkpoint_block(block, "full")
+        torch.testing.assert_close(model(TOKENS), expected, atol=0, rtol=0)
+    assert list(model.state_dict()) == names

@@ -27,7 +27,7 @@ _HOMES = {
     "Engine": "generation.engine",
     "Llama": "model.llama",
     "LlamaConfig": "model.config",
-    "SamplingParams": "generation.sampling",
+    "SamplingParams": "generation.sampling.params",
     "Tokenizer": "data.tokenizer",
     "load_pretrained": "pretrained",
     "save_pretrained": "pretrained",

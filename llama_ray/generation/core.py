@@ -15,8 +15,9 @@ import torch
 from llama_ray.generation.runner import Runner, RunnerError, StepLogits
 from llama_ray.generation.sampling.logprobs import token_logprobs
 from llama_ray.generation.sampling.sampler import Ahead, Row, Sample, Sampler
-from llama_ray.generation.scheduling.scheduler import Chunk, Plan, Scheduler
+from llama_ray.generation.scheduling.scheduler import Scheduler
 from llama_ray.generation.scheduling.sequence import Delta, SequenceState
+from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
 from llama_ray.generation.speculation.proposer import Proposer, accepted
 from llama_ray.generation.stats import StepStats
 from llama_ray.utils.errors import first_line
@@ -28,7 +29,7 @@ COUNTS = (
     "steps", "prompt_tokens", "reused_tokens", "generated_tokens", "draft_tokens", "accepted_tokens"
 )  # fmt: skip
 
-Computed = tuple[Plan, StepLogits, list[Sample]]
+Computed = tuple[StepPlan, StepLogits, list[Sample]]
 
 
 class Core:
@@ -88,7 +89,7 @@ class Core:
                 self.last_step = self._stats(before, len(plan.chunks), time.monotonic() - start)
             return deltas
 
-    def _compute(self, plan: Plan) -> Computed:
+    def _compute(self, plan: StepPlan) -> Computed:
         if self._proposer is not None:
             self._proposer.propose(plan)
         logits = self._runner.run(plan)
@@ -99,12 +100,12 @@ class Core:
                 rows += [Ahead(chunk.sequence, chunk.draft[:n]) for n in range(1, len(chunk.draft) + 1)]
         return plan, logits, self._sampler.sample(logits.next, rows) if rows else []
 
-    def _compute_each(self, plan: Plan) -> tuple[list[Computed], list[tuple[SequenceState, str]]]:
+    def _compute_each(self, plan: StepPlan) -> tuple[list[Computed], list[tuple[SequenceState, str]]]:
         """A step failed: each of its sequences alone, so that whichever is the cause fails alone."""
         done, failed = [], []
         for chunk in plan.chunks:
             try:
-                done.append(self._compute(Plan([Chunk(chunk.sequence, chunk.length)])))
+                done.append(self._compute(StepPlan([Chunk(chunk.sequence, chunk.length)])))
             except RunnerError:
                 raise
             except Exception as e:
@@ -112,7 +113,7 @@ class Core:
                 failed.append((chunk.sequence, f"{type(e).__name__}: {first_line(e)}"))
         return done, failed
 
-    def _apply(self, plan: Plan, logits: StepLogits, samples: Sequence[Sample]) -> list[Delta]:
+    def _apply(self, plan: StepPlan, logits: StepLogits, samples: Sequence[Sample]) -> list[Delta]:
         """Give the sequences what was computed for them; those aborted meanwhile get nothing."""
         deltas: list[Delta] = []
         if logits.reported:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.kv_cache import KVCache
-from llama_ray.generation.scheduling.scheduler import Chunk, Plan
 from llama_ray.generation.scheduling.sequence import SequenceState
+from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
 from llama_ray.model.llama import Llama
 from llama_ray.utils.integers import ceil_div
 
@@ -54,7 +54,7 @@ class Runner:
         self.device = model.embed_tokens.weight.device
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> StepLogits:
+    def run(self, plan: StepPlan) -> StepLogits:
         """Copy the blocks that the plan says, then compute its chunks."""
         for source, target in plan.copies:
             self.cache.copy_block(source, target)

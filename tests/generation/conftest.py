@@ -1,14 +1,14 @@
-"""A tokenizer of a few texts, and small random models whose next token is not a foregone conclusion."""
+"""A tokenizer trained on a few texts, and a small random model with an engine."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from tests.generation.helpers import random_model
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",
@@ -16,18 +16,6 @@ TEXTS = [
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
     "漢字とかな 🙂🙃 and emoji 👩‍👩‍👧",
 ]
-
-
-def random_model(config: LlamaConfig, seed: int = 1) -> Llama:
-    """Larger weights than training starts from: attention then matters, and logits are far apart."""
-    model = Llama(config, seed=seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(6)
-            else:
-                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
-    return model
 
 
 @pytest.fixture(scope="session")

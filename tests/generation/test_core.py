@@ -21,39 +21,11 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-
-PARAMS = SamplingParams(max_tokens=40, temperature=0.9, top_p=0.95, ignore_eos=True)
-
-
-def prompts(model: Llama, count: int, seed: int = 0, longest: int = 100) -> list[list[int]]:
-    """Random ones of very different lengths, some with a common beginning."""
-    rng = random.Random(seed)
-    common = [rng.randrange(model.config.vocab_size) for _ in range(70)]
-    made = []
-    for i in range(count):
-        length = rng.choice([1, 2, 5, 31, 32, 33, 64, longest])
-        own = [rng.randrange(model.config.vocab_size) for _ in range(length)]
-        made.append((common + own)[:longest] if i % 3 == 0 else own)
-    return made
+from tests.generation.helpers import PARAMS, numbered_params, random_prompts, run_together
 
 
 def cache_of(model: Llama, blocks: int) -> int:
     return (blocks + 1) * block_bytes(model)
-
-
-def run(engine: Engine, many: list[list[int]], n: int = 1) -> list[list[list[int]]]:
-    """Each prompt with a seed of its own, all at once: request -> candidate -> tokens."""
-    ids = [
-        engine.submit(p, dataclasses.replace(PARAMS, seed=i, n=n, max_tokens=10 + i % 31))
-        for i, p in enumerate(many)
-    ]
-    tokens: dict[tuple[int, int], list[int]] = defaultdict(list)
-    while engine.has_work:
-        for delta in engine.step():
-            assert delta.error is None
-            tokens[delta.request_id, delta.index] += delta.token_ids
-    assert engine.stats.blocks_in_use == 0
-    return [[tokens[i, c] for c in range(n)] for i in ids]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +33,8 @@ def expected(model: Llama, tokenizer: Tokenizer) -> list[list[list[int]]]:
     """One request at a time, nothing shared, whole prompts."""
     alone = Engine(model, tokenizer, max_num_seqs=1, max_num_batched_tokens=1000, enable_prefix_caching=False)
     return [
-        [
-            c.token_ids
-            for c in alone.generate([p], dataclasses.replace(PARAMS, seed=i, n=3, max_tokens=10 + i % 31))
-        ]
-        for i, p in enumerate(prompts(model, 24))
+        [c.token_ids for c in alone.generate([p], numbered_params(i, n=3))]
+        for i, p in enumerate(random_prompts(model, 24))
     ]
 
 
@@ -77,8 +46,8 @@ def test_prompts_in_small_chunks_beside_others(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]]
 ) -> None:
     engine = Engine(model, tokenizer, max_num_seqs=7, max_num_batched_tokens=9, enable_prefix_caching=False)
-    assert run(engine, prompts(model, 24)) == first_candidates(expected)
-    assert engine.stats.prompt_tokens == sum(map(len, prompts(model, 24)))
+    assert run_together(engine, random_prompts(model, 24)) == first_candidates(expected)
+    assert engine.stats.prompt_tokens == sum(map(len, random_prompts(model, 24)))
 
 
 def test_a_cache_for_two_sequences_is_enough_for_all(
@@ -91,7 +60,7 @@ def test_a_cache_for_two_sequences_is_enough_for_all(
         kv_cache_memory_bytes=cache_of(model, 10),
         max_num_batched_tokens=64,
     )
-    assert run(engine, prompts(model, 24)) == first_candidates(expected)
+    assert run_together(engine, random_prompts(model, 24)) == first_candidates(expected)
     stats = engine.stats
     assert stats.blocks == 10
     assert stats.preemptions > 0
@@ -102,10 +71,10 @@ def test_a_beginning_that_is_known_is_not_computed_again(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]]
 ) -> None:
     engine = Engine(model, tokenizer)
-    many = prompts(model, 24)
-    assert run(engine, many) == first_candidates(expected)
+    many = random_prompts(model, 24)
+    assert run_together(engine, many) == first_candidates(expected)
     before = engine.stats
-    assert run(engine, many) == first_candidates(expected)
+    assert run_together(engine, many) == first_candidates(expected)
     after = engine.stats
     reused = sum((len(p) - 1) // BLOCK_SIZE * BLOCK_SIZE for p in many)
     assert after.reused_tokens - before.reused_tokens == reused
@@ -116,11 +85,11 @@ def test_candidates_share_their_prompt(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]]
 ) -> None:
     engine = Engine(model, tokenizer, max_num_seqs=8, enable_prefix_caching=False)
-    many = prompts(model, 24)
-    assert run(engine, many, n=3) == expected
+    many = random_prompts(model, 24)
+    assert run_together(engine, many, n=3) == expected
     # Fewer max_num_seqs than candidates: some begin on their own, and still nothing is shared wrongly.
     few = Engine(model, tokenizer, max_num_seqs=2, kv_cache_memory_bytes=cache_of(model, 6))
-    assert run(few, many, n=3) == expected
+    assert run_together(few, many, n=3) == expected
     wide = Engine(model, tokenizer, max_num_seqs=8, enable_prefix_caching=False)
     wide.generate([many[0]], dataclasses.replace(PARAMS, n=8))
     assert wide.stats.prompt_tokens == len(many[0])
@@ -129,7 +98,7 @@ def test_candidates_share_their_prompt(
 def test_thousands_of_requests_in_random_company(model: Llama, tokenizer: Tokenizer) -> None:
     """Some abort, some ask twice, caches fill and empty: for one seed the tokens are always the same."""
     rng = random.Random(1)
-    many = prompts(model, 60, seed=5)
+    many = random_prompts(model, 60, seed=5)
     known: dict[int, list[int]] = {}
     asked = 0
     for round_ in range(6):
@@ -224,7 +193,7 @@ def test_a_step_that_runs_out_of_memory_is_done_in_smaller_ones(
 ) -> None:
     engine = Engine(model, tokenizer, max_num_seqs=24, max_num_batched_tokens=256)
     with failing(model, lambda tokens: error if tokens.numel() > 40 else None) as sizes:
-        assert run(engine, prompts(model, 24)) == first_candidates(expected)
+        assert run_together(engine, random_prompts(model, 24)) == first_candidates(expected)
     assert max(sizes) > 40
 
 

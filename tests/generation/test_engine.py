@@ -19,7 +19,7 @@ from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.model.config import LlamaConfig, RopeScaling
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
-from tests.generation.conftest import random_model
+from tests.generation.helpers import random_model
 
 PROMPTS = [
     "def",

@@ -6,8 +6,8 @@ import torch
 from llama_ray.generation.kv_cache import TorchCache, count_blocks
 from llama_ray.generation.runner import Runner
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.generation.scheduling.scheduler import Chunk, Plan
 from llama_ray.generation.scheduling.sequence import SequenceState
+from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
 from llama_ray.generation.scheduling.text import TextOutput
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
@@ -25,7 +25,7 @@ def placed(tokens: list[int], blocks: list[int]) -> SequenceState:
 def run(runner: Runner, work: list[tuple[SequenceState, int]]) -> torch.Tensor:
     """Compute so many tokens of each; the logits of those that are complete."""
     chunks = [Chunk(s, n) for s, n in work]
-    logits = runner.run(Plan(chunks)).next
+    logits = runner.run(StepPlan(chunks)).next
     for s, n in work:
         s.computed += n
     return logits

@@ -16,7 +16,7 @@ from llama_ray.generation.kv_cache import KVCache
 from llama_ray.generation.parallel.ranks import TIMEOUT_S, Ranks
 from llama_ray.generation.parallel.workers import Workers
 from llama_ray.generation.runner import Runner, RunnerError, StepLogits
-from llama_ray.generation.scheduling.scheduler import Plan
+from llama_ray.generation.scheduling.step_plan import StepPlan
 from llama_ray.model.llama import Llama
 
 _log = logging.getLogger(__name__)
@@ -78,10 +78,10 @@ class TensorParallelRunner(RankRunner):
         self._workers = workers
         self._copies: list[tuple[int, int]] = []
 
-    def run(self, plan: Plan) -> StepLogits:
+    def run(self, plan: StepPlan) -> StepLogits:
         """See `Runner`."""
         self._copies += plan.copies
-        return super().run(Plan(plan.chunks))
+        return super().run(StepPlan(plan.chunks))
 
     def forward(self, batch: StepBatch) -> Tensor:
         """See `Runner`."""

@@ -1,60 +1,37 @@
-"""Who runs next, and in which blocks. Knows sequences and numbers of blocks, nothing of tensors."""
+"""Decides which sequences run in a step and in which blocks. It handles block numbers and never touches tensors."""
 
 from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from dataclasses import dataclass, field
 
 from llama_ray.generation.scheduling.blocks import BlockPool
 from llama_ray.generation.scheduling.sequence import SequenceState
+from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
 from llama_ray.utils.integers import ceil_div
 
-_CALM_STEPS = 64
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Tokens of one sequence that a step computes: `length` from `sequence.computed` on, then guesses."""
-
-    sequence: SequenceState
-    length: int
-    draft_room: int = 0
-    """Tokens after those that may be guessed; there are blocks for them."""
-    forks: list[SequenceState] = field(default_factory=list)
-    """Candidates of the same request that start here, from the same logits."""
-    draft: list[int] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the sequence's next token comes out of it."""
-        return self.sequence.computed + self.length == len(self.sequence.tokens)
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step: what is computed, after the contents of some blocks are copied."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    """(from, to) block numbers."""
+_RECOVERY_STEPS = 64
+"""Successful steps after which limits that `shrink` lowered are doubled again."""
 
 
 class Scheduler:
-    """First come, first served, within `max_num_batched_tokens` tokens a step and `max_num_seqs` sequences at once.
+    """First come, first served: up to `max_num_batched_tokens` tokens a step and `max_num_seqs` sequences at once.
 
-    Sequences that generate go first, one token each (Yu et al. 2022, Orca); what is left of the budget takes prompts
-    in, in chunks, so that a long one delays no stream by more than a step (Agrawal et al. 2024, arXiv:2403.02310).
-    While others wait a prompt gets at most half of what is left, so that short ones pass a long one. A prompt starts
-    when blocks for all of it are free. When none is left for a sequence that generates, the one that came last
-    gives up its blocks and waits again; its tokens are computed anew later.
+    Sequences that generate go first, one token each (Yu et al. 2022, Orca). Prompts fill the rest of the token budget
+    in chunks, so that a long prompt delays no stream by more than a step (Agrawal et al. 2024, arXiv:2403.02310).
+    While other sequences wait, a prompt gets at most half of what is left, so that short prompts pass a long one.
+    A prompt starts when blocks for all of its tokens are free. When no block is left for a sequence that generates,
+    the sequence that arrived last is preempted: it gives up its blocks, waits again, and is recomputed later.
     """
 
     def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool, self.max_num_seqs, self.max_num_batched_tokens = pool, max_num_seqs, max_num_batched_tokens
-        self._seats, self._budget, self._calm_steps = max_num_seqs, max_num_batched_tokens, 0
-        self.waiting: OrderedDict[int, SequenceState] = OrderedDict()  # by arrival
-        self.running: list[SequenceState] = []  # in the order of arrival
+        # The limits in force: `shrink` lowers them below the configured ones.
+        self.current_max_num_seqs, self.current_max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self._steps_since_shrink = 0
+        # Both in order of arrival.
+        self.waiting: OrderedDict[int, SequenceState] = OrderedDict()
+        self.running: list[SequenceState] = []
         self.preemptions = 0
         self._requests: dict[int, list[SequenceState]] = {}
         self._arrivals = self._live = 0
@@ -81,7 +58,7 @@ class Scheduler:
         return self._live > 0
 
     def finish(self, sequence: SequenceState) -> None:
-        """Take the blocks of a sequence back; it is not known here any more. One that is unknown is no error."""
+        """Release a sequence's blocks and forget it; do nothing for an unknown sequence."""
         live = self._requests.get(sequence.request_id, [])
         if sequence not in live:
             return
@@ -91,7 +68,7 @@ class Scheduler:
             del self._requests[sequence.request_id]
         if sequence.running:
             self.running.remove(sequence)
-            self._take_back(sequence)
+            self._release(sequence)
         else:
             self.waiting.pop(sequence.arrival, None)
         self._queue_followers(sequence)
@@ -105,62 +82,69 @@ class Scheduler:
             self.finish(sequence)
 
     def knows(self, sequence: SequenceState) -> bool:
-        """Whether it has been neither finished nor aborted."""
+        """Return whether a sequence waits or runs: it was neither finished nor aborted."""
         return sequence in self._requests.get(sequence.request_id, ())
 
-    def schedule(self, draft_tokens: int = 0) -> Plan:
-        """Decide on one step. Sequences that generate may be given room for up to `draft_tokens` guesses each."""
-        plan = Plan()
-        budget = self._budget
+    def schedule(self, num_draft_tokens: int = 0) -> StepPlan:
+        """Plan one step; sequences that generate get room for up to `num_draft_tokens` draft tokens each."""
+        plan = StepPlan()
+        budget = self.current_max_num_batched_tokens
         for sequence in [s for s in self.running if s.remaining == 1]:
-            # It may have lost its blocks to one that came before it.
+            # An earlier sequence of this loop may have preempted it.
             if sequence.running and self._grow(sequence, 1, plan, preempting=True):
                 chunk = Chunk(sequence, 1)
                 plan.chunks.append(chunk)
                 budget -= 1
-                chunk.draft_room = self._draft_room(sequence, min(draft_tokens, budget), plan)
+                chunk.draft_room = self._draft_room(sequence, min(num_draft_tokens, budget), plan)
                 budget -= chunk.draft_room
                 self._fork(chunk)
-        # Prompts never starve: a batch that fills the budget still lets a block of them in.
-        self._take_prompts(plan, max(budget, self.pool.block_size))
+        # Prompts never starve: even when generating sequences use the whole budget, one block of prompts runs.
+        self._schedule_prompts(plan, max(budget, self.pool.block_size))
         while not plan.chunks and self.running:
-            # Prompts hold all blocks between them, and none is complete.
-            self._preempt(self.running[-1], plan)
-            self._take_prompts(plan, self._budget)
+            # Unfinished prompts hold all blocks between them.
+            self._preempt_last(plan)
+            self._schedule_prompts(plan, self.current_max_num_batched_tokens)
         return plan
 
-    def undo(self, plan: Plan) -> None:
-        """A plan could not be carried out: candidates that would have begun with it wait again."""
+    def undo(self, plan: StepPlan) -> None:
+        """Take back a plan that failed: candidates that would have started with it wait again."""
         for chunk in plan.chunks:
             for fork in [f for f in chunk.forks if f.running]:
-                self._preempt(fork, Plan())
+                self._evict(fork)
 
     def shrink(self) -> bool:
-        """Memory ran out: compute fewer tokens a step, then with fewer sequences. False where it is one already."""
-        self._calm_steps = 0
-        if self._budget > self.pool.block_size:
-            self._budget //= 2
+        """Lower the limits after memory ran out: tokens a step first, then sequences.
+
+        Return False if one sequence and one block of tokens is all that is left.
+        """
+        self._steps_since_shrink = 0
+        if self.current_max_num_batched_tokens > self.pool.block_size:
+            self.current_max_num_batched_tokens //= 2
             return True
         if len(self.running) <= 1:
             return False
-        self._seats = (len(self.running) + 1) // 2
-        for sequence in self.running[: self._seats - 1 : -1]:
-            self._preempt(sequence, Plan())
+        self.current_max_num_seqs = (len(self.running) + 1) // 2
+        for sequence in self.running[: self.current_max_num_seqs - 1 : -1]:
+            self._evict(sequence)
         return True
 
     def succeeded(self) -> None:
-        """A step went well; after some such, `shrink` is taken back."""
-        if self._budget < self.max_num_batched_tokens or self._seats < self.max_num_seqs:
-            self._calm_steps += 1
-            if self._calm_steps >= _CALM_STEPS:
-                self._budget = min(self._budget * 2, self.max_num_batched_tokens)
-                self._seats, self._calm_steps = min(self._seats * 2, self.max_num_seqs), 0
+        """Note that a step went well; `_RECOVERY_STEPS` of them raise the limits that `shrink` lowered."""
+        tokens, seqs = self.current_max_num_batched_tokens, self.current_max_num_seqs
+        if tokens < self.max_num_batched_tokens or seqs < self.max_num_seqs:
+            self._steps_since_shrink += 1
+            if self._steps_since_shrink >= _RECOVERY_STEPS:
+                self.current_max_num_batched_tokens = min(tokens * 2, self.max_num_batched_tokens)
+                self.current_max_num_seqs = min(seqs * 2, self.max_num_seqs)
+                self._steps_since_shrink = 0
 
-    def _take_prompts(self, plan: Plan, budget: int) -> None:
-        begun = [s for s in self.running if s.remaining > 1]
-        while budget > 0 and (begun or self._next_admissible()):
-            sequence = begun.pop(0) if begun else self._admit()
-            others_wait = bool(begun or self.waiting)
+    def _schedule_prompts(self, plan: StepPlan, budget: int) -> None:
+        partial = [s for s in self.running if s.remaining > 1]
+        while budget > 0:
+            sequence = partial.pop(0) if partial else self._try_admit()
+            if sequence is None:
+                return
+            others_wait = bool(partial or self.waiting)
             share = ceil_div(budget, 2) if others_wait and sequence.remaining > budget // 2 else budget
             length = self._grow(sequence, min(sequence.remaining, share), plan, preempting=False)
             if length:
@@ -169,37 +153,35 @@ class Scheduler:
                 budget -= length
                 self._fork(chunk)
 
-    def _next_admissible(self) -> bool:
-        """Whether a seat, and blocks for all of its tokens, are free for the first in the queue."""
-        if not self.waiting or len(self.running) >= self._seats:
-            return False
+    def _try_admit(self) -> SequenceState | None:
+        """Start the first waiting sequence, if `max_num_seqs` allows it and blocks for all of its tokens are free."""
+        if not self.waiting or len(self.running) >= self.current_max_num_seqs:
+            return None
         sequence = next(iter(self.waiting.values()))
         blocks, digests = self.pool.match(sequence.tokens) if sequence.may_reuse else ([], [])
         self.pool.share(blocks)
-        # One more than it needs now, or its first new token might already push somebody out.
+        # One block more than it needs now, or its first new token might already preempt a sequence.
         needed = ceil_div(len(sequence.tokens), self.pool.block_size) - len(blocks) + bool(self.running)
         if needed > self.pool.available:
             self.pool.release(blocks)
-            return False
+            return None
+        del self.waiting[sequence.arrival]
         sequence.blocks, sequence.digests = blocks, digests
-        return True
-
-    def _admit(self) -> SequenceState:
-        _, sequence = self.waiting.popitem(last=False)
-        sequence.computed = sequence.reused = len(sequence.blocks) * self.pool.block_size
-        self._seat(sequence)
+        sequence.computed = sequence.reused = len(blocks) * self.pool.block_size
+        self._start(sequence)
         return sequence
 
-    def _seat(self, sequence: SequenceState) -> None:
+    def _start(self, sequence: SequenceState) -> None:
         sequence.running = True
         bisect.insort(self.running, sequence, key=lambda s: s.arrival)
 
-    def _grow(self, sequence: SequenceState, tokens: int, plan: Plan, *, preempting: bool) -> int:
-        """Make sure of blocks for the next `tokens` tokens -> for how many of them there are."""
+    def _grow(self, sequence: SequenceState, tokens: int, plan: StepPlan, *, preempting: bool) -> int:
+        """Give a sequence blocks for its next `tokens` tokens; return how many of them fit."""
         size = self.pool.block_size
         first = sequence.computed // size
         if first < len(sequence.blocks) and self.pool.users(sequence.blocks[first]) > 1:
-            copy = self._allocate(sequence, plan, preempting)  # others read that block
+            # Other sequences read that block, so this one writes to a copy.
+            copy = self._allocate(sequence, plan, preempting)
             if copy is None:
                 return 0
             plan.copies.append((sequence.blocks[first], copy))
@@ -212,57 +194,59 @@ class Scheduler:
             sequence.blocks.append(block)
         return max(min(tokens, len(sequence.blocks) * size - sequence.computed), 0)
 
-    def _allocate(self, sequence: SequenceState, plan: Plan, preempting: bool) -> int | None:
+    def _allocate(self, sequence: SequenceState, plan: StepPlan, preempting: bool) -> int | None:
+        """Return a block, for which `preempting` sequences take those of later arrivals; None if there is none."""
         while (block := self.pool.allocate()) is None:
-            if not preempting:
-                return None
-            victim = self.running[-1]
-            self._preempt(victim, plan)
-            if victim is sequence:
+            if not preempting or self._preempt_last(plan) is sequence:
                 return None
         return block
 
-    def _preempt(self, sequence: SequenceState, plan: Plan) -> None:
+    def _preempt_last(self, plan: StepPlan) -> SequenceState:
+        """Evict the running sequence that arrived last, drop it from the plan and return it."""
+        victim = self.running[-1]
+        plan.drop(victim)
+        self._evict(victim)
+        return victim
+
+    def _evict(self, sequence: SequenceState) -> None:
+        """Release the blocks of a running sequence and put it at the head of the queue."""
         self.preemptions += 1
-        plan.chunks = [c for c in plan.chunks if c.sequence is not sequence]
-        for chunk in plan.chunks:
-            if sequence in chunk.forks:
-                chunk.forks.remove(sequence)
         self.running.remove(sequence)
-        self._take_back(sequence)
+        self._release(sequence)
         self.waiting[sequence.arrival] = sequence
         self.waiting.move_to_end(sequence.arrival, last=False)
         self._queue_followers(sequence)
 
-    def _take_back(self, sequence: SequenceState) -> None:
+    def _release(self, sequence: SequenceState) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.digests = [], []
         sequence.computed = sequence.draft_computed = 0
         sequence.running = False
 
-    def _draft_room(self, sequence: SequenceState, tokens: int, plan: Plan) -> int:
-        """Room for guesses, as far as it costs nobody else a block."""
+    def _draft_room(self, sequence: SequenceState, tokens: int, plan: StepPlan) -> int:
+        """Return how many of `tokens` draft tokens fit without preempting another sequence, with blocks for them."""
         tokens = min(tokens, sequence.tokens_left - 1)
-        if tokens <= 0 or sequence.followers:  # they will share its last block
+        # Followers will share its last block.
+        if tokens <= 0 or sequence.followers:
             return 0
         return max(self._grow(sequence, 1 + tokens, plan, preempting=False) - 1, 0)
 
     def _fork(self, chunk: Chunk) -> None:
-        """Let the other candidates of a request begin where the prompt of the first has been computed."""
+        """Start the other candidates of a request where the prompt of the first one ends."""
         leader = chunk.sequence
         if not leader.followers or not chunk.complete:
             return
-        free = max(self._seats - len(self.running), 0)
+        free = max(self.current_max_num_seqs - len(self.running), 0)
         chunk.forks, leader.followers = leader.followers[:free], leader.followers[free:]
         for fork in chunk.forks:
             fork.blocks, fork.digests = list(leader.blocks), list(leader.digests)
             fork.computed = fork.reused = leader.computed + chunk.length
             self.pool.share(fork.blocks)
-            self._seat(fork)
+            self._start(fork)
         self._queue_followers(leader)
 
     def _queue_followers(self, leader: SequenceState) -> None:
-        """Those who cannot begin with it queue up on their own, before all who came later."""
+        """Queue followers that cannot start from the leader's prompt on their own, before all later arrivals."""
         for follower in reversed(leader.followers):
             self.waiting[follower.arrival] = follower
             self.waiting.move_to_end(follower.arrival, last=False)

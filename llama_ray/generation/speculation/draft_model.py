@@ -9,8 +9,8 @@ import torch
 from llama_ray.generation.backend import block_bytes, make_runner, make_sampler
 from llama_ray.generation.runner import Runner, Span
 from llama_ray.generation.sampling.sampler import Ahead
-from llama_ray.generation.scheduling.scheduler import Chunk, Plan
 from llama_ray.generation.scheduling.sequence import SequenceState
+from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
 from llama_ray.model.llama import Llama
 
 _CATCH_UP_TOKENS = 256
@@ -53,7 +53,7 @@ class DraftModel:
         self._runner = make_runner(self.model, num_blocks, max_num_seqs, max_seq_len)
 
     @torch.inference_mode()
-    def propose(self, plan: Plan) -> None:
+    def propose(self, plan: StepPlan) -> None:
         """See `Proposer`."""
         assert self._runner is not None, "reserve comes first"
         for source, target in plan.copies:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
-from llama_ray.generation.scheduling.scheduler import Plan
 from llama_ray.generation.scheduling.sequence import SequenceState
+from llama_ray.generation.scheduling.step_plan import StepPlan
 
 
 class PromptLookup:
@@ -22,7 +22,7 @@ class PromptLookup:
         self._widths = range(longest, shortest - 1, -1)
         self._seen: WeakKeyDictionary[SequenceState, _Seen] = WeakKeyDictionary()
 
-    def propose(self, plan: Plan) -> None:
+    def propose(self, plan: StepPlan) -> None:
         """See `Proposer`."""
         for chunk in plan.chunks:
             if chunk.draft_room:

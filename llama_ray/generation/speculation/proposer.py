@@ -11,13 +11,13 @@ from collections.abc import Sequence as Many
 from typing import Protocol
 
 from llama_ray.generation.sampling.sampler import Sample
-from llama_ray.generation.scheduling.scheduler import Plan
+from llama_ray.generation.scheduling.step_plan import StepPlan
 
 
 class Proposer(Protocol):
     """Something that guesses."""
 
-    def propose(self, plan: Plan) -> None:
+    def propose(self, plan: StepPlan) -> None:
         """Fill `draft` of the chunks that have `draft_room`, with at most so many tokens."""
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:

@@ -11,7 +11,7 @@ from llama_ray.generation.cpu import ops
 from llama_ray.generation.sampling.draw import Kernels
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.sampler import Sampler
-from tests.generation.rows import Row, random_logits
+from tests.generation.helpers import Row, random_logits
 
 PARAMS = [
     SamplingParams(temperature=0.8, top_k=40, top_p=0.9),

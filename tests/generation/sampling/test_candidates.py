@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_ray.generation.sampling.candidates import TopCandidates, _by_keys, torch_top_candidates
-from tests.generation.rows import random_logits
+from tests.generation.helpers import random_logits
 
 # What runs on CUDA is plain torch as well, so that it can be held to the contract here.
 IMPLEMENTATIONS = [torch_top_candidates, _by_keys]

@@ -15,7 +15,7 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.sampling.constraints import Constraint, Grammars, Masks, set_forbidden
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.sampler import Sampler
-from tests.generation.rows import Row, logits_after, sample
+from tests.generation.helpers import Row, logits_after, sample
 
 PERSON = {
     "type": "object",

@@ -10,7 +10,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import Penalties, TokenCounts
-from tests.generation.rows import Row, random_logits
+from tests.generation.helpers import Row, random_logits
 
 TOKENS = st.lists(st.integers(0, 30), max_size=60)
 

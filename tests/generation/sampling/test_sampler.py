@@ -19,7 +19,7 @@ from llama_ray.generation.sampling.logprobs import token_logprobs
 from llama_ray.generation.sampling.noise import exponentials, places, starts
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.sampler import Ahead, Sampler
-from tests.generation.rows import Row, logits_after, random_logits, sample
+from tests.generation.helpers import Row, logits_after, random_logits, sample
 
 
 def peer_filter(logits: Tensor, p: SamplingParams) -> Tensor:

@@ -14,8 +14,7 @@ from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer
 from llama_ray.model.llama import Llama
-from tests.generation.conftest import random_model
-from tests.generation.test_core import prompts, run
+from tests.generation.helpers import random_model, random_prompts, run_together
 
 GREEDY = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
 
@@ -40,10 +39,10 @@ PROPOSERS: dict[str, Callable[[Llama], Proposer]] = {
 
 @pytest.mark.parametrize("kind", PROPOSERS)
 def test_no_guess_changes_a_token(model: Llama, tokenizer: Tokenizer, kind: str) -> None:
-    many = prompts(model, 16)
-    plain = run(Engine(model, tokenizer), many)
+    many = random_prompts(model, 16)
+    plain = run_together(Engine(model, tokenizer), many)
     engine = Engine(model, tokenizer, proposer=PROPOSERS[kind](model), max_num_seqs=5)
-    assert run(engine, many) == plain
+    assert run_together(engine, many) == plain
     stats = engine.stats
     assert stats.draft_tokens > 0
     if kind in ("same", "similar"):

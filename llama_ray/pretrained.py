@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.model.checkpoint import CheckpointError, Part, load_model, save_model
+from llama_ray.model.checkpoint import CheckpointError, WeightSlicer, load_model, save_model
 from llama_ray.model.llama import Llama
 from llama_ray.storage.paths import MODEL_SCHEME
 
@@ -39,7 +39,7 @@ def load_pretrained(
     ref: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    part: Part | None = None,
+    slicer: WeightSlicer | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """The model and tokenizer that `ref` stands for (see `resolve`); None where it holds no tokenizer.
 
@@ -47,7 +47,7 @@ def load_pretrained(
     that says what is wrong.
     """
     directory = resolve(ref)
-    model = load_model(directory, dtype=dtype, device=device, part=part)
+    model = load_model(directory, dtype=dtype, device=device, slicer=slicer)
     if not (directory / "tokenizer.json").is_file():
         return model, None
     tokenizer = Tokenizer.load(directory)

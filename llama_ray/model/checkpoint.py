@@ -1,4 +1,4 @@
-"""Weights on disk, in the layout of a Hugging Face LLaMA checkpoint. Nothing is ever unpickled."""
+"""Read and write the Hugging Face LLaMA layout: config.json and safetensors. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -20,60 +20,62 @@ from llama_ray.model.sharded_safetensors import StoredTensor, open_tensors
 from llama_ray.storage.atomic import replacing, replacing_path
 
 MAX_SHARD_BYTES = 4 * 1024**3
+"""`save_model` starts another file beyond this size."""
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-PIECE_FILES = "model-rank*.safetensors"
-"""What the workers of a training run wrote, see `llama_ray.model.sharded_safetensors`."""
+_RANK_FILES = (
+    "model-rank*.safetensors"  # Of a training run, one a worker; see `llama_ray.model.sharded_safetensors`.
+)
 
-Part = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
-"""The name and shape of a parameter -> what of it a process keeps."""
+WeightSlicer = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
+"""The name and shape of a parameter -> the slice of it, in each dimension, that this process keeps."""
 
 
 class CheckpointError(ValueError):
-    """A directory that cannot be read as a LLaMA checkpoint; the message says why and what helps."""
+    """A directory that cannot be read as a LLaMA checkpoint; the message gives the reason and the way out."""
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
-    """The shape recorded in `directory/config.json`. Raises CheckpointError."""
+    """Read `directory/config.json`. Raises CheckpointError."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} holds no config.json; give the directory of a saved LLaMA model")
     try:
         return from_hf(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{path}: {e}") from e
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_model(
     directory: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    part: Part | None = None,
+    slicer: WeightSlicer | None = None,
 ) -> Llama:
     """Read a model saved by `save_model`, by transformers or by a training run, in one file or many.
 
-    `dtype` None keeps the dtype of the stored embedding. Names, shapes and file lengths are all checked before memory
-    is taken for the weights; then tensors are copied one at a time, so no second copy of the model is held. With
-    `part` only that of each tensor is read, and the model has weights of that size.
+    `dtype` None keeps the dtype of the stored embedding. With `slicer` only the chosen slice of each tensor is read,
+    and the model's weights have the size of their slices. All names, shapes and file lengths are checked before the
+    weights are allocated; tensors are then copied one at a time, so that the model is never in memory twice.
     Raises CheckpointError for a missing, truncated or unsafe file, and for missing, surplus or misshapen tensors.
     """
     directory = Path(directory)
     model = Llama(load_config(directory), device="meta")
     with ExitStack() as stack:
         stored = _open_all(_weight_files(directory), stack)
-        wanted = {hf_name(n): p for n, p in model.named_parameters()}
-        _check_names_and_shapes(directory, stored, wanted, model.config)
-        file_dtype = stored["model.embed_tokens.weight"].dtype
-        parts = {n: part and part(n, tuple(p.shape)) for n, p in model.named_parameters()}
-        for name, kept in parts.items():
-            if kept is not None:
-                _cut(model, name, kept)
-        model.tie_weights()
-        model.to(dtype or file_dtype)
+        _check_names_and_shapes(directory, stored, model)
+        slices: dict[str, tuple[slice, ...]] = {}
+        if slicer is not None:
+            slices = {n: slicer(n, tuple(p.shape)) for n, p in model.named_parameters()}
+            for name, kept in slices.items():
+                _slice_parameter(model, name, kept)
+            model.tie_weights()
+        model.to(dtype or stored["model.embed_tokens.weight"].dtype)
         model.materialize(device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(stored[hf_name(name)].read(parts[name]))
+                parameter.copy_(stored[hf_name(name)].read(slices.get(name)))
     return model
 
 
@@ -85,10 +87,10 @@ def save_model(
     eos_id: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `config.json`, `generation_config.json` and `model*.safetensors` that transformers opens as they are.
+    """Write `config.json`, `generation_config.json` and `model*.safetensors`, which transformers reads unchanged.
 
-    Weights keep the model's dtype. Each file appears whole or not at all; `config.json` is written last, so a
-    directory that has one is complete.
+    Weights keep the model's dtype. Each file is replaced atomically. `config.json` is written last: a directory that
+    holds one is complete.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -114,7 +116,7 @@ def save_config(
     bos_id: int | None = None,
     eos_id: int | None = None,
 ) -> None:
-    """Write `generation_config.json` and then `config.json`, which describe weights of `dtype`."""
+    """Write `generation_config.json`, then `config.json`, for weights of `dtype`."""
     generation = {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
     write_json(directory / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
     name = str(dtype).removeprefix("torch.")
@@ -122,12 +124,12 @@ def save_config(
 
 
 def hf_name(name: str) -> str:
-    """The name that a parameter of `Llama` has in a Hugging Face checkpoint."""
+    """Return the Hugging Face name of a parameter of `Llama`."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `path` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    """Write `content` to `path` atomically: readers see the old file or the new one, also after a crash."""
     with replacing(path) as file:
         file.write(f"{json.dumps(content, indent=2)}\n".encode())
 
@@ -154,8 +156,8 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / n for n in names]
     if (directory / _SINGLE).is_file():
         return [directory / _SINGLE]
-    if pieces := sorted(directory.glob(PIECE_FILES)):
-        return pieces
+    if files := sorted(directory.glob(_RANK_FILES)):
+        return files
     pickled = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
     if pickled:
         raise CheckpointError(
@@ -167,8 +169,8 @@ def _weight_files(directory: Path) -> list[Path]:
     )
 
 
-def _cut(model: Llama, name: str, kept: tuple[slice, ...]) -> None:
-    """Give a parameter on the meta device the shape of its part."""
+def _slice_parameter(model: Llama, name: str, kept: tuple[slice, ...]) -> None:
+    """Replace a parameter on the meta device by one of the slice's shape."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     weight = module.get_parameter(attribute)[kept]
@@ -182,36 +184,33 @@ def _open_all(files: list[Path], stack: ExitStack) -> dict[str, StoredTensor]:
     for file in files:
         try:
             open_tensors(file, stack, stored)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{file} is damaged or cut short ({e}); copy or save it again") from e
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is damaged or cut short ({error}); copy or save it again"
+            ) from error
     return stored
 
 
-def _check_names_and_shapes(
-    directory: Path,
-    stored: dict[str, StoredTensor],
-    wanted: dict[str, torch.nn.Parameter],
-    config: LlamaConfig,
-) -> None:
-    # Older exports carry the rotary table, and some a second copy of a tied head; both follow from the rest.
-    surplus = {n for n in stored if n not in wanted and not n.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
+def _check_names_and_shapes(directory: Path, stored: dict[str, StoredTensor], model: Llama) -> None:
+    expected = {hf_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    # Older exports hold the rotary frequencies, some a second copy of a tied head; both follow from the rest.
+    surplus = {n for n in stored if n not in expected and not n.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_embeddings:
         surplus.discard("lm_head.weight")
-    missing = wanted.keys() - stored.keys()
+    missing = expected.keys() - stored.keys()
     for what, names in (("lacks", missing), ("has unexpected", surplus)):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise CheckpointError(
-                f"{directory} {what} {shown}: weights and config.json are not of the same model"
+                f"{directory} {what} {shown}; give weights and config.json of the same model"
             )
-    for name, parameter in wanted.items():
-        shape = stored[name].shape
+    for name, shape in expected.items():
         if not stored[name].complete:
             raise CheckpointError(
-                f"{directory} lacks pieces of {name}; copy it again, with every {PIECE_FILES}"
+                f"{directory} lacks slices of {name}; copy it again, with all {_RANK_FILES} files"
             )
-        if shape != tuple(parameter.shape):
+        if stored[name].shape != shape:
             raise CheckpointError(
-                f"{directory}: {name} is {list(shape)} but config.json makes it {list(parameter.shape)}; "
-                "weights and config.json are not of the same model"
+                f"{directory}: {name} is {list(stored[name].shape)}; config.json says {list(shape)}; "
+                "give weights and config.json of the same model"
             )

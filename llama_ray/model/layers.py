@@ -114,8 +114,8 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", torch.empty(shape, dtype=torch.float32), persistent=False)
         self.register_buffer("sin", torch.empty(shape, dtype=torch.float32), persistent=False)
 
-    def reset_parameters(self) -> None:
-        """Fill the table; needed again after a model made on the meta device got its memory."""
+    def fill_tables(self) -> None:
+        """Compute both tables; call it again when a model built on the meta device has been materialized."""
         c = self.config
         with torch.device("cpu"):
             frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)

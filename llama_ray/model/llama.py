@@ -1,4 +1,4 @@
-"""The one LLaMA of this project, for training and for generation."""
+"""The LLaMA model, one definition for training and generation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from llama_ray.model.layers import Attend, Block, RMSNorm, RotaryEmbedding, caus
 from llama_ray.model.loss import Head
 
 INIT_STD = 0.02
+"""Standard deviation of the initial weights."""
 
 
 class Llama(nn.Module):
     """A decoder-only transformer (Touvron et al. 2023, arXiv:2302.13971).
 
-    Module names are those of a Hugging Face checkpoint without its `model.` prefix. On `device="meta"` no memory
-    is taken and nothing is initialised; call `materialize(device)` and then fill or `reset_parameters(seed)`.
+    Parameter names are those of a Hugging Face checkpoint without the `model.` prefix. `device` None is torch's
+    default device, `dtype` None its default dtype. On the meta device nothing is allocated or initialised: call
+    `materialize(device)`, then `init_weights(seed)` or copy weights into the parameters.
     """
 
     def __init__(
@@ -32,7 +34,8 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        # Built without memory first: torch would otherwise draw its own initial weights, only to be overwritten.
+        device = torch.device(device) if device is not None else torch.get_default_device()
+        # On the meta device torch does not spend time on initial weights of its own, which would be overwritten.
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
@@ -40,36 +43,37 @@ class Llama(nn.Module):
             self.lm_head = Head(config.hidden_size, config.vocab_size)
             self.rotary = RotaryEmbedding(config)
         self.to(dtype or torch.get_default_dtype())
-        if torch.device(device or "cpu").type == "meta":
+        if device.type == "meta":
             self.tie_weights()
         else:
-            self.materialize(device or "cpu")
-            self.reset_parameters(seed)
+            self.materialize(device)
+            self.init_weights(seed)
 
     def tie_weights(self) -> None:
-        """Make the head read the embedding's weights, where the config says so."""
+        """Let the head share the embedding's weight if the config ties them."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def materialize(self, device: torch.device | str) -> None:
-        """Give every weight uninitialised memory on `device`, and fill the rotary table."""
+        """Allocate all weights on `device`, uninitialised, and compute the rotary tables."""
         self.to_empty(device=device)
         self.tie_weights()
-        self.rotary.reset_parameters()
+        self.rotary.fill_tables()
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
-        """Draw fresh weights; see `draw`."""
+    def init_weights(self, seed: int) -> None:
+        """Initialise all parameters; see `init_parameter`."""
         for name, parameter in self.named_parameters():
-            self.draw(name, parameter, seed)
+            self.init_parameter(name, parameter, seed)
 
     @torch.no_grad()
-    def draw(self, name: str, weight: Tensor, seed: int) -> None:
-        """Fill `weight` with the initial values of the parameter `name`: normal with deviation 0.02, norms 1.
+    def init_parameter(self, name: str, weight: Tensor, seed: int) -> None:
+        """Fill `weight` with the initial values of the parameter `name`: 1 for norms, else normal with mean 0.
 
-        The two projections that write into the residual stream are scaled by 1 / sqrt(2 layers), so that its
-        variance does not grow with depth (Radford et al. 2019, GPT-2). Each parameter draws from its own
-        generator, seeded by (seed, name): the weights do not depend on which others are made, or in what order.
+        The standard deviation is INIT_STD. The two projections that write into the residual stream are scaled by
+        1 / sqrt(2 num_layers), so that its variance does not grow with depth (Radford et al. 2019, GPT-2). Each
+        parameter has its own generator, seeded by (seed, name), so its values do not depend on which other parameters
+        are initialised, or in which order.
         """
         if weight.dim() == 1:
             weight.fill_(1.0)
@@ -90,9 +94,9 @@ class Llama(nn.Module):
         scale: Tensor | float = 1.0,
         z_loss: float = 0.0,
     ) -> Tensor:
-        """Int64 [batch, seq] -> logits [batch, seq, vocab_size]; with `targets` what `head_loss` returns for them.
+        """Int64 [batch, seq] -> logits [batch, seq, vocab_size]; with `targets`, the result of `head_loss`.
 
-        See `hidden` for positions and attend, `head_loss` for scale and z_loss.
+        See `hidden` for `positions` and `attend`, `head_loss` for `scale` and `z_loss`.
         """
         return self.lm_head(  # type: ignore[no-any-return]
             self.hidden(tokens, positions, attend), targets, scale, z_loss
@@ -101,11 +105,11 @@ class Llama(nn.Module):
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention
     ) -> Tensor:
-        """Int64 [batch, seq] -> the normed last hidden states [batch, seq, hidden_size].
+        """Int64 [batch, seq] -> hidden states after the last norm [batch, seq, hidden_size].
 
-        `positions` (int64 [seq] or [batch, seq]) default to 0 .. seq-1. `attend` says what queries look at.
-        Raises ValueError for a position at or beyond `max_seq_len`; positions given on an accelerator are not
-        looked at, since that would make the host wait for the device.
+        `positions` (int64 [seq] or [batch, seq]) default to 0 .. seq-1; `attend` defines which keys a query attends to.
+        Raises ValueError for a position at or beyond `max_seq_len`. `positions` on an accelerator are not checked,
+        because that would make the host wait for the device.
         """
         limit = self.config.max_seq_len
         if positions is None:

@@ -1,8 +1,8 @@
-"""Tensors in safetensors files, whole or in pieces that several workers wrote.
+"""Tensors in safetensors files, each stored whole or as slices that several workers wrote.
 
-The pieces are those of torch.distributed.checkpoint's safetensors storage: a file's metadata names the place of each
-piece, so that `dcp.load` reshards them onto any mesh. Here they are put together one tensor at a time in one process,
-without a process group.
+The files are those of torch.distributed.checkpoint's safetensors storage: their metadata records the offsets of each
+slice, so `dcp.load` can reshard them onto any mesh. Here one process assembles them, one tensor at a time, without a
+process group.
 """
 
 from __future__ import annotations
@@ -17,69 +17,70 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-PIECES = "DCP_SHARDING_INFO"
+SHARDING_INFO = "DCP_SHARDING_INFO"
+"""Key of a file's metadata: JSON, the name of each tensor -> {"saved_offsets": offsets of the file's slice of it}."""
 
 
 class StoredTensor:
-    """One tensor, opened but not read."""
+    """A tensor in open files, not read yet."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._pieces: list[tuple[Any, tuple[int, ...]]] = []
+        self._slices: list[tuple[Any, tuple[int, ...]]] = []
 
     def add(self, file: Any, offsets: tuple[int, ...] | None) -> None:
-        """A piece of it lies in the open `file`, at `offsets`; None where that is all of it."""
+        """Add the slice that the open `file` holds; `offsets` is its first index, None where it is the whole tensor."""
         shape = file.get_slice(self._name).get_shape()
-        self._pieces.append((file, offsets or (0,) * len(shape)))
+        self._slices.append((file, offsets or (0,) * len(shape)))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor, as far as its pieces reach."""
+        """Shape of the whole tensor, as far as the slices added so far reach."""
         ends = [
-            [o + n for o, n in zip(offsets, file.get_slice(self._name).get_shape(), strict=True)]
-            for file, offsets in self._pieces
+            [offset + size for offset, size in zip(offsets, self._shape_in(file), strict=True)]
+            for file, offsets in self._slices
         ]
         return tuple(map(max, zip(*ends, strict=True)))
 
     @property
     def dtype(self) -> torch.dtype:
-        """As stored."""
-        file, offsets = self._pieces[0]
+        """Dtype in the file."""
+        file, offsets = self._slices[0]
         return file.get_slice(self._name)[tuple(slice(0, 1) for _ in offsets)].dtype  # type: ignore[no-any-return]
 
     @property
     def complete(self) -> bool:
-        """Whether no piece is missing."""
-        held = sum(math.prod(file.get_slice(self._name).get_shape()) for file, _ in self._pieces)
-        return bool(held == math.prod(self.shape))
+        """Whether the slices cover the whole tensor."""
+        return sum(math.prod(self._shape_in(file)) for file, _ in self._slices) == math.prod(self.shape)
 
-    def read(self, part: tuple[slice, ...] | None = None) -> Tensor:
-        """The whole tensor, or a part of it; nothing else is copied from the files."""
-        if len(self._pieces) == 1:
-            file = self._pieces[0][0]
-            return file.get_tensor(self._name) if part is None else file.get_slice(self._name)[part]  # type: ignore[no-any-return]
+    def read(self, region: tuple[slice, ...] | None = None) -> Tensor:
+        """Return `region` of the tensor, by default all of it; nothing else is read from the files."""
+        if len(self._slices) == 1:
+            file = self._slices[0][0]
+            return file.get_tensor(self._name) if region is None else file.get_slice(self._name)[region]  # type: ignore[no-any-return]
         shape = self.shape
-        wanted = [s.indices(n)[:2] for s, n in zip(part or (slice(None),) * len(shape), shape, strict=True)]
+        wanted = [s.indices(n)[:2] for s, n in zip(region or (slice(None),) * len(shape), shape, strict=True)]
         out = torch.empty([end - start for start, end in wanted], dtype=self.dtype)
-        for file, offsets in self._pieces:
-            piece = file.get_slice(self._name)
-            held = [(o, o + n) for o, n in zip(offsets, piece.get_shape(), strict=True)]
+        for file, offsets in self._slices:
+            held = [(o, o + n) for o, n in zip(offsets, self._shape_in(file), strict=True)]
             common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, held, strict=True)]
             if all(start < end for start, end in common):
-                out[_box(common, wanted)] = piece[_box(common, held)]
+                out[_relative(common, wanted)] = file.get_slice(self._name)[_relative(common, held)]
         return out
 
+    def _shape_in(self, file: Any) -> tuple[int, ...]:
+        return tuple(file.get_slice(self._name).get_shape())
 
-def _box(spans: list[tuple[int, int]], within: list[tuple[int, int]] | None = None) -> tuple[slice, ...]:
-    """Spans of each dimension as slices, counted from where those of `within` start."""
-    starts = [0] * len(spans) if within is None else [start for start, _ in within]
-    return tuple(slice(a - start, b - start) for (a, b), start in zip(spans, starts, strict=True))
+
+def _relative(spans: list[tuple[int, int]], base: list[tuple[int, int]]) -> tuple[slice, ...]:
+    """The (start, end) of each dimension as slices relative to the starts of `base`."""
+    return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(spans, base, strict=True))
 
 
 def open_tensors(path: Path, stack: ExitStack, stored: dict[str, StoredTensor]) -> None:
-    """Add the tensors of a file, which stays open as long as `stack`. Raises SafetensorError or OSError."""
+    """Add the tensors of the file `path` to `stored`; `stack` closes the file. Raises SafetensorError or OSError."""
     file = stack.enter_context(safe_open(path, framework="pt"))
-    places = json.loads((file.metadata() or {}).get(PIECES, "{}"))
+    sharding = json.loads((file.metadata() or {}).get(SHARDING_INFO, "{}"))
     for name in file.keys():  # noqa: SIM118  (not a mapping)
-        offsets = tuple(places[name]["saved_offsets"]) if name in places else None
+        offsets = tuple(sharding[name]["saved_offsets"]) if name in sharding else None
         stored.setdefault(name, StoredTensor(name)).add(file, offsets)

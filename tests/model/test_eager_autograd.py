@@ -57,7 +57,7 @@ def test_norm(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("per_row", [False, True])
 def test_rotation(dtype: torch.dtype, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rotary = RotaryEmbedding(LlamaConfig.preset("llama-tiny"))
-    rotary.reset_parameters()
+    rotary.fill_tables()
     positions = torch.arange(14).view(2, 7) if per_row else torch.arange(7)
     # As attention hands it over: heads were split off the last dimension.
     x = torch.randn(2, 7, 4 * 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,11 +79,50 @@ def test_positions_beyond_the_limit_are_refused() -> None:
         model(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([300]))
 
 
+@pytest.fixture(params=["context", "default"])
+def on_meta_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The meta device is the ambient one, set in either of torch's two ways."""
+    if request.param == "context":
+        with torch.device("meta"):
+            yield
+    else:
+        torch.set_default_device("meta")
+        yield
+        torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("on_meta_device")
+def test_without_a_device_the_model_is_on_the_default_device() -> None:
+    model = Llama(LlamaConfig.preset("llama-65b"))  # 261 GB of fp32 weights anywhere else
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_a_device_that_is_given_outranks_the_default_device(on_meta_device: None) -> None:
+    config = LlamaConfig.preset("llama-tiny")
+    model = Llama(config, seed=3, device="cpu")
+    expected = Llama(config, seed=3, device="meta")
+    expected.materialize("cpu")
+    expected.init_weights(3)
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert p.device.type == "cpu"
+        assert torch.equal(p, q), name
+    assert model.rotary.cos.device.type == "cpu"
+
+
+def test_a_seed_gives_the_same_weights_in_every_version() -> None:
+    model = Llama(LlamaConfig.preset("llama-tiny"), seed=3)
+    for weight, expected in (
+        (model.embed_tokens.weight, [0.028060628, -0.028059186, 0.016859744, -0.014610320]),
+        (model.layers[1].mlp.down_proj.weight, [-0.00062391476, 0.0056550992, 0.0050285337, 0.0042481758]),
+    ):
+        assert weight[0, :4].tolist() == pytest.approx(expected, rel=1e-4)
+
+
 def test_initial_weights_follow_the_seed_alone() -> None:
     config = LlamaConfig.preset("llama-tiny")
     a, b, other = Llama(config, seed=3), Llama(config, device="meta"), Llama(config, seed=4)
     b.materialize("cpu")
-    b.reset_parameters(3)
+    b.init_weights(3)
     for (name, p), q, r in zip(a.named_parameters(), b.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), name
         assert p.dim() == 1 or not torch.equal(p, r), name

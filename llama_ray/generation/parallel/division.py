@@ -14,7 +14,7 @@ import dataclasses
 
 import torch
 
-from llama_ray.model.checkpoint import Part
+from llama_ray.model.checkpoint import WeightSlicer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
@@ -59,7 +59,7 @@ def rank_device(kind: str, rank: int) -> torch.device:
     return torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
 
 
-def share(rank: int, ranks: int) -> Part:
+def share(rank: int, ranks: int) -> WeightSlicer:
     """What a rank keeps of each weight, for `load_model`."""
 
     def part(name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_ray.model.sharded_safetensors import PIECES
+from llama_ray.model.sharded_safetensors import SHARDING_INFO
 
 _DTYPES = {
     torch.float64: "F64",
@@ -68,7 +68,7 @@ def _header(pieces: dict[str, Piece]) -> tuple[bytes, int]:
     """What precedes the tensors' bytes, and how many these are."""
     places = {name: {"saved_offsets": list(piece.offsets)} for name, piece in pieces.items()}
     header: dict[str, Any] = {
-        "__metadata__": {"format": "pt", "DCP_VERSION": "1.0", PIECES: json.dumps(places)}
+        "__metadata__": {"format": "pt", "DCP_VERSION": "1.0", SHARDING_INFO: json.dumps(places)}
     }
     end = 0
     for name, piece in pieces.items():

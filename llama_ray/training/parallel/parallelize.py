@@ -119,7 +119,7 @@ def gather_model(model: nn.Module, config: TrainConfig) -> Llama | None:
         if rank() != 0:
             return None
         plain.rotary.to_empty(device="cpu")
-        plain.rotary.reset_parameters()
+        plain.rotary.fill_tables()
     else:
         weights = inner.state_dict()
         plain.rotary = inner.rotary
@@ -151,17 +151,17 @@ def _fully_shard(model: Llama, precision: Precision, layout: Layout) -> None:
 
 @torch.no_grad()
 def _draw_weights(model: Llama, seed: int) -> None:
-    """What `Llama.reset_parameters` does; of a sharded parameter each worker draws all and keeps its share.
+    """What `Llama.init_weights` does; of a sharded parameter each worker draws all and keeps its share.
 
     One whole parameter at a time is in memory.
     """
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
-            model.draw(name, parameter, seed)
+            model.init_parameter(name, parameter, seed)
             continue
         local = parameter.to_local()
         whole = torch.empty(parameter.shape, dtype=local.dtype, device=local.device)
-        model.draw(name, whole, seed)
+        model.init_parameter(name, whole, seed)
         local.copy_(own_part(whole, parameter))
 
 

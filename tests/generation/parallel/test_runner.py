@@ -199,7 +199,7 @@ def test_what_cannot_be_divided_is_refused_before_anything_starts(saved: Path, m
 
 
 def test_a_rank_reads_its_heads_and_no_more(saved: Path, model: Llama) -> None:
-    ranks = [dict(load_model(saved, part=share(rank, 2)).named_parameters()) for rank in range(2)]
+    ranks = [dict(load_model(saved, slicer=share(rank, 2)).named_parameters()) for rank in range(2)]
     for name, whole in model.named_parameters():
         first, second = (rank[name] for rank in ranks)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -230,7 +230,7 @@ def one_of_three(
     parts = torch.randn(3, 50, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     whole = ranks.sum(parts[rank])
     alone = torch.cat([ranks.sum(row[None]) for row in parts[rank]])
-    model = load_model(saved, part=share(rank, 3))
+    model = load_model(saved, slicer=share(rank, 3))
     cache = TorchCache(rank_config(THREE, 3), 4, torch.float32, "cpu")
     if rank == 1:
         cache.keys[1] = cache.keys[1][:2]  # its second layer has no block 2

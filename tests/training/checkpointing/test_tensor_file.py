@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_ray.model.sharded_safetensors import PIECES
+from llama_ray.model.sharded_safetensors import SHARDING_INFO
 from llama_ray.training.checkpointing.tensor_file import Piece, in_file_order, write_tensors
 
 TENSORS = {
@@ -45,7 +45,7 @@ def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
     assert digest == hashlib.sha256((tmp_path / "file.safetensors").read_bytes()).hexdigest()
     with safe_open(tmp_path / "file.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
-        assert json.loads(file.metadata()[PIECES])["matrix"] == {"saved_offsets": [3, 3]}
+        assert json.loads(file.metadata()[SHARDING_INFO])["matrix"] == {"saved_offsets": [3, 3]}
 
 
 def test_each_tensor_is_aligned_to_its_type(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from llama_ray.generation.cpu.modules import accelerate as accelerate_on_cpu
 from llama_ray.generation.kv_cache import KVCache, TorchCache
 from llama_ray.generation.quantize import GROUP_SIZE, Quantization, check_quantization
 from llama_ray.generation.runner import Runner
-from llama_ray.generation.sampling.draw import Kernels
+from llama_ray.generation.sampling.draw import SamplerOps
 from llama_ray.generation.sampling.sampler import Sampler
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
@@ -86,7 +86,7 @@ def block_bytes(model: Llama, shape: LlamaConfig | None = None) -> int:
 def make_sampler(device: torch.device) -> Sampler:
     """A sampler for logits on `device`."""
     if device.type == "cpu" and build.load() is not None:
-        return Sampler(Kernels(ops.top_candidates, ops.draw_filtered, ops.draw_from_all))
+        return Sampler(SamplerOps(ops.top_candidates, ops.draw_filtered, ops.draw_from_all))
     return Sampler()
 
 

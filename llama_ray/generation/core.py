@@ -14,7 +14,8 @@ import torch
 
 from llama_ray.generation.runner import Runner, RunnerError, StepLogits
 from llama_ray.generation.sampling.logprobs import token_logprobs
-from llama_ray.generation.sampling.sampler import Ahead, Row, Sample, Sampler
+from llama_ray.generation.sampling.row import DraftRow, Row
+from llama_ray.generation.sampling.sampler import Sample, Sampler
 from llama_ray.generation.scheduling.scheduler import Scheduler
 from llama_ray.generation.scheduling.sequence import Delta, SequenceState
 from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
@@ -97,7 +98,7 @@ class Core:
         for chunk in plan.chunks:
             if chunk.complete:
                 rows += (chunk.sequence, *chunk.forks)
-                rows += [Ahead(chunk.sequence, chunk.draft[:n]) for n in range(1, len(chunk.draft) + 1)]
+                rows += [DraftRow(chunk.sequence, chunk.draft[:n]) for n in range(1, len(chunk.draft) + 1)]
         return plan, logits, self._sampler.sample(logits.next, rows) if rows else []
 
     def _compute_each(self, plan: StepPlan) -> tuple[list[Computed], list[tuple[SequenceState, str]]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_ray.generation.cpu.build import load
-from llama_ray.generation.sampling.draw import Filters
+from llama_ray.generation.sampling.draw import SamplingTensors
 
 
 def kernels() -> ctypes.CDLL:
@@ -88,20 +88,20 @@ class _Draw(ctypes.Structure):
     )
 
 
-def draw_filtered(logits: Tensor, filters: Filters, place: Tensor) -> tuple[Tensor, Tensor | None]:
+def draw_filtered(logits: Tensor, filters: SamplingTensors, place: Tensor) -> tuple[Tensor, Tensor | None]:
     """`DrawFiltered` in one call: a dozen operations of torch on a few numbers each take longer than the drawing."""
     short = torch.empty(len(place), dtype=torch.bool)
     tokens = _draw(logits, None, filters, place, short)
     return tokens, short if filters.may_be_short(logits.shape[-1]) else None
 
 
-def draw_from_all(logits: Tensor, rows: Tensor | None, filters: Filters, place: Tensor) -> Tensor:
+def draw_from_all(logits: Tensor, rows: Tensor | None, filters: SamplingTensors, place: Tensor) -> Tensor:
     """`DrawFromAll` in one pass."""
     return _draw(logits, rows, filters, place, None)
 
 
 def _draw(
-    logits: Tensor, which: Tensor | None, filters: Filters, place: Tensor, short: Tensor | None
+    logits: Tensor, which: Tensor | None, filters: SamplingTensors, place: Tensor, short: Tensor | None
 ) -> Tensor:
     logits, place = _checked(logits, torch.float32), _checked(place, torch.int64)
     rows = len(logits if which is None else which)
@@ -111,7 +111,7 @@ def _draw(
     draw = _Draw(
         filters.width,
         filters.may_be_short(logits.shape[-1]),
-        *(filters.temperature.data_ptr(), filters.beyond_k.data_ptr(), filters.from_all.data_ptr()),
+        *(filters.temperature.data_ptr(), filters.outside_top_k.data_ptr(), filters.no_top_k.data_ptr()),
         *(filters.top_p.data_ptr(), min_p.data_ptr() if min_p is not None else None, place.data_ptr()),
     )
     kernels().draw(

@@ -104,7 +104,7 @@ class Grammars:
         return matcher
 
 
-class Masks:
+class TokenMasks:
     """The tokens that a batch's constraints allow, for all of its constrained rows at once."""
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class Masks:
         logits[rows] += addends.view(len(rows), -1)[:, : logits.shape[-1]]
 
 
-def set_forbidden(allowed: NDArray[np.uint8], tokens: Collection[int]) -> None:
+def forbid_tokens(allowed: NDArray[np.uint8], tokens: Collection[int]) -> None:
     """Take `tokens` from the allowed ones of one row, uint8 [bytes], in place, unless nothing were left."""
     kept = allowed.copy()
     for token in tokens:

@@ -8,7 +8,7 @@ import torch
 
 from llama_ray.generation.backend import block_bytes, make_runner, make_sampler
 from llama_ray.generation.runner import Runner, Span
-from llama_ray.generation.sampling.sampler import Ahead
+from llama_ray.generation.sampling.row import DraftRow
 from llama_ray.generation.scheduling.sequence import SequenceState
 from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
 from llama_ray.model.llama import Llama
@@ -63,7 +63,7 @@ class DraftModel:
         while guessing:
             spans = [self._span(c) for c in guessing]
             logits = self._runner.forward(self._runner.batch(spans))
-            samples = self._sampler.sample(logits, [Ahead(c.sequence, list(c.draft)) for c in guessing])
+            samples = self._sampler.sample(logits, [DraftRow(c.sequence, list(c.draft)) for c in guessing])
             for chunk, span, one in zip(guessing, spans, samples, strict=True):
                 chunk.sequence.draft_computed = span.start + len(span.tokens)
                 if one.token_id is not None:

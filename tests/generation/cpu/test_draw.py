@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama_ray.generation.cpu import ops
-from llama_ray.generation.sampling.draw import Kernels
+from llama_ray.generation.sampling.draw import SamplerOps, SamplingTensors
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.sampler import Sampler
 from tests.generation.helpers import Row, random_logits
@@ -33,7 +33,7 @@ def rows(count: int) -> list[Row]:
 
 
 def sampler() -> Sampler:
-    return Sampler(Kernels(ops.top_candidates, ops.draw_filtered, ops.draw_from_all))
+    return Sampler(SamplerOps(ops.top_candidates, ops.draw_filtered, ops.draw_from_all))
 
 
 def tokens(logits: torch.Tensor, some: list[Row], by: Sampler) -> list[int | None]:
@@ -67,9 +67,6 @@ def test_a_row_without_finite_numbers_fails_alone(kernels: ctypes.CDLL, poison: 
 
 
 def test_filters_of_other_rows_are_refused(kernels: ctypes.CDLL) -> None:
-    logits, by = random_logits(2, 100), sampler()
-    by.sample(logits, rows(1) * 2)
-    filters = by._plan.groups[0].filters  # type: ignore[union-attr]
-    assert filters is not None
+    tensors = SamplingTensors.of([SamplingParams(top_k=40)] * 2, 64, 100, torch.device("cpu"))
     with pytest.raises(ValueError, match="3 rows meet 2 places and filters of 2"):
-        ops.draw_filtered(random_logits(3, 100), filters, torch.zeros(2, 1, dtype=torch.int64))
+        ops.draw_filtered(random_logits(3, 100), tensors, torch.zeros(2, 1, dtype=torch.int64))

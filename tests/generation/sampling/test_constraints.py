@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.sampling.constraints import Constraint, Grammars, Masks, set_forbidden
+from llama_ray.generation.sampling.constraints import Constraint, Grammars, TokenMasks, forbid_tokens
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.sampler import Sampler
 from tests.generation.helpers import Row, logits_after, sample
@@ -127,7 +127,7 @@ def test_a_model_without_tokenizer_or_end_cannot_be_constrained(tokenizer: Token
 
 
 def allowed_of(constraint: Constraint, draft: list[int] | None = None) -> set[int]:
-    bits = Masks().allowed([constraint], [draft or []], VOCAB_SIZE)[0]
+    bits = TokenMasks().allowed([constraint], [draft or []], VOCAB_SIZE)[0]
     return set(np.flatnonzero(np.unpackbits(bits, bitorder="little")[:VOCAB_SIZE]).tolist())
 
 
@@ -158,7 +158,7 @@ def test_looking_ahead_leaves_the_state(tokenizer: Tokenizer) -> None:
     assert constraint is not None
     assert other is not None
     drafts: list[list[int]] = [[a, b], [], [a], [a, b, c], [b], [a, c], [a, b, c, 1]]
-    masks = Masks()
+    masks = TokenMasks()
     for _ in range(2):
         rows = masks.allowed([constraint] * 7 + [other], [*drafts, []], VOCAB_SIZE)
         sets = [set(np.flatnonzero(np.unpackbits(r, bitorder="little")[:VOCAB_SIZE]).tolist()) for r in rows]
@@ -182,15 +182,15 @@ def test_a_mask_removes_what_has_no_bit_and_nothing_else() -> None:
     expected[[0, 2]] = logits[[0, 2]]
     expected[3, [0, 7]] = logits[3, [0, 7]]
     expected[1, [48, 49]] = logits[1, [48, 49]]
-    Masks().apply(logits, torch.tensor([3, 1]), bits)
+    TokenMasks().apply(logits, torch.tensor([3, 1]), bits)
     assert logits.equal(expected)
 
 
 def test_an_end_is_forbidden_unless_nothing_else_is_left() -> None:
     bits = np.array([0b00000110, 0b10000000], dtype=np.uint8)
-    set_forbidden(bits, [1, 15])
+    forbid_tokens(bits, [1, 15])
     assert bits.tolist() == [0b100, 0]
-    set_forbidden(bits, [2])
+    forbid_tokens(bits, [2])
     assert bits.tolist() == [0b100, 0]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from llama_ray.generation.sampling.noise import exponentials, places, starts
+from llama_ray.generation.sampling.noise import exponentials, noise_keys, stream_keys
 
 ROWS = st.lists(
     st.tuples(st.integers(-(2**63), 2**64 - 1), st.integers(0, 127), st.integers(0, 2**20)),
@@ -37,7 +37,7 @@ def numbers(start: int, count: int) -> list[int]:
 
 
 def draw(seeds: Sequence[int], candidates: Sequence[int], positions: Sequence[int], tokens: Tensor) -> Tensor:
-    return exponentials(places(starts(seeds, candidates), positions), tokens)
+    return exponentials(noise_keys(stream_keys(seeds, candidates), positions), tokens)
 
 
 def test_numbers_are_those_of_splitmix64() -> None:

@@ -16,9 +16,10 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from llama_ray.generation.sampling.constraints import Grammars
 from llama_ray.generation.sampling.draw import UNITS
 from llama_ray.generation.sampling.logprobs import token_logprobs
-from llama_ray.generation.sampling.noise import exponentials, places, starts
+from llama_ray.generation.sampling.noise import exponentials, noise_keys, stream_keys
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.generation.sampling.sampler import Ahead, Sampler
+from llama_ray.generation.sampling.row import DraftRow
+from llama_ray.generation.sampling.sampler import Sampler
 from tests.generation.helpers import Row, logits_after, random_logits, sample
 
 
@@ -70,8 +71,8 @@ def by_definition(logits: Tensor, row: Row) -> int:
     least = torch.tensor(math.log(p.min_p) if p.min_p else -math.inf)
     kept = [token for token in kept if shifted[token] >= least]
     position = len(row.prompt) + len(row.output) + len(row.draft)
-    place = places(starts([row.seed], [row.index]), [position])
-    times = exponentials(place, torch.arange(vocab_size))[0].tolist()
+    key = noise_keys(stream_keys([row.seed], [row.index]), [position])
+    times = exponentials(key, torch.arange(vocab_size))[0].tolist()
     return min((token for token in kept if mass[token]), key=lambda token: times[token] / mass[token])
 
 
@@ -253,7 +254,7 @@ def test_no_end_before_min_tokens() -> None:
         assert token is not None
         row.push(token)
     assert row.output == [9, 9, 9, 7, 7, 7]
-    ahead = [Ahead(Row(params, end_ids=[7, 8]), (9,) * n) for n in range(5)]
+    ahead = [DraftRow(Row(params, end_ids=[7, 8]), (9,) * n) for n in range(5)]
     assert [s.token_id for s in Sampler().sample(logits.repeat(5, 1), ahead)] == [9, 9, 9, 7, 7]
 
 
@@ -281,9 +282,9 @@ def test_rows_ahead_draw_what_their_row_will_draw(tokenizer: Any) -> None:
         wrong = [(token + 1) % vocab_size for token in row.output]
         for n in range(len(expected)):
             guess = row.output[n:-1]
-            ahead = [there, *(Ahead(there, guess[: k + 1]) for k in range(len(guess)))]
+            ahead = [there, *(DraftRow(there, guess[: k + 1]) for k in range(len(guess)))]
             # A guess that goes wrong beside them, from any place on, must not matter to them.
-            ahead += [Ahead(there, [*guess[:k], *wrong[k : k + 1]]) for k in range(len(guess))]
+            ahead += [DraftRow(there, [*guess[:k], *wrong[k : k + 1]]) for k in range(len(guess))]
             logits = torch.stack([logits_after(a, vocab_size) for a in ahead])
             assert sampler.sample(logits, ahead)[: len(guess) + 1] == expected[n:]
             there.push(row.output[n])

@@ -24,7 +24,7 @@ _PREEMPTION_POLL_S = 5.0
 
 
 class InterruptWatcher:
-    """Watches from threads; `asked` is what the training loop asks at every step."""
+    """Watches from threads; `poll` is what the training loop calls at every step."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -35,7 +35,7 @@ class InterruptWatcher:
         for watch in watchers:
             threading.Thread(target=watch, daemon=True).start()
 
-    def asked(self) -> Interrupt:
+    def poll(self) -> Interrupt:
         """The most urgent request there is."""
         if self._stop:
             return Interrupt.STOP

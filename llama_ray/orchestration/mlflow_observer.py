@@ -15,8 +15,8 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
 from llama_ray.storage import store
 from llama_ray.tracking.buffer import BufferedRun
-from llama_ray.training.checkpointing.checkpointer import Saved
-from llama_ray.training.checkpointing.state import Progress
+from llama_ray.training.checkpointing.checkpointer import CheckpointResult
+from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule
 from llama_ray.training.observer import Console, Metrics
 from llama_ray.training.parallel.parallelize import world_size
@@ -67,13 +67,13 @@ class MLflowObserver(Console):
                 samples = self._samples(model)
                 self.run.do(f"samples {step}", lambda run: run.log_samples(samples, step))
 
-    def checkpointed(self, saved: Saved) -> None:
+    def checkpointed(self, result: CheckpointResult) -> None:
         """See `Observer`."""
-        super().checkpointed(saved)
+        super().checkpointed(result)
         if self.run:
-            metrics = {"checkpoint/stall_s": saved.stall_s, "checkpoint/write_s": saved.write_s}
+            metrics = {"checkpoint/stall_s": result.stall_s, "checkpoint/write_s": result.write_s}
             failed = {"checkpoint/failed": 1.0}
-            self.run.log_metrics(failed if saved.error else metrics, saved.step)
+            self.run.log_metrics(failed if result.error else metrics, result.step)
 
     def profiled(self, trace: Path) -> None:
         """See `Observer`."""

@@ -6,7 +6,7 @@ import math
 
 from llama_ray.data.shards import DatasetInfo
 from llama_ray.model.config import LlamaConfig
-from llama_ray.training.checkpointing.state import Progress
+from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.metrics import perplexity
 

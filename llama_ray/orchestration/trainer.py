@@ -31,8 +31,9 @@ from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
-from llama_ray.training.checkpointing.checkpointer import checkpoint_name, latest_valid_checkpoint, local_copy
-from llama_ray.training.checkpointing.state import load_progress
+from llama_ray.training.checkpointing.catalog import checkpoint_name, latest_valid_checkpoint
+from llama_ray.training.checkpointing.files import local_copy
+from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.elastic import check_range, for_workers
 from llama_ray.training.errors import OutOfMemory, TrainingError
@@ -169,7 +170,7 @@ def _worker(plan: dict[str, Any]) -> Ending:
                 output_dir=directory,
                 resume_from=resume_from,
                 run_id=plan["run_id"],
-                asked=InterruptWatcher(directory).asked,
+                poll_interrupt=InterruptWatcher(directory).poll,
             )
         return Ending(progress.step)
     except Stopped as e:

@@ -1,23 +1,20 @@
-"""What goes wrong inside a run, and how often it may."""
+"""Errors that end a run, or this attempt at it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
 from llama_ray.utils.errors import first_line
 from llama_ray.utils.memory import is_out_of_memory
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on, and could not after a restart; the message says why and what to try."""
+    """A run that cannot continue, and could not after a restart; the message gives the reason and a way out."""
 
 
 class OutOfMemory(MemoryError):
-    """A worker had no memory left in `step`. A restart may help where something else had taken it."""
+    """A worker ran out of memory in `step`. A restart may help, if another process had taken the memory."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(step, reason)
@@ -36,24 +33,3 @@ def out_of_memory_at(step: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(step, first_line(error)) from error
-
-
-class Skips:
-    """Counts skipped steps on the device: whether a step was one is not asked for each step."""
-
-    def __init__(self, before: int, device: torch.device) -> None:
-        # [all of them, those in a row up to now, the longest row since the last look]
-        self._counts = torch.tensor([before, 0, 0], device=device)
-
-    def count(self, skipped: Tensor) -> None:
-        """Add one step; `skipped` is a bool scalar on the device."""
-        flag = skipped.to(self._counts.dtype)
-        total, row, longest = self._counts.unbind()
-        row = (row + 1) * flag
-        self._counts = torch.stack((total + flag, row, torch.maximum(longest, row)))
-
-    def read(self) -> tuple[int, int]:
-        """(all skipped steps, the most in a row since the last call); waits for the device."""
-        total, row, longest = self._counts.tolist()
-        self._counts[2] = row
-        return total, longest

@@ -1,21 +1,22 @@
-"""Requests from outside, agreed on by all workers so that they act at the same step."""
+"""Interrupts from outside the training loop, agreed on by all workers so that they act at the same step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 
+from llama_ray.training.host_group import HostGroup
+
 
 class Interrupt(IntEnum):
-    """What somebody outside the loop asks for; the larger one wins where workers ask for different things."""
+    """What the training loop is asked to do; the larger value wins if workers are asked for different things."""
 
     NONE = 0
     CHECKPOINT = 1
-    """Save now and go on: a machine is about to be taken away."""
+    """Save now and continue: a machine is about to be taken away."""
     STOP = 2
     """Save and end."""
 
@@ -28,31 +29,27 @@ class Stopped(Exception):
         self.step = step
 
 
-class Agreement:
-    """Each step tells the other workers what this one was asked, and learns what any was asked a step ago.
+class InterruptAgreement:
+    """At each step, sends this worker's interrupt to the others and receives the most urgent one of a step ago.
 
-    The exchange runs beside the step, on a group of its own over the hosts' network, so that nothing waits for it
-    and no device is synchronised.
+    The exchange runs beside the step, over the hosts' network, so no step waits for it and no device is synchronised.
     """
 
-    def __init__(self, asked: Callable[[], Interrupt], timeout_s: int) -> None:
-        self._asked = asked
-        timeout = timedelta(seconds=timeout_s)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+    def __init__(self, poll: Callable[[], Interrupt], timeout_s: int) -> None:
+        self._poll = poll
+        self._group = HostGroup(timeout_s)
         self._flag = torch.zeros(1, dtype=torch.int64)
         self._work: dist.Work | None = None
-        self._served = Interrupt.NONE
+        self._answered = Interrupt.NONE
 
     def next_interrupt(self) -> Interrupt:
-        """A request that is to be answered after this step; each is returned once. All workers call it each step."""
+        """Return an interrupt to answer after this step, each one once. All workers must call it at each step."""
         if self._work is not None:
             self._work.wait()
         agreed = Interrupt(int(self._flag.item()))
-        self._flag.fill_(self._asked())
-        if self._group is not None:
-            self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        if agreed <= self._served:
-            self._served = agreed  # withdrawn ones may come again
-            return Interrupt.NONE
-        self._served = agreed
-        return agreed
+        self._flag.fill_(self._poll())
+        self._work = self._group.start_max(self._flag)
+        # An interrupt that was withdrawn is answered again when it comes again.
+        is_new = agreed > self._answered
+        self._answered = agreed
+        return agreed if is_new else Interrupt.NONE

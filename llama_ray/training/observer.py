@@ -1,4 +1,4 @@
-"""Where a run tells what it does: the console here, MLflow and Ray Train in the adapter above."""
+"""Where a run reports: the console here, MLflow in `llama_ray.orchestration`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama_ray.model.llama import Llama
-from llama_ray.training.checkpointing.checkpointer import Saved
-from llama_ray.training.checkpointing.state import Progress
+from llama_ray.training.checkpointing.checkpointer import CheckpointResult
+from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule
 from llama_ray.training.parallel.parallelize import rank
 
@@ -18,29 +18,29 @@ Metrics = Mapping[str, float]
 
 
 class Observer(Protocol):
-    """Called by every worker, in the same order on all of them."""
+    """Receives the events of a run; every worker calls it, in the same order."""
 
     def started(self, schedule: Schedule, progress: Progress, layout: str) -> None:
-        """The run begins, or goes on after `progress.step`; `layout` says how the workers share the model."""
+        """The run starts, or continues after `progress.step`; `layout` describes how the workers share the model."""
 
     def logged(self, step: int, metrics: Metrics) -> None:
-        """A point of the training curve."""
+        """A point of the training curve was measured."""
 
     def validated(self, step: int, metrics: Metrics, model: Llama | None) -> None:
-        """A validation; `model` holds the weights of `step` and may be generated from; None where it is too large."""
+        """The model was validated; `model` has the weights of `step`, to generate from; None if it is too large."""
 
-    def checkpointed(self, saved: Saved) -> None:
-        """A checkpoint is complete, or could not be stored. Workers may be told at different steps."""
+    def checkpointed(self, result: CheckpointResult) -> None:
+        """A checkpoint is complete, or could not be stored. Workers may report it at different steps."""
 
     def profiled(self, trace: Path) -> None:
         """A profiler trace was written; on rank 0 only."""
 
     def unsent(self) -> list[Any]:
-        """What must not be lost with this process, in JSON's types; kept in the checkpoint and handed to `started`."""
+        """Return what was not delivered yet, in JSON's types; a checkpoint keeps it, for `started` after a restart."""
 
 
 class Console:
-    """Progress as lines of text on rank 0."""
+    """Prints the events as lines of text, on rank 0."""
 
     def __init__(self) -> None:
         self._schedule: Schedule | None = None
@@ -72,14 +72,14 @@ class Console:
             f"perplexity {metrics['validation/perplexity']:.2f}"
         )
 
-    def checkpointed(self, saved: Saved) -> None:
+    def checkpointed(self, result: CheckpointResult) -> None:
         """See `Observer`."""
-        if saved.error:
-            self.say(f"step {saved.step}  CHECKPOINT NOT STORED, the one before stays: {saved.error}")
+        if result.error:
+            self.say(f"step {result.step}  CHECKPOINT NOT STORED, the one before stays: {result.error}")
         else:
             self.say(
-                f"step {saved.step}  saved {saved.directory} in {saved.write_s:.1f} s, training waited "
-                f"{saved.stall_s:.2f} s"
+                f"step {result.step}  saved {result.directory} in {result.write_s:.1f} s, training waited "
+                f"{result.stall_s:.2f} s"
             )
 
     def profiled(self, trace: Path) -> None:

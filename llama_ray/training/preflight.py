@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a worker starts."""
+"""Checks of a run that need no worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_run(
     world_size: int,
     resume_from: Path | None = None,
 ) -> None:
-    """Raise ValueError (one line, with the way out) where model, data, checkpoint and batch do not fit together."""
+    """Raise ValueError if model, data, checkpoint and batch do not fit together: one line, with the way out."""
     seq_len = config.seq_len or model.max_seq_len
     if seq_len > model.max_seq_len:
         raise ValueError(

@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-_WAIT_STEPS = 3  # the first ones compile, warm the allocator and make the optimizer's state
+# The first steps compile, fill the allocator's cache and create the optimizer's state.
+_SKIPPED_STEPS = 3
 
 
 @contextmanager
 def profiled(steps: int, written: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
-    """Profile `steps` training steps, after three that are not; call what this yields at the end of each step.
+    """Profile `steps` training steps after the first three; call the function that this yields at the end of each step.
 
-    The trace, for chrome://tracing or ui.perfetto.dev, with shapes and memory, goes to a file trace.json in a new
-    temporary directory; then `written` gets its path, in the middle of the run. With 0 steps nothing happens. A run
-    that ends before the last of them writes the steps it has profiled.
+    The trace, for chrome://tracing or ui.perfetto.dev, contains shapes and memory. It is written to a file trace.json
+    in a new temporary directory, and `written` is called with its path after the last profiled step. A run that ends
+    earlier writes the steps that were profiled. With 0 steps nothing happens.
     """
     if not steps:
         yield lambda: None
@@ -35,7 +36,7 @@ def profiled(steps: int, written: Callable[[Path], None]) -> Iterator[Callable[[
         activities.append(ProfilerActivity.CUDA)
     with profile(
         activities=activities,
-        schedule=schedule(skip_first=_WAIT_STEPS - 1, wait=0, warmup=1, active=steps, repeat=1),
+        schedule=schedule(skip_first=_SKIPPED_STEPS - 1, wait=0, warmup=1, active=steps, repeat=1),
         on_trace_ready=save,
         record_shapes=True,
         profile_memory=True,

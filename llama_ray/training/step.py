@@ -17,16 +17,17 @@ from llama_ray.training.config import TrainConfig
 from llama_ray.training.host_memory import keep_freed_memory
 from llama_ray.training.optimizers.scaler import LossScaler
 from llama_ray.training.parallel.layout import ALONE, Layout
-from llama_ray.training.parallel.parallelize import AUTOCAST, micro_step, whole_tensor
+from llama_ray.training.parallel.parallelize import micro_step, whole_tensor
+from llama_ray.training.precision import DTYPES
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars that stay on the device until somebody asks, so that a step need not wait for the host.
+    """Scalars that stay on the device until they are read, so that a step does not wait for the device.
 
-    They are the same on every worker: `loss` in nats per token (without z-loss) and `tokens` (targets) of the whole
-    global batch, `grad_norm` its gradient's norm before clipping. `skipped` is true where loss or gradient was not
-    finite: weights and optimizer are then as they were before.
+    They are the same on every worker. `loss` (nats per token, without z-loss) and `tokens` (targets) are those of the
+    global batch, `grad_norm` is the norm of its gradient before clipping. `skipped` is true if the loss or the gradient
+    was not finite; the weights and the optimizer's state are then unchanged.
     """
 
     loss: Tensor
@@ -38,7 +39,7 @@ class StepResult:
 class Stepper:
     """Forward, backward and update in one precision (mixed: Micikevicius et al. 2018, arXiv:1710.03740).
 
-    `model` is what `parallelize` returned for `layout`, `optimizer` what `build_optimizer` made of it.
+    `model` comes from `parallelize`, called with `layout`, and `optimizer` from `build_optimizer(model, config)`.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class Stepper:
             keep_freed_memory()
 
     def step(self, micro_batches: Sequence[Batch]) -> StepResult:
-        """Accumulate over `micro_batches`, then update the weights once.
+        """Accumulate the gradients of `micro_batches`, then update the weights once.
 
-        The loss is the mean over all targets of the global batch. Each worker therefore divides its sums by the
-        global number of targets, and multiplies by the number of workers to undo the averaging of DDP and FSDP:
-        how a global batch is split into workers and micro-steps changes the update by rounding only.
+        The loss is the mean over all targets of the global batch. Each worker therefore divides its sum by the global
+        number of targets, and multiplies it by the number of workers to undo the averaging of DDP and FSDP. So how a
+        global batch is split into workers and micro-steps changes the update by rounding only.
         """
         batches = [
             (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
@@ -83,8 +84,8 @@ class Stepper:
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss in nats per token over the batches of all workers; the workers' shares may differ in size."""
-        # DDP's own forward pass has nothing to add without gradients; FSDP's gathers the weights.
+        """Return the mean loss, in nats per token, over the batches of all workers, which may have unequal numbers."""
+        # Without gradients DDP's forward pass is not needed; FSDP's is, because it gathers the weights.
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for x, y in self._in_step(batches) if self.layout.sharded else batches:
@@ -96,9 +97,9 @@ class Stepper:
         return (total[0] / total[1]).item()
 
     def _in_step(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Each worker's batches, and batches without targets after them until the last worker is done.
+        """Yield this worker's batches, then batches without targets until every worker is done.
 
-        A forward pass over a sharded model is a joint effort: everyone must do as many.
+        All workers take part in each forward pass of a sharded model, so they must do the same number.
         """
         iterator = iter(batches)
         filler: Batch | None = None
@@ -116,24 +117,24 @@ class Stepper:
             yield batch
 
     def _update(self, loss_sum: Tensor, tokens: Tensor) -> StepResult:
-        """Clip, apply and clear the gradients, unless something is not finite."""
+        """Clip, apply and clear the gradients; do not apply them if the loss or the gradient is not finite."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             gradient = parameter.grad
-            # A replicated norm under tensor parallelism is left with one partial sum a worker.
+            # The gradient of a replicated norm under tensor parallelism is still one partial sum per worker.
             if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
                 parameter.grad = gradient.redistribute(placements=parameter.placements)
         gradients = [p.grad for p in parameters if p.grad is not None]
         grad_norm = whole_tensor(nn.utils.get_total_norm(gradients, foreach=True)) / self.scaler.scale
-        # One worker's verdict is everyone's, or their weights would part.
+        # If one worker skips the step all must, or their weights would differ from then on.
         shared = torch.stack((loss_sum.double(), (~(loss_sum + grad_norm).isfinite()).double()))
         loss, broken = self.layout.sum(shared).unbind()
         skipped = broken > 0
-        # Sharded gradients are added up in another order on each worker. Clipped by norms that differ in their last
-        # bit, the copies of a replicated weight would drift apart.
+        # Each worker sums the sharded gradients in another order. Clipped by norms that differ in the last bit, the
+        # replicas of a weight would drift apart.
         grad_norm = self.layout.agree(grad_norm)
-        # The fused kernels look at these two on the device, as they do for torch.amp.GradScaler: a step to leave out,
-        # and what to divide gradients by, which spares clipping and unscaling a pass of their own.
+        # The fused kernels read these two on the device, as they do for torch.amp.GradScaler: whether to skip the step,
+        # and the divisor of the gradients, which saves separate passes for clipping and unscaling.
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self.optimizer.grad_scale = self._divisor(grad_norm)  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -143,7 +144,7 @@ class Stepper:
         return StepResult(loss / tokens.clamp(min=1), tokens, grad_norm, skipped)
 
     def _divisor(self, grad_norm: Tensor) -> Tensor | None:
-        """Of gradients, which are scaled: by the loss scale, and by the excess of their norm over `max_grad_norm`."""
+        """Return the divisor of the gradients: the loss scale, times norm / max_grad_norm where that is above 1."""
         limit = self.config.max_grad_norm
         if limit:
             return self.scaler.scale * ((grad_norm + 1e-6) / limit).clamp(min=1.0)
@@ -152,4 +153,4 @@ class Stepper:
     def _autocast(self) -> torch.autocast | nullcontext[None]:
         if self.config.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=AUTOCAST[self.config.precision])
+        return torch.autocast(self.device.type, dtype=DTYPES[self.config.precision])

@@ -20,7 +20,7 @@ from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.pretrained import load_pretrained
 from llama_ray.storage import run_directory
 from llama_ray.tracking.registry import resolve_version
-from llama_ray.training.checkpointing.checkpointer import local_copy
+from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.training.config import TrainConfig
 from tests.e2e.conftest import CONFIG, MODEL, Trained
 

@@ -1,4 +1,4 @@
-"""The data and the shape that the training tests use."""
+"""The data, the model and the finished run that training tests share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from llama_ray.model.config import LlamaConfig
-from tests.datasets import write_dataset
+from llama_ray.training.loop import train
+from tests.token_data import write_dataset
+from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +20,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny() -> LlamaConfig:
     return LlamaConfig.preset("llama-tiny", max_seq_len=32)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: LlamaConfig, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run of `TWELVE_STEPS` on one worker, from start to end."""
+    directory = tmp_path_factory.mktemp("run")
+    recorder = Recorder()
+    progress = train(tiny, TWELVE_STEPS, dataset, device=CPU, observer=recorder, output_dir=str(directory))
+    return FinishedRun(recorder, progress, directory)

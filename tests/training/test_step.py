@@ -15,7 +15,7 @@ from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import choose_layout
 from llama_ray.training.parallel.parallelize import gather_model, parallelize, rank, world_size
 from llama_ray.training.step import Stepper
-from tests.training.processes import in_processes
+from tests.training.helpers import in_processes
 
 CPU = torch.device("cpu")
 

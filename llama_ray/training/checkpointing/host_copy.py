@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 BUFFER_BYTES = 32 * 2**20
-"""What is handed over at once. glibc gives blocks of this size back to the system as soon as they are freed."""
+"""Bytes that are handed over at a time. glibc returns blocks of this size to the system as soon as they are freed."""
 
-_Copy = tuple[Tensor, int, torch.cuda.Event | None]  # a buffer, how much of it is filled, and when that is so
+# A buffer, the number of bytes in it, and the event after which they are there (None: they already are).
+_Copy = tuple[Tensor, int, torch.cuda.Event | None]
 
 
 class HostCopies:
-    """One thread sends tensors, another receives their bytes; the sender waits while `limit_bytes` are on the way.
+    """One thread sends tensors, another receives their bytes; the sender waits while `limit_bytes` are in transit.
 
-    At least one buffer always is. None sets no limit. `pinned` is for tensors of a GPU: the memory is then kept from
-    one transfer to the next, since pinning is slow.
+    At least one buffer is always allowed; None sets no limit. `pinned` is for tensors on a GPU: their buffers are kept
+    from one transfer to the next, since pinning memory is slow.
     """
 
     def __init__(self, limit_bytes: int | None, *, pinned: bool) -> None:
@@ -34,23 +35,24 @@ class HostCopies:
         self._slots = None if self._limit is None else Semaphore(max(1, self._limit // BUFFER_BYTES))
 
     def send(self, tensors: Iterable[Tensor]) -> None:
-        """Copy `tensors` as the bytes of one file; to be matched by one `receive`.
+        """Copy `tensors` as the bytes of one file, for one call of `receive`.
 
-        A tensor on the CPU may be changed afterwards; one on a GPU by what is queued on its stream after this.
+        Afterwards a tensor on the CPU may be changed, and one on a GPU by work that is queued later on its stream.
         """
         if self._ended:
             return
         try:
             self._copy(tensors)
-        except BaseException as e:
-            self._sent.put(e)  # or the receiver would wait for ever
+        except BaseException as error:
+            # Without it the receiver would wait forever.
+            self._sent.put(error)
             raise
         self._sent.put(None)
 
     def receive(self) -> Iterator[memoryview]:
-        """The bytes that one `send` copies, in pieces; each is valid until the next is asked for.
+        """Yield the bytes that one `send` copies, in chunks; each is valid until the next one is requested.
 
-        Raises OSError where the sender failed.
+        Raises OSError if the sender failed.
         """
         while (copy := self._sent.get()) is not None:
             if isinstance(copy, BaseException):
@@ -64,7 +66,7 @@ class HostCopies:
                 self._slots.release()
 
     def end(self) -> None:
-        """Let no sender wait any longer, whether or not all was received, and free what is not pinned."""
+        """Stop the sender, even if not everything was received, and free the buffers that are not pinned."""
         self._ended = True
         if not self._pinned:
             self._free.clear()
@@ -74,13 +76,13 @@ class HostCopies:
     def _copy(self, tensors: Iterable[Tensor]) -> None:
         buffer: Tensor | None = None
         used = 0
-        for run in (run for tensor in tensors for run in _runs(tensor)):
-            while run.numel():
+        for left in (vector for tensor in tensors for vector in _byte_vectors(tensor)):
+            while left.numel():
                 if buffer is None:
                     buffer, used = self._take(), 0
                 if self._ended:
                     return
-                now, run = run[: BUFFER_BYTES - used], run[BUFFER_BYTES - used :]
+                now, left = left[: BUFFER_BYTES - used], left[BUFFER_BYTES - used :]
                 buffer[used : used + now.numel()].copy_(now, non_blocking=self._pinned)
                 used += now.numel()
                 if used == BUFFER_BYTES:
@@ -102,10 +104,10 @@ class HostCopies:
         self._sent.put((buffer, used, copied))
 
 
-def _runs(tensor: Tensor) -> Iterator[Tensor]:
-    """The bytes of `tensor` in row-major order, as uint8 vectors that share its memory."""
+def _byte_vectors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the bytes of `tensor` in row-major order, as uint8 vectors that share its memory."""
     if tensor.is_contiguous():
         yield tensor.view(-1).view(torch.uint8)
     else:
         for row in tensor:
-            yield from _runs(row)
+            yield from _byte_vectors(row)

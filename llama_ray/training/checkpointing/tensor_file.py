@@ -1,8 +1,8 @@
-"""Safetensors files written from a stream of bytes, for which nobody need hold the tensors.
+"""Safetensors files written from a stream of bytes, so that the tensors need not be in memory together.
 
 A file is the length of the header (8 bytes, little-endian), the header as JSON, and the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format). Its metadata is that of torch.distributed.checkpoint's safetensors
-storage, which reads pieces of tensors from it. safetensors' own writer takes all tensors of a file at once.
+storage, which reads shards of tensors from it. safetensors' own writer needs all tensors of a file at once.
 """
 
 from __future__ import annotations
@@ -29,29 +29,31 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_ALIGNMENT = 8  # of the first tensor; the others follow because wider types come first
+# Of the first tensor, in bytes; the others are aligned because wider types come first.
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A worker's piece of a tensor, and where it lies in the whole one."""
+class TensorShard:
+    """The rectangular part of a tensor that one worker holds; all of it where the tensor is not sharded."""
 
     tensor: Tensor
     offsets: tuple[int, ...]
-    whole: bool
+    """Where it starts in each dimension of the full tensor."""
+    is_whole: bool
 
 
-def in_file_order(pieces: dict[str, Piece]) -> dict[str, Piece]:
-    """The order in which a file holds them: wider types first, so that each is aligned; then by name."""
-    return dict(sorted(pieces.items(), key=lambda item: (-item[1].tensor.itemsize, item[0])))
+def in_file_order(shards: dict[str, TensorShard]) -> dict[str, TensorShard]:
+    """Sort `shards` as a file holds them: wider types first, so that each is aligned; then by name."""
+    return dict(sorted(shards.items(), key=lambda item: (-item[1].tensor.itemsize, item[0])))
 
 
-def write_tensors(path: Path, pieces: dict[str, Piece], content: Iterable[memoryview]) -> str:
-    """Write a header for `pieces`, which are in file order, and `content`, their bytes; the tensors are not read.
+def write_tensors(path: Path, shards: dict[str, TensorShard], content: Iterable[memoryview]) -> str:
+    """Write a header for `shards`, which are in file order, then `content`, their bytes; the tensors are not read.
 
-    Returns the file's SHA-256. Raises OSError, also for content that is not as long as the pieces.
+    Returns the file's SHA-256. Raises OSError, also if `content` is not as long as the shards.
     """
-    header, length = _header(pieces)
+    header, length = _header(shards)
     digest = hashlib.sha256()
     with path.open("wb") as file:
         file.write(header)
@@ -64,16 +66,16 @@ def write_tensors(path: Path, pieces: dict[str, Piece], content: Iterable[memory
     return digest.hexdigest()
 
 
-def _header(pieces: dict[str, Piece]) -> tuple[bytes, int]:
-    """What precedes the tensors' bytes, and how many these are."""
-    places = {name: {"saved_offsets": list(piece.offsets)} for name, piece in pieces.items()}
+def _header(shards: dict[str, TensorShard]) -> tuple[bytes, int]:
+    """Return (the bytes that precede the tensors, the number of bytes of the tensors)."""
+    offsets = {name: {"saved_offsets": list(shard.offsets)} for name, shard in shards.items()}
     header: dict[str, Any] = {
-        "__metadata__": {"format": "pt", "DCP_VERSION": "1.0", SHARDING_INFO: json.dumps(places)}
+        "__metadata__": {"format": "pt", "DCP_VERSION": "1.0", SHARDING_INFO: json.dumps(offsets)}
     }
     end = 0
-    for name, piece in pieces.items():
-        start, end = end, end + piece.tensor.nbytes
-        shape, dtype = list(piece.tensor.shape), _DTYPES[piece.tensor.dtype]
+    for name, shard in shards.items():
+        start, end = end, end + shard.tensor.nbytes
+        shape, dtype = list(shard.tensor.shape), _DTYPES[shard.tensor.dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % _ALIGNMENT)

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
 from llama_ray.storage import run_directory
-from llama_ray.training.checkpointing.checkpointer import latest_valid_checkpoint, prune
-from llama_ray.training.checkpointing.state import load_progress
+from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint, prune
+from llama_ray.training.checkpointing.checkpointer import CheckpointResult
+from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.loop import train
-from tests.training.processes import in_processes
-from tests.training.test_loop import Recorder, losses
+from tests.training.helpers import Recorder, in_processes, losses
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -129,13 +129,14 @@ def _train_with_little_room(
     recorder = Recorder()
 
     class Full(Recorder):
-        def checkpointed(self, saved) -> None:  # after the first one, no file may grow beyond a few bytes
-            recorder.saved.append(saved)
+        def checkpointed(self, result: CheckpointResult) -> None:
+            recorder.checkpoints.append(result)
+            # After the first checkpoint, no file may grow beyond a few bytes.
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     with pytest.raises(TrainingError, match=r"checkpoints? .* could not be stored"):
         train(model, config, data, device=CPU, observer=Full(), output_dir=str(run))
-    return [saved.error for saved in recorder.saved]
+    return [result.error for result in recorder.checkpoints]
 
 
 def test_a_full_disk_costs_checkpoints_but_not_the_last_good_one(

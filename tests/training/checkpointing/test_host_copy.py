@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,10 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.checkpointing.checkpointer import Checkpointer
 from llama_ray.training.checkpointing.host_copy import BUFFER_BYTES, HostCopies
-from llama_ray.training.checkpointing.state import Progress
+from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
-from tests.training.processes import in_processes
+from tests.training.helpers import growth, in_processes
 
 LARGE = torch.arange(BUFFER_BYTES // 4, dtype=torch.int64)  # two buffers
 
@@ -80,19 +80,6 @@ def test_a_sender_that_fails_does_not_leave_the_receiver_waiting() -> None:
         list(copies.receive())
 
 
-def growth(work: Callable[[], object]) -> int:
-    """Bytes that the resident memory of this process grows by at most while it does `work`."""
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    work()
-    return _memory("VmHWM") - before
-
-
-def _memory(kind: str) -> int:
-    [line] = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(kind)]
-    return int(line.split()[1]) * 1024
-
-
 def _save_twice(run: Path, data: Path, copies_mib: int) -> tuple[int, int]:
     """(bytes of state, growth of memory)."""
     config = TrainConfig(checkpoint_copies_mib=copies_mib)
@@ -110,7 +97,7 @@ def _save_twice(run: Path, data: Path, copies_mib: int) -> tuple[int, int]:
         checkpointer.wait()
 
     grown = growth(save)
-    assert [saved.error for saved in checkpointer.finished()] == [None, None]
+    assert [result.error for result in checkpointer.take_results()] == [None, None]
     checkpointer.close()
     return 12 * sum(p.numel() for p in model.parameters()), grown
 

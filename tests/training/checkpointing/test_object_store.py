@@ -15,13 +15,12 @@ from pyarrow import fs
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
 from llama_ray.storage import run_directory, store
-from llama_ray.training.checkpointing.checkpointer import latest_valid_checkpoint, local_copy
+from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint
+from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
 from tests.object_store import Wire, s3_server, uri
-from tests.training.checkpointing.test_host_copy import growth
-from tests.training.processes import in_processes
-from tests.training.test_loop import Recorder, losses
+from tests.training.helpers import Recorder, growth, in_processes, losses
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_ray.model.sharded_safetensors import SHARDING_INFO
-from llama_ray.training.checkpointing.tensor_file import Piece, in_file_order, write_tensors
+from llama_ray.training.checkpointing.tensor_file import TensorShard, in_file_order, write_tensors
 
 TENSORS = {
     "odd": torch.arange(7, dtype=torch.uint8),
@@ -30,9 +30,9 @@ def content(tensors: Iterator[Tensor]) -> Iterator[memoryview]:
         yield tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def write(path: Path) -> tuple[dict[str, Piece], str]:
-    pieces = in_file_order({name: Piece(t, (3,) * t.dim(), False) for name, t in TENSORS.items()})
-    return pieces, write_tensors(path, pieces, content(p.tensor for p in pieces.values()))
+def write(path: Path) -> tuple[dict[str, TensorShard], str]:
+    shards = in_file_order({name: TensorShard(t, (3,) * t.dim(), False) for name, t in TENSORS.items()})
+    return shards, write_tensors(path, shards, content(s.tensor for s in shards.values()))
 
 
 def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
@@ -58,6 +58,6 @@ def test_each_tensor_is_aligned_to_its_type(tmp_path: Path) -> None:
 
 
 def test_content_of_another_length_is_no_file(tmp_path: Path) -> None:
-    pieces = {"a": Piece(torch.ones(4), (0,), True)}
+    shards = {"a": TensorShard(torch.ones(4), (0,), True)}
     with pytest.raises(OSError, match=r"x.safetensors got 12 bytes of tensors instead of 16"):
-        write_tensors(tmp_path / "x.safetensors", pieces, content(iter([torch.ones(3)])))
+        write_tensors(tmp_path / "x.safetensors", shards, content(iter([torch.ones(3)])))

@@ -90,7 +90,7 @@ def test_the_schedule_fills_in_what_depends_on_the_data() -> None:
         ({"schedule": "step"}, "schedule is 'step'; choose cosine, linear or wsd"),
         ({"decay_fraction": 1.1}, "decay_fraction is 1.1; it must be between 0 and 1"),
         ({"tensor_parallel": 0}, "tensor_parallel is 0; it must be at least 1"),
-        ({"fsdp_size": 2}, "fsdp_size 2 is for parallelism hsdp, not auto"),
+        ({"fsdp_size": 2}, "fsdp_size is 2; it must be 0 with parallelism auto"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(values: dict, message: str) -> None:

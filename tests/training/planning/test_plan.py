@@ -24,7 +24,7 @@ from llama_ray.training.planning.plan import (
     watch_step,
 )
 from llama_ray.training.step import Stepper
-from tests.training.processes import in_processes
+from tests.training.helpers import in_processes
 
 # fp32, since short sequences in bf16 attend on a CPU as no GPU does; deep enough to be extrapolated.
 SHAPE = LlamaConfig.preset(

@@ -1,0 +1,52 @@
+"""How far a run is, as its checkpoints record it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from llama_ray.model.checkpoint import CheckpointError
+from llama_ray.storage.run_directory import MARKER
+
+FileRecord = Mapping[str, int | str]
+"""The length and SHA-256 of a file: `{"bytes": ..., "sha256": ...}`."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. The learning rate is not part of it: it is a function of the step."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Targets trained on, by all workers."""
+    validation_loss: float | None = None
+    """The last one measured, in nats per token."""
+    skipped_steps: int = 0
+    """Steps without an update, because the loss or a gradient was not finite."""
+    loader: dict[str, int] = field(default_factory=dict)
+    """The position in the data, see `Loader.state_dict`."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """The loss scale of fp16, see `LossScaler.state_dict`; empty in other precisions."""
+    run_id: str | None = None
+    """The MLflow run that the steps were logged to."""
+    unsent: list[Any] = field(default_factory=list)
+    """Metrics that MLflow had not accepted when the checkpoint was made, see `Observer.unsent`."""
+
+    def marker(self, files: Mapping[str, FileRecord]) -> str:
+        """Return the content of `training.json`: this, and the record of every other file."""
+        return json.dumps(asdict(self) | {"files": files}, indent=2) + "\n"
+
+
+def load_progress(directory: str | Path) -> Progress:
+    """Read the progress of a checkpoint. Raises CheckpointError if the directory is not a training checkpoint."""
+    path = Path(directory) / MARKER
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is not a training checkpoint (no {MARKER}); name a step_* directory of a run"
+        )
+    content = json.loads(path.read_text())
+    return Progress(**{f.name: content[f.name] for f in fields(Progress)})

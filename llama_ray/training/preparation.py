@@ -1,0 +1,109 @@
+"""A training run before its first step: layout, data, model, optimizer, and the checkpoint that it continues from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llama_ray.data.loader import Loader, TokenDataset
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.llama import Llama
+from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
+from llama_ray.training.checkpointing.progress import Progress
+from llama_ray.training.checkpointing.state import load_state
+from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.interrupt import Interrupt, InterruptAgreement
+from llama_ray.training.metrics import Throughput, peak_flops
+from llama_ray.training.observer import Observer
+from llama_ray.training.optimizers.build import build_optimizer
+from llama_ray.training.parallel.compilation import compile_pays
+from llama_ray.training.parallel.layout import Layout, choose_layout, local_world_size, memory_per_worker
+from llama_ray.training.parallel.parallelize import parallelize, rank, world_size
+from llama_ray.training.run import TrainingRun
+from llama_ray.training.skipped_steps import SkippedSteps
+from llama_ray.training.step import Stepper
+
+
+def prepare_run(
+    model_config: LlamaConfig,
+    config: TrainConfig,
+    data: str | Path,
+    *,
+    device: torch.device,
+    observer: Observer,
+    output_dir: str | None,
+    resume_from: Path | None,
+    run_id: str | None,
+    poll_interrupt: Callable[[], Interrupt],
+) -> TrainingRun:
+    """Build everything that a run needs, and fill it from `resume_from`. Every worker must call it; see `train`."""
+    layout = _layout(model_config, config, device)
+    # Without this, torch draws a random seed in each process.
+    torch.manual_seed(config.seed + layout.data_rank)
+    seq_len = config.seq_len or model_config.max_seq_len
+    loader = _loader(config, data, layout, seq_len)
+    schedule = Schedule.of(config, loader.batches_per_epoch)
+    flops_per_token = model_config.flops_per_token(seq_len)
+    flops_per_step = flops_per_token * loader.global_batch_size * seq_len / world_size()
+    compile_blocks, compile_reason = _compilation(config, device, schedule.total_steps, flops_per_step)
+
+    llama = Llama(model_config, device="meta")
+    model = parallelize(llama, config, layout, device, compile_blocks=compile_blocks)
+    optimizer = build_optimizer(model, config)
+    stepper = Stepper(model, optimizer, config, device=device, layout=layout)
+    progress = Progress(run_id=run_id)
+    if resume_from is not None:
+        progress = load_state(resume_from, llama, optimizer, rank(), world_size())
+        loader.load_state_dict(progress.loader)
+        stepper.scaler.load_state_dict(progress.scaler)
+
+    throughput = Throughput(flops_per_token, peak_flops(device, config.precision), world_size())
+    checkpointer: Checkpointer | NoCheckpointer = NoCheckpointer()
+    if output_dir:
+        checkpointer = Checkpointer(output_dir, llama, optimizer, Tokenizer.load(data), config)
+    return TrainingRun(
+        config=config,
+        schedule=schedule,
+        description="; ".join(filter(None, (layout.reason, compile_reason))),
+        seq_len=seq_len,
+        loader=loader,
+        validation=TokenDataset(data, "validation"),
+        stepper=stepper,
+        progress=progress,
+        skipped_steps=SkippedSteps(progress.skipped_steps, device),
+        throughput=throughput,
+        checkpointer=checkpointer,
+        interrupts=InterruptAgreement(poll_interrupt, config.collective_timeout_s),
+        observer=observer,
+    )
+
+
+def _layout(model_config: LlamaConfig, config: TrainConfig, device: torch.device) -> Layout:
+    workers = world_size()
+    node = local_world_size(workers)
+    memory = memory_per_worker(device, node)
+    return choose_layout(model_config, config, workers, memory_bytes=memory, node_size=node).on(device)
+
+
+def _loader(config: TrainConfig, data: str | Path, layout: Layout, seq_len: int) -> Loader:
+    return Loader(
+        TokenDataset(data, "train"),
+        seq_len=seq_len,
+        batch_size=config.batch_size,
+        rank=layout.data_rank,
+        world_size=layout.data_world,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        seed=config.seed,
+    )
+
+
+def _compilation(
+    config: TrainConfig, device: torch.device, steps: int, flops_per_step: float
+) -> tuple[bool, str]:
+    """Whether to compile the blocks, and why; no reason is given where the user has decided."""
+    if config.compile is not None:
+        return config.compile, ""
+    return compile_pays(device, steps, flops_per_step)

@@ -1,0 +1,151 @@
+"""One worker's part of a training run, and what happens in and after each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llama_ray.data.loader import Loader, TokenDataset, validation_batches
+from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
+from llama_ray.training.checkpointing.progress import Progress
+from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.errors import TrainingError, out_of_memory_at
+from llama_ray.training.interrupt import Interrupt, InterruptAgreement, Stopped
+from llama_ray.training.metrics import Throughput, peak_memory_bytes, perplexity
+from llama_ray.training.observer import Observer
+from llama_ray.training.optimizers.build import learning_rate, set_learning_rate
+from llama_ray.training.parallel.parallelize import gather_model
+from llama_ray.training.skipped_steps import SkippedSteps
+from llama_ray.training.step import Stepper, StepResult
+
+
+@dataclass
+class TrainingRun:
+    """A run that `prepare_run` has built; `train` calls its methods, in the same order on every worker."""
+
+    config: TrainConfig
+    schedule: Schedule
+    description: str
+    """How the workers share the model and whether its blocks are compiled, with the reasons, in one line."""
+    seq_len: int
+    loader: Loader
+    validation: TokenDataset
+    stepper: Stepper
+    progress: Progress
+    skipped_steps: SkippedSteps
+    throughput: Throughput
+    checkpointer: Checkpointer | NoCheckpointer
+    interrupts: InterruptAgreement
+    observer: Observer
+
+    def start(self) -> None:
+        """Tell the observer that the run begins, and start the clock."""
+        self.observer.started(self.schedule, self.progress, self.description)
+        self.throughput.resume()
+
+    def remaining_steps(self) -> range:
+        """Return the steps that are still to be taken, counted from 1."""
+        return range(self.progress.step + 1, self.schedule.total_steps + 1)
+
+    def take_step(self, step: int) -> StepResult:
+        """Train on the next global batch. Raises OutOfMemory."""
+        set_learning_rate(self.stepper.optimizer, self._learning_rate(step))
+        with out_of_memory_at(step):
+            result = self.stepper.step(self.loader.next_global_batch())
+        tokens = self.loader.global_batch_size * self.seq_len
+        self.skipped_steps.count(result.skipped)
+        self.progress.step = step
+        self.progress.tokens += tokens
+        self.throughput.count(tokens)
+        return result
+
+    def stop_if_diverged(self, step: int) -> None:
+        """Read the counter of skipped steps, if `step` logs or saves. Raises TrainingError after too many in a row."""
+        if not (self.schedule.logs(step) or self.schedule.saves(step)):
+            return
+        self.progress.skipped_steps, in_a_row = self.skipped_steps.read()
+        if in_a_row >= self.config.max_skipped_steps:
+            raise TrainingError(
+                f"{in_a_row} steps in a row up to step {step} had a loss or gradient that is not finite; lower "
+                f"learning_rate ({self.config.learning_rate}) or max_grad_norm ({self.config.max_grad_norm}), or use "
+                "precision bf16 or fp32, and --resume"
+            )
+
+    def log(self, step: int, epoch: int, result: StepResult) -> None:
+        """Hand a point of the training curve to the observer, where `step` logs. It waits for the device."""
+        if not self.schedule.logs(step):
+            return
+        tokens_per_s, mfu = self.throughput.read()
+        self.observer.logged(
+            step,
+            {
+                "train/loss": result.loss.item(),
+                "train/learning_rate": self._learning_rate(step),
+                "train/gradient_norm": result.grad_norm.item(),
+                "train/skipped_steps": self.progress.skipped_steps,
+                "throughput/tokens_per_s": tokens_per_s,
+                "throughput/mfu": mfu,
+                "memory/peak_bytes": peak_memory_bytes(self.stepper.device),
+                "progress/tokens": self.progress.tokens,
+                "progress/epoch": epoch,
+            },
+        )
+
+    def validate_and_save(self, step: int) -> None:
+        """Validate and save a checkpoint, where the schedule says so; neither counts as training time."""
+        if not (self.schedule.validates(step) or self.schedule.saves(step)):
+            return
+        if self.stepper.device.type == "cuda":
+            # Work that is still queued belongs to the steps, not to what follows.
+            torch.cuda.synchronize(self.stepper.device)
+        self.throughput.pause()
+        if self.schedule.validates(step):
+            self._validate(step)
+        if self.schedule.saves(step):
+            self._save()
+        self.throughput.resume()
+
+    def answer_interrupt(self, step: int) -> None:
+        """Save, and raise Stopped where asked to, if any worker was interrupted a step ago."""
+        interrupt = self.interrupts.next_interrupt()
+        if interrupt and not self.schedule.saves(step):
+            self._save()
+        if interrupt is Interrupt.STOP and step < self.schedule.total_steps:
+            self.finish()
+            raise Stopped(step)
+
+    def report_checkpoints(self) -> None:
+        """Tell the observer which checkpoints have been written, or have failed, since the last call."""
+        for result in self.checkpointer.take_results():
+            self.observer.checkpointed(result)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint and report it. Raises TrainingError if it could not be stored."""
+        self.checkpointer.wait()
+        self.report_checkpoints()
+        self.checkpointer.close()
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.config, self.schedule)
+
+    def _validate(self, step: int) -> None:
+        layout = self.stepper.layout
+        batches = validation_batches(
+            self.validation,
+            self.seq_len,
+            self.config.batch_size,
+            layout.data_rank,
+            layout.data_world,
+            self.config.validation_batches or None,
+        )
+        loss = self.stepper.validate(batches)
+        self.progress.validation_loss = loss
+        metrics = {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
+        self.observer.validated(step, metrics, gather_model(self.stepper.model, self.config))
+
+    def _save(self) -> None:
+        self.progress.loader = self.loader.state_dict()
+        self.progress.scaler = self.stepper.scaler.state_dict()
+        self.progress.unsent = self.observer.unsent()
+        self.checkpointer.save(self.progress)

@@ -1,4 +1,4 @@
-"""What a request may ask of sampling, and what it gets told about the probabilities."""
+"""Sampling parameters of a request, and the log-probabilities that it gets back."""
 
 from __future__ import annotations
 
@@ -14,31 +14,37 @@ MAX_N = 128
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen. A value out of range raises ValueError.
+    """How the tokens of one request are chosen, and when its generation ends.
 
-    - `max_tokens`: at most so many new tokens.
-    - `min_tokens`: no end-of-text or stop token before there are so many, and no stop string counts before it is
-      completed by one after them; an output that a constraint has completed ends nevertheless.
-    - `temperature`: logits are divided by it; 0 is greedy (the most probable token, no randomness).
-    - `top_k`: keep the k most probable tokens, of equally probable ones those with lower ids; 0 keeps all.
-    - `top_p`: keep the most probable tokens that together reach this mass (Holtzman et al. 2020, arXiv:1904.09751).
-    - `min_p`: keep tokens with at least this share of the most probable one's probability (arXiv:2407.01082).
-    - `seed`: the same seed gives the same tokens; None draws one when the request is submitted.
-    - `stop`: a string or several; generation ends where one would appear, and the text ends before it.
-    - `stop_token_ids`: token ids that end the generation as an end-of-text token does; the text ends before them.
-    - `repetition_penalty`: above 1 makes tokens of prompt and output less likely (Keskar et al. 2019,
-      arXiv:1909.05858): positive logits are divided by it, negative ones multiplied.
-    - `presence_penalty`, `frequency_penalty`: subtracted from the logits of tokens of the output, once, and once
-      for each occurrence, as in OpenAI's API.
-    - `logit_bias`: token id -> what is added to its logit.
-    - `logprobs`: report the sampled token's log-probability and those of the so many most probable ones (0 to 20);
-      None reports nothing. They come from the logits as the model gave them, before any of the above.
-    - `prompt_logprobs`: the same for the prompt's own tokens, from the second on.
-    - `json_schema`: the output is JSON that this schema allows (a dict or a JSON string); `{"type": "object"}` is
-      any JSON object. Runs of whitespace are limited to 64 characters.
-    - `regex`: the output as a whole matches this expression (Rust's syntax: no look-around, no back-references).
-    - `n`: so many independent completions of the same prompt (1 to 128); the first is that of `n=1`.
-    - `ignore_eos`: go on after an end-of-text token; excludes `json_schema` and `regex`, which end with one.
+    Raises ValueError if a value is out of range, if `json_schema` is not a JSON object, and if `json_schema`, `regex`
+    and `ignore_eos` are combined.
+
+    - `max_tokens` (tokens, at least 1): limit of new tokens.
+    - `min_tokens` (tokens, 0 to `max_tokens`): until this many are generated, end-of-text and stop tokens are not
+      sampled, and a stop string must end after them to count. An output that `json_schema` or `regex` makes complete
+      ends all the same.
+    - `temperature` (0 or above): logits are divided by it; 0 is greedy: the most probable token, without randomness.
+    - `top_k` (tokens, 0 or above): keep the k most probable tokens, lower ids first among equals; 0 keeps all.
+    - `top_p` (probability, above 0 and at most 1): keep the most probable tokens that together reach this mass, of what
+      top-k kept; 1 keeps all (Holtzman et al. 2020, arXiv:1904.09751).
+    - `min_p` (0 to 1): keep tokens with at least this share of the most probable token's probability; 0 keeps all
+      (arXiv:2407.01082).
+    - `seed` (64-bit integer, -2^63 to 2^64 - 1): the same seed gives the same tokens; None draws a seed at submission.
+    - `stop` (a string or several, none empty): generation ends where one of them would appear; the text ends before it.
+    - `stop_token_ids` (token ids): end the generation as an end-of-text token does; the text ends before them.
+    - `repetition_penalty` (above 0; 1 is off): positive logits of tokens in prompt and output are divided by it,
+      negative ones multiplied, so that above 1 they become less likely (Keskar et al. 2019, arXiv:1909.05858).
+    - `presence_penalty`, `frequency_penalty` (-2 to 2; 0 is off): subtracted from the logits of tokens in the output,
+      once, and once for each occurrence, as in OpenAI's API.
+    - `logit_bias` (token id -> finite number): added to the token's logit.
+    - `logprobs` (tokens, 0 to 20): report the natural log-probability of each sampled token and of this many most
+      probable ones; None reports nothing. They are of the raw logits, before anything above.
+    - `prompt_logprobs` (tokens, 0 to 20): the same for the prompt's own tokens, from the second on.
+    - `json_schema` (a dict, or JSON text): the output is JSON that this schema allows; `{"type": "object"}` allows any
+      JSON object. A run of whitespace has at most 64 characters.
+    - `regex` (Rust's syntax: no look-around, no back-references): the whole output matches this expression.
+    - `n` (1 to 128): how many independent completions of the prompt; the first one is that of `n=1`.
+    - `ignore_eos`: continue after an end-of-text token; not with `json_schema` or `regex`, which end with one.
     """
 
     max_tokens: int = 16
@@ -63,18 +69,19 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        fits = 0 <= self.min_tokens <= self.max_tokens
-        _check("min_tokens", self.min_tokens, fits, f"0 (off) to max_tokens, {self.max_tokens}")
+        in_range = 0 <= self.min_tokens <= self.max_tokens
+        _check("min_tokens", self.min_tokens, in_range, f"0 (off) to max_tokens, {self.max_tokens}")
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or above")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or above")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 (off) and 1")
         if self.seed is not None:
-            _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "a 64-bit integer")
-        whole = all(isinstance(s, str) and s for s in self.stop_strings)
-        _check("stop", self.stop, whole, "strings that are not empty")
+            _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "-2^63 to 2^64 - 1")
+        usable = all(isinstance(s, str) and s for s in self.stop_strings)
+        _check("stop", repr(self.stop), usable, "a string or several, none of them empty")
         for token in self.stop_token_ids:
-            _check("stop_token_ids", self.stop_token_ids, isinstance(token, int) and token >= 0, "token ids")
+            is_id = isinstance(token, int) and token >= 0
+            _check("stop_token_ids", self.stop_token_ids, is_id, "token ids, integers from 0 on")
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0 (1 is off)")
         for name in ("presence_penalty", "frequency_penalty"):
@@ -95,24 +102,22 @@ class SamplingParams:
             raise ValueError("json_schema and regex are both given; give one of them")
         if self.ignore_eos:
             name = "regex" if self.json_schema is None else "json_schema"
-            raise ValueError(
-                f"ignore_eos is True; it must be False with {name}, which ends the output itself"
-            )
+            raise ValueError(f"ignore_eos is True; it must be False with {name}, which ends the output")
         if self.json_schema is not None:
             _check_schema(self.json_schema)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, also where a single string was given."""
+        """`stop` as a tuple, even if it is a single string."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural log-probabilities at one position: the token that was taken, and the most probable ones.
+    """Natural log-probabilities at one position: of its token, and of the most probable ones.
 
-    `top` holds (token id, log-probability) pairs, most probable first, as many as the request asked for; the
-    taken token need not be among them.
+    `top` holds (token id, log-probability) pairs, most probable first, as many as the request asked for; the token
+    itself need not be among them.
     """
 
     token_id: int
@@ -120,14 +125,14 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
-def _check(name: str, value: object, fits: bool, allowed: str) -> None:
-    if not fits:
+def _check(name: str, value: object, ok: bool, allowed: str) -> None:
+    if not ok:
         raise ValueError(f"{name} is {value}; it must be {allowed}")
 
 
 def _check_schema(schema: Mapping[str, Any] | str) -> None:
     try:
         value = json.loads(schema if isinstance(schema, str) else json.dumps(schema))
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"json_schema is not JSON: {e}") from e
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"json_schema is {schema!r:.80}; it must be JSON: {error}") from error
     _check("json_schema", value, isinstance(value, dict), 'a JSON object, such as {"type": "object"}')

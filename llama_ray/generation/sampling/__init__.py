@@ -1,1 +1,1 @@
-"""Logits to tokens: parameters, penalties, constraints, filters, noise and log probabilities."""
+"""From logits to tokens: parameters, penalties, constraints, filters, noise and log-probabilities."""

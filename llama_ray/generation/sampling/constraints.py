@@ -1,4 +1,4 @@
-"""Output that must be JSON of a schema or match a regular expression, token by token (llguidance does the parsing)."""
+"""Constrained output: JSON of a schema, or a regular expression. llguidance parses; this module makes token masks."""
 
 from __future__ import annotations
 
@@ -18,29 +18,33 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.utils.integers import ceil_div
 
-_CACHED = 64  # grammars; one is some hundred kilobytes
-# Whitespace between the parts of JSON is free, but a model that falls into repeating it would never come to an end.
-_JSON: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+# A compiled grammar takes some hundred kilobytes.
+_MAX_CACHED_GRAMMARS = 64
+# JSON allows any amount of whitespace between its parts, but a model that begins to repeat it might never end.
+_JSON_DEFAULTS: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 
 
 class Constraint:
-    """Which tokens may come next in one candidate. Made by `Grammars`; used by one thread at a time."""
+    """Tracks which tokens may come next in one candidate. `Grammars` makes it; use it from one thread at a time."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self.matcher = matcher
 
     def push(self, token: int) -> None:
-        """Take the next token of the output, one that was allowed."""
+        """Advance by the next token of the output; a token that is not allowed sets `error`."""
         self.matcher.consume_token(token)
 
     @property
     def finished(self) -> bool:
-        """Whether the output is complete and nothing but an end-of-text token could follow."""
+        """Whether the output is complete, so that only an end-of-text token may follow."""
         return bool(self.matcher.is_stopped())
 
     @property
     def error(self) -> str | None:
-        """Why it cannot go on: no token spells what must follow, a limit of the parser, a token not allowed."""
+        """Why the output cannot continue, or None.
+
+        Reasons: no token spells what must follow, a limit of the parser, or a pushed token that was not allowed.
+        """
         if not self.matcher.is_error():
             return None
         cause = _one_line(self.matcher.get_error().replace("<non-verbose/>", ""))
@@ -48,10 +52,10 @@ class Constraint:
 
 
 class Grammars:
-    """Makes the constraints for one tokenizer and model. Grammars are compiled once and kept, the last 64.
+    """Makes constraints for one tokenizer and model, and caches the 64 grammars that were used last.
 
-    `vocab_size` is the model's: tokens that the tokenizer does not know are never allowed. `eos_ids` are those that
-    may end an output. May be called from any thread.
+    `vocab_size` is the model's; ids that the tokenizer does not know are never allowed. `eos_ids` are the tokens that
+    may end an output. Safe to call from any thread.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Collection[int]) -> None:
@@ -62,10 +66,10 @@ class Grammars:
         self._backend: LLTokenizer | None = None
 
     def constraint(self, params: SamplingParams) -> Constraint | None:
-        """A constraint at its beginning; None where `params` ask for none.
+        """Return a constraint for an empty output; None if `params` have neither `json_schema` nor `regex`.
 
-        Raises ValueError for a schema or expression that cannot be enforced, and where the model has no
-        tokenizer or no token to end with.
+        Raises ValueError if the schema or expression cannot be enforced, and if the model has no tokenizer or no
+        end-of-text token.
         """
         if params.regex is None and params.json_schema is None:
             return None
@@ -78,16 +82,16 @@ class Grammars:
         else:
             schema = params.json_schema
             text = schema if isinstance(schema, str) else json.dumps(schema)
-            grammar = LLMatcher.grammar_from_json_schema(text, defaults=_JSON)  # type: ignore[arg-type]
+            grammar = LLMatcher.grammar_from_json_schema(text, defaults=_JSON_DEFAULTS)  # type: ignore[arg-type]
         with self._lock:
-            known = self._compiled.get(grammar)
-            if known is None:
-                known = self._compile(name, grammar, self._tokenizer)
-                self._compiled[grammar] = known
-                if len(self._compiled) > _CACHED:
+            matcher = self._compiled.get(grammar)
+            if matcher is None:
+                matcher = self._compile(name, grammar, self._tokenizer)
+                self._compiled[grammar] = matcher
+                if len(self._compiled) > _MAX_CACHED_GRAMMARS:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(grammar)
-            return Constraint(known.deep_copy())
+            return Constraint(matcher.deep_copy())
 
     def _compile(self, name: str, grammar: str, tokenizer: Tokenizer) -> LLMatcher:
         if self._backend is None:
@@ -95,8 +99,9 @@ class Grammars:
                 self._backend = LLTokenizer(
                     tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos_ids
                 )
-            except ValueError as e:
-                raise ValueError(f"{name} cannot be enforced with this tokenizer: {_one_line(str(e))}") from e
+            except ValueError as error:
+                cause = _one_line(str(error))
+                raise ValueError(f"{name} cannot be enforced with this tokenizer: {cause}") from error
         limits = LLParserLimits(verbose_errors=False)
         matcher = LLMatcher(self._backend, grammar, log_level=0, limits=limits)
         if matcher.is_error():
@@ -105,7 +110,7 @@ class Grammars:
 
 
 class TokenMasks:
-    """The tokens that a batch's constraints allow, for all of its constrained rows at once."""
+    """Computes and applies masks of allowed tokens for all constrained rows of a batch at once."""
 
     def __init__(self) -> None:
         self._executor: LLExecutor | None = None
@@ -114,24 +119,25 @@ class TokenMasks:
     def allowed(
         self, constraints: Sequence[Constraint], drafts: Sequence[Sequence[int]], vocab_size: int
     ) -> NDArray[np.uint8]:
-        """Bits by token id, least significant first, uint8 [rows, 4 * ceil(vocab_size / 32)].
+        """Return bitmasks by token id, least significant bit first, uint8 [rows, 4 * ceil(vocab_size / 32)].
 
-        Row i is for the place after `drafts[i]` of `constraints[i]`, whose state stays as it is. What is allowed
-        after a draft that is not allowed means nothing: no token that is drawn there can be used.
+        Row i is for the position after `drafts[i]` of `constraints[i]`, whose state does not change. After a draft
+        that is itself not allowed the mask is arbitrary: no token drawn there is ever accepted.
         """
-        places = [0] * len(constraints)
-        chains: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
+        mask_rows = [0] * len(constraints)
+        walks_of: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
         plain: list[tuple[LLMatcher, int]] = []
         drafted: list[tuple[LLMatcher, int, list[int]]] = []
         size = 0
-        # One walk along a draft passes the places of all its beginnings.
+        # One walk along a draft yields the masks of all its prefixes, so longer drafts come first.
         for i in sorted(range(len(constraints)), key=lambda i: -len(drafts[i])):
-            draft, walks = list(drafts[i]), chains[id(constraints[i])]
+            draft, walks = list(drafts[i]), walks_of[id(constraints[i])]
             start = next((start for walk, start in walks if walk[: len(draft)] == draft), size)
-            places[i] = start + len(draft)
+            mask_rows[i] = start + len(draft)
             if start == size:
                 matcher = constraints[i].matcher
-                matcher = matcher.deep_copy() if walks else matcher  # walks run at the same time
+                # Walks run in parallel, so each needs its own state.
+                matcher = matcher.deep_copy() if walks else matcher
                 if draft:
                     drafted.append((matcher, start, draft))
                 else:
@@ -141,18 +147,18 @@ class TokenMasks:
         bits = np.full((size, ceil_div(vocab_size, 32)), 0xFFFFFFFF, dtype=np.uint32)
         if self._executor is None:
             self._executor = LLExecutor()
-        where = (bits.ctypes.data, bits.strides[0], size)
+        target = (bits.ctypes.data, bits.strides[0], size)
         if plain:
-            self._executor.unsafe_compute_mask_ptr(plain, *where)
+            self._executor.unsafe_compute_mask_ptr(plain, *target)
         if drafted:
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *where)
-        return bits.view(np.uint8)[places]
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *target)
+        return bits.view(np.uint8)[mask_rows]
 
     def apply(self, logits: Tensor, rows: Tensor, allowed: NDArray[np.uint8]) -> None:
-        """Set the logits fp32 [_, vocab_size] of `rows` to -inf, in place, where `allowed` has no bit."""
+        """Set logits fp32 [_, vocab_size] of `rows` to -inf, in place, where the bit in `allowed` is 0."""
         device = logits.device
         if device not in self._additive:
-            # Eight logits at once: what to add to them, for each value of a byte.
+            # For each value of a byte, what to add to the eight logits that it stands for.
             bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
             table = torch.zeros(256, 8).masked_fill_(torch.from_numpy(bits) == 0, -torch.inf)
             self._additive[device] = table.to(device)
@@ -162,7 +168,7 @@ class TokenMasks:
 
 
 def forbid_tokens(allowed: NDArray[np.uint8], tokens: Collection[int]) -> None:
-    """Take `tokens` from the allowed ones of one row, uint8 [bytes], in place, unless nothing were left."""
+    """Clear the bits of `tokens` in one row's mask, uint8 [bytes], in place, unless that would clear all of it."""
     kept = allowed.copy()
     for token in tokens:
         kept[token // 8] &= ~np.uint8(1 << token % 8)

@@ -1,4 +1,4 @@
-"""Log-probabilities to report, from the logits as the model gave them."""
+"""Log-probabilities to report, from the raw logits."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def token_logprobs(
     top: Sequence[int],
     top_candidates: TopCandidates = torch_top_candidates,
 ) -> list[TokenLogprob]:
-    """What to report of each row: its token's log-probability and those of the `top[row]` most probable ones.
+    """Return the log-probabilities of each row's token and of its `top[row]` most probable tokens.
 
-    Logits are [rows, vocab_size] of any dtype. For the tokens of a prompt, hand in the rows that predict them:
-    the one at position i with token i + 1.
+    Logits are [rows, vocab_size] of any dtype. To report the tokens of a prompt, pass the rows that predict them: the
+    logits at position i with token i + 1.
     """
     if not tokens:
         return []
     logits = logits.float()
-    # One width for all, so that a row's report does not depend on what others ask for.
+    # One width for all rows, so that a row's report does not depend on what the other rows ask for.
     width = min(1 << (MAX_LOGPROBS - 1).bit_length(), logits.shape[-1])
     values, ids = top_candidates(logits, width)
     largest = logits.amax(-1, keepdim=True)
     normaliser = (
         largest.double() + total_mass(logits, largest, torch.ones_like(largest)).log() - math.log(UNITS)
     )
-    taken = logits.gather(-1, torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None])
-    numbers = (torch.cat([taken, values], dim=-1).double() - normaliser).tolist()
+    own = logits.gather(-1, torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None])
+    logprobs = (torch.cat([own, values], dim=-1).double() - normaliser).tolist()
     return [
         TokenLogprob(token, row[0], tuple(zip(best[:n], row[1 : 1 + n], strict=False)))
-        for token, row, best, n in zip(tokens, numbers, ids.tolist(), top, strict=True)
+        for token, row, best, n in zip(tokens, logprobs, ids.tolist(), top, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""What shape a LLaMA has, and what that shape costs in parameters and operations."""
+"""The shape of a LLaMA, and its cost in parameters and floating point operations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Literal, Self
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched so that a model reads further than it was first trained for.
+    """How rotary frequencies are lowered for contexts longer than the model was first trained for.
 
-    `linear` divides every frequency by `factor` (position interpolation, Chen et al. 2023, arXiv:2306.15595).
-    `llama3` divides only the slow ones: wavelengths above `original_max_seq_len / low_freq_factor` tokens are
-    stretched, those below `original_max_seq_len / high_freq_factor` are kept, with a smooth passage between
+    `linear` divides all frequencies by `factor` (position interpolation, Chen et al. 2023, arXiv:2306.15595).
+    `llama3` divides only low frequencies: wavelengths above `original_max_seq_len / low_freq_factor` tokens are
+    stretched, those below `original_max_seq_len / high_freq_factor` stay, and those between are interpolated
     (Llama 3.1, Grattafiori et al. 2024, arXiv:2407.21783).
     """
 
@@ -24,12 +24,13 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "llama3"):
-            raise ValueError(f"rope_type {self.rope_type!r} is not supported; use 'linear' or 'llama3'")
+            raise ValueError(f"rope_type is {self.rope_type!r}; it must be 'linear' or 'llama3'")
         if self.factor < 1:
-            raise ValueError(f"the rope scaling factor is {self.factor}, below its least value of 1")
+            raise ValueError(f"the rope scaling factor is {self.factor}; it must be at least 1")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
-                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
+                f"low_freq_factor is {self.low_freq_factor}; it must be below high_freq_factor, "
+                f"{self.high_freq_factor}"
             )
 
 
@@ -38,8 +39,8 @@ class LlamaConfig:
     """The shape of a LLaMA (Touvron et al. 2023, arXiv:2302.13971).
 
     `num_kv_heads` below `num_heads` is grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); 0 means
-    as many as `num_heads`. `head_dim` 0 means `hidden_size / num_heads`. `max_seq_len` is in tokens.
-    A shape that cannot be built raises ValueError.
+    `num_heads`. `head_dim` 0 means `hidden_size / num_heads`. `max_seq_len` is in tokens.
+    Raises ValueError for an impossible shape.
     """
 
     vocab_size: int
@@ -66,25 +67,25 @@ class LlamaConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        # The dataclass is frozen; the two sizes that default to a function of the others are filled in once here.
+        # The dataclass is frozen; the two fields whose defaults depend on others are set once, here.
         if self.num_kv_heads == 0:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim == 0:
             if self.hidden_size % self.num_heads:
                 raise ValueError(
-                    f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "
+                    f"hidden_size is {self.hidden_size}; it must be a multiple of num_heads, {self.num_heads}; "
                     "change one of them or give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
-                f"head_dim is {self.head_dim}; rotary embedding turns pairs, so it must be even "
-                "(hidden_size / num_heads, unless head_dim is given)"
+                f"head_dim is {self.head_dim}; it must be even, because rotary embedding rotates pairs; change "
+                "hidden_size or num_heads, or give head_dim"
             )
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}; "
-                "each key-value head serves the same number of query heads"
+                f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads, {self.num_kv_heads}; "
+                "change one of them"
             )
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
@@ -93,37 +94,37 @@ class LlamaConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
-        """The published shape called `name`, with single fields replaced by `overrides`.
+        """Return the published shape `name`, with the fields of `overrides` replaced.
 
-        Raises ValueError for an unknown name. A preset's `head_dim` is derived again where `hidden_size` or
-        `num_heads` is overridden, and its `num_kv_heads` follows `num_heads` where the preset has no groups.
+        Raises ValueError for an unknown name. `head_dim` follows an overridden `hidden_size` or `num_heads`, and
+        `num_kv_heads` follows `num_heads` if the preset has no grouped-query attention.
         """
         if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+            raise ValueError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, as YAML and JSON hold them; `from_dict` gives the config back."""
+        """Return the fields as values that YAML and JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
+        """Return the config that `to_dict` gave `values` for."""
         scaling = values.get("rope_scaling")
         return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
     def num_parameters(self) -> int:
-        """How many weights the model holds; a tied embedding counts once."""
+        """Number of weights of the model; a tied embedding counts once."""
         embeddings = self.vocab_size * self.hidden_size
         norms = (2 * self.num_layers + 1) * self.hidden_size
         return self._matmul_parameters() + norms + (0 if self.tie_embeddings else embeddings)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating point operations of one training token (forward and backward) in a sequence of `seq_len`.
+        """Floating point operations a token in training, forward and backward, in sequences of `seq_len` tokens.
 
-        6 N + 12 L d s with N the weights that are multiplied (all but norms and the embedding table) and
-        attention counted in full, not halved for causality: the convention of PaLM (Chowdhery et al. 2022,
-        arXiv:2204.02311, appendix B), which published MFU figures follow.
+        6 N + 12 num_layers num_heads head_dim seq_len, where N counts the weights of matrix products, that is all but
+        norms and the embedding table. Attention is counted in full, not halved for causality. This is the convention of
+        PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), which published MFU figures follow.
         """
         attention = 12 * self.num_layers * self.num_heads * self.head_dim * seq_len
         return 6 * self._matmul_parameters() + attention

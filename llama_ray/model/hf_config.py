@@ -1,4 +1,4 @@
-"""Our configuration <-> the `config.json` of a Hugging Face LLaMA checkpoint."""
+"""Conversion between `LlamaConfig` and the `config.json` of a Hugging Face LLaMA checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ ARCHITECTURE = "LlamaForCausalLM"
 
 
 def to_hf(config: LlamaConfig, *, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
-    """The content of `config.json`; `dtype` as torch names it without the prefix ("bfloat16").
+    """Return the content of `config.json`; `dtype` is torch's name without the prefix, such as "bfloat16".
 
-    Rotary settings are written the way every reader knows: `rope_theta` and `rope_scaling` at the top level.
+    Rotary settings are written in the older form, `rope_theta` and `rope_scaling` at the top level, which every
+    reader knows.
     """
     scaling: dict[str, Any] | None = None
     if config.rope_scaling is not None:
@@ -50,23 +51,23 @@ def to_hf(config: LlamaConfig, *, dtype: str, bos_id: int | None, eos_id: int | 
 
 
 def from_hf(hf: dict[str, Any]) -> LlamaConfig:
-    """Read the content of a `config.json`, old or new in how it writes rotary settings.
+    """Return the config that the content of a `config.json` describes, with rotary settings in the old or new form.
 
-    Raises ValueError for another architecture, or for a LLaMA variation that this model does not compute.
+    Raises ValueError for another architecture, and for variants of LLaMA that `Llama` does not implement.
     """
     architecture = (hf.get("architectures") or [hf.get("model_type", "nothing")])[0]
     if architecture not in (ARCHITECTURE, "llama"):
-        raise ValueError(f"the architecture is {architecture}; only {ARCHITECTURE} can be loaded")
+        raise ValueError(f"the architecture is {architecture}; it must be {ARCHITECTURE}")
     for switch in ("attention_bias", "mlp_bias"):
         if hf.get(switch):
-            raise ValueError(f"{switch} is true; only a LLaMA without biases can be loaded")
+            raise ValueError(f"{switch} is true; only models without biases can be loaded")
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only silu (SwiGLU) can be loaded")
+        raise ValueError(f"hidden_act is {hf['hidden_act']!r}; it must be 'silu' (SwiGLU)")
     missing = [k for k in _REQUIRED if k not in hf]
     if missing:
-        raise ValueError(f"{', '.join(missing)} missing; the file is not a LLaMA config.json")
+        raise ValueError(f"{', '.join(missing)} missing; give the config.json of a LLaMA model")
 
-    # transformers 5 gathers both in `rope_parameters`; before, theta stood alone beside `rope_scaling`.
+    # transformers 5 writes both into `rope_parameters`, earlier versions `rope_theta` and `rope_scaling` separately.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0
     return LlamaConfig(
@@ -108,4 +109,4 @@ def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
             high_freq_factor=float(rope["high_freq_factor"]),
             original_max_seq_len=int(rope["original_max_position_embeddings"]),
         )
-    raise ValueError(f"the rope scaling {kind!r} is not supported; linear and llama3 are")
+    raise ValueError(f"the rope scaling is {kind!r}; it must be 'linear' or 'llama3'")

@@ -1,4 +1,4 @@
-"""The parts of a LLaMA block: RMSNorm, rotary embedding, attention, SwiGLU."""
+"""The layers of a LLaMA: RMSNorm, rotary embedding, attention, SwiGLU, and the block that joins them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from llama_ray.model.config import LlamaConfig, RopeScaling
 
 
 class Attend(Protocol):
-    """How queries look at keys and values: over the sequence itself in training, over a cache in generation.
+    """Attention of queries to keys and values: of the same sequence in training, of a cache in generation.
 
-    Called once a layer with `query` [batch, num_heads, seq, head_dim] and `key`, `value`
-    [batch, num_kv_heads, seq, head_dim], rotary embedding already applied; returns the shape of `query`.
+    Called once a layer, with `query` [batch, num_heads, seq, head_dim] and `key` and `value`
+    [batch, num_kv_heads, seq, head_dim], queries and keys rotated. Returns a tensor of `query`'s shape.
     """
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...  # noqa: D102
 
 
 def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Each position attends to itself and to those before it in the same sequence; see `Attend`."""
+    """Let each position attend to itself and to earlier positions of its sequence; see `Attend`."""
     short = query.shape[2] <= SHORT_SEQUENCE and query.requires_grad
     if short and query.device.type == "cpu" and query.dtype is torch.bfloat16:
         return blockwise_attention(layer, query, key, value)
@@ -33,22 +33,22 @@ def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> T
 
 
 def flash_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention by torch's kernel: scores never reach memory."""
+    """Causal attention by torch's kernel, which never stores the scores."""
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
 
 SHORT_SEQUENCE = 1024
-"""Tokens up to which training in bf16 on a CPU keeps its attention scores; see `blockwise_attention`."""
+"""Up to this many tokens, bf16 training on a CPU uses `blockwise_attention`."""
 
 _QUERY_BLOCK = 128
 
 
 def blockwise_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention by matrix products, a block of queries at a time over the keys up to its end.
+    """Causal attention by matrix products: each block of queries with the keys up to the block's end.
 
-    On a CPU, forward and backward take half the time of torch's kernel in bf16, and memory for half of seq^2 scores
-    a head. Scores are rounded to bf16 before the softmax, which itself computes in fp32.
+    In bf16 on a CPU, forward and backward together take half the time of torch's kernel. The memory for scores is
+    seq^2 / 2 a head. Scores are rounded to bf16 before the softmax, which computes in fp32.
     """
     batch, heads, seq, dim = query.shape
     groups = heads // key.shape[1]
@@ -65,7 +65,7 @@ def blockwise_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) * weight over the last dimension, in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -73,36 +73,42 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape with `size` last -> the same shape, in the dtype that matrix products compute in.
+        """[..., size] -> [..., size], in the dtype that the projections which read it compute in."""
+        dtype = self._result_dtype(x)
+        if not eager_autograd.use_fused_backward(x):
+            h = x.float()
+            h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+            return (h.to(x.dtype) * self.weight).to(dtype)
+        # The same function, with a backward pass that is faster on a CPU.
+        return eager_autograd.rms_norm(x, self.weight, self.eps, dtype)
 
-        Under autocast that saves each of the projections that read the result a cast of its own.
-        """
+    def _result_dtype(self, x: Tensor) -> torch.dtype:
         kind = x.device.type
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        # One cast here instead of one in each projection.
         if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        if eager_autograd.use_fused_backward(x):
-            return eager_autograd.Normalize.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-any-return, no-untyped-call]
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (h.to(x.dtype) * self.weight).to(dtype)
+            return torch.get_autocast_dtype(kind)
+        return torch.promote_types(x.dtype, self.weight.dtype)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Angles a position turns each pair by, fp32 [head_dim / 2]: theta^(-2i/d) (Su et al. 2021, arXiv:2104.09864)."""
+    """Radians a token that each pair is rotated by: theta^(-2i / head_dim) (Su et al. 2021, arXiv:2104.09864).
+
+    fp32 [head_dim / 2]; `scaling` as `RopeScaling` defines it.
+    """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
-    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)  # within the original context
+    # Full turns within the context that the model was first trained for.
+    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of every position up to `max_seq_len`, kept in fp32 whatever the model's dtype."""
+    """Cosines and sines of all positions below `max_seq_len`, in fp32 whatever the model's dtype."""
 
     cos: Tensor
     sin: Tensor
@@ -124,7 +130,7 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(bfloat16) on the whole model casts buffers too; positions above 256 would then share angles.
+        # model.to(bfloat16) casts buffers too, and positions above 256 would then share angles.
         cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.cos.dtype != torch.float32:
@@ -132,20 +138,21 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [seq] or [batch, seq] -> cosines and sines [(batch, 1,) seq, head_dim / 2]."""
+        """int64 [seq] -> cosines and sines [seq, head_dim / 2]; [batch, seq] -> [batch, 1, seq, head_dim / 2]."""
         cos, sin = self.cos[positions], self.sin[positions]
         return (cos, sin) if positions.dim() == 1 else (cos.unsqueeze(1), sin.unsqueeze(1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + d/2}) of [batch, heads, seq, head_dim] by their position's angles, in fp32.
+    """Rotate each pair (x_i, x_{i + head_dim/2}) of [batch, heads, seq, head_dim] by its position's angle, in fp32.
 
-    Halves are paired, not neighbours: the layout that Hugging Face checkpoints are permuted to.
+    Pairs join the two halves, as in Hugging Face checkpoints, not neighbours as in the paper.
     """
-    if eager_autograd.use_fused_backward(x):
-        return eager_autograd.Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    if not eager_autograd.use_fused_backward(x):
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    # The same function, with a backward pass that is faster on a CPU.
+    return eager_autograd.rotate(x, cos, sin)
 
 
 class Attention(nn.Module):
@@ -162,7 +169,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
-        # The number of heads is read off the projection: under tensor parallelism each rank holds a share.
+        # The projections determine the number of heads: under tensor parallelism each rank has a part of them.
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -186,7 +193,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: a norm before each of attention and SwiGLU, a residual around each."""
+    """One layer: attention, then SwiGLU, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()

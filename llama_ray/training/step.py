@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llama_ray.data.loader import Batch
-from llama_ray.model.loss import IGNORE
+from llama_ray.model.loss import IGNORE_INDEX
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.host_memory import keep_freed_memory
 from llama_ray.training.optimizers.scaler import LossScaler
@@ -69,7 +69,7 @@ class Stepper:
             (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
             for x, y in micro_batches
         ]
-        tokens = self.layout.sum(torch.stack([(y != IGNORE).sum() for _, y in batches]).sum())
+        tokens = self.layout.sum(torch.stack([(y != IGNORE_INDEX).sum() for _, y in batches]).sum())
         scale = self.scaler.scale * self.layout.data_world / tokens.clamp(min=1)
         loss_sum = torch.zeros((), device=self.device)
         for i, (inputs, targets) in enumerate(batches):
@@ -92,7 +92,7 @@ class Stepper:
             inputs, targets = x.to(self.device), y.to(self.device)
             with self._autocast():
                 total[0] += model(inputs, targets=targets)[1]
-            total[1] += (targets != IGNORE).sum()
+            total[1] += (targets != IGNORE_INDEX).sum()
         self.layout.sum(total)
         return (total[0] / total[1]).item()
 
@@ -111,7 +111,7 @@ class Stepper:
                 if filler is None:
                     length = self.config.seq_len or self.layout.tensor
                     filler = (torch.zeros(1, length, dtype=torch.int64),) * 2
-                batch = (filler[0], torch.full_like(filler[1], IGNORE))
+                batch = (filler[0], torch.full_like(filler[1], IGNORE_INDEX))
             else:
                 filler = batch
             yield batch

@@ -54,7 +54,8 @@ def config(request: pytest.FixtureRequest) -> LlamaConfig:
 @pytest.fixture
 def model(config: LlamaConfig) -> Llama:
     model = Llama(config, seed=1)
-    with torch.no_grad():  # larger weights than training starts from, so that a difference would show
+    # Larger weights than initial ones, so that a difference shows.
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(8)

@@ -24,7 +24,7 @@ def test_blockwise_attention_equals_the_kernel_in_values_and_gradients(kv_heads:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_in_bf16_the_rounded_scores_cost_no_more_than_bf16_itself() -> None:
+def test_rounding_scores_to_bf16_adds_no_more_error_than_bf16_inputs() -> None:
     q, k, v = (heads(4, 256, torch.float32, i) for i in range(3))
     exact = flash_attention(0, q, k, v)
     rounded = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]

@@ -7,10 +7,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as PeerConfig
 
+from llama_ray.model import checkpoint
 from llama_ray.model.checkpoint import CheckpointError, hf_name, load_config, load_model, save_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.sharded_safetensors import SHARDING_INFO
+from llama_ray.utils.integers import ceil_div
 
 TINY = LlamaConfig.preset("llama-tiny")
 
@@ -21,7 +23,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_what_is_saved_loads_again_to_the_bit(model: Llama, tmp_path: Path) -> None:
+def test_loading_gives_the_exact_weights_that_were_saved(model: Llama, tmp_path: Path) -> None:
     save_model(model, tmp_path, max_shard_bytes=20_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     loaded = load_model(tmp_path)
@@ -57,7 +59,7 @@ def test_a_sharded_model_saved_by_transformers_loads(tmp_path: Path, dtype: torc
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_a_dtype_can_be_asked_for_and_kept(saved: Path, tmp_path: Path) -> None:
+def test_a_model_loaded_in_another_dtype_is_saved_in_it(saved: Path, tmp_path: Path) -> None:
     model = load_model(saved, dtype=torch.bfloat16)
     save_model(model, tmp_path / "bf16", bos_id=1, eos_id=2)
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
@@ -111,11 +113,17 @@ NORM = "model.norm.weight"
     ("spoil", "message"),
     [
         (lambda d: edit_config(d, architectures=["MistralForCausalLM"]), "MistralForCausalLM"),
-        (lambda d: edit_config(d, attention_bias=True), "without biases"),
+        (lambda d: edit_config(d, attention_bias=True), "attention_bias is true; only models without biases"),
         (lambda d: edit_config(d, hidden_act="gelu"), "gelu"),
         (lambda d: edit_config(d, rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn"),
-        (lambda d: edit_config(d, num_attention_heads=7), "num_heads 7 is not divisible"),
-        (lambda d: (d / "config.json").write_text("{}"), "only LlamaForCausalLM"),
+        (
+            lambda d: edit_config(d, num_attention_heads=7),
+            "num_heads is 7; it must be a multiple of num_kv_heads, 2",
+        ),
+        (
+            lambda d: (d / "config.json").write_text("{}"),
+            "the architecture is nothing; it must be LlamaForCausalLM",
+        ),
         (lambda d: (d / "config.json").unlink(), "holds no config.json"),
         (lambda d: edit_weights(d, **{NORM: None}), f"lacks {NORM}"),
         (lambda d: edit_weights(d, surplus=torch.zeros(1)), "unexpected surplus"),
@@ -129,41 +137,39 @@ NORM = "model.norm.weight"
         (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
     ],
 )
-def test_a_directory_that_cannot_be_read_says_why(saved: Path, spoil, message: str) -> None:
+def test_an_unreadable_directory_is_refused_with_the_reason(saved: Path, spoil, message: str) -> None:
     spoil(saved)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_model(saved)
     assert "\n" not in str(caught.value)
 
 
-def test_a_part_is_read_out_of_the_pieces_of_several_workers(saved: Path) -> None:
+def test_a_slice_is_assembled_from_the_files_of_several_workers(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     (saved / "model.safetensors").unlink()
-    for rank in range(3):  # pieces of 22 + 22 + 20 rows, or of the other dimension
-        pieces, places = {}, {}
+    for rank in range(3):  # Slices of 22, 22 and 20 of 64.
+        slices, sharding = {}, {}
         for name, tensor in tensors.items():
             dim = tensor.dim() - 1
-            size = -(-tensor.shape[dim] // 3)
-            pieces[name] = tensor.chunk(3, dim)[rank].contiguous()
-            places[name] = {"saved_offsets": [0] * dim + [rank * size]}
-        save_file(pieces, saved / f"model-rank{rank}.safetensors", {SHARDING_INFO: json.dumps(places)})
-    whole, part = (
-        load_model(saved),
-        load_model(saved, slicer=lambda _, shape: tuple(slice(10, 55) for _ in shape)),
-    )
-    for (name, p), q in zip(part.named_parameters(), whole.parameters(), strict=True):
+            size = ceil_div(tensor.shape[dim], 3)
+            slices[name] = tensor.chunk(3, dim)[rank].contiguous()
+            sharding[name] = {"saved_offsets": [0] * dim + [rank * size]}
+        save_file(slices, saved / f"model-rank{rank}.safetensors", {SHARDING_INFO: json.dumps(sharding)})
+    whole = load_model(saved)
+    sliced = load_model(saved, slicer=lambda _, shape: tuple(slice(10, 55) for _ in shape))
+    for (name, p), q in zip(sliced.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(q, tensors[hf_name(name)]), name
         assert torch.equal(p, q[tuple(slice(10, 55) for _ in q.shape)]), name
 
 
-def test_the_rotary_table_of_older_exports_is_passed_over(saved: Path) -> None:
+def test_rotary_frequencies_in_older_exports_are_ignored(saved: Path) -> None:
     edit_weights(saved, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
     assert load_model(saved).config == TINY
 
 
-def test_a_crash_while_saving_leaves_no_file_that_looks_whole(tmp_path: Path, monkeypatch) -> None:
-    import llama_ray.model.checkpoint as checkpoint
-
+def test_a_crash_while_saving_leaves_no_loadable_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def crash(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise OSError("No space left on device")

@@ -1,4 +1,4 @@
-"""What is derived by hand equals what torch derives."""
+"""The hand-written gradients equal those that torch derives from the formulas."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def both_ways(
     monkeypatch: pytest.MonkeyPatch, function: Callable[[], Tensor], leaves: tuple[Tensor, ...]
 ) -> list[tuple[Tensor, ...]]:
-    """(value, gradients) by hand, then by torch."""
+    """(value, gradients) with the hand-written backward, then with torch's."""
     results = []
-    for hand in (True, False):
-        monkeypatch.setattr(eager_autograd, "use_fused_backward", lambda x, hand=hand: hand)
+    for fused in (True, False):
+        monkeypatch.setattr(eager_autograd, "use_fused_backward", lambda x, fused=fused: fused)
         out = function()
         weight = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
         results.append((out, *torch.autograd.grad(out, leaves, weight)))
@@ -36,7 +36,7 @@ def assert_equal(results: list[tuple[Tensor, ...]], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
-def test_norm(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rms_norm(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.bfloat16 if mode == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)
     norm = RMSNorm(48, 1e-5)
@@ -55,11 +55,11 @@ def test_norm(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_rotation(dtype: torch.dtype, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotate(dtype: torch.dtype, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rotary = RotaryEmbedding(LlamaConfig.preset("llama-tiny"))
     rotary.fill_tables()
     positions = torch.arange(14).view(2, 7) if per_row else torch.arange(7)
-    # As attention hands it over: heads were split off the last dimension.
+    # Laid out as in attention, which splits heads off the last dimension.
     x = torch.randn(2, 7, 4 * 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
 
     def run() -> Tensor:
@@ -68,7 +68,7 @@ def test_rotation(dtype: torch.dtype, per_row: bool, monkeypatch: pytest.MonkeyP
     assert_equal(both_ways(monkeypatch, run, (x,)), dtype)
 
 
-def test_gradients_in_an_eager_step_on_a_cpu_alone_are_by_hand() -> None:
+def test_the_fused_backward_is_used_only_in_eager_training_on_a_cpu() -> None:
     x = torch.zeros(1)
     assert eager_autograd.use_fused_backward(x)
     with torch.no_grad():

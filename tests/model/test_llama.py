@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import causal_attention
 from llama_ray.model.llama import Llama
-from llama_ray.model.loss import IGNORE, cross_entropy_sum
+from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum
 
 
 def tokens_for(config: LlamaConfig, batch: int = 3) -> torch.Tensor:
@@ -20,15 +20,15 @@ def test_logits_equal_those_of_transformers(model: Llama, peer: LlamaForCausalLM
     tokens = tokens_for(model.config)
     with torch.no_grad():
         ours, theirs = model(tokens), peer(tokens).logits
-    assert theirs.std() > 0.1  # not a comparison of zeros
+    assert theirs.std() > 0.1  # The comparison is not one of zeros.
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_gradients_equal_those_of_transformers(model: Llama, peer: LlamaForCausalLM) -> None:
     tokens = tokens_for(model.config)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-    targets[0, :5] = IGNORE
-    count = (targets != IGNORE).sum()
+    targets[0, :5] = IGNORE_INDEX
+    count = (targets != IGNORE_INDEX).sum()
     (cross_entropy_sum(model(inputs), targets) / count).backward()
     F.cross_entropy(peer(inputs).logits.flatten(0, 1), targets.flatten()).backward()
     theirs = dict(peer.named_parameters())
@@ -37,7 +37,7 @@ def test_gradients_equal_those_of_transformers(model: Llama, peer: LlamaForCausa
         torch.testing.assert_close(parameter.grad, other, atol=1e-4, rtol=1e-3)
 
 
-def test_a_position_does_not_see_those_after_it(model: Llama) -> None:
+def test_logits_do_not_depend_on_later_tokens(model: Llama) -> None:
     tokens = tokens_for(model.config)
     changed = tokens.clone()
     changed[:, 40:] = (changed[:, 40:] + 1) % model.config.vocab_size
@@ -47,17 +47,17 @@ def test_a_position_does_not_see_those_after_it(model: Llama) -> None:
     assert not torch.allclose(before[:, 40:], after[:, 40:])
 
 
-def test_positions_can_be_given_for_each_row() -> None:
+def test_each_sequence_may_have_its_own_positions() -> None:
     model = Llama(LlamaConfig.preset("llama-tiny"))
     tokens = torch.randint(0, 512, (2, 8))
-    rows = torch.stack((torch.arange(8), torch.arange(100, 108)))
+    positions = torch.stack((torch.arange(8), torch.arange(100, 108)))
     with torch.no_grad():
-        together = model(tokens, rows)
-        alone = torch.cat([model(tokens[i : i + 1], rows[i]) for i in range(2)])
+        together = model(tokens, positions)
+        alone = torch.cat([model(tokens[i : i + 1], positions[i]) for i in range(2)])
     torch.testing.assert_close(together, alone)
 
 
-def test_attention_is_handed_in() -> None:
+def test_the_given_attention_is_called_once_a_layer() -> None:
     model = Llama(LlamaConfig.preset("llama-tiny"))
     seen: list[int] = []
 
@@ -71,7 +71,7 @@ def test_attention_is_handed_in() -> None:
     assert seen == [0, 1]
 
 
-def test_positions_beyond_the_limit_are_refused() -> None:
+def test_positions_beyond_max_seq_len_are_refused() -> None:
     model = Llama(LlamaConfig.preset("llama-tiny"))
     with pytest.raises(ValueError, match="position 256 is beyond this model's max_seq_len of 256"):
         model(torch.zeros(1, 257, dtype=torch.int64))
@@ -81,7 +81,7 @@ def test_positions_beyond_the_limit_are_refused() -> None:
 
 @pytest.fixture(params=["context", "default"])
 def on_meta_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The meta device is the ambient one, set in either of torch's two ways."""
+    """The meta device is the default, set in each of torch's two ways."""
     if request.param == "context":
         with torch.device("meta"):
             yield
@@ -118,7 +118,7 @@ def test_a_seed_gives_the_same_weights_in_every_version() -> None:
         assert weight[0, :4].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_initial_weights_follow_the_seed_alone() -> None:
+def test_initial_weights_depend_on_the_seed_alone() -> None:
     config = LlamaConfig.preset("llama-tiny")
     a, b, other = Llama(config, seed=3), Llama(config, device="meta"), Llama(config, seed=4)
     b.materialize("cpu")

@@ -10,16 +10,15 @@ from torch.utils._pytree import tree_leaves
 from llama_ray.model import loss
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.loss import IGNORE, cross_entropy_sum, head_loss
+from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum, head_loss
 
 VOCAB, HIDDEN = 307, 24
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        loss, "CHUNK_BYTES", 4 * VOCAB * 30
-    )  # 30 tokens: neither divides nor equals what is given
+    # 30 tokens a chunk, which does not divide the number of tokens in the tests.
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * VOCAB * 30)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,13 +26,13 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(3, 50, HIDDEN, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(0, VOCAB, (3, 50), generator=generator)
-    targets[1, 10:40] = IGNORE
+    targets[1, 10:40] = IGNORE_INDEX
     return hidden, weight, targets
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
     logits = F.linear(hidden, weight)
-    log_z = logits.float().logsumexp(-1)[targets != IGNORE]
+    log_z = logits.float().logsumexp(-1)[targets != IGNORE_INDEX]
     return cross_entropy_sum(logits, targets) + z_loss * log_z.square().sum()
 
 
@@ -49,7 +48,7 @@ def test_values_and_gradients_are_those_of_the_plain_loss(z_loss: float) -> None
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_a_gradient_of_another_scale_than_announced_is_right_too() -> None:
+def test_gradients_are_right_when_the_objective_is_scaled_differently_than_announced() -> None:
     hidden, weight, targets = inputs()
     expected = torch.autograd.grad(plain(hidden, weight, targets, 0.0) * 7, (hidden, weight))
     ours = torch.autograd.grad(head_loss(hidden, weight, targets, scale=2.0)[0] * 7, (hidden, weight))
@@ -58,7 +57,7 @@ def test_a_gradient_of_another_scale_than_announced_is_right_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_it_is_as_exact_as_the_plain_loss(dtype: torch.dtype) -> None:
+def test_under_autocast_it_is_as_accurate_as_the_plain_loss(dtype: torch.dtype) -> None:
     hidden, weight, targets = inputs()
     truth = torch.autograd.grad(plain(hidden, weight, targets, 1e-3), (hidden, weight))
     with torch.autocast("cpu", dtype):
@@ -72,7 +71,7 @@ def test_under_autocast_it_is_as_exact_as_the_plain_loss(dtype: torch.dtype) -> 
         assert (a - exact).norm() <= 1.1 * (b - exact).norm()
 
 
-def test_small_fp16_gradients_survive_where_the_scale_is_announced() -> None:
+def test_small_fp16_gradients_do_not_underflow_if_the_scale_is_announced() -> None:
     hidden, weight, targets = inputs()
     down, up = 1e-7, 1e6
     with torch.autocast("cpu", torch.float16):
@@ -96,7 +95,7 @@ def test_the_model_computes_its_loss_from_targets(tied: bool) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that a tensor made inside had."""
+    """Records the number of elements of the largest tensor that is created."""
 
     elements = 0
 
@@ -118,10 +117,10 @@ def test_logits_of_all_tokens_never_exist(dtype: torch.dtype) -> None:
         assert largest.elements <= max(30 * VOCAB, weight.numel()) < everything / 4
         with Largest() as largest:
             plain(hidden, weight, targets, 0.0).backward()
-        assert largest.elements >= everything  # what the mode would have seen
+        assert largest.elements >= everything  # The mode does see such logits.
 
 
-def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
+def test_without_gradients_the_loss_needs_no_graph() -> None:
     hidden, weight, targets = inputs()
     with torch.no_grad():
         both = head_loss(hidden, weight, targets)

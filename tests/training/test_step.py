@@ -9,7 +9,7 @@ import torch.distributed as dist
 from llama_ray.data.loader import Loader, TokenDataset
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.loss import IGNORE, cross_entropy_sum
+from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import choose_layout
@@ -50,7 +50,7 @@ def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 
     for _ in range(steps):
         batches = loader.next_global_batch()
         for inputs, targets in batches:
-            targets[inputs % 3 == 0] = IGNORE
+            targets[inputs % 3 == 0] = IGNORE_INDEX
         result = stepper.step(batches)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
@@ -91,9 +91,9 @@ def test_a_global_batch_can_be_split_any_way(tiny: LlamaConfig, dataset: Path) -
 def test_an_accumulated_gradient_is_that_of_the_whole_batch(tiny: LlamaConfig) -> None:
     inputs, targets = batch_of(tiny, 4)
     targets = targets.clone()
-    targets[1] = IGNORE
+    targets[1] = IGNORE_INDEX
     reference = Llama(tiny)
-    (cross_entropy_sum(reference(inputs), targets) / (targets != IGNORE).sum()).backward()
+    (cross_entropy_sum(reference(inputs), targets) / (targets != IGNORE_INDEX).sum()).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
 
     stepper = alone(tiny, max_grad_norm=0)

@@ -1,4 +1,8 @@
-"""Fixtures shared by the whole suite: one Ray cluster for the session, started only when a test asks."""
+"""What the whole suite shares: its environment, one Ray cluster a process, and how tests are divided among processes.
+
+`make test` runs two processes side by side. Tests that need Ray wait most of the time, so they form two groups, one for
+each process, which start first; the other modules fill up whichever process is free.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
+
+CLUSTERS = {"ray_cluster", "nodes"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that need Ray, and put each test in its group, those that take longest first."""
+    for item in items:
+        if CLUSTERS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ray)
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    order = {"e2e": 0, "ray": 1}
+    items.sort(key=lambda item: order.get(_group(item), 2))
+
+
+def _group(item: pytest.Item) -> str:
+    folder, *rest = item.path.relative_to(item.config.rootpath / "tests").parts
+    if folder == "e2e":
+        return folder
+    if item.get_closest_marker("ray"):
+        return "ray"
+    # The MLflow server of its tests takes seconds to start.
+    return folder if folder == "tracking" else "/".join([folder, *rest])
 
 
 @pytest.fixture(scope="session")

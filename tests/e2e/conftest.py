@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
 
 from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.model.config import LlamaConfig
@@ -15,7 +18,7 @@ from llama_ray.training.config import TrainConfig
 
 MODEL = LlamaConfig.preset("llama-tiny", vocab_size=1024, max_seq_len=64)
 CONFIG = TrainConfig(
-    max_steps=24, batch_size=4, learning_rate=3e-3, log_every=2, validate_every=10, checkpoint_every=9,
+    max_steps=60, batch_size=4, learning_rate=3e-3, log_every=2, validate_every=25, checkpoint_every=9,
     keep_checkpoints=2,
 )  # fmt: skip
 
@@ -57,3 +60,39 @@ def tracking(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> str:
     """The tracking URI of the session's run, set as a user would set it."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", trained.tracking_uri)
     return trained.tracking_uri
+
+
+@pytest.fixture(scope="package")
+def nodes() -> Iterator[Cluster]:
+    """A cluster of its own that takes jobs: a head without CPUs, and room for nodes with one each."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": True,
+            "dashboard_port": 0,
+            "dashboard_agent_listen_port": 0,  # The session's cluster has the usual one.
+            "object_store_memory": 100 * 1024**2,
+            "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
+        },
+    )
+    yield cluster
+    cluster.shutdown()
+
+
+AddNode = Callable[[], Node]
+
+
+@pytest.fixture
+def add_node(nodes: Cluster) -> Iterator[AddNode]:
+    """Adds a node with one CPU, which is gone when the test ends."""
+    added: list[Node] = []
+
+    def add() -> Node:
+        added.append(nodes.add_node(num_cpus=1, object_store_memory=100 * 1024**2))
+        return added[-1]
+
+    yield add
+    for node in added:
+        if node in nodes.worker_nodes:
+            nodes.remove_node(node)

@@ -16,15 +16,15 @@ from llama_ray.training.interrupt import Stopped
 from tests.e2e.conftest import CONFIG, MODEL
 
 if __name__ == "__main__":
-    plan = json.loads(sys.argv[1])
-    os.environ["MLFLOW_TRACKING_URI"] = plan["tracking_uri"]
-    ray.init(address=plan["address"], log_to_driver=False)
+    settings = json.loads(sys.argv[1])
+    os.environ["MLFLOW_TRACKING_URI"] = settings["tracking_uri"]
+    ray.init(address=settings["address"], log_to_driver=False)
     try:
         outcome = train_on_ray(
-            replace(MODEL, **plan["model"]),
-            replace(CONFIG, **plan["config"]),
-            LaunchConfig(**plan["launch"]),
-            plan["data"],
+            replace(MODEL, **settings["model"]),
+            replace(CONFIG, **settings["config"]),
+            LaunchConfig(**settings["launch"]),
+            settings["data"],
         )
         print("finished", outcome.run_id, flush=True)
     except (Stopped, TrainingError) as e:

@@ -16,6 +16,7 @@ def test_the_rate_follows_the_warmup_and_cosine_of_transformers() -> None:
     dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
     peer = get_cosine_with_min_lr_schedule_with_warmup(dummy, 10, 100, min_lr_rate=0.1)
     for step in range(1, 101):
+        dummy.step()
         peer.step()
         assert learning_rate(step, config, schedule) == pytest.approx(peer.get_last_lr()[0])
 

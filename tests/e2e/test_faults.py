@@ -1,0 +1,100 @@
+"""Workers, nodes and drivers that are lost: the run ends as the undisturbed one did, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+from mlflow import MlflowClient
+from ray.cluster_utils import Cluster
+
+from llama_ray.storage import store
+from tests.e2e.conftest import MODEL, AddNode, Trained
+from tests.e2e.helpers import (
+    assert_same_state,
+    curve,
+    has_checkpoint,
+    has_restarted,
+    run_id_of,
+    start_driver,
+    train_workers,
+    wait_for,
+)
+from tests.object_store import s3_server, uri
+
+
+def test_a_killed_worker_a_lost_node_and_a_hung_worker_cost_nothing(
+    trained: Trained, tracking: str, nodes: Cluster, add_node: AddNode
+) -> None:
+    add_node()
+    lost = add_node()
+    run = Path(trained.launch.output_dir) / "disturbed"
+    client = MlflowClient(tracking)
+    session_dir = nodes.head_node.get_session_dir_path()
+    driver = start_driver(trained, nodes.address, run.name, {"collective_timeout_s": 10})
+
+    wait_for(has_checkpoint(str(run), 9), driver)
+    os.kill(train_workers(session_dir)[0].pid, signal.SIGKILL)
+    wait_for(has_restarted(client, run, 1), driver)
+
+    nodes.remove_node(lost, allow_graceful=False)
+    add_node()
+    wait_for(has_restarted(client, run, 2), driver)
+
+    os.kill(train_workers(session_dir)[0].pid, signal.SIGSTOP)
+    wait_for(has_restarted(client, run, 3), driver)
+
+    said, _ = driver.communicate(timeout=200)
+    assert "finished" in said
+    assert_same_state(str(run / Path(trained.outcome.checkpoint).name), trained.outcome.checkpoint)
+    first = curve(client, trained.outcome.run_id, "train/loss")
+    assert curve(client, run_id_of(run), "train/loss") == first
+    tags = client.get_run(run_id_of(run)).data.tags
+    assert tags["restarts"] == "3"
+    assert all(tags[f"restart.{n}"].endswith(", 2 workers") for n in (1, 2, 3))
+
+
+def test_a_killed_driver_costs_nothing_on_an_object_store(
+    trained: Trained, tracking: str, ray_cluster: str
+) -> None:
+    with s3_server() as port:
+        place = uri(port, "checkpoints")
+        run = store.join(place, "driver-killed")
+        driver = start_driver(trained, ray_cluster, "driver-killed", output_dir=place)
+        wait_for(has_checkpoint(run, 9), driver)
+        driver.kill()
+        driver.wait()
+        run_id = json.loads(store.read_text(store.join(run, "run.json")) or "")["run_id"]
+        outcome = trained.again(resume="latest", register_as="resumed", output_dir=place)
+        assert outcome.run_id == run_id
+        assert outcome.version is not None
+        assert_same_state(outcome.checkpoint, trained.outcome.checkpoint)
+    client = MlflowClient(tracking)
+    first = curve(client, trained.outcome.run_id, "train/loss")
+    assert curve(client, outcome.run_id, "train/loss") == first
+    tags = client.get_run(outcome.run_id).data.tags
+    assert tags["restarts"] == "1"
+    assert "2 workers" in tags["restart.1"]
+
+
+def test_memory_that_is_missing_at_the_same_step_again_ends_the_run(
+    trained: Trained, tracking: str, nodes: Cluster, add_node: AddNode
+) -> None:
+    """A layer so wide that one activation takes 16 GiB, on a node whose processes may have 8."""
+    [raylet] = add_node().all_processes["raylet"]
+    resource.prlimit(raylet.process.pid, resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))
+    batch = 1024
+    width = 16 * 2**30 // (batch * MODEL.max_seq_len * 4)
+    driver = start_driver(
+        trained, nodes.address, "exhausted", {"batch_size": batch, "precision": "fp32"},
+        {"intermediate_size": width}, world_size=1,
+    )  # fmt: skip
+    said, _ = driver.communicate(timeout=240)
+    assert "a worker ran out of memory at step 1 twice; lower batch_size" in said
+    run = Path(trained.launch.output_dir) / "exhausted"
+    found = MlflowClient(tracking).get_run(run_id_of(run))
+    assert found.info.status == "FAILED"
+    assert found.data.tags["restarts"] == "1"

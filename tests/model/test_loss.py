@@ -4,13 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from llama_ray.model import loss
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum, head_loss
+from llama_ray.utils.torch_private import TorchDispatchMode, tree_leaves
 
 VOCAB, HIDDEN = 307, 24
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llama_ray.training.config import Checkpointing
+from llama_ray.utils.torch_private import reduce_scatter_op
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.mm.default, _aten.addmm.default, _aten.linear.default}
@@ -22,7 +23,7 @@ _ATTENTION = {
         "_scaled_dot_product_cudnn_attention",
     )
 }
-_COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
+_COMMUNICATION = {reduce_scatter_op()}
 
 
 def checkpoint_block(block: nn.Module, mode: Checkpointing) -> None:

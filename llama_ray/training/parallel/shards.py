@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llama_ray.utils.torch_private import is_strided_shard
+
 
 def own_part(whole: Tensor, like: DTensor) -> Tensor:
     """The view of `whole` that this worker holds of `like`, which has the same shape.
@@ -18,7 +20,7 @@ def own_part(whole: Tensor, like: DTensor) -> Tensor:
     place = mesh.get_coordinate()
     assert place is not None
     divisions: list[tuple[int, Any]] = [(i, p) for i, p in enumerate(like.placements) if hasattr(p, "dim")]
-    divisions.sort(key=lambda division: hasattr(division[1], "split_factor"))
+    divisions.sort(key=lambda division: is_strided_shard(division[1]))
     for i, placement in divisions:
         pieces = whole.chunk(mesh.size(i), placement.dim)
         mine = place[i]

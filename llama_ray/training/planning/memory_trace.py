@@ -10,10 +10,9 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from llama_ray.utils.torch_private import TorchDispatchMode, active_fake_mode, local_tensor, tree_leaves
 
 Kind = Literal["parameters", "gradients", "optimizer", "activations", "communication"]
 KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activations", "communication")
@@ -146,6 +145,6 @@ class MemoryTrace(TorchDispatchMode):
 
 def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
     if isinstance(value, DTensor):
-        value = value._local_tensor
+        value = local_tensor(value)
     if isinstance(value, Tensor):
         yield value.untyped_storage()

@@ -8,17 +8,14 @@ what the workers send one another (`TrafficTrace`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, product
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama_ray.data.loader import Batch
 from llama_ray.model.config import LlamaConfig
@@ -31,6 +28,7 @@ from llama_ray.training.parallel.parallelize import parallelize
 from llama_ray.training.planning.memory_trace import Kind, MemoryTrace
 from llama_ray.training.planning.traffic import Collective, Links, Traffic, TrafficTrace
 from llama_ray.training.step import Stepper
+from llama_ray.utils.torch_private import fake_process_group, fake_tensors
 
 RUNTIME_BYTES = int(1.5 * GIB)
 """What a GPU holds beside tensors: the CUDA context, NCCL's channels, cuBLAS's workspaces."""
@@ -266,11 +264,11 @@ def _trace(config: LlamaConfig, train: TrainConfig, layout: Layout) -> Trace:
     model = Llama(config, device="meta")
     # GPUs attend with a kernel that keeps no scores, whatever the CPU does.
     model.forward = partial(model.forward, attend=flash_attention)  # type: ignore[method-assign]
-    with _fake_workers(layout.world_size):
+    with fake_process_group(layout.world_size) if layout.world_size > 1 else nullcontext():
         divided = ALONE if replicated else layout.on(device)
         # Spread out before tensors are fake, since meshes look up ranks in tensors of their own.
         spread = parallelize(model, train, divided, torch.device("meta"), compile_blocks=False, draw=False)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with fake_tensors():
             model.materialize(device)
             trace = _trace_step(spread, model, train, divided, device)
     if replicated:
@@ -325,15 +323,3 @@ def _mark_parts(trace: MemoryTrace, model: Llama, optimizer: torch.optim.Optimiz
             block.register_forward_hook(begins_backward(parts[i]))
     model.embed_tokens.register_forward_pre_hook(lambda *_: trace.begin("forward and head"))
     optimizer.register_step_pre_hook(lambda *_: trace.begin("update"))
-
-
-@contextmanager
-def _fake_workers(world_size: int) -> Iterator[None]:
-    if world_size == 1:
-        yield
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

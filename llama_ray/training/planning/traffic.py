@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from llama_ray.utils.torch_private import TorchDispatchMode, collective_call
 
 
 class Collective(NamedTuple):
@@ -68,17 +67,14 @@ class TrafficTrace(TorchDispatchMode):
             return NotImplemented  # it comes again as operations on this rank's shards
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in collective_ops and func not in sync_ops:
-            group = CollectiveOp.get_process_group(func, args)
-            ranks = tuple(dist.get_process_group_ranks(group))
-            if len(ranks) > 1:
-                size = CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
-                self.parts[self._part][Collective(_operation(func), ranks)] += size
+        call = collective_call(func, args, kwargs, result)
+        if call is not None and len(call.ranks) > 1:
+            self.parts[self._part][Collective(_operation(call.name), call.ranks)] += call.size
         return result
 
 
-def _operation(func: Any) -> str:
-    name = func._schema.name.split("::")[1].strip("_").replace("_", "")
+def _operation(op: str) -> str:
+    name = op.split("::")[1].split(".")[0].replace("_", "")
     for operation in ("all_gather", "reduce_scatter", "all_reduce", "broadcast"):
         if operation.replace("_", "") in name:
             return operation

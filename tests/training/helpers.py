@@ -25,6 +25,9 @@ CPU = torch.device("cpu")
 TWELVE_STEPS = TrainConfig(
     max_steps=12, learning_rate=3e-3, log_every=1, validate_every=6, checkpoint_every=5
 )
+EIGHT_STEPS = TrainConfig(
+    max_steps=8, batch_size=4, learning_rate=3e-3, log_every=1, checkpoint_every=4, precision="fp32"
+)
 
 
 class Recorder(Console):

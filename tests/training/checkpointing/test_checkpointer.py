@@ -1,9 +1,9 @@
-"""Checkpoints of several real workers: who writes what, and what a crash, a full disk or a flipped bit leaves."""
+"""Checkpoints of real workers: what each one writes, what other workers make of it, and what a full disk leaves."""
 
 from __future__ import annotations
 
-import json
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained
 from llama_ray.storage import run_directory
-from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint, prune
-from llama_ray.training.checkpointing.checkpointer import CheckpointResult
-from llama_ray.training.checkpointing.progress import load_progress
+from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint
+from llama_ray.training.checkpointing.checkpointer import Checkpointer, CheckpointResult
+from llama_ray.training.checkpointing.progress import Progress, load_progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.loop import train
-from tests.training.helpers import Recorder, in_processes, losses
-
-CPU = torch.device("cpu")
-CONFIG = TrainConfig(
-    max_steps=8, batch_size=4, learning_rate=3e-3, log_every=1, checkpoint_every=4, precision="fp32"
-)  # fmt: skip
+from llama_ray.training.optimizers.build import build_optimizer
+from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, after, growth, in_processes, losses
 
 
 def _train(config: TrainConfig, model: LlamaConfig, data: Path, run: Path, resume: bool) -> dict[int, float]:
@@ -38,25 +36,20 @@ def _train(config: TrainConfig, model: LlamaConfig, data: Path, run: Path, resum
     return losses(recorder)
 
 
-def _run(
+def train_on(
     workers: int, config: TrainConfig, model: LlamaConfig, data: Path, run: Path, resume: bool = False
 ) -> dict[int, float]:
+    """Train in `run` on real worker processes; return the losses."""
     return in_processes(workers, _train, config, model, data, run, resume)[0]
 
 
 @pytest.fixture(scope="module")
-def sharded(tiny: LlamaConfig, dataset: Path, tmp_path_factory) -> tuple[Path, dict[int, float]]:
-    """A run of two workers that hold half of everything each."""
+def sharded(
+    tiny: LlamaConfig, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[int, float]]:
+    """(directory, losses) of a run of two workers that hold half of everything each."""
     run = tmp_path_factory.mktemp("fsdp")
-    return run, _run(2, replace(CONFIG, parallelism="fsdp"), tiny, dataset, run)
-
-
-def copy_without_the_last(run: Path, target: Path) -> Path:
-    target.mkdir()
-    (target / "step_00000004").mkdir()
-    for file in (run / "step_00000004").iterdir():
-        (target / "step_00000004" / file.name).write_bytes(file.read_bytes())
-    return target
+    return run, train_on(2, replace(EIGHT_STEPS, parallelism="fsdp"), tiny, dataset, run)
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -71,79 +64,57 @@ def test_each_worker_writes_its_share_and_no_more(sharded: tuple[Path, dict[int,
         assert abs(kind[0] - kind[1]) < 0.05 * sum(kind)
 
 
-def test_a_model_in_pieces_opens_as_the_whole_one(
+def test_a_sharded_model_opens_as_the_whole_one(
     sharded: tuple[Path, dict[int, float]], tiny: LlamaConfig, dataset: Path, tmp_path: Path
 ) -> None:
-    _run(1, replace(CONFIG, batch_size=8), tiny, dataset, tmp_path)
+    train_on(1, replace(EIGHT_STEPS, batch_size=8), tiny, dataset, tmp_path)
     alone, together = weights(tmp_path / "step_00000008"), weights(sharded[0] / "step_00000008")
     for name in alone:
         torch.testing.assert_close(together[name], alone[name], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("workers", "parallelism"), [(2, "fsdp"), (2, "ddp"), (1, "auto")])
-def test_a_run_goes_on_with_other_workers_and_another_layout(
+def test_a_run_continues_with_other_workers_and_another_layout(
     sharded: tuple[Path, dict[int, float]],
     tiny: LlamaConfig,
     dataset: Path,
     tmp_path: Path,
-    workers,
-    parallelism,
+    workers: int,
+    parallelism: str,
 ) -> None:
-    run = copy_without_the_last(sharded[0], tmp_path / "run")
-    config = replace(CONFIG, parallelism=parallelism, batch_size=8 // workers)
-    after = _run(workers, config, tiny, dataset, run, resume=True)
-    expected = {step: loss for step, loss in sharded[1].items() if step > 4}
+    run = tmp_path / "run"
+    shutil.copytree(sharded[0] / "step_00000004", run / "step_00000004")
+    config = replace(EIGHT_STEPS, parallelism=parallelism, batch_size=8 // workers)
+    resumed = train_on(workers, config, tiny, dataset, run, resume=True)
+    expected = after(4, sharded[1])
     if (workers, parallelism) == (2, "fsdp"):
-        assert after == expected
+        assert resumed == expected
         ours, theirs = weights(run / "step_00000008"), weights(sharded[0] / "step_00000008")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert after == pytest.approx(expected, rel=1e-4)
+    assert resumed == pytest.approx(expected, rel=1e-4)
     assert load_progress(run / "step_00000008").loader == load_progress(sharded[0] / "step_00000008").loader
 
 
-def test_damaged_checkpoints_are_passed_over(sharded: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
-    run = copy_without_the_last(sharded[0], tmp_path / "run")
-    good = str(run / "step_00000004")
-    for step, damage in ((5, "cut"), (6, "flipped bit"), (7, "missing"), (8, "no marker")):
-        copy = run / f"step_{step:08d}"
-        copy.mkdir()
-        for file in (run / "step_00000004").iterdir():
-            (copy / file.name).write_bytes(file.read_bytes())
-        victim = copy / "optimizer-rank00001.safetensors"
-        content = bytearray(victim.read_bytes())
-        if damage == "cut":
-            victim.write_bytes(content[:-1])
-        elif damage == "flipped bit":
-            content[-100] ^= 1
-            victim.write_bytes(content)
-        else:
-            (victim if damage == "missing" else copy / run_directory.MARKER).unlink()
-    with pytest.warns(UserWarning, match="damaged and passed over"):
-        assert latest_valid_checkpoint(str(run), 60) == good
-    assert run_directory.list_checkpoints(str(run)) == [good]
-
-
-def _train_with_little_room(
+def _train_until_the_disk_is_full(
     config: TrainConfig, model: LlamaConfig, data: Path, run: Path
 ) -> list[str | None]:
-    recorder = Recorder()
-
-    class Full(Recorder):
+    class FillsTheDisk(Recorder):
         def checkpointed(self, result: CheckpointResult) -> None:
-            recorder.checkpoints.append(result)
+            super().checkpointed(result)
             # After the first checkpoint, no file may grow beyond a few bytes.
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
+    recorder = FillsTheDisk()
     with pytest.raises(TrainingError, match=r"checkpoints? .* could not be stored"):
-        train(model, config, data, device=CPU, observer=Full(), output_dir=str(run))
+        train(model, config, data, device=CPU, observer=recorder, output_dir=str(run))
     return [result.error for result in recorder.checkpoints]
 
 
 def test_a_full_disk_costs_checkpoints_but_not_the_last_good_one(
     tiny: LlamaConfig, dataset: Path, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, max_steps=60)
-    [errors] = in_processes(1, _train_with_little_room, config, tiny, dataset, tmp_path)
+    config = replace(EIGHT_STEPS, max_steps=60)
+    [errors] = in_processes(1, _train_until_the_disk_is_full, config, tiny, dataset, tmp_path)
     assert errors[0] is None
     assert len(errors) >= 3
     assert all("File too large" in error for error in errors[1:])
@@ -151,10 +122,30 @@ def test_a_full_disk_costs_checkpoints_but_not_the_last_good_one(
     assert run_directory.latest_checkpoint(str(tmp_path)) == str(tmp_path / "step_00000004")
 
 
-def test_the_newest_few_and_the_best_are_kept(tmp_path: Path) -> None:
-    for step, loss in ((1, 3.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.5)):
-        directory = tmp_path / f"step_{step:08d}"
-        directory.mkdir()
-        (directory / run_directory.MARKER).write_text(json.dumps({"files": {}, "validation_loss": loss}))
-    prune(str(tmp_path), step=5, keep=2)
-    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["2", "4", "5"]
+def _save_twice(run: Path, data: Path, copies_mib: int) -> tuple[int, int]:
+    """(bytes of state, growth of memory)."""
+    config = TrainConfig(checkpoint_copies_mib=copies_mib)
+    model = Llama(LlamaConfig.preset("llama-30m"))
+    optimizer = build_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    checkpointer = Checkpointer(str(run), model, optimizer, Tokenizer.load(data), config)
+
+    def save() -> None:
+        for step in (1, 2):
+            checkpointer.save(Progress(step=step))
+        checkpointer.wait()
+
+    grown = growth(save)
+    assert [result.error for result in checkpointer.take_results()] == [None, None]
+    checkpointer.close()
+    return 12 * sum(p.numel() for p in model.parameters()), grown
+
+
+def test_a_checkpoint_takes_no_more_memory_than_it_may(dataset: Path, tmp_path: Path) -> None:
+    [(state, grown)] = in_processes(1, _save_twice, tmp_path, dataset, 64)
+    assert state > 400e6
+    # The second part is what the code itself needs to write files.
+    assert grown < 64 * 2**20 + 48 * 2**20

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jsonargparse import auto_cli
 from torch import Tensor
 
+from llama_ray.generation.backend import BLOCK_SIZE
 from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.cpu import ops
 from llama_ray.generation.cpu.cache import CpuCache
@@ -172,8 +173,8 @@ def heads(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Ten
 
 def paged(sequences: int, context: int, new: int, dtype: torch.dtype = torch.bfloat16) -> Attend:
     """Attention of a step that adds `new` tokens to each sequence, in a full cache of scattered blocks."""
-    width = ceil_div(context, 32)
-    cache = CpuCache(CONFIG, sequences * width, dtype)
+    width = ceil_div(context, BLOCK_SIZE)
+    cache = CpuCache(CONFIG, sequences * width, dtype, BLOCK_SIZE)
     table = torch.randperm(sequences * width).view(sequences, width)
 
     def batch(new: int) -> StepBatch:
@@ -182,7 +183,7 @@ def paged(sequences: int, context: int, new: int, dtype: torch.dtype = torch.bfl
         return StepBatch(
             tokens=positions,
             positions=positions,
-            slots=table[sequence, positions // 32] * 32 + positions % 32,
+            slots=table[sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
             query_start=torch.arange(0, sequences * new + 1, new, dtype=torch.int32),
             context_len=torch.full((sequences,), context, dtype=torch.int32),
             block_table=table.int(),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llama_ray import Engine
-from llama_ray.generation.backend import prepare
+from llama_ray.generation.prepare import prepare
 from llama_ray.model.checkpoint import hf_name
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.hf_config import to_hf
@@ -113,7 +113,7 @@ class _InProcess(_Timed, Ours):
     def __init__(self, model: Llama, **options: Any) -> None:
         self.device = model.embed_tokens.weight.device
         # What from_pretrained does; the layers of `model` are replaced, so its weights must have been copied by now.
-        self.engine = Engine(prepare(model, None), None, **options)
+        self.engine = Engine(prepare(model), None, **options)
 
 
 def _transformers(model: Llama) -> Any:

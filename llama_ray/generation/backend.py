@@ -1,105 +1,98 @@
-"""What a device computes with: the kernels, the cache and the weights that suit it."""
+"""What a model runs with on its device: the cache, the runner and the sampler. The base class is plain torch."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable
+from typing import cast
 
-import torch
+from torch import Tensor, nn
 
-from llama_ray.generation.cpu import build, ops
-from llama_ray.generation.cpu.cache import CpuCache
-from llama_ray.generation.cpu.modules import PackedRMSNorm
-from llama_ray.generation.cpu.modules import accelerate as accelerate_on_cpu
 from llama_ray.generation.kv_cache import KVCache, TorchCache
-from llama_ray.generation.quantize import GROUP_SIZE, Quantization, check_quantization
 from llama_ray.generation.runner import Runner
-from llama_ray.generation.sampling.draw import SamplerOps
+from llama_ray.generation.sampling.draw import TORCH_OPS, SamplerOps
 from llama_ray.generation.sampling.sampler import Sampler
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.layers import Block
 from llama_ray.model.llama import Llama
 
 BLOCK_SIZE = 32
-"""Tokens in a block of the cache."""
+"""Default number of tokens in a block of the cache."""
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
+PostProduct = Callable[[Tensor], Tensor]
+"""Is applied to the result of a matrix product, such as the sum over ranks."""
 
 
-def prepare(model: Llama, quantization: Quantization | None, *, batch_invariant: bool = False) -> Llama:
-    """Give a model that nobody else uses the fastest form it has on its device; its weights are changed in place.
+class Backend:
+    """A model with the cache, runner and sampler that suit it; this class runs on any device that torch knows.
 
-    With `batch_invariant` a token's logits have the same bits whatever else is computed in the step, on CUDA at a
-    price: products then go through a kernel of ours in fixed tiles, not through cuBLAS. The CPU kernels are so
-    always. Raises ValueError for a quantization that is unknown, or that the model's shape or its device cannot have.
+    `cache_config` is the shape of the keys and values: under tensor parallelism one rank's share of the heads, and by
+    default the model's own config. Everything that counts in blocks takes `block_size` from here.
     """
-    config, weight = model.config, model.embed_tokens.weight
-    inputs = [config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size]
-    for size in (
-        inputs if weight.device.type == "cuda" else [GROUP_SIZE]
-    ):  # the CPU kernels pad the last group
-        check_quantization(quantization, size)
-    if weight.device.type == "cuda" and _has_triton():
-        from llama_ray.generation.cuda.modules import accelerate
 
-        return accelerate(model, quantization, batch_invariant)
-    if weight.device.type == "cpu" and weight.dtype in _CPU_DTYPES and build.load() is not None:
-        return accelerate_on_cpu(model, quantization)
-    if quantization is not None or batch_invariant:
-        wanted = f"quantization {quantization}" if quantization else "batch_invariant"
-        needed = {"cuda": "Triton; pip install triton", "cpu": "dtype bfloat16 or float32 and a C++ compiler"}
-        raise ValueError(
-            f"{wanted} on {weight.device.type} needs {needed.get(weight.device.type, 'a CPU or CUDA')}"
-        )
-    return model
+    batch_invariant = False
+    """Whether a token's logits have the same bits whatever else is computed in the step."""
 
+    def __init__(
+        self,
+        model: Llama,
+        cache_config: LlamaConfig | None = None,
+        *,
+        sampler_ops: SamplerOps = TORCH_OPS,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
+        self.model, self.block_size = model, block_size
+        self.cache_config = cache_config or model.config
+        self.sampler_ops = sampler_ops
+        self.device, self.dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
 
-def make_runner(model: Llama, num_blocks: int, max_num_seqs: int, max_seq_len: int) -> Runner:
-    """A model with an empty cache, for batches of so many sequences of up to `max_seq_len` tokens."""
-    if model.embed_tokens.weight.device.type == "cuda" and _has_triton():
-        from llama_ray.generation.cuda.graphs import GraphRunner
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, in whatever format they are stored."""
+        return sum(p.nbytes for p in self.model.parameters())
 
-        return GraphRunner(model, make_cache(model, num_blocks), max_num_seqs, max_seq_len)
-    return Runner(model, make_cache(model, num_blocks))
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of the cache, over all layers."""
+        return TorchCache.block_bytes(self.cache_config, self.block_size, self.dtype)
 
+    def make_cache(self, num_blocks: int) -> KVCache:
+        """Return an empty cache."""
+        return TorchCache(self.cache_config, num_blocks, self.dtype, self.device, self.block_size)
 
-def make_cache(model: Llama, num_blocks: int, shape: LlamaConfig | None = None) -> KVCache:
-    """An empty cache of so many blocks; `shape` where the model holds only a share of its config's heads."""
-    config = shape or model.config
-    weight = model.embed_tokens.weight
-    if weight.device.type == "cuda" and _has_triton():
-        from llama_ray.generation.cuda.cache import PagedCache
+    def make_runner(self, num_blocks: int, max_num_seqs: int, max_seq_len: int) -> Runner:
+        """Return a runner with an empty cache, for up to `max_num_seqs` sequences of up to `max_seq_len` tokens."""
+        return Runner(self.model, self.make_cache(num_blocks))
 
-        invariant = getattr(model.lm_head, "batch_invariant", False)
-        return PagedCache(
-            config, num_blocks, weight.dtype, weight.device, BLOCK_SIZE, batch_invariant=invariant
-        )
-    if _on_cpu_kernels(model):
-        return CpuCache(config, num_blocks, weight.dtype)
-    return TorchCache(config, num_blocks, weight.dtype, weight.device, BLOCK_SIZE)
+    def make_sampler(self) -> Sampler:
+        """Return a sampler for the model's logits."""
+        return Sampler(self.sampler_ops)
 
+    def join_ranks(self, sum_parts: PostProduct, gather_logits: PostProduct) -> None:
+        """Complete the products of one rank's share of a model, in place; call this once.
 
-def block_bytes(model: Llama, shape: LlamaConfig | None = None) -> int:
-    """What a block of such a cache takes."""
-    cache = CpuCache if _on_cpu_kernels(model) else TorchCache
-    return cache.block_bytes(shape or model.config, BLOCK_SIZE, model.embed_tokens.weight.dtype)
+        `sum_parts` is applied to each result of o_proj and down_proj, `gather_logits` to the result of the head.
+        """
+        for block in self._blocks():
+            append_post_product(block.self_attn, "o_proj", sum_parts)
+            append_post_product(block.mlp, "down_proj", sum_parts)
+        append_post_product(self.model, "lm_head", gather_logits)
 
-
-def make_sampler(device: torch.device) -> Sampler:
-    """A sampler for logits on `device`."""
-    if device.type == "cpu" and build.load() is not None:
-        return Sampler(SamplerOps(ops.top_candidates, ops.draw_filtered, ops.draw_from_all))
-    return Sampler()
+    def _blocks(self) -> Iterable[Block]:
+        return (cast(Block, block) for block in self.model.layers)
 
 
-def weight_bytes(model: Llama) -> int:
-    """What the weights take, in whatever form."""
-    packed = sum(int(getattr(module, "nbytes", 0)) for module in model.modules())
-    return packed + sum(p.nbytes for p in model.parameters())
+class WithPostProduct(nn.Module):
+    """A matrix product whose result goes through `post_product`."""
+
+    def __init__(self, product: nn.Module, post_product: PostProduct) -> None:
+        super().__init__()
+        self.product, self.post_product = product, post_product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return self.post_product(self.product(x))
 
 
-def _on_cpu_kernels(model: Llama) -> bool:
-    return isinstance(model.norm, PackedRMSNorm)
-
-
-def _has_triton() -> bool:
-    """Torch for CUDA brings Triton along, except on Windows."""
-    return find_spec("triton") is not None
+def append_post_product(parent: nn.Module, name: str, post_product: PostProduct) -> None:
+    """Replace the product `name` of `parent` by the same product followed by `post_product`."""
+    parent.register_module(name, WithPostProduct(parent.get_submodule(name), post_product))

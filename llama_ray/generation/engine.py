@@ -15,19 +15,13 @@ from typing import Any, Self
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import (
-    BLOCK_SIZE,
-    block_bytes,
-    make_runner,
-    make_sampler,
-    prepare,
-    weight_bytes,
-)
+from llama_ray.generation.backend import Backend
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.core import Core
 from llama_ray.generation.kv_cache import count_blocks
 from llama_ray.generation.limits import Limits
 from llama_ray.generation.parallel.sharded_model import ShardedModel
+from llama_ray.generation.prepare import as_backend, prepare
 from llama_ray.generation.progress import Progress
 from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.runner import RunnerError
@@ -70,7 +64,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Llama,
+        model: Llama | Backend,
         tokenizer: Tokenizer | None,
         *,
         max_num_seqs: int = 64,
@@ -84,11 +78,12 @@ class Engine:
         eos_ids: Collection[int] = (),
         parallel: ShardedModel | None = None,
     ) -> None:
+        backend = as_backend(model)
+        model = backend.model
         limit = model.config.max_seq_len
         max_seq_len = limit if max_seq_len is None else max_seq_len
-        weight = model.embed_tokens.weight
         if max_num_batched_tokens is None:
-            max_num_batched_tokens = GPU_BATCH_TOKENS if weight.device.type == "cuda" else CPU_BATCH_TOKENS
+            max_num_batched_tokens = GPU_BATCH_TOKENS if backend.device.type == "cuda" else CPU_BATCH_TOKENS
         for name, value in (
             ("max_num_seqs", max_num_seqs),
             ("max_num_batched_tokens", max_num_batched_tokens),
@@ -104,30 +99,30 @@ class Engine:
         own_eos = {tokenizer.eos_id} if tokenizer is not None else set()
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
 
-        rank_block = block_bytes(model, parallel.rank_config if parallel else model.config)
+        rank_block = backend.block_bytes
         per_block = rank_block
         if proposer is not None:
             proposer.check(model.config.vocab_size, max_seq_len)
             per_block += proposer.block_bytes
         limits = (max_num_seqs, max_seq_len)
         if parallel is None:
-            blocks = count_blocks(per_block, BLOCK_SIZE, *limits, weight.device, kv_cache_memory_bytes)
-            runner = make_runner(model, blocks, *limits)
+            blocks = count_blocks(
+                per_block, backend.block_size, *limits, backend.device, kv_cache_memory_bytes
+            )
+            runner = backend.make_runner(blocks, *limits)
         else:
             blocks = parallel.count_blocks(per_block, *limits, kv_cache_memory_bytes)
             runner = parallel.runner(blocks)
         if proposer is not None:
             proposer.reserve(blocks, max_num_seqs, max_seq_len)
-        pool = BlockPool(blocks, BLOCK_SIZE, caching=enable_prefix_caching)
+        pool = BlockPool(blocks, backend.block_size, caching=enable_prefix_caching)
         self._scheduler = Scheduler(pool, max_num_seqs, max_num_batched_tokens)
         self._lock = threading.Lock()  # held over the scheduler and the counters, never during a forward pass
-        self._core = Core(
-            self._scheduler, runner, make_sampler(weight.device), self._lock, proposer, draft_tokens
-        )
+        self._core = Core(self._scheduler, runner, backend.make_sampler(), self._lock, proposer, draft_tokens)
         self._parallel = parallel
         others = parallel.size - 1 if parallel else 0
         self._kv_cache_bytes = blocks * (per_block + others * rank_block)
-        self._weight_bytes = parallel.weight_bytes if parallel else weight_bytes(model)
+        self._weight_bytes = parallel.weight_bytes if parallel else backend.weight_bytes
         self._limits = Limits(model.config.vocab_size, max_seq_len, has_tokenizer=tokenizer is not None)
         self._grammars = Grammars(tokenizer, model.config.vocab_size, self.eos_ids)
         self._seeds = random.Random(seed)
@@ -151,7 +146,7 @@ class Engine:
         """An engine for what `ref` stands for: a directory, `models:/name/version` or `models:/name@alias`.
 
         `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
-        rounds the weights of matrix products as they are loaded; for `batch_invariant` see `backend.prepare`.
+        rounds the weights of matrix products as they are loaded; for `batch_invariant` see `prepare.prepare`.
         `draft_model`, or with `prompt_lookup` the text itself, guesses tokens ahead. `tensor_parallel` is the number
         of GPUs (on a CPU, of processes) to divide the model between, see `llama_ray.generation.parallel.runner`.
         `options` are those of the constructor. Raises ValueError for a checkpoint that cannot be read or not be
@@ -167,11 +162,11 @@ class Engine:
             options["proposer"] = PromptLookup()
         if tensor_parallel == 1:
             model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
-            model = prepare(model, quantization, batch_invariant=batch_invariant)
-            return cls(model, tokenizer, **options)
+            backend = prepare(model, quantization, batch_invariant=batch_invariant)
+            return cls(backend, tokenizer, **options)
         parallel = ShardedModel(directory, dtype, device, quantization, batch_invariant, tensor_parallel)
         try:
-            return cls(parallel.model, parallel.tokenizer, parallel=parallel, **options)
+            return cls(parallel.backend, parallel.tokenizer, parallel=parallel, **options)
         except BaseException:
             parallel.close()
             raise

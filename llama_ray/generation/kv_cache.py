@@ -44,7 +44,7 @@ class TorchCache:
         num_blocks: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        block_size: int = 32,
+        block_size: int,
     ) -> None:
         self.block_size = block_size
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import BLOCK_SIZE, block_bytes
+from llama_ray.generation.backend import BLOCK_SIZE
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.prepare import as_backend
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
@@ -25,7 +26,7 @@ from tests.generation.helpers import PARAMS, numbered_params, random_prompts, ru
 
 
 def cache_of(model: Llama, blocks: int) -> int:
-    return (blocks + 1) * block_bytes(model)
+    return (blocks + 1) * as_backend(model).block_bytes
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,6 @@ from llama_ray.generation.cpu.ops import kernels
 from llama_ray.model.config import LlamaConfig
 from llama_ray.utils.integers import ceil_div
 
-BLOCK_SIZE = 32
-"""Positions in a block."""
-
 
 class _Cache(ctypes.Structure):
     """`struct Cache` of attention.cpp."""
@@ -43,25 +40,28 @@ class _Step(ctypes.Structure):
 
 
 class CpuCache:
-    """`num_blocks` blocks of 32 positions in float32 or bfloat16; attention.cpp describes what lies in one.
+    """A `KVCache` in float32 or bfloat16; attention.cpp describes the layout of a block.
 
-    Memory is taken when a block is first written. Raises ValueError for another dtype.
+    Memory is taken when a block is first written. Raises ValueError for another dtype, or a block size that is not a
+    multiple of 16 positions, the width of the widest vectors.
     """
 
-    def __init__(self, config: LlamaConfig, num_blocks: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: LlamaConfig, num_blocks: int, dtype: torch.dtype, block_size: int) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"the CPU cache holds float32 or bfloat16, not {dtype}")
-        self.block_size, self.num_blocks = BLOCK_SIZE, num_blocks
+            raise ValueError(f"dtype is {dtype}; the CPU cache holds float32 or bfloat16")
+        if block_size < 1 or block_size % 16:
+            raise ValueError(f"block_size is {block_size}; it must be a multiple of 16 for the CPU cache")
+        self.block_size = block_size
         self._config, self._dtype = config, dtype
         # A block's keys and values of all layers lie together. Zeros, for the columns that pad head_dim: they enter
         # products, whose results nobody reads.
         keys, values = (
-            config.num_kv_heads * dim * BLOCK_SIZE for dim in (config.head_dim, _value_dim(config))
+            config.num_kv_heads * dim * block_size for dim in (config.head_dim, _value_dim(config))
         )
         self._blocks = Arena().zeros((num_blocks, config.num_layers, keys + values), dtype)
         stride = self._blocks[0].nbytes
         self._argument = _Cache(
-            config.num_kv_heads, config.head_dim, BLOCK_SIZE, stride, dtype == torch.bfloat16
+            config.num_kv_heads, config.head_dim, block_size, stride, dtype == torch.bfloat16
         )
         first = self._blocks.data_ptr()
         starts = range(first, first + stride, stride // config.num_layers)

@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
+from llama_ray.generation.backend import PostProduct, append_post_product
 from llama_ray.generation.cpu import ops
 from llama_ray.generation.cpu.cache import CpuAttend
 from llama_ray.generation.cpu.linear import Format, PackedLinear, check_format
@@ -29,7 +30,7 @@ def accelerate(model: Llama, format: Format | None = None) -> Llama:
     weights: Format = format or ("bfloat16" if dtype == torch.bfloat16 else "float32")
     check_format(weights, dtype)
     ops.kernels()
-    arena, blocks = Arena(), nn.ModuleList()
+    arena, blocks = Arena(), list[PackedBlock]()
     for i, block in enumerate(model.layers):
         assert isinstance(block, Block)
         blocks.append(PackedBlock(block, weights, arena))
@@ -64,24 +65,30 @@ class _Block(ctypes.Structure):
 
 
 class PackedBlocks(nn.Module):
-    """All blocks in one call of C++ where the cache is a CpuCache, else one after the other, with the same result."""
+    """All blocks: in one call of C++ on a `CpuCache`, else one after the other, with the same result.
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
+    The single call is not possible if a product pads its input or has a post-product.
+    """
+
+    def __init__(self, blocks: list[PackedBlock]) -> None:
         super().__init__()
-        self.blocks = blocks
-        each = [block for block in blocks if isinstance(block, PackedBlock)]
-        self._arguments = [block.argument() for block in each]
-        self._addresses = (ctypes.c_void_p * len(each))(*(ctypes.addressof(a) for a in self._arguments))
-        self._summed = [p for b in each for p in (b.self_attn.o_proj, b.mlp.down_proj)]
-        self._whole = not any(p.pad for b in each for p in b.products)
-        self._head_dim = each[0].self_attn.head_dim
+        self.blocks = nn.ModuleList(blocks)
+        self._arguments = [block.argument() for block in blocks]
+        self._addresses = (ctypes.c_void_p * len(blocks))(*(ctypes.addressof(a) for a in self._arguments))
+        self._in_one_call = not any(p.pad for b in blocks for p in b.products)
+        self._head_dim = blocks[0].self_attn.head_dim
         self._run = ops.kernels().blocks
+
+    def set_post_product(self, post_product: PostProduct) -> None:
+        """Apply `post_product` to each result of o_proj and down_proj, as the ranks of a divided model need."""
+        for block in self.blocks:
+            append_post_product(block.get_submodule("self_attn"), "o_proj", post_product)
+            append_post_product(block.get_submodule("mlp"), "down_proj", post_product)
+        self._in_one_call = False
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
-        # Whoever adds up the parts of several ranks does so after these products.
-        hooked = any(p._forward_hooks for p in self._summed)
-        if not self._whole or hooked or not isinstance(attend, CpuAttend):
+        if not self._in_one_call or not isinstance(attend, CpuAttend):
             for block in self.blocks:
                 x = block(x, rope, attend)
             return x

@@ -24,7 +24,7 @@ class PagedCache:
         num_blocks: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        block_size: int = 32,
+        block_size: int,
         *,
         batch_invariant: bool = False,
     ) -> None:

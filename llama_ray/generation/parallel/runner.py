@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_ray.generation.backend import Backend
 from llama_ray.generation.batch import StepBatch
-from llama_ray.generation.kv_cache import KVCache
 from llama_ray.generation.parallel.ranks import TIMEOUT_S, Ranks
 from llama_ray.generation.parallel.workers import Workers
 from llama_ray.generation.runner import Runner, RunnerError, StepLogits
 from llama_ray.generation.scheduling.step_plan import StepPlan
-from llama_ray.model.llama import Llama
 
 _log = logging.getLogger(__name__)
 
@@ -25,14 +24,10 @@ _log = logging.getLogger(__name__)
 class RankRunner(Runner):
     """What `Runner` does, for one rank's share of the model and of the cache, in step with the other ranks."""
 
-    def __init__(self, model: Llama, cache: KVCache, ranks: Ranks) -> None:
-        super().__init__(model, cache)
+    def __init__(self, backend: Backend, num_blocks: int, ranks: Ranks) -> None:
+        super().__init__(backend.model, backend.make_cache(num_blocks))
         self.ranks = ranks
-        # Whatever multiplies by these weights by now, quantised or not, its result is one rank's part.
-        for name, module in model.named_modules():
-            if name.endswith(("o_proj", "down_proj")):
-                module.register_forward_hook(lambda _module, _args, part: ranks.sum(part))
-        model.lm_head.register_forward_hook(lambda _module, _args, part: ranks.gather(part))
+        backend.join_ranks(ranks.sum, ranks.gather)
 
     @torch.inference_mode()
     def compute(self, batch: StepBatch, copies: list[tuple[int, int]]) -> Tensor | Exception:
@@ -72,8 +67,8 @@ class TensorParallelRunner(RankRunner):
     step they are in; the workers are ended then.
     """
 
-    def __init__(self, model: Llama, cache: KVCache, ranks: Ranks, workers: Workers) -> None:
-        super().__init__(model, cache, ranks)
+    def __init__(self, backend: Backend, num_blocks: int, ranks: Ranks, workers: Workers) -> None:
+        super().__init__(backend, num_blocks, ranks)
         self.device = torch.device("cpu")  # batches are made for all ranks; each takes them to its own device
         self._workers = workers
         self._copies: list[tuple[int, int]] = []

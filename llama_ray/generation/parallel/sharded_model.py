@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import BLOCK_SIZE, make_cache, weight_bytes
+from llama_ray.generation.backend import Backend
 from llama_ray.generation.kv_cache import count_blocks
-from llama_ray.generation.parallel.division import check_ranks, rank_config, rank_device, share
+from llama_ray.generation.parallel.division import check_ranks, rank_device, share
 from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import TensorParallelRunner
-from llama_ray.generation.parallel.worker import prepared
+from llama_ray.generation.parallel.worker import prepare_share
 from llama_ray.generation.parallel.workers import Workers, checked
 from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.runner import RunnerError
 from llama_ray.model.checkpoint import load_config
-from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained
 
 
@@ -41,17 +40,17 @@ class ShardedModel:
         kind = torch.device(device).type
         config = load_config(directory)
         check_ranks(config, size, torch.device(device))
-        self.model: Llama
+        self.backend: Backend
         self.tokenizer: Tokenizer | None
-        self.size, self.rank_config = size, rank_config(config, size)
+        self.size = size
         self._workers = Workers(size)
         try:
             form = (quantization, batch_invariant)
             self._workers.ask("load", directory, dtype, kind, *form)
             first = rank_device(kind, 0)
-            self.model, self.tokenizer = load_pretrained(directory, dtype, first, share(0, size))
-            self.model = prepared(self.model, *form, 0, size)
-            self.weight_bytes = weight_bytes(self.model) + sum(checked(self._workers.answers()))
+            model, self.tokenizer = load_pretrained(directory, dtype, first, share(0, size))
+            self.backend = prepare_share(model, *form, 0, size)
+            self.weight_bytes = self.backend.weight_bytes + sum(checked(self._workers.answers()))
             with tempfile.TemporaryDirectory() as meeting_place:
                 self._workers.ask("connect", meeting_place)
                 self._ranks = Ranks(meeting_place, 0, size, first)
@@ -68,17 +67,19 @@ class ShardedModel:
     ) -> int:
         """`kv_cache.count_blocks` of the rank with the least room; `bytes_per_block` are those of rank 0."""
         limits = (max_num_seqs, max_seq_len)
-        device = self.model.embed_tokens.weight.device
-        own = count_blocks(bytes_per_block, BLOCK_SIZE, *limits, device, memory_bytes, self.size)
+        backend = self.backend
+        own = count_blocks(
+            bytes_per_block, backend.block_size, *limits, backend.device, memory_bytes, self.size
+        )
         others: list[int] = self._workers.call("count_blocks", *limits, memory_bytes)
         return min(own, *others)
 
     def runner(self, blocks: int) -> TensorParallelRunner:
         """Caches of so many blocks on all ranks, and what runs steps on them."""
         self._workers.ask("reserve", blocks)
-        cache = make_cache(self.model, blocks, self.rank_config)
+        runner = TensorParallelRunner(self.backend, blocks, self._ranks, self._workers)
         checked(self._workers.answers())
-        return TensorParallelRunner(self.model, cache, self._ranks, self._workers)
+        return runner
 
     def close(self) -> None:
         """End the workers."""

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from llama_ray.generation.backend import BLOCK_SIZE, block_bytes, make_cache, prepare, weight_bytes
+from llama_ray.generation.backend import Backend
 from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.kv_cache import count_blocks
 from llama_ray.generation.parallel.division import cut_tied_head, rank_config, rank_device, share
 from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import RankRunner, from_host
+from llama_ray.generation.prepare import prepare
 from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.runner import RunnerError
 from llama_ray.model.checkpoint import load_model
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 class Worker:
     """One rank, in its own process; its methods are what rank 0 can ask for."""
 
-    model: Llama
+    backend: Backend
     ranks: Ranks
     runner: RankRunner
 
@@ -61,8 +62,8 @@ class Worker:
         if kind == "cuda":
             torch.cuda.set_device(self.device)
         model = load_model(directory, dtype, self.device, share(self.rank, self.size))
-        self.model = prepared(model, quantization, batch_invariant, self.rank, self.size)
-        return weight_bytes(self.model)
+        self.backend = prepare_share(model, quantization, batch_invariant, self.rank, self.size)
+        return self.backend.weight_bytes
 
     def connect(self, meeting_place: str) -> None:
         """Meet the other ranks in a directory."""
@@ -70,15 +71,14 @@ class Worker:
 
     def count_blocks(self, max_num_seqs: int, max_seq_len: int, memory_bytes: int | None) -> int:
         """`kv_cache.count_blocks` of this rank."""
-        per_block = block_bytes(self.model, rank_config(self.model.config, self.size))
+        backend, limits = self.backend, (max_num_seqs, max_seq_len)
         return count_blocks(
-            per_block, BLOCK_SIZE, max_num_seqs, max_seq_len, self.device, memory_bytes, self.size
+            backend.block_bytes, backend.block_size, *limits, self.device, memory_bytes, self.size
         )
 
     def reserve(self, blocks: int) -> None:
         """Make the cache."""
-        cache = make_cache(self.model, blocks, rank_config(self.model.config, self.size))
-        self.runner = RankRunner(self.model, cache, self.ranks)
+        self.runner = RankRunner(self.backend, blocks, self.ranks)
 
     def step(self, batch: StepBatch, copies: list[tuple[int, int]]) -> None:
         """Compute this rank's part of a step; an error that all ranks have is raised, another ends the process."""
@@ -112,12 +112,13 @@ def work() -> None:
         os._exit(0)
 
 
-def prepared(
+def prepare_share(
     model: Llama, quantization: Quantization | None, batch_invariant: bool, rank: int, size: int
-) -> Llama:
-    """`backend.prepare` for one rank's share of a model."""
+) -> Backend:
+    """Prepare one rank's share of a model; see `prepare`."""
     cut_tied_head(model, rank, size)
-    return prepare(model, quantization, batch_invariant=batch_invariant)
+    config = rank_config(model.config, size)
+    return prepare(model, quantization, batch_invariant=batch_invariant, cache_config=config)
 
 
 def _kind(error: Exception) -> type[Exception]:

@@ -6,7 +6,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from llama_ray.generation.backend import block_bytes, make_runner, make_sampler
+from llama_ray.generation.backend import Backend
+from llama_ray.generation.prepare import as_backend
 from llama_ray.generation.runner import Runner, Span
 from llama_ray.generation.sampling.row import DraftRow
 from llama_ray.generation.scheduling.sequence import SequenceState
@@ -23,15 +24,15 @@ class DraftModel:
     generate, in chunks, and guesses nothing for those that it has not caught up with.
     """
 
-    def __init__(self, model: Llama) -> None:
-        self.model = model
+    def __init__(self, model: Llama | Backend) -> None:
+        self._backend = as_backend(model)
         self._runner: Runner | None = None
-        self._sampler = make_sampler(model.embed_tokens.weight.device)
+        self._sampler = self._backend.make_sampler()
         self._guessed: WeakKeyDictionary[SequenceState, tuple[int, list[int]]] = WeakKeyDictionary()
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """See `Proposer`."""
-        config = self.model.config
+        config = self._backend.model.config
         if config.vocab_size != vocab_size:
             raise ValueError(
                 f"the draft model's vocab_size is {config.vocab_size}, the model's {vocab_size}; give one that was "
@@ -46,11 +47,11 @@ class DraftModel:
     @property
     def block_bytes(self) -> int:
         """See `Proposer`."""
-        return block_bytes(self.model)
+        return self._backend.block_bytes
 
     def reserve(self, num_blocks: int, max_num_seqs: int, max_seq_len: int) -> None:
         """See `Proposer`."""
-        self._runner = make_runner(self.model, num_blocks, max_num_seqs, max_seq_len)
+        self._runner = self._backend.make_runner(num_blocks, max_num_seqs, max_seq_len)
 
     @torch.inference_mode()
     def propose(self, plan: StepPlan) -> None:

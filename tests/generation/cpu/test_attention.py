@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llama_ray.generation.backend import BLOCK_SIZE
 from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.cpu.cache import CpuCache
 from llama_ray.model.config import LlamaConfig
@@ -94,7 +95,7 @@ def test_prompts_and_single_tokens_of_many_sequences(
 ) -> None:
     """Whole prompts, then chunks beside single tokens, in scattered blocks whose earlier owner left NaN."""
     config = shape(*numbers)
-    cache = CpuCache(config, BLOCKS, dtype)
+    cache = CpuCache(config, BLOCKS, dtype, BLOCK_SIZE)
     cache._blocks.fill_(torch.nan)
     texts = [Text.draw(config, n, dtype, n) for n in (100, 33, 1, 32, 70)]
     give_blocks(texts, cache.block_size, 0)
@@ -137,11 +138,11 @@ def test_results_are_the_same_bits_in_any_chunks_and_company(
 ) -> None:
     config = shape(*numbers)
     texts = [Text.draw(config, n, dtype, seed + i) for i, n in enumerate([200, *others])]
-    cache = CpuCache(config, BLOCKS, dtype)
+    cache = CpuCache(config, BLOCKS, dtype, BLOCK_SIZE)
     give_blocks(texts, cache.block_size, seed)
     (whole,) = run(cache, 0, [(texts[0], 0, 200)])
 
-    cache = CpuCache(config, BLOCKS, dtype)
+    cache = CpuCache(config, BLOCKS, dtype, BLOCK_SIZE)
     give_blocks(texts, cache.block_size, seed + 1)
     edges = [0, *sorted(set(cuts)), 200]
     chunks = []
@@ -153,7 +154,7 @@ def test_results_are_the_same_bits_in_any_chunks_and_company(
 
 def test_a_copied_block_carries_all_layers(kernels: ctypes.CDLL) -> None:
     config = shape(4, 2, 16)
-    cache = CpuCache(config, BLOCKS, torch.bfloat16)
+    cache = CpuCache(config, BLOCKS, torch.bfloat16, BLOCK_SIZE)
     text = Text.draw(config, 40, torch.bfloat16, 0)
     text.blocks = [3, 7]
     expected = []
@@ -174,24 +175,30 @@ def test_large_scores_do_not_overflow(kernels: ctypes.CDLL) -> None:
     text.query[:] = 100
     text.key[:] = torch.arange(130.0)[:, None]
     text.blocks = [4, 2, 9, 1, 0]
-    (out,) = run(CpuCache(config, BLOCKS, torch.float32), 0, [(text, 0, 130)])
+    (out,) = run(CpuCache(config, BLOCKS, torch.float32, BLOCK_SIZE), 0, [(text, 0, 130)])
     torch.testing.assert_close(out, text.value)
 
 
 def test_block_bytes_are_those_of_the_tensors() -> None:
     config = shape(12, 4, 80)
     for dtype in (torch.float32, torch.bfloat16):
-        cache = CpuCache(config, BLOCKS, dtype)
+        cache = CpuCache(config, BLOCKS, dtype, BLOCK_SIZE)
         total = cache._blocks.nbytes
         assert CpuCache.block_bytes(config, cache.block_size, dtype) * BLOCKS == total
-    with pytest.raises(ValueError, match="holds float32 or bfloat16, not"):
-        CpuCache(config, BLOCKS, torch.float16)
+
+
+def test_a_dtype_or_block_size_without_kernels_is_refused() -> None:
+    config = shape(4, 2, 16)
+    with pytest.raises(ValueError, match=r"dtype is torch\.float16; the CPU cache holds float32 or bfloat16"):
+        CpuCache(config, BLOCKS, torch.float16, BLOCK_SIZE)
+    with pytest.raises(ValueError, match="block_size is 24; it must be a multiple of 16"):
+        CpuCache(config, BLOCKS, torch.float32, 24)
 
 
 def test_a_tensor_of_another_layout_is_refused() -> None:
     config = shape(4, 2, 16)
     text = Text.draw(config, 5, torch.float32, 0)
     text.blocks = [0]
-    cache = CpuCache(config, BLOCKS, torch.bfloat16)
+    cache = CpuCache(config, BLOCKS, torch.bfloat16, BLOCK_SIZE)
     with pytest.raises(ValueError, match=r"attention over 5 tokens of torch\.bfloat16"):
         run(cache, 0, [(text, 0, 5)])

@@ -96,7 +96,7 @@ def test_cached_steps_give_the_bits_of_the_whole_text(kernels: ctypes.CDLL, form
     ids = tokens(1, 80)
 
     def run(edges: list[int]) -> torch.Tensor:
-        cache = CpuCache(model.config, 3, torch.float32)
+        cache = CpuCache(model.config, 3, torch.float32, 32)
         parts = []
         for start, end in pairwise(edges):
             positions = torch.arange(start, end)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.async_engine import AsyncEngine
+from llama_ray.generation.backend import Backend
 from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.cpu.cache import CpuCache
@@ -231,10 +232,10 @@ def one_of_three(
     whole = ranks.sum(parts[rank])
     alone = torch.cat([ranks.sum(row[None]) for row in parts[rank]])
     model = load_model(saved, slicer=share(rank, 3))
-    cache = TorchCache(rank_config(THREE, 3), 4, torch.float32, "cpu")
+    runner = RankRunner(Backend(model, rank_config(THREE, 3)), 4, ranks)
     if rank == 1:
-        cache.keys[1] = cache.keys[1][:2]  # its second layer has no block 2
-    runner = RankRunner(model, cache, ranks)
+        assert isinstance(runner.cache, TorchCache)
+        runner.cache.keys[1] = runner.cache.keys[1][:2]  # its second layer has no block 2
     return whole, alone, [runner.compute(prompt(block), []) for block in (1, 2, 1)]
 
 
@@ -263,7 +264,7 @@ def test_three_ranks_add_in_their_order_and_stay_in_step_when_one_fails(tmp_path
         assert torch.equal(by_row, total)
         assert torch.equal(total, (parts[0] + parts[1] + parts[2]).bfloat16())
     first, second, third = results[0][2]
-    whole = Runner(model, TorchCache(THREE, 4, torch.float32, "cpu"))
+    whole = Runner(model, TorchCache(THREE, 4, torch.float32, "cpu", 32))
     with torch.inference_mode():
         expected = whole.forward(prompt(1))
     torch.testing.assert_close(first, expected, atol=1e-4, rtol=1e-4)

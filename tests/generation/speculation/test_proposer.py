@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import block_bytes
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.prepare import as_backend
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
@@ -62,7 +62,7 @@ def test_guesses_with_penalties_candidates_stops_and_little_room(
     )  # fmt: skip
     texts = ["The quick brown fox jumps over the lazy dog, the", "def add(a, b):\n    return"] * 3
     plain = Engine(model, tokenizer).generate(texts, params)
-    per_block = 2 * block_bytes(model)
+    per_block = 2 * as_backend(model).block_bytes
     engine = Engine(
         model,
         tokenizer,

@@ -25,7 +25,7 @@ _LOWEST_FINITE = torch.finfo(torch.float32).min
 def torch_top_candidates(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """`TopCandidates` in plain torch. On CUDA it does not synchronise with the device."""
     if logits.device.type != "cpu":
-        return _by_keys(logits, width)
+        return top_candidates_by_keys(logits, width)
     if width == logits.shape[-1]:
         values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
         return values, ids
@@ -35,8 +35,8 @@ def torch_top_candidates(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
 
 
-def _by_keys(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Sort by one integer per token, unique in its row, that orders by logit and then by id."""
+def top_candidates_by_keys(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`TopCandidates` for GPUs: sort by one integer per token, unique in its row, that orders by logit and then id."""
     bits = (logits + 0.0).view(torch.int32)  # Adding 0 turns -0 into 0, which it equals.
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # The bits of negative floats order backwards.
     vocab_size = logits.shape[-1]

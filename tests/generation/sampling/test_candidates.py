@@ -8,14 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_ray.generation.sampling.candidates import TopCandidates, _by_keys, torch_top_candidates
+from llama_ray.generation.sampling.candidates import (
+    TopCandidates,
+    top_candidates_by_keys,
+    torch_top_candidates,
+)
 from tests.generation.helpers import random_logits
 
-# What runs on CUDA is plain torch as well, so that it can be held to the contract here.
-IMPLEMENTATIONS = [torch_top_candidates, _by_keys]
+# The implementation for CUDA is plain torch, too, so it can be tested here.
+IMPLEMENTATIONS = [torch_top_candidates, top_candidates_by_keys]
 
 
-def check(logits: Tensor, width: int, top_candidates: TopCandidates) -> None:
+def assert_contract(logits: Tensor, width: int, top_candidates: TopCandidates) -> None:
     values, ids = top_candidates(logits, width)
     assert values.dtype == torch.float32
     assert ids.dtype == torch.int64
@@ -37,7 +41,7 @@ def check(logits: Tensor, width: int, top_candidates: TopCandidates) -> None:
     masked=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
 )
 @settings(max_examples=100, deadline=None)
-def test_largest_first_and_equal_ones_by_id(
+def test_candidates_are_the_largest_first_and_equal_ones_by_id(
     top_candidates: TopCandidates,
     rows: int,
     vocab_size: int,
@@ -47,26 +51,25 @@ def test_largest_first_and_equal_ones_by_id(
     masked: float,
 ) -> None:
     logits = random_logits(rows, vocab_size, seed=seed)
-    if levels:  # few different values, 0 and -0 among them
+    if levels:
+        # Few different values, 0 and -0 among them.
         logits = (logits * levels / 6).round()
     logits[torch.rand(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) < masked] = -math.inf
-    check(logits, min(width, vocab_size), top_candidates)
+    assert_contract(logits, min(width, vocab_size), top_candidates)
 
 
 @pytest.mark.parametrize("top_candidates", IMPLEMENTATIONS)
 @pytest.mark.parametrize("width", [64, 1024])
-def test_a_real_vocabulary_in_bfloat16_has_ties_at_the_edge(
-    top_candidates: TopCandidates, width: int
-) -> None:
+def test_ties_at_the_last_candidate_go_to_the_lower_id(top_candidates: TopCandidates, width: int) -> None:
     logits = random_logits(70, 32000).bfloat16().float()
-    edge = logits.sort(descending=True).values[:, width - 1 : width + 1]
-    assert (edge[:, 0] == edge[:, 1]).any()
-    check(logits, width, top_candidates)
+    last, next_one = logits.sort(descending=True).values[:, width - 1 : width + 1].unbind(-1)
+    assert (last == next_one).any()
+    assert_contract(logits, width, top_candidates)
 
 
 @pytest.mark.parametrize("top_candidates", IMPLEMENTATIONS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_row_of_no_use_harms_no_other(top_candidates: TopCandidates, poison: float) -> None:
+def test_a_row_that_is_not_finite_changes_no_other_row(top_candidates: TopCandidates, poison: float) -> None:
     logits = random_logits(3, 2000)
     clean, _ = top_candidates(logits, 64)
     logits[1] = poison

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from llama_ray.data.tokenizer import Tokenizer
@@ -28,12 +29,13 @@ PERSON = {
     "required": ["name", "age", "at"],
     "additionalProperties": False,
 }
-VOCAB_SIZE = 384  # of the model: larger than the tokenizer's, as padded embeddings are
+# The model's: larger than the tokenizer's, as padded embeddings are.
+VOCAB_SIZE = 384
 
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> Tokenizer:
-    """The other kind of vocabulary, as Llama 2 has it: spaces are U+2581, and rare characters are made of bytes."""
+    """Return a vocabulary like Llama 2's: spaces are U+2581, and rare characters fall back to bytes."""
     letters = [*map(chr, range(33, 127)), "▁", "\n", "th", "the", "▁the", "fo"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("f", "o")]
@@ -49,8 +51,8 @@ def sentencepiece() -> Tokenizer:
     return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})
 
 
-def write(tokenizer: Tokenizer, params: SamplingParams, seed: int) -> tuple[str, Row]:
-    """Let a model of random numbers write until it ends, at most 400 tokens."""
+def generate_text(tokenizer: Tokenizer, params: SamplingParams, seed: int) -> tuple[str, Row]:
+    """Sample from random logits until the output ends, at most 400 tokens."""
     eos = {tokenizer.eos_id or 0}
     constraint = Grammars(tokenizer, VOCAB_SIZE, eos).constraint(params)
     row = Row(params, seed=seed, prompt=[seed], end_ids=eos, constraint=constraint)
@@ -73,16 +75,16 @@ def test_output_is_json_of_its_schema(
 ) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     for seed in range(4):
-        text, _ = write(tokenizer, SamplingParams(json_schema=PERSON, **values), seed)
+        text, _ = generate_text(tokenizer, SamplingParams(json_schema=PERSON, **values), seed)
         jsonschema.validate(json.loads(text), PERSON)
 
 
-def test_any_json_object(tokenizer: Tokenizer) -> None:
-    # Random numbers hardly ever close what they open; they are helped to.
+def test_the_schema_of_any_object_yields_json_objects(tokenizer: Tokenizer) -> None:
+    # Random logits rarely close what they open, so closing characters get a bias.
     closing = {tokenizer.encode(character)[0]: 4.0 for character in '"}]'}
     for seed in range(4):
         params = SamplingParams(json_schema='{"type": "object"}', logit_bias=closing)
-        assert isinstance(json.loads(write(tokenizer, params, seed)[0]), dict)
+        assert isinstance(json.loads(generate_text(tokenizer, params, seed)[0]), dict)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "sentencepiece"])
@@ -90,10 +92,10 @@ def test_any_json_object(tokenizer: Tokenizer) -> None:
     "regex",
     [r"[a-c]{3,5}", r"(?:yes|no|maybe not)", r"[0-9]{4}-[01][0-9]-\w", r"^(the |fox ){1,4}dog$", "ä?ß+z"],
 )
-def test_output_matches_its_expression(request: pytest.FixtureRequest, kind: str, regex: str) -> None:
+def test_output_matches_its_regex(request: pytest.FixtureRequest, kind: str, regex: str) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     for seed in range(4):
-        text, _ = write(tokenizer, SamplingParams(regex=regex), seed)
+        text, _ = generate_text(tokenizer, SamplingParams(regex=regex), seed)
         assert re.fullmatch(regex, text), text
 
 
@@ -107,17 +109,18 @@ def test_output_matches_its_expression(request: pytest.FixtureRequest, kind: str
         ({"json_schema": {"$ref": "#/nowhere"}}, "json_schema cannot be enforced: .*'/nowhere'"),
     ],
 )
-def test_what_cannot_be_enforced_is_refused_in_one_line(
+def test_a_constraint_that_cannot_be_enforced_is_refused_in_one_line(
     tokenizer: Tokenizer, values: dict[str, Any], message: str
 ) -> None:
     grammars = Grammars(tokenizer, VOCAB_SIZE, {1})
-    for _ in range(2):  # a failure is not taken for a compiled grammar later
+    # Twice: a failed grammar must not stay in the cache.
+    for _ in range(2):
         with pytest.raises(ValueError, match=message) as error:
             grammars.constraint(SamplingParams(**values))
         assert "\n" not in str(error.value)
 
 
-def test_a_model_without_tokenizer_or_end_cannot_be_constrained(tokenizer: Tokenizer) -> None:
+def test_a_constraint_needs_a_tokenizer_and_an_end_of_text_token(tokenizer: Tokenizer) -> None:
     params = SamplingParams(regex="a")
     with pytest.raises(ValueError, match="regex needs a model with a tokenizer, and this one has none"):
         Grammars(None, VOCAB_SIZE, {1}).constraint(params)
@@ -126,12 +129,15 @@ def test_a_model_without_tokenizer_or_end_cannot_be_constrained(tokenizer: Token
     assert Grammars(None, VOCAB_SIZE, ()).constraint(SamplingParams()) is None
 
 
-def allowed_of(constraint: Constraint, draft: list[int] | None = None) -> set[int]:
-    bits = TokenMasks().allowed([constraint], [draft or []], VOCAB_SIZE)[0]
-    return set(np.flatnonzero(np.unpackbits(bits, bitorder="little")[:VOCAB_SIZE]).tolist())
+def tokens_of(mask: NDArray[np.uint8]) -> set[int]:
+    return set(np.flatnonzero(np.unpackbits(mask, bitorder="little")[:VOCAB_SIZE]).tolist())
 
 
-def test_sequences_of_one_grammar_do_not_share_their_state(tokenizer: Tokenizer) -> None:
+def allowed_by(constraint: Constraint) -> set[int]:
+    return tokens_of(TokenMasks().allowed([constraint], [[]], VOCAB_SIZE)[0])
+
+
+def test_constraints_of_one_grammar_have_separate_states(tokenizer: Tokenizer) -> None:
     a, b, c = (tokenizer.encode(character)[0] for character in "abc")
     grammars = Grammars(tokenizer, VOCAB_SIZE, {1, 0})
     params = SamplingParams(regex="ab*c")
@@ -139,18 +145,18 @@ def test_sequences_of_one_grammar_do_not_share_their_state(tokenizer: Tokenizer)
     assert first is not None
     assert second is not None
     first.push(a)
-    assert {b, c} <= allowed_of(first)
-    assert a in allowed_of(second)
+    assert {b, c} <= allowed_by(first)
+    assert a in allowed_by(second)
     first.push(c)
     assert first.finished
-    assert allowed_of(first) == {0, 1}, "every token that may end a text, and no other"
+    assert allowed_by(first) == {0, 1}, "only tokens that may end a text"
     assert not second.finished
     second.push(b)
     assert not first.error
     assert second.error
 
 
-def test_looking_ahead_leaves_the_state(tokenizer: Tokenizer) -> None:
+def test_masks_after_drafts_do_not_change_the_state(tokenizer: Tokenizer) -> None:
     a, b, c = (tokenizer.encode(character)[0] for character in "abc")
     constraint, other = (
         Grammars(tokenizer, VOCAB_SIZE, {1}).constraint(SamplingParams(regex="abca?")) for _ in range(2)
@@ -160,21 +166,20 @@ def test_looking_ahead_leaves_the_state(tokenizer: Tokenizer) -> None:
     drafts: list[list[int]] = [[a, b], [], [a], [a, b, c], [b], [a, c], [a, b, c, 1]]
     masks = TokenMasks()
     for _ in range(2):
-        rows = masks.allowed([constraint] * 7 + [other], [*drafts, []], VOCAB_SIZE)
-        sets = [set(np.flatnonzero(np.unpackbits(r, bitorder="little")[:VOCAB_SIZE]).tolist()) for r in rows]
+        sets = [*map(tokens_of, masks.allowed([constraint] * 7 + [other], [*drafts, []], VOCAB_SIZE))]
         assert c in sets[0]
         assert a in sets[1]
         assert b in sets[2]
         assert sets[3] == {1, a}
-        assert all(sets[4:7]), "after a mistake, or the end, anything may come but not nothing"
+        assert all(sets[4:7]), "after a wrong draft token or the end, the mask is arbitrary but not empty"
         assert sets[7] == sets[1]
     for token in (a, b, c):
         constraint.push(token)
     assert constraint.error is None
-    assert allowed_of(constraint) == {1, a}
+    assert allowed_by(constraint) == {1, a}
 
 
-def test_a_mask_removes_what_has_no_bit_and_nothing_else() -> None:
+def test_a_mask_sets_only_logits_without_a_bit_to_minus_infinity() -> None:
     logits = torch.arange(4 * 50, dtype=torch.float32).view(4, 50)
     bits = np.zeros((2, 8), dtype=np.uint8)
     bits[0, 0], bits[1, 6] = 0b10000001, 0b11111111
@@ -186,7 +191,7 @@ def test_a_mask_removes_what_has_no_bit_and_nothing_else() -> None:
     assert logits.equal(expected)
 
 
-def test_an_end_is_forbidden_unless_nothing_else_is_left() -> None:
+def test_tokens_are_forbidden_unless_that_leaves_none() -> None:
     bits = np.array([0b00000110, 0b10000000], dtype=np.uint8)
     forbid_tokens(bits, [1, 15])
     assert bits.tolist() == [0b100, 0]
@@ -194,16 +199,20 @@ def test_an_end_is_forbidden_unless_nothing_else_is_left() -> None:
     assert bits.tolist() == [0b100, 0]
 
 
-def test_min_tokens_and_a_constraint(tokenizer: Tokenizer) -> None:
+def test_a_constrained_output_is_min_tokens_long_unless_it_is_complete_before(tokenizer: Tokenizer) -> None:
     for seed in range(4):
-        text, row = write(tokenizer, SamplingParams(regex="[ab]*", max_tokens=90, min_tokens=40), seed)
+        text, row = generate_text(
+            tokenizer, SamplingParams(regex="[ab]*", max_tokens=90, min_tokens=40), seed
+        )
         assert len(row.output) >= 40
         assert re.fullmatch("[ab]*", text)
-        text, row = write(tokenizer, SamplingParams(regex="[ab]{6}", max_tokens=90, min_tokens=40), seed)
-        assert len(text) == 6, "what is complete ends, also before min_tokens"
+        text, row = generate_text(
+            tokenizer, SamplingParams(regex="[ab]{6}", max_tokens=90, min_tokens=40), seed
+        )
+        assert len(text) == 6, "a complete output ends even before min_tokens"
 
 
-def test_a_token_that_was_not_allowed_fails_its_row_alone(tokenizer: Tokenizer) -> None:
+def test_a_token_that_was_not_allowed_fails_its_own_row_only(tokenizer: Tokenizer) -> None:
     grammars = Grammars(tokenizer, VOCAB_SIZE, {1})
     params = SamplingParams(regex="a{30}")
     rows = [Row(params, end_ids=[1], constraint=grammars.constraint(params)) for _ in range(3)]
@@ -216,7 +225,7 @@ def test_a_token_that_was_not_allowed_fails_its_row_alone(tokenizer: Tokenizer) 
     assert "\n" not in got[1].error
 
 
-def test_what_the_vocabulary_cannot_spell_fails_its_row_alone() -> None:
+def test_a_constraint_that_the_vocabulary_cannot_spell_fails_its_own_row_only() -> None:
     backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "</s>": 1}, merges=[]))
     backend.add_special_tokens([AddedToken("</s>", special=True)])
     backend.decoder = decoders.ByteLevel()

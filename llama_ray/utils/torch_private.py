@@ -88,6 +88,15 @@ def local_tensor(tensor: DTensor) -> Tensor:
     return tensor._local_tensor
 
 
+def shard_offsets(tensor: DTensor) -> tuple[int, ...]:
+    """Return where this rank's shard starts in each dimension of the whole tensor.
+
+    Without it, workers that hold shards of the model cannot write checkpoints.
+    """
+    [chunk] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return tuple(chunk.offsets)
+
+
 def is_strided_shard(placement: Any) -> bool:
     """Whether the mesh dimensions after this one divide the tensor first, as under FSDP with tensor parallelism.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -106,6 +106,14 @@ def test_the_local_tensor_is_the_shard_itself() -> None:
         assert local.shape == (2,)
         assert torch_private.local_tensor(whole) is local
         assert not operations.calls
+
+
+def test_the_offsets_of_a_shard_are_known() -> None:
+    with needed_for("checkpoints of sharded models"), torch_private.fake_process_group(4):
+        # This rank, 0, comes second in one dimension of the mesh and first in the other.
+        mesh = DeviceMesh("cpu", [[3, 2], [1, 0]])
+        shard = DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0), Shard(1)], shape=(5, 8), stride=(8, 1))
+        assert torch_private.shard_offsets(shard) == (3, 4)
 
 
 def test_fsdp_divides_what_tensor_parallelism_has_divided_with_a_strided_shard() -> None:

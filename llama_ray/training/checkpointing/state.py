@@ -28,6 +28,7 @@ from llama_ray.model.checkpoint import CheckpointError, hf_name
 from llama_ray.model.llama import Llama
 from llama_ray.training.checkpointing.progress import Progress, load_progress
 from llama_ray.training.checkpointing.tensor_file import TensorShard, in_file_order
+from llama_ray.utils.torch_private import shard_offsets
 
 RankFiles = dict[str, dict[str, TensorShard]]
 """What one worker writes: file name -> tensor name -> shard, the shards in the order of the file."""
@@ -124,11 +125,10 @@ def _shard_to_write(name: str, tensor: Tensor, rank: int, assigned_bytes: list[i
     for i, size in enumerate(mesh.shape):
         if isinstance(tensor.placements[i], Replicate) and coordinate[i] != replica % size:
             return None
-    [chunk] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     local = tensor.to_local()
     if local.numel() == 0:
         return None
-    return TensorShard(local, tuple(chunk.offsets), local.shape == tensor.shape)
+    return TensorShard(local, shard_offsets(tensor), local.shape == tensor.shape)
 
 
 def _whole(tensor: Tensor) -> TensorShard:

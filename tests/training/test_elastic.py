@@ -5,19 +5,19 @@ from llama_ray.training.elastic import check_range, for_workers
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 6, 8])
-def test_the_global_batch_stays(workers: int) -> None:
+def test_the_global_batch_is_the_same_for_any_number_of_workers(workers: int) -> None:
     config = TrainConfig(batch_size=6, gradient_accumulation_steps=1)
     shared = for_workers(config, workers, planned=8)
     assert shared.batch_size * shared.gradient_accumulation_steps * workers == 48
     assert shared.batch_size <= 6
 
 
-def test_the_planned_number_changes_nothing() -> None:
+def test_the_planned_number_of_workers_leaves_the_configuration_as_it_is() -> None:
     config = TrainConfig(batch_size=6, gradient_accumulation_steps=5)
     assert for_workers(config, 4, planned=4) == config
 
 
-def test_a_range_with_a_number_that_cannot_share_is_refused() -> None:
+def test_a_range_with_a_number_that_does_not_divide_the_batch_is_refused() -> None:
     config = TrainConfig(batch_size=4)
     check_range(TrainConfig(batch_size=3), 2, 4)
     with pytest.raises(

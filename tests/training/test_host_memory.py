@@ -33,12 +33,14 @@ else:
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
-@pytest.mark.parametrize("where", ["main", "thread"])  # Ray Train runs a worker's loop in a thread
-def test_freed_memory_is_used_again_without_a_page_fault(where: str) -> None:
+# Ray Train runs a worker's loop in a thread.
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_freed_memory_is_reused_without_page_faults(where: str) -> None:
     pages = 10 * 32 * 2**20 // resource.getpagesize()
     job = subprocess.run([sys.executable, "-c", PROGRAM, where], capture_output=True, text=True, check=True)
     usual, kept, after = map(int, job.stdout.split())
     assert kept
     assert usual > 0.5 * pages
-    assert after < 0.2 * pages  # a thread's arena may still take one of the ten anew
+    # A thread's arena may still take one of the ten from the system.
+    assert after < 0.2 * pages

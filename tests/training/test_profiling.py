@@ -15,7 +15,7 @@ from llama_ray.training.profiling import profiled
 
 
 @pytest.mark.parametrize(("run_steps", "expected"), [(8, 2), (4, 1)])
-def test_a_trace_holds_the_asked_steps_and_is_handed_on_once(run_steps: int, expected: int) -> None:
+def test_a_trace_holds_the_profiled_steps_and_is_written_once(run_steps: int, expected: int) -> None:
     written: list[Path] = []
     matrix = torch.ones(8, 8)
     with profiled(2, written.append) as step_done:
@@ -28,12 +28,12 @@ def test_a_trace_holds_the_asked_steps_and_is_handed_on_once(run_steps: int, exp
     assert sum(event.get("name") == "aten::mm" for event in events) == expected
 
 
-def test_no_steps_no_trace() -> None:
+def test_nothing_is_written_for_zero_steps() -> None:
     with profiled(0, lambda path: pytest.fail("written")) as step_done:
         step_done()
 
 
-def test_a_run_hands_its_trace_to_the_observer(tiny: LlamaConfig, dataset: Path) -> None:
+def test_a_run_gives_its_trace_to_the_observer(tiny: LlamaConfig, dataset: Path) -> None:
     class Traces(Console):
         def profiled(self, trace: Path) -> None:
             traces.append(trace)

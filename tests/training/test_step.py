@@ -15,13 +15,11 @@ from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import choose_layout
 from llama_ray.training.parallel.parallelize import gather_model, parallelize, rank, world_size
 from llama_ray.training.step import Stepper
-from tests.training.helpers import in_processes
-
-CPU = torch.device("cpu")
+from tests.training.helpers import CPU, in_processes
 
 
 def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 3) -> dict[str, Any]:
-    """A few steps of two sequences per worker and micro-step; uneven targets, as a masked data set has."""
+    """Take a few steps of two sequences per worker and micro-step, with unequal numbers of targets."""
     settings = TrainConfig(learning_rate=1e-3, precision="fp32", max_grad_norm=0.5, seed=1, parallelism="ddp")
     layout = choose_layout(config, settings, world_size()).on(CPU)
     replica = parallelize(Llama(config, device="meta"), settings, layout, CPU, compile_blocks=False)
@@ -61,10 +59,10 @@ def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 
 
 
 def alone(config: LlamaConfig, **settings: Any) -> Stepper:
-    """A stepper without peers, in fp32 unless told otherwise."""
-    told = TrainConfig(**{"precision": "fp32", **settings})
+    """A stepper on one worker, in fp32 by default."""
+    training = TrainConfig(**{"precision": "fp32", **settings})
     model = Llama(config)
-    return Stepper(model, build_optimizer(model, told), told, device=CPU)
+    return Stepper(model, build_optimizer(model, training), training, device=CPU)
 
 
 def batch_of(config: LlamaConfig, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,16 +71,16 @@ def batch_of(config: LlamaConfig, sequences: int) -> tuple[torch.Tensor, torch.T
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def test_a_global_batch_can_be_split_any_way(tiny: LlamaConfig, dataset: Path) -> None:
-    alone = take_steps(tiny, dataset, 4)
-    assert alone["losses"][-1] < alone["losses"][0]
+def test_a_step_is_the_same_however_the_global_batch_is_split(tiny: LlamaConfig, dataset: Path) -> None:
+    one_worker = take_steps(tiny, dataset, 4)
+    assert one_worker["losses"][-1] < one_worker["losses"][0]
     for workers in (2, 4):
         for result in in_processes(workers, take_steps, tiny, dataset, 4 // workers):
-            assert result["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-            assert result["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+            assert result["losses"] == pytest.approx(one_worker["losses"], abs=1e-5)
+            assert result["norms"] == pytest.approx(one_worker["norms"], rel=1e-4)
             for name, weight in result["weights"].items():
                 torch.testing.assert_close(
-                    torch.from_numpy(weight), torch.from_numpy(alone["weights"][name]), atol=2e-5, rtol=0
+                    torch.from_numpy(weight), torch.from_numpy(one_worker["weights"][name]), atol=2e-5, rtol=0
                 )
             # Three steps, one exchange each, however many micro-steps a step has.
             assert result["exchanges"] == 3
@@ -126,7 +124,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(tiny: LlamaConf
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_that_is_not_finite_changes_nothing(tiny: LlamaConfig, optimizer: Any) -> None:
+def test_a_step_whose_loss_is_not_finite_changes_nothing(tiny: LlamaConfig, optimizer: Any) -> None:
     stepper = alone(tiny, optimizer=optimizer, learning_rate=1e-3)
     good = batch_of(tiny, 4)
     assert not stepper.step([good]).skipped
@@ -146,23 +144,24 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny: LlamaConfig, optimizer:
     assert not torch.equal(stepper.model.lm_head.weight, before[0]["lm_head.weight"])
 
 
-def test_z_loss_draws_the_normaliser_to_one_and_is_not_part_of_what_is_reported(tiny: LlamaConfig) -> None:
+def test_z_loss_pulls_the_normaliser_to_one_and_is_not_reported(tiny: LlamaConfig) -> None:
     batch = batch_of(tiny, 4)
 
     def log_z(stepper: Stepper) -> float:
         with torch.no_grad():
             return stepper.model(batch[0]).logsumexp(-1).square().mean().item()
 
-    plain, drawn = (alone(tiny, z_loss=z, learning_rate=3e-3) for z in (0.0, 1.0))
-    torch.testing.assert_close(plain.step([batch]).loss, drawn.step([batch]).loss)
+    plain, pulled = (alone(tiny, z_loss=z, learning_rate=3e-3) for z in (0.0, 1.0))
+    torch.testing.assert_close(plain.step([batch]).loss, pulled.step([batch]).loss)
     for _ in range(15):
         plain.step([batch])
-        drawn.step([batch])
-    assert log_z(drawn) < 0.8 * log_z(plain)
+        pulled.step([batch])
+    assert log_z(pulled) < 0.8 * log_z(plain)
 
 
-def test_validation_weighs_by_tokens(tiny: LlamaConfig) -> None:
-    stepper = alone(tiny, z_loss=0.1)  # which is of training only
+def test_validation_weighs_batches_by_their_tokens(tiny: LlamaConfig) -> None:
+    # z-loss is part of training only.
+    stepper = alone(tiny, z_loss=0.1)
     tokens = torch.randint(0, tiny.vocab_size, (5, 33))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     whole = stepper.validate([(inputs, targets)])

@@ -28,7 +28,7 @@ print("steps", done.step)
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the two cannot be imported, by child processes neither."""
+    """An environment in which neither can be imported, not even by child processes."""
     for name in ("ray", "mlflow"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ModuleNotFoundError('no {name} here')")
@@ -43,13 +43,13 @@ def run(environment: dict[str, str], *command: str) -> str:
     return job.stdout
 
 
-def test_a_run(bare: dict[str, str], dataset: Path) -> None:
+def test_a_run_needs_neither(bare: dict[str, str], dataset: Path) -> None:
     assert "steps 2" in run(bare, "-c", TRAIN, str(dataset))
     with pytest.raises(AssertionError, match="no ray here"):
         run(bare, "-c", "import ray")
 
 
-def test_the_benchmark(bare: dict[str, str]) -> None:
+def test_the_training_benchmark_needs_neither(bare: dict[str, str]) -> None:
     contestants = ["ours eager", "transformers eager"]
     size = ("--preset", "llama-tiny", "--batch_size", "2", "--seq_len", "32")
     turns = ("--rounds", "2", "--steps", "1", "--warmup", "1", "--contestants", json.dumps(contestants))

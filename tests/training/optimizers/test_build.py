@@ -70,30 +70,3 @@ def test_decay_is_for_matrices_only() -> None:
     assert len(decayed) + len(plain) == len(list(model.parameters()))
     set_learning_rate(optimizer, 0.25)
     assert {g["lr"] for g in optimizer.param_groups} == {0.25}
-
-
-def test_the_schedule_fills_in_what_depends_on_the_data() -> None:
-    schedule = Schedule.of(TrainConfig(epochs=3), batches_per_epoch=40)
-    assert (schedule.total_steps, schedule.warmup_steps) == (120, 12)
-    assert [s for s in range(1, 121) if schedule.saves(s)] == [40, 80, 120]
-    shorter = Schedule.of(TrainConfig(epochs=3, max_steps=50, validate_every=20), batches_per_epoch=40)
-    assert [s for s in range(1, 51) if shorter.validates(s)] == [20, 40, 50]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"precision": "fp8"}, "precision is 'fp8'; choose bf16, fp16 or fp32"),
-        ({"beta2": 1.5}, "beta2 is 1.5; it must be between 0 and 1"),
-        ({"max_steps": 0}, "max_steps is 0"),
-        ({"schedule": "step"}, "schedule is 'step'; choose cosine, linear or wsd"),
-        ({"decay_fraction": 1.1}, "decay_fraction is 1.1; it must be between 0 and 1"),
-        ({"tensor_parallel": 0}, "tensor_parallel is 0; it must be at least 1"),
-        ({"fsdp_size": 2}, "fsdp_size is 2; it must be 0 with parallelism auto"),
-    ],
-)
-def test_a_value_that_cannot_work_is_refused(values: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**values)

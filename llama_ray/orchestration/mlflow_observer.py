@@ -71,8 +71,8 @@ class MLflowObserver(Console):
         """See `Observer`."""
         super().checkpointed(result)
         if self.run:
-            metrics = {"checkpoint/stall_s": result.stall_s, "checkpoint/write_s": result.write_s}
-            failed = {"checkpoint/failed": 1.0}
+            metrics = {"saving/stall_s": result.stall_s, "saving/write_s": result.write_s}
+            failed = {"saving/failed": 1.0}
             self.run.log_metrics(failed if result.error else metrics, result.step)
 
     def profiled(self, trace: Path) -> None:

@@ -1,4 +1,4 @@
-"""Markdown for people: what stands at the top of a run and of a model version in the MLflow UI."""
+"""The descriptions of a run and of a model version: Markdown that MLflow's UI shows on their pages."""
 
 from __future__ import annotations
 
@@ -12,37 +12,45 @@ from llama_ray.training.metrics import perplexity
 
 
 def describe_run(model: LlamaConfig, config: TrainConfig, info: DatasetInfo, world_size: int) -> str:
-    """What is trained, on what, with which batch."""
+    """Return what is trained, on which data and in which batches."""
     seq_len = config.seq_len or model.max_seq_len
-    sequences = config.batch_size * config.gradient_accumulation_steps * world_size
-    return _table(
+    replicas = world_size // config.tensor_parallel
+    workers = f"{replicas} workers" if config.tensor_parallel == 1 else f"{replicas} groups of workers"
+    sequences = config.batch_size * config.gradient_accumulation_steps * replicas
+    return _sentence_and_list(
+        f"Pre-training of a LLaMA with {model.num_parameters():,} parameters on `{info.source}`.",
         {
             "Model": _shape(model),
-            "Data": f"`{info.source}`: {info.tokens('train'):,} training and {info.tokens('validation'):,} "
-            f"validation tokens, vocabulary {info.vocab_size:,}",
-            "Global batch": f"{sequences} sequences of {seq_len} tokens = {sequences * seq_len:,} tokens "
-            f"({config.batch_size} a worker x {config.gradient_accumulation_steps} micro-steps x {world_size} workers)",
+            "Data": f"{info.tokens('train'):,} training and {info.tokens('validation'):,} validation tokens, "
+            f"vocabulary of {info.vocab_size:,}",
+            "Global batch": f"{sequences * seq_len:,} tokens: {config.batch_size} sequences of {seq_len} tokens × "
+            f"{config.gradient_accumulation_steps} micro-steps × {workers}",
             "Precision": config.precision,
-            "MFU": "(6 N + 12 L d s) FLOPs a token, attention in full, over the dense bf16 peak of the GPU "
-            "or, on a CPU, the matrix product rate measured at the start",
-        }
+            "MFU": "(6 N + 12 L d s) FLOPs per token with attention counted in full (PaLM's convention), as a share "
+            "of the GPU's dense bf16 peak, or of the CPU's matrix product rate measured at the start",
+        },
     )
 
 
 def describe_version(model: LlamaConfig, info: DatasetInfo, progress: Progress) -> str:
-    """What the version is and how good it is."""
-    loss = progress.validation_loss or math.nan
-    return _table(
+    """Return how good the version is, and what it was trained on.
+
+    The registry's list shows the first line alone, as plain text.
+    """
+    loss = math.nan if progress.validation_loss is None else progress.validation_loss
+    return _sentence_and_list(
+        f"Validation loss {loss:.4f} (perplexity {perplexity(loss):.2f}) after {progress.tokens:,} tokens "
+        f"of `{info.source}`.",
         {
             "Model": _shape(model),
-            "Trained on": f"`{info.source}`, {progress.tokens:,} tokens in {progress.step:,} steps",
-            "Validation": f"loss {loss:.4f} nats per token, perplexity {perplexity(loss):.2f}",
-        }
+            "Training": f"{progress.step:,} steps, {progress.tokens:,} tokens",
+            "Validation": "mean cross-entropy in nats per token on the held-out split",
+        },
     )
 
 
 def short_count(n: int) -> str:
-    """A count as people say it: 158k, 34m, 6.7b."""
+    """Return a count in short form: 158k, 34m, 6.7b."""
     for unit, size in (("b", 10**9), ("m", 10**6)):
         if n >= size:
             return f"{n / size:.1f}{unit}" if n < 10 * size else f"{n / size:.0f}{unit}"
@@ -51,11 +59,10 @@ def short_count(n: int) -> str:
 
 def _shape(model: LlamaConfig) -> str:
     return (
-        f"LLaMA with {model.num_parameters():,} parameters: {model.num_layers} layers, hidden size "
-        f"{model.hidden_size}, {model.num_heads} heads ({model.num_kv_heads} for keys and values), "
-        f"{model.max_seq_len} tokens of context"
+        f"{model.num_parameters():,} parameters, {model.num_layers} layers, hidden size {model.hidden_size}, "
+        f"{model.num_heads} heads ({model.num_kv_heads} for keys and values), context of {model.max_seq_len} tokens"
     )
 
 
-def _table(rows: dict[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| **{key}** | {value} |" for key, value in rows.items())])
+def _sentence_and_list(sentence: str, items: dict[str, str]) -> str:
+    return "\n".join([sentence, "", *(f"- **{key}**: {value}" for key, value in items.items())])

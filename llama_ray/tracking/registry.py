@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 CHAMPION = "champion"
+_MODEL_DESCRIPTION = f"Pre-trained LLaMA models. The alias `{CHAMPION}` marks the version to serve."
 Policy = Literal["if_better", "always", "never"]
 
 
@@ -81,12 +82,12 @@ def register(
     check_checkpoint(checkpoint)
     client = connect(run.uri)
     try:
-        client.create_registered_model(name, description=f"LLaMA models trained as `{name}`.")
+        client.create_registered_model(name, description=_MODEL_DESCRIPTION)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     measured = next(
-        (p for p in reversed(run.history("validation/loss")) if math.isclose(p.value, validation_loss)), None
+        (p for p in reversed(run.history("loss/validation")) if math.isclose(p.value, validation_loss)), None
     )
     step = measured.step if measured else 0
     logged = client.create_logged_model(
@@ -120,11 +121,7 @@ def register(
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
         raise
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    ours = {
-        "run_id": run.run_id,
-        "validation_loss": repr(float(validation_loss)),
-        "data_fingerprint": data_fingerprint,
-    }
+    ours = {"validation_loss": repr(float(validation_loss)), "data_fingerprint": data_fingerprint}
     with _default_uri(run.uri):
         # The UI links a version to its model by this form of the source. Behind a database URI MLflow looks it
         # up at the default tracking URI, which set_tracking_uri may have pointed elsewhere.

@@ -92,10 +92,15 @@ class Run:
 
     @property
     def url(self) -> str | None:
-        """The run's page in the UI of the tracking server; None without a server."""
+        """The run's page in the UI of the tracking server; None without a server.
+
+        The UI of MLflow 3.17 opens every experiment on GenAI traces, whatever its tags say, unless the address asks
+        for model training.
+        """
         if not self.uri.startswith("http"):
             return None
-        return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        page = f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{page}?workflowType=machine_learning"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log all `metrics` for one step in one request. Infinities become NaN, a gap in the chart.
@@ -148,12 +153,12 @@ class Run:
         self._client.log_figure(self.run_id, figure, path)
 
     def log_loss_curve(self, path: str = "loss_curve.png") -> None:
-        """Draw what was logged as `train/loss` and `validation/loss`, over `progress/tokens` where that is there.
+        """Draw what was logged as `loss/train` and `loss/validation`, over `progress/tokens` where that is there.
 
         Reads the points back from MLflow, so that a resumed run shows its whole life.
         """
         tokens = {point.step: point.value for point in self.history("progress/tokens")}
-        train, validation = self.history("train/loss"), self.history("validation/loss")
+        train, validation = self.history("loss/train"), self.history("loss/validation")
         over_tokens = bool(tokens) and all(point.step in tokens for point in [*train, *validation])
         x = tokens if over_tokens else {point.step: point.step for point in [*train, *validation]}
         figure = loss_curve(
@@ -207,9 +212,8 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
     """The id of the experiment, created with our artifact location where it is new."""
     found = client.get_experiment_by_name(name)
     if found is None:
-        tags = {
-            "mlflow.experimentKind": "custom_model_development"
-        }  # the UI opens with charts, not with traces
+        # Older UIs open an experiment with this tag on its runs instead of GenAI traces; for 3.17 see `Run.url`.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
         try:
             return str(client.create_experiment(name, artifact_location=artifact_location(uri), tags=tags))
         except MlflowException:

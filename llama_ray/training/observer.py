@@ -59,7 +59,7 @@ class Console:
         total = self._schedule.total_steps
         left = (time.monotonic() - self._start) / (step - self._first_step) * (total - step)
         self.say(
-            f"step {step:>{len(str(total))}}/{total}  loss {metrics['train/loss']:.4f}  "
+            f"step {step:>{len(str(total))}}/{total}  loss {metrics['loss/train']:.4f}  "
             f"lr {metrics['train/learning_rate']:.2e}  grad norm {metrics['train/gradient_norm']:.2f}  "
             f"{metrics['throughput/tokens_per_s']:,.0f} tokens/s  MFU {metrics['throughput/mfu']:.1%}  "
             f"{_duration(left)} left"
@@ -68,7 +68,7 @@ class Console:
     def validated(self, step: int, metrics: Metrics, model: Llama | None) -> None:
         """See `Observer`."""
         self.say(
-            f"step {step}  validation loss {metrics['validation/loss']:.4f}  "
+            f"step {step}  validation loss {metrics['loss/validation']:.4f}  "
             f"perplexity {metrics['validation/perplexity']:.2f}"
         )
 

@@ -80,7 +80,7 @@ class TrainingRun:
         self.observer.logged(
             step,
             {
-                "train/loss": result.loss.item(),
+                "loss/train": result.loss.item(),
                 "train/learning_rate": self._learning_rate(step),
                 "train/gradient_norm": result.grad_norm.item(),
                 "train/skipped_steps": self.progress.skipped_steps,
@@ -141,7 +141,7 @@ class TrainingRun:
         )
         loss = self.stepper.validate(batches)
         self.progress.validation_loss = loss
-        metrics = {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
+        metrics = {"loss/validation": loss, "validation/perplexity": perplexity(loss)}
         self.observer.validated(step, metrics, gather_model(self.stepper.model, self.config))
 
     def _save(self) -> None:

@@ -65,7 +65,7 @@ def has_restarted(client: MlflowClient, run: Path, times: int) -> Callable[[], b
 def has_logged_a_loss(client: MlflowClient, run: Path) -> bool:
     if not (run / "run.json").exists():
         return False
-    return "train/loss" in client.get_run(run_id_of(run)).data.metrics
+    return "loss/train" in client.get_run(run_id_of(run)).data.metrics
 
 
 def run_id_of(run: Path) -> str:

@@ -50,8 +50,8 @@ def test_a_killed_worker_a_lost_node_and_a_hung_worker_cost_nothing(
     said, _ = driver.communicate(timeout=200)
     assert "finished" in said
     assert_same_state(str(run / Path(trained.outcome.checkpoint).name), trained.outcome.checkpoint)
-    first = curve(client, trained.outcome.run_id, "train/loss")
-    assert curve(client, run_id_of(run), "train/loss") == first
+    first = curve(client, trained.outcome.run_id, "loss/train")
+    assert curve(client, run_id_of(run), "loss/train") == first
     tags = client.get_run(run_id_of(run)).data.tags
     assert tags["restarts"] == "3"
     assert all(tags[f"restart.{n}"].endswith(", 2 workers") for n in (1, 2, 3))
@@ -73,8 +73,8 @@ def test_a_killed_driver_costs_nothing_on_an_object_store(
         assert outcome.version is not None
         assert_same_state(outcome.checkpoint, trained.outcome.checkpoint)
     client = MlflowClient(tracking)
-    first = curve(client, trained.outcome.run_id, "train/loss")
-    assert curve(client, outcome.run_id, "train/loss") == first
+    first = curve(client, trained.outcome.run_id, "loss/train")
+    assert curve(client, outcome.run_id, "loss/train") == first
     tags = client.get_run(outcome.run_id).data.tags
     assert tags["restarts"] == "1"
     assert "2 workers" in tags["restart.1"]

@@ -114,7 +114,7 @@ def test_a_job_grows_saves_when_a_node_is_drained_shrinks_is_stopped_and_resumed
     assert stopped.data.tags["restart.1"].endswith(", 2 workers")
     assert stopped.data.tags["restart.2"].endswith(", 1 workers")
     _assert_every_batch_was_taken_once(trained, run)
-    steps = list(curve(client, run_id, "train/loss"))
+    steps = list(curve(client, run_id, "loss/train"))
     # The lost node's last steps are in the curve; the run may have been stopped before it came to them again.
     assert [s for s in steps[1:] if s <= step] == list(range(20, step + 1, 20))
 
@@ -122,7 +122,7 @@ def test_a_job_grows_saves_when_a_node_is_drained_shrinks_is_stopped_and_resumed
     assert outcome.run_id == run_id
     assert outcome.checkpoint == str(run / f"step_{step + 10:08d}")
     assert client.get_run(run_id).info.status == "FINISHED"
-    assert max(curve(client, run_id, "train/loss")) == step + 10
+    assert max(curve(client, run_id, "loss/train")) == step + 10
 
 
 def _announce_preemption(address: str, node_id: str) -> None:

@@ -52,8 +52,8 @@ def test_a_registered_version_predicts_with_parameters(
     add: Callable[..., Version], new_run: Callable[..., Run], default_store: str
 ) -> None:
     run = new_run(params={"hidden_size": 64})
-    run.log_metrics({"validation/loss": 3.0}, step=50)
-    run.log_metrics({"validation/loss": 2.25}, step=100)
+    run.log_metrics({"loss/validation": 3.0}, step=50)
+    run.log_metrics({"loss/validation": 2.25}, step=100)
     version = add("predicts", loss=2.25, run=run)
     promote("predicts", version.version, policy="if_better")
 
@@ -72,14 +72,13 @@ def test_a_version_is_tied_to_its_run_whose_state_stays(
     add: Callable[..., Version], new_run: Callable[..., Run], store: str
 ) -> None:
     run = new_run(params={"hidden_size": 64})
-    run.log_metrics({"validation/loss": 3.0}, step=50)
-    run.log_metrics({"validation/loss": 2.25}, step=100)
+    run.log_metrics({"loss/validation": 3.0}, step=50)
+    run.log_metrics({"loss/validation": 2.25}, step=100)
     environment = dict(os.environ)
     version = add("tied.1", loss=2.25, run=run)
     assert (version.name, version.version, version.uri) == ("tied.1", 1, "models:/tied.1/1")
     assert version.validation_loss == 2.25
     assert version.tags == {
-        "run_id": run.run_id,
         "validation_loss": "2.25",
         "data_fingerprint": "books",
         "tokens": "4096",
@@ -91,14 +90,14 @@ def test_a_version_is_tied_to_its_run_whose_state_stays(
     assert client.get_run(run.run_id).info.status == "RUNNING"
     assert mlflow.active_run() is None
     assert dict(os.environ) == environment
-    assert [point.step for point in client.get_metric_history(run.run_id, "validation/loss")] == [50, 100]
+    assert [point.step for point in client.get_metric_history(run.run_id, "loss/validation")] == [50, 100]
     (logged,) = client.search_logged_models(
         [run.experiment_id], filter_string=f"source_run_id='{run.run_id}'"
     )
     assert logged.status == "READY"
     assert logged.params["hidden_size"] == "64"
     assert [(metric.key, metric.value, metric.step) for metric in logged.metrics] == [
-        ("validation/loss", 2.25, 100)
+        ("loss/validation", 2.25, 100)
     ]
     assert client.get_model_version("tied.1", "1").source == f"models:/{logged.model_id}"
 

@@ -48,7 +48,7 @@ def test_a_run_carries_name_tags_description_and_all_parameters(new_run: Callabl
 def test_nothing_global_is_left_behind(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     before = mlflow.get_tracking_uri()
     run = new_run()
-    run.log_metrics({"train/loss": 1.0}, step=1)
+    run.log_metrics({"loss/train": 1.0}, step=1)
     assert mlflow.active_run() is None
     assert mlflow.get_tracking_uri() == before
 
@@ -62,26 +62,26 @@ def test_artifacts_lie_beside_the_database(new_run: Callable[..., Run], store: s
 
 def test_another_process_goes_on_after_the_last_step(new_run: Callable[..., Run]) -> None:
     run = new_run()
-    assert run.last_steps().get("train/loss") is None
+    assert run.last_steps().get("loss/train") is None
     code = (
         "import sys; from llama_ray.tracking.runs import Run; run = Run.attach(*sys.argv[1:]);\n"
-        "for step in (1, 2, 3): run.log_metrics({'train/loss': 4.0 / step, 'progress/tokens': step * 10}, step)"
+        "for step in (1, 2, 3): run.log_metrics({'loss/train': 4.0 / step, 'progress/tokens': step * 10}, step)"
     )
     subprocess.run([sys.executable, "-c", code, run.run_id, run.uri], check=True, timeout=120)
-    assert run.last_steps().get("train/loss") == 3
-    assert run.last_steps().get("validation/loss") is None
-    assert [(p.step, p.value) for p in run.history("train/loss")] == [(1, 4.0), (2, 2.0), (3, 4.0 / 3)]
+    assert run.last_steps().get("loss/train") == 3
+    assert run.last_steps().get("loss/validation") is None
+    assert [(p.step, p.value) for p in run.history("loss/train")] == [(1, 4.0), (2, 2.0), (3, 4.0 / 3)]
     assert MlflowClient(run.uri).get_run(run.run_id).info.status == "RUNNING"
 
 
 def test_values_that_are_not_finite_become_gaps_and_count_as_steps(new_run: Callable[..., Run]) -> None:
     run = new_run()
     for step, value in enumerate([1.0, math.inf, -math.inf, math.nan]):
-        run.log_metrics({"train/loss": value}, step)
-    values = [point.value for point in run.history("train/loss")]
+        run.log_metrics({"loss/train": value}, step)
+    values = [point.value for point in run.history("loss/train")]
     assert values[0] == 1.0
     assert all(math.isnan(value) for value in values[1:])
-    assert run.last_steps().get("train/loss") == 3
+    assert run.last_steps().get("loss/train") == 3
 
 
 def test_more_metrics_than_mlflow_takes_in_one_request(new_run: Callable[..., Run]) -> None:
@@ -104,8 +104,8 @@ def test_config_round_trips_through_yaml(new_run: Callable[..., Run]) -> None:
 def test_loss_curve_is_drawn_from_what_was_logged(new_run: Callable[..., Run]) -> None:
     run = new_run()
     for step in range(1, 6):
-        run.log_metrics({"train/loss": 5.0 - step, "progress/tokens": step * 1000}, step)
-    run.log_metrics({"validation/loss": 1.5}, 5)
+        run.log_metrics({"loss/train": 5.0 - step, "progress/tokens": step * 1000}, step)
+    run.log_metrics({"loss/validation": 1.5}, 5)
     run.log_loss_curve()
     assert artifact(run, "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 

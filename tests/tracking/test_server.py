@@ -16,7 +16,7 @@ from llama_ray.tracking.runs import Run
 @pytest.fixture(scope="module")
 def run(server: str) -> Run:
     run = Run.create(experiment="http", name="r", params={"a": 1}, tags={}, description="", uri=server)
-    run.log_metrics({"validation/loss": 1.5, "train/loss": float("nan")}, step=7)
+    run.log_metrics({"loss/validation": 1.5, "loss/train": float("nan")}, step=7)
     return run
 
 
@@ -36,14 +36,15 @@ def version(run: Run, checkpoint: Path, echo_model: Path) -> Version:
 
 def test_a_worker_attaches_and_goes_on(run: Run, server: str) -> None:
     attached = Run.attach(run.run_id, server)
-    assert attached.last_steps().get("train/loss") == 7
-    assert attached.last_steps().get("validation/loss") == 7
+    assert attached.last_steps().get("loss/train") == 7
+    assert attached.last_steps().get("loss/validation") == 7
     attached.log_text("text", "a/b.txt")
     path = mlflow.artifacts.download_artifacts(
         run_id=run.run_id, artifact_path="a/b.txt", tracking_uri=server
     )
     assert Path(path).read_text() == "text"
-    assert run.url == f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    page = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    assert run.url == f"{page}?workflowType=machine_learning"
 
 
 def test_a_version_is_fetched_once_by_several_processes(

@@ -66,7 +66,7 @@ class FinishedRun:
 
 def losses(recorder: Recorder) -> dict[int, float]:
     """Return the training loss by step."""
-    return {step: metrics["train/loss"] for step, metrics in recorder.points.items()}
+    return {step: metrics["loss/train"] for step, metrics in recorder.points.items()}
 
 
 def after(step: int, losses: dict[int, float]) -> dict[int, float]:

@@ -27,13 +27,13 @@ def test_a_run_returns_how_far_it_got(finished: FinishedRun) -> None:
 
 def test_the_training_loss_falls(finished: FinishedRun) -> None:
     points = finished.recorder.points
-    assert points[12]["train/loss"] < points[1]["train/loss"] - 0.5
+    assert points[12]["loss/train"] < points[1]["loss/train"] - 0.5
 
 
 def test_validations_come_on_schedule_and_improve(finished: FinishedRun) -> None:
     validations = finished.recorder.validations
     assert list(validations) == [6, 12]
-    assert validations[12]["validation/loss"] < validations[6]["validation/loss"]
+    assert validations[12]["loss/validation"] < validations[6]["loss/validation"]
 
 
 def test_points_hold_progress_and_throughput(finished: FinishedRun) -> None:

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from llama_ray.data.shards import DatasetInfo, Shard
+from llama_ray.model.config import LlamaConfig
+from llama_ray.orchestration.report import describe_run, describe_version, short_count
+from llama_ray.training.checkpointing.progress import Progress
+from llama_ray.training.config import TrainConfig
+
+MODEL = LlamaConfig.preset("llama-tiny")
+DATA = DatasetInfo(
+    source="books/**/*.txt",
+    seed=0,
+    fingerprint="f",
+    vocab_size=512,
+    tokenizer_fingerprint="t",
+    token_bytes=2,
+    splits={"train": (Shard("a", 9000, 3),), "validation": (Shard("b", 1000, 1),)},
+)
+
+
+def test_a_version_is_described_by_a_sentence_before_the_details() -> None:
+    text = describe_version(MODEL, DATA, Progress(step=10, tokens=2560, validation_loss=2.0))
+    first, empty, *details = text.splitlines()
+    assert first == "Validation loss 2.0000 (perplexity 7.39) after 2,560 tokens of `books/**/*.txt`."
+    assert empty == ""
+    assert all(line.startswith("- **") for line in details)
+
+
+def test_a_run_is_described_by_a_sentence_before_the_details() -> None:
+    first, empty, *details = describe_run(MODEL, TrainConfig(), DATA, world_size=2).splitlines()
+    assert first == f"Pre-training of a LLaMA with {MODEL.num_parameters():,} parameters on `books/**/*.txt`."
+    assert empty == ""
+    assert "- **Data**: 9,000 training and 1,000 validation tokens, vocabulary of 512" in details
+
+
+@pytest.mark.parametrize(("tensor_parallel", "tokens"), [(1, 24576), (2, 12288)])
+def test_workers_that_share_layers_do_not_add_to_the_global_batch(tensor_parallel: int, tokens: int) -> None:
+    config = TrainConfig(batch_size=8, gradient_accumulation_steps=3, tensor_parallel=tensor_parallel)
+    text = describe_run(MODEL, config, DATA, world_size=4)
+    assert 8 * 3 * 4 // tensor_parallel * MODEL.max_seq_len == tokens
+    assert f"- **Global batch**: {tokens:,} tokens" in text
+
+
+def test_counts_are_short() -> None:
+    assert [short_count(n) for n in (158_000, 34_000_000, 6_738_415_616)] == ["158k", "34m", "6.7b"]

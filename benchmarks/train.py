@@ -33,7 +33,7 @@ from llama_ray.model.llama import Llama
 from llama_ray.training.config import Precision, TrainConfig
 from llama_ray.training.metrics import peak_flops, peak_memory_bytes
 from llama_ray.training.optimizers.build import build_optimizer
-from llama_ray.training.parallel.layout import ALONE
+from llama_ray.training.parallel.layout import SINGLE_WORKER
 from llama_ray.training.parallel.parallelize import parallelize
 from llama_ray.training.step import Stepper
 from llama_ray.utils.errors import first_line
@@ -240,7 +240,7 @@ class Contestant:
 def ours(config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool) -> Contestant:
     """One optimizer step as the training loop takes it."""
     train = TrainConfig(precision=precision)
-    model = parallelize(Llama(config, device="meta"), train, ALONE, device, compile_blocks=compiled)
+    model = parallelize(Llama(config, device="meta"), train, SINGLE_WORKER, device, compile_blocks=compiled)
     optimizer = build_optimizer(model, train)
     stepper = Stepper(model, optimizer, train, device=device)
     return Contestant(lambda inputs, targets: stepper.step([(inputs, targets)]).loss, model, optimizer)

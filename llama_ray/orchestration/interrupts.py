@@ -13,7 +13,7 @@ import ray.train
 
 from llama_ray.storage import store
 from llama_ray.training.interrupt import Interrupt
-from llama_ray.training.parallel.parallelize import rank
+from llama_ray.training.parallel.process_group import rank
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from llama_ray.training.checkpointing.checkpointer import CheckpointResult
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule
 from llama_ray.training.observer import Console, Metrics
-from llama_ray.training.parallel.parallelize import world_size
+from llama_ray.training.parallel.process_group import world_size
 
 _STARTS = "starts.json"  # [step that it went on after, workers] of each time that workers began
 _PROMPTS, _PROMPT_TOKENS, _SAMPLE_TOKENS = 3, 16, 64

@@ -39,7 +39,7 @@ from llama_ray.training.elastic import check_range, for_workers
 from llama_ray.training.errors import OutOfMemory, TrainingError
 from llama_ray.training.interrupt import Stopped
 from llama_ray.training.loop import train
-from llama_ray.training.parallel.parallelize import rank, world_size
+from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.training.preflight import check_run
 
 _EXHAUSTED = "out_of_memory.json"  # the steps at which workers of this launch ran out of memory
@@ -148,8 +148,8 @@ def _worker(plan: dict[str, Any]) -> Ending:
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads(ray.train.get_context().get_local_world_size()))
     config: TrainConfig = plan["config"]
-    layer_workers = config.tensor_parallel
-    config = for_workers(config, world_size() // layer_workers, plan["planned"] // layer_workers)
+    tensor_parallel = config.tensor_parallel
+    config = for_workers(config, world_size() // tensor_parallel, plan["planned"] // tensor_parallel)
     directory = plan["directory"]
     exhausted: list[int] = json.loads(store.read_text(store.join(directory, _EXHAUSTED)) or "[]")
     if exhausted[-1:] == exhausted[-2:-1] != []:

@@ -11,7 +11,7 @@ from llama_ray.model.llama import Llama
 from llama_ray.training.checkpointing.checkpointer import CheckpointResult
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule
-from llama_ray.training.parallel.parallelize import rank
+from llama_ray.training.parallel.process_group import rank
 
 Metrics = Mapping[str, float]
 """Metric name -> value, named `group/metric` as they appear in MLflow."""

@@ -19,9 +19,10 @@ from llama_ray.training.interrupt import Interrupt, InterruptAgreement
 from llama_ray.training.metrics import Throughput, peak_flops
 from llama_ray.training.observer import Observer
 from llama_ray.training.optimizers.build import build_optimizer
-from llama_ray.training.parallel.compilation import compile_pays
-from llama_ray.training.parallel.layout import Layout, choose_layout, local_world_size, memory_per_worker
-from llama_ray.training.parallel.parallelize import parallelize, rank, world_size
+from llama_ray.training.parallel.compilation import should_compile
+from llama_ray.training.parallel.layout import Layout, choose_layout, memory_per_worker
+from llama_ray.training.parallel.parallelize import parallelize
+from llama_ray.training.parallel.process_group import local_world_size, rank, world_size
 from llama_ray.training.run import TrainingRun
 from llama_ray.training.skipped_steps import SkippedSteps
 from llama_ray.training.step import Stepper
@@ -85,7 +86,7 @@ def _layout(model_config: LlamaConfig, config: TrainConfig, device: torch.device
     workers = world_size()
     node = local_world_size(workers)
     memory = memory_per_worker(device, node)
-    return choose_layout(model_config, config, workers, memory_bytes=memory, node_size=node).on(device)
+    return choose_layout(model_config, config, workers, memory_bytes=memory, node_size=node).with_mesh(device)
 
 
 def _loader(config: TrainConfig, data: str | Path, layout: Layout, seq_len: int) -> Loader:
@@ -106,4 +107,4 @@ def _compilation(
     """Whether to compile the blocks, and why; no reason is given where the user has decided."""
     if config.compile is not None:
         return config.compile, ""
-    return compile_pays(device, steps, flops_per_step)
+    return should_compile(device, steps, flops_per_step)

@@ -16,8 +16,9 @@ from llama_ray.model.loss import IGNORE_INDEX
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.host_memory import keep_freed_memory
 from llama_ray.training.optimizers.scaler import LossScaler
-from llama_ray.training.parallel.layout import ALONE, Layout
-from llama_ray.training.parallel.parallelize import micro_step, whole_tensor
+from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout
+from llama_ray.training.parallel.parallelize import micro_step
+from llama_ray.training.parallel.shards import whole_tensor
 from llama_ray.training.precision import DTYPES
 
 
@@ -49,7 +50,7 @@ class Stepper:
         config: TrainConfig,
         *,
         device: torch.device,
-        layout: Layout = ALONE,
+        layout: Layout = SINGLE_WORKER,
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.device, self.layout = device, layout
@@ -132,7 +133,7 @@ class Stepper:
         skipped = broken > 0
         # Each worker sums the sharded gradients in another order. Clipped by norms that differ in the last bit, the
         # replicas of a weight would drift apart.
-        grad_norm = self.layout.agree(grad_norm)
+        grad_norm = self.layout.max(grad_norm)
         # The fused kernels read these two on the device, as they do for torch.amp.GradScaler: whether to skip the step,
         # and the divisor of the gradients, which saves separate passes for clipping and unscaling.
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]

@@ -13,7 +13,8 @@ from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import choose_layout
-from llama_ray.training.parallel.parallelize import gather_model, parallelize, rank, world_size
+from llama_ray.training.parallel.parallelize import gather_model, parallelize
+from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.training.step import Stepper
 from tests.training.helpers import CPU, in_processes
 
@@ -21,7 +22,7 @@ from tests.training.helpers import CPU, in_processes
 def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 3) -> dict[str, Any]:
     """Take a few steps of two sequences per worker and micro-step, with unequal numbers of targets."""
     settings = TrainConfig(learning_rate=1e-3, precision="fp32", max_grad_norm=0.5, seed=1, parallelism="ddp")
-    layout = choose_layout(config, settings, world_size()).on(CPU)
+    layout = choose_layout(config, settings, world_size()).with_mesh(CPU)
     replica = parallelize(Llama(config, device="meta"), settings, layout, CPU, compile_blocks=False)
     optimizer = build_optimizer(replica, settings)
     exchanges = 0

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate."""
+"""Build the optimizer, and set its learning rate."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llama_ray.training.optimizers.muon import Muon
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) or Muon, with weight decay on matrices, not norms.
+    """Build fused AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) or Muon; weight decay is for matrices only.
 
-    Under Muon the matrices of the blocks are orthogonalised; embedding, head and norms stay with AdamW. Build it
-    on what `parallelize` returned: sharding replaces the parameters.
+    Muon takes the matrices of the blocks; embedding, head and norms stay with AdamW. `model` is what `parallelize`
+    returned, because sharding replaces the parameters.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [(n, p) for n, p in named if p.dim() >= 2]
@@ -30,16 +30,17 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings)  # type: ignore[arg-type]
-    turned = {"params": hidden, "weight_decay": config.weight_decay, "muon": True}
-    return Muon([turned, *({**g, "muon": False} for g in groups)], **settings)  # type: ignore[arg-type]
+    orthogonal = {"params": hidden, "weight_decay": config.weight_decay, "muon": True}
+    return Muon([orthogonal, *({**g, "muon": False} for g in groups)], **settings)  # type: ignore[arg-type]
 
 
 def learning_rate(step: int, config: TrainConfig, schedule: Schedule) -> float:
-    """The rate of `step` (counted from 1): linear warm-up, then down to the least ratio at the last step.
+    """Return the learning rate of `step` (counted from 1): a linear warm-up, then the decay of `config.schedule`.
 
-    Down a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), a line, or (wsd) flat and then down a line in the
-    last `decay_fraction` of the run (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395). A pure function of
-    the step, so that nothing of it needs to be saved.
+    At the last step the rate is `min_learning_rate_ratio` of the highest. `cosine` decays along a cosine (Loshchilov
+    and Hutter 2017, arXiv:1608.03983), `linear` along a line. `wsd` (warm-up, stable, decay: Hu et al. 2024,
+    arXiv:2404.06395) stays flat and decays along a line in the last `decay_fraction` of the run. As a pure function of
+    the step, the schedule has no state to save.
     """
     if step <= schedule.warmup_steps:
         return config.learning_rate * step / schedule.warmup_steps

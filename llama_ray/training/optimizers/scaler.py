@@ -12,11 +12,11 @@ _FIRST_SCALE = 2.0**16
 
 
 class LossScaler:
-    """Keeps small fp16 gradients above zero by scaling the loss (Micikevicius et al. 2018, arXiv:1710.03740).
+    """Scales the loss to keep small fp16 gradients above zero (Micikevicius et al. 2018, arXiv:1710.03740).
 
-    The scale halves after a step whose gradient was not finite and doubles after 2000 finite ones. Unlike
-    torch.amp.GradScaler it never waits for the device, and it is told the verdict instead of looking for it in
-    its own worker's gradients, so that all workers keep the same scale. Switched off, the scale is 1.
+    The scale halves after a step whose gradient was not finite, and doubles after 2000 finite steps in a row. Unlike
+    torch.amp.GradScaler it never waits for the device. It is told whether the gradient of all workers was finite,
+    instead of looking at its own worker's, so all workers keep the same scale. If not `enabled`, the scale stays 1.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
@@ -25,7 +25,7 @@ class LossScaler:
         self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, finite: Tensor) -> None:
-        """Adapt the scale to a step whose gradient was `finite` (bool scalar) or not."""
+        """Adapt the scale after a step; `finite`, a bool scalar on the device, says whether its gradient was."""
         if not self.enabled:
             return
         self._finite_steps = torch.where(finite, self._finite_steps + 1, 0)
@@ -34,13 +34,13 @@ class LossScaler:
         self._finite_steps = torch.where(grow, 0, self._finite_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; empty where switched off."""
+        """Return plain numbers; nothing if not `enabled`."""
         if not self.enabled:
             return {}
         return {"scale": self.scale.item(), "finite_steps": int(self._finite_steps.item())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; an empty state changes nothing."""
+        """Restore what `state_dict` returned; an empty state changes nothing."""
         if self.enabled and state:
             self.scale.fill_(state["scale"])
             self._finite_steps.fill_(state["finite_steps"])

@@ -1,9 +1,9 @@
-"""How the workers of a run divide a model and its data among themselves."""
+"""How the workers of a run divide the model and the data."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -12,52 +12,55 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import TrainConfig
+from llama_ray.training.parallel.process_group import rank
 
 GIB = 1024**3
-_USABLE = 0.9  # of a device's memory; the rest goes to the runtime, communication buffers and fragmentation
+
+_USABLE = 0.9
+"""Share of a device's memory to plan with; the rest is for the runtime, communication buffers and fragmentation."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`copies` of the model, each over `shards` x `tensor` workers.
+    """`replicas` of the model, each over `shards` x `tensor` workers.
 
-    The workers of one tensor group share every layer and see the same data; `shards` groups hold a share of the
-    parameters each and see different data. Ranks count tensor groups first, then shards, then copies, so that
-    those who talk most are nearest.
+    The workers of one tensor-parallel group share every layer and see the same data. A replica consists of `shards`
+    such groups, which hold a share of the parameters each and see different data. Ranks count within a tensor-parallel
+    group first, then over shards, then over replicas, so that the workers that communicate most are nearest.
     """
 
-    copies: int
+    replicas: int
     shards: int
     tensor: int
     reason: str
     """What was picked and why, in one line."""
     mesh: DeviceMesh | None = field(default=None, compare=False)
-    """Dimensions `replicate`, `shard` and `tensor`, as far as they are used; None where nothing is sharded."""
+    """Has those of the dimensions `replicate`, `shard` and `tensor` that are used; None if nothing is sharded."""
 
     @property
     def world_size(self) -> int:
-        """All workers."""
-        return self.copies * self.shards * self.tensor
+        """Number of all workers."""
+        return self.replicas * self.shards * self.tensor
 
     @property
     def data_world(self) -> int:
-        """How many workers see different data."""
-        return self.copies * self.shards
+        """Number of workers that see different data."""
+        return self.replicas * self.shards
 
     @property
     def data_rank(self) -> int:
-        """Which share of the data this worker sees."""
-        return (dist.get_rank() if dist.is_initialized() else 0) // self.tensor
+        """Index of this worker's share of the data, from 0 to `data_world - 1`."""
+        return rank() // self.tensor
 
     @property
     def sharded(self) -> bool:
-        """Whether no worker holds the whole model."""
+        """Whether each worker holds only a part of the model."""
         return self.shards > 1 or self.tensor > 1
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up `values` over the workers that see different data, in place; every worker gets the sum.
+        """Sum `values` in place over the workers that see different data; every worker gets the sum.
 
-        Workers of a tensor group must hold the same values.
+        The workers of a tensor-parallel group must hold the same values.
         """
         if self.world_size > 1:
             dist.all_reduce(values)
@@ -65,28 +68,31 @@ class Layout:
                 values.div_(self.tensor, rounding_mode=None if values.is_floating_point() else "floor")
         return values
 
-    def agree(self, value: Tensor) -> Tensor:
-        """The largest of the workers' versions of `value`, in place, where each worker has added up its own way."""
+    def max(self, value: Tensor) -> Tensor:
+        """Replace `value`, in place, by its maximum over the workers, whose sums may differ in the last bit.
+
+        Does nothing where the model is not sharded: each worker then computes the same sum in the same order.
+        """
         if self.sharded:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return value
 
-    def on(self, device: torch.device) -> Layout:
-        """The same layout with its device mesh, in a running process group. Every worker must call it."""
+    def with_mesh(self, device: torch.device) -> Layout:
+        """Return the same layout with its device mesh. Every worker of the process group must call it."""
         if not self.sharded:
             return self
-        sizes = {"replicate": self.copies, "shard": self.shards, "tensor": self.tensor}
-        if self.copies == 1:
+        sizes = {"replicate": self.replicas, "shard": self.shards, "tensor": self.tensor}
+        if self.replicas == 1:
             del sizes["replicate"]
             if self.shards == 1:
                 del sizes["shard"]
         if self.tensor == 1:
             del sizes["tensor"]
         mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        return Layout(self.copies, self.shards, self.tensor, self.reason, mesh)
+        return replace(self, mesh=mesh)
 
 
-ALONE = Layout(1, 1, 1, "one worker holds everything")
+SINGLE_WORKER = Layout(1, 1, 1, "one worker holds everything")
 
 
 def choose_layout(
@@ -97,21 +103,20 @@ def choose_layout(
     memory_bytes: int | None = None,
     node_size: int | None = None,
 ) -> Layout:
-    """Divide `world_size` workers as `config` says; `auto` picks by what fits into `memory_bytes` a worker.
+    """Divide `world_size` workers as `config` says; `auto` picks by what fits into `memory_bytes` per worker.
 
-    `node_size` is the number of workers on one machine (`local_world_size()` inside a run). Raises ValueError,
-    with the way out, where the numbers do not divide.
+    `node_size` is the number of workers on one machine (`local_world_size()` inside a run), by default all. Raises
+    ValueError if the sizes do not divide.
     """
     node = min(node_size or world_size, world_size)
     tensor = config.tensor_parallel
     check_tensor_parallel(model, config, world_size)
     data = world_size // tensor
-    over = f" x {tensor} tensor-parallel" if tensor > 1 else ""
+    over = _times_tensor(tensor)
     if config.parallelism == "ddp":
         if tensor > 1 and data > 1:
             raise ValueError(
-                f"parallelism ddp does not go with tensor_parallel {tensor} on {world_size} workers; "
-                "use fsdp or hsdp"
+                f"parallelism is ddp; with tensor_parallel {tensor} on {world_size} workers it must be fsdp or hsdp"
             )
         return Layout(data, 1, tensor, f"ddp on {data} workers{over}, as asked")
     if config.parallelism == "fsdp":
@@ -120,113 +125,139 @@ def choose_layout(
         shards = config.fsdp_size or max(node // tensor, 1)
         if data % shards:
             raise ValueError(
-                f"fsdp_size {shards} does not divide the {data} workers that see different data; "
-                f"choose a divisor of {data}"
+                f"fsdp_size is {shards}; it must divide {data}, the number of workers that see different data"
             )
+        replicas = data // shards
         return Layout(
-            data // shards, shards, tensor, f"hsdp: {data // shards} copies over {shards} workers{over}"
+            replicas, shards, tensor, f"hsdp: {replicas} replicas, each over {shards} workers{over}"
         )
     return _pick(model, config, world_size, memory_bytes, node)
 
 
 def check_tensor_parallel(model: LlamaConfig, config: TrainConfig, world_size: int) -> None:
-    """Raise ValueError where `tensor_parallel` does not divide the workers, the model or the sequence."""
+    """Raise ValueError if `tensor_parallel` does not divide the workers, the model or the sequence."""
     tensor = config.tensor_parallel
-    sizes = {
-        "world_size": world_size,
+    sizes = {"world_size": world_size, **_divided_sizes(model, config)}
+    for name, size in sizes.items():
+        if size % tensor:
+            raise ValueError(f"tensor_parallel is {tensor}; it must divide {name}, which is {size}")
+
+
+def state_bytes(model: LlamaConfig) -> int:
+    """Return the bytes of parameters, gradients and AdamW's two averages, all in fp32."""
+    return 16 * model.num_parameters()
+
+
+def activation_bytes(model: LlamaConfig, config: TrainConfig) -> int:
+    """Estimate the bytes that one micro-batch saves for its backward pass on one worker, without tensor parallelism.
+
+    Counts the tensors that a block saves (after Korthikanti et al. 2022, arXiv:2205.05198), and one chunk of logits.
+    That is accurate enough to choose a layout; `planning` traces a step for the exact figure.
+    """
+    tokens = config.batch_size * (config.seq_len or model.max_seq_len)
+    width = 4 if config.precision == "fp32" else 2
+    heads = (2 * model.num_heads + 4 * model.num_kv_heads) * model.head_dim
+    block = 12 * model.hidden_size + width * (2 * model.hidden_size + heads + 4 * model.intermediate_size)
+    block_input = 4 * model.hidden_size
+    per_token = {
+        "none": model.num_layers * block,
+        "selective": model.num_layers * (block_input + block) // 2,
+        "full": model.num_layers * block_input + block,
+    }[config.activation_checkpointing]
+    return tokens * per_token + 12 * model.vocab_size * model.hidden_size
+
+
+def memory_per_worker(device: torch.device, node_size: int) -> int:
+    """Return the bytes that one worker may use: its GPU's memory, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // node_size
+
+
+@dataclass(frozen=True)
+class _MemoryEstimate:
+    """What a run needs in all, and what one worker has (None where that is unknown and everything fits)."""
+
+    states: int
+    activations: int
+    per_worker: int | None
+
+    def needed(self, shards: int, tensor: int) -> int:
+        """Return the bytes that each worker needs if the model is divided so."""
+        return self.states // (shards * tensor) + self.activations // tensor
+
+    def fits(self, shards: int, tensor: int) -> bool:
+        return self.per_worker is None or self.needed(shards, tensor) <= int(self.per_worker * _USABLE)
+
+    def describe(self, shards: int, tensor: int) -> str:
+        limit = "" if self.per_worker is None else f" of {self.per_worker / GIB:.3g}"
+        return f"about {self.needed(shards, tensor) / GIB:.3g} GiB a worker{limit}"
+
+
+def _pick(
+    model: LlamaConfig, config: TrainConfig, world_size: int, memory_bytes: int | None, node_size: int
+) -> Layout:
+    """Pick the layout that communicates least among those that fit."""
+    memory = _MemoryEstimate(state_bytes(model), activation_bytes(model, config), memory_bytes)
+    if world_size == 1:
+        return replace(SINGLE_WORKER, reason=f"auto: one worker holds everything, {memory.describe(1, 1)}")
+    tensor = config.tensor_parallel
+    data = world_size // tensor
+    over = _times_tensor(tensor)
+    if tensor == 1 and memory.fits(1, 1):
+        return Layout(
+            data, 1, 1, f"auto: ddp on {data} workers, the whole model fits: {memory.describe(1, 1)}"
+        )
+    within = node_size // tensor
+    if 1 < within < data and data % within == 0 and memory.fits(within, tensor):
+        reason = f"auto: hsdp, {data // within} replicas, each sharded within a node of {within}{over}"
+        return Layout(data // within, within, tensor, f"{reason}: {memory.describe(within, tensor)}")
+    if memory.fits(data, tensor):
+        return Layout(
+            1, data, tensor, f"auto: fsdp over {data} workers{over}: {memory.describe(data, tensor)}"
+        )
+    if tensor == 1 and (wider := _pick_tensor_parallel(model, config, world_size, memory, node_size)):
+        return wider
+    return Layout(
+        1,
+        data,
+        tensor,
+        f"auto: fsdp over {data} workers{over}, which may not fit: {memory.describe(data, tensor)}; "
+        "lower batch_size, raise activation_checkpointing or take more workers",
+    )
+
+
+def _pick_tensor_parallel(
+    model: LlamaConfig, config: TrainConfig, world_size: int, memory: _MemoryEstimate, node_size: int
+) -> Layout | None:
+    """Pick the least tensor parallelism within a node that fits.
+
+    It is the last resort: it divides the activations, which FSDP does not, but fewer batches run at once.
+    """
+    tensor = 2
+    while tensor <= node_size and world_size % tensor == 0 and _divides(model, config, tensor):
+        shards = world_size // tensor
+        if memory.fits(shards, tensor):
+            reason = f"auto: fsdp over {shards} x {tensor} tensor-parallel, as activations need dividing"
+            return Layout(1, shards, tensor, f"{reason}: {memory.describe(shards, tensor)}")
+        tensor *= 2
+    return None
+
+
+def _divides(model: LlamaConfig, config: TrainConfig, tensor: int) -> bool:
+    return all(size % tensor == 0 for size in _divided_sizes(model, config).values())
+
+
+def _divided_sizes(model: LlamaConfig, config: TrainConfig) -> dict[str, int]:
+    """Return the sizes that tensor parallelism divides, by name."""
+    return {
         "num_heads": model.num_heads,
         "num_kv_heads": model.num_kv_heads,
         "intermediate_size": model.intermediate_size,
         "vocab_size": model.vocab_size,
         "seq_len": config.seq_len or model.max_seq_len,
     }
-    for name, size in sizes.items():
-        if size % tensor:
-            raise ValueError(f"tensor_parallel {tensor} does not divide {name} {size}; choose one that does")
 
 
-def state_bytes(model: LlamaConfig) -> int:
-    """Parameters, gradients and AdamW's two averages, all in fp32."""
-    return 16 * model.num_parameters()
-
-
-def activation_bytes(model: LlamaConfig, config: TrainConfig) -> int:
-    """Roughly what one micro-batch keeps for its backward pass on one worker, without tensor parallelism.
-
-    Counts the tensors that a block saves (after Korthikanti et al. 2022, arXiv:2205.05198), plus the chunk of
-    logits; good enough to choose a layout by, not to plan a rental by.
-    """
-    tokens = config.batch_size * (config.seq_len or model.max_seq_len)
-    width = 4 if config.precision == "fp32" else 2
-    heads = (2 * model.num_heads + 4 * model.num_kv_heads) * model.head_dim
-    block = 12 * model.hidden_size + width * (2 * model.hidden_size + heads + 4 * model.intermediate_size)
-    kept = 4 * model.hidden_size
-    per_token = {
-        "none": model.num_layers * block,
-        "selective": model.num_layers * (kept + block) // 2,
-        "full": model.num_layers * kept + block,
-    }[config.activation_checkpointing]
-    return tokens * per_token + 12 * model.vocab_size * model.hidden_size
-
-
-def memory_per_worker(device: torch.device, node_size: int) -> int:
-    """Bytes that one worker may use: its GPU's memory, or its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // node_size
-
-
-def local_world_size(world_size: int) -> int:
-    """Workers on this machine: LOCAL_WORLD_SIZE, which torchrun and Ray Train set, or all."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-
-
-def _pick(
-    model: LlamaConfig, config: TrainConfig, world_size: int, memory_bytes: int | None, node: int
-) -> Layout:
-    tensor = config.tensor_parallel
-    data = world_size // tensor
-    states, activations = state_bytes(model), activation_bytes(model, config)
-    room = None if memory_bytes is None else int(memory_bytes * _USABLE)
-
-    def need(shards: int, tensor: int) -> int:
-        return states // (shards * tensor) + activations // tensor
-
-    def fits(shards: int, tensor: int) -> bool:
-        return room is None or need(shards, tensor) <= room
-
-    def because(shards: int, tensor: int) -> str:
-        return f"about {need(shards, tensor) / GIB:.3g} GiB a worker" + (
-            "" if memory_bytes is None else f" of {memory_bytes / GIB:.3g}"
-        )
-
-    if world_size == 1:
-        return Layout(1, 1, 1, f"auto: one worker holds everything, {because(1, 1)}")
-    over = f" x {tensor} tensor-parallel" if tensor > 1 else ""
-    if tensor == 1 and fits(1, 1):
-        return Layout(data, 1, 1, f"auto: ddp on {data} workers, the whole model fits: {because(1, 1)}")
-    within = node // tensor
-    if 1 < within < data and data % within == 0 and fits(within, tensor):
-        reason = f"auto: hsdp, {data // within} copies, each sharded within a node of {within}{over}: "
-        return Layout(data // within, within, tensor, reason + because(within, tensor))
-    if fits(data, tensor):
-        return Layout(1, data, tensor, f"auto: fsdp over {data} workers{over}: {because(data, tensor)}")
-    # Activations are what is left too large; tensor parallelism divides them, at the price of fewer batches at once.
-    wider = tensor * 2
-    while tensor == 1 and wider <= node and not world_size % wider and _divides(model, config, wider):
-        if fits(world_size // wider, wider):
-            reason = f"auto: fsdp over {world_size // wider} x {wider} tensor-parallel, as activations need dividing: "
-            return Layout(1, world_size // wider, wider, reason + because(world_size // wider, wider))
-        wider *= 2
-    return Layout(
-        1,
-        data,
-        tensor,
-        f"auto: fsdp over {data} workers{over}, which may not fit: {because(data, tensor)}; "
-        "lower batch_size, raise activation_checkpointing or take more workers",
-    )
-
-
-def _divides(model: LlamaConfig, config: TrainConfig, tensor: int) -> bool:
-    sizes = (model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
-    return not any(n % tensor for n in (*sizes, config.seq_len or model.max_seq_len))
+def _times_tensor(tensor: int) -> str:
+    return f" x {tensor} tensor-parallel" if tensor > 1 else ""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: computing activations again in the backward pass in place of keeping them."""
+"""Activation checkpointing: recompute activations in the backward pass instead of keeping them."""
 
 from __future__ import annotations
 
@@ -29,26 +29,29 @@ _COMMUNICATION = {reduce_scatter_op()}
 def checkpoint_block(block: nn.Module, mode: Checkpointing) -> None:
     """Let `block` keep less of its forward pass (Chen et al. 2016, arXiv:1604.06174).
 
-    `full` keeps the block's input alone. `selective` also keeps what is dear to compute again: attention, what
-    came over the network, and every second matrix product, so that about half the memory goes for a small part
-    of the time. Names of parameters do not change.
+    `full` keeps only the block's input. `selective` also keeps what is expensive to recompute: the output of
+    attention, what came over the network, and every second matrix product. That saves about half of the memory for a
+    small part of the time. Names of parameters do not change.
     """
     if mode == "none":
         return
-    more: dict[str, Any] = {"context_fn": _keep_what_is_dear} if mode == "selective" else {}
-    # Nothing in a block draws random numbers, so there is no generator state to keep.
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **more)
+    options: dict[str, Any] = {"context_fn": _save_expensive_ops} if mode == "selective" else {}
+    # A block draws no random numbers, so no generator state has to be kept.
+    block.forward = partial(
+        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
+    )
 
 
-def _keep_what_is_dear() -> Any:
-    seen = {False: 0, True: 0}  # matrix products so far: in the forward pass, in the recomputation
+def _save_expensive_ops() -> Any:
+    # Matrix products seen so far: in the forward pass (False) and in the recomputation (True).
+    seen = {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in _MATMULS:
             seen[context.is_recompute] += 1
-            keep = seen[context.is_recompute] % 2 == 1
+            save = seen[context.is_recompute] % 2 == 1
         else:
-            keep = op in _ATTENTION or op in _COMMUNICATION
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+            save = op in _ATTENTION or op in _COMMUNICATION
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]

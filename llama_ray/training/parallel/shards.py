@@ -1,4 +1,4 @@
-"""A worker's own part of a tensor that is divided among several."""
+"""From a sharded tensor to the whole one, and from the whole to a worker's shard."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from torch.distributed.tensor import DTensor
 from llama_ray.utils.torch_private import is_strided_shard
 
 
-def own_part(whole: Tensor, like: DTensor) -> Tensor:
-    """The view of `whole` that this worker holds of `like`, which has the same shape.
+def whole_tensor(value: Tensor) -> Tensor:
+    """Return `value`, gathered if it is sharded. Every worker that holds a shard must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
-    torch's own way to the place of a part goes through the values of a tensor, which a plan's fake ones have not.
-    Under FSDP with tensor parallelism a dimension is divided by the last mesh dimension first (`_StridedShard`).
+
+def own_shard(whole: Tensor, like: DTensor) -> Tensor:
+    """Return the view of `whole` at this worker's shard of `like`, which has the same shape.
+
+    torch computes a shard's offset from tensor values; the fake tensors of planning have none, so it is computed here.
+    Under FSDP with tensor parallelism the last mesh dimension divides a tensor dimension first (`_StridedShard`).
     """
     mesh = like.device_mesh
-    place = mesh.get_coordinate()
-    assert place is not None
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
     divisions: list[tuple[int, Any]] = [(i, p) for i, p in enumerate(like.placements) if hasattr(p, "dim")]
     divisions.sort(key=lambda division: is_strided_shard(division[1]))
-    for i, placement in divisions:
-        pieces = whole.chunk(mesh.size(i), placement.dim)
-        mine = place[i]
-        # Where there are fewer rows than workers, the last workers hold none.
-        whole = pieces[mine] if mine < len(pieces) else whole.narrow(placement.dim, 0, 0)
+    for mesh_dim, placement in divisions:
+        chunks = whole.chunk(mesh.size(mesh_dim), placement.dim)
+        index = coordinate[mesh_dim]
+        # With fewer rows than workers, the last workers hold empty shards.
+        whole = chunks[index] if index < len(chunks) else whole.narrow(placement.dim, 0, 0)
     assert whole.shape == like.to_local().shape
     return whole

@@ -23,7 +23,7 @@ from llama_ray.model.layers import flash_attention
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import Checkpointing, TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
-from llama_ray.training.parallel.layout import ALONE, GIB, Layout, choose_layout, state_bytes
+from llama_ray.training.parallel.layout import GIB, SINGLE_WORKER, Layout, choose_layout, state_bytes
 from llama_ray.training.parallel.parallelize import parallelize
 from llama_ray.training.planning.memory_trace import Kind, MemoryTrace
 from llama_ray.training.planning.traffic import Collective, Links, Traffic, TrafficTrace
@@ -265,9 +265,11 @@ def _trace(config: LlamaConfig, train: TrainConfig, layout: Layout) -> Trace:
     # GPUs attend with a kernel that keeps no scores, whatever the CPU does.
     model.forward = partial(model.forward, attend=flash_attention)  # type: ignore[method-assign]
     with fake_process_group(layout.world_size) if layout.world_size > 1 else nullcontext():
-        divided = ALONE if replicated else layout.on(device)
+        divided = SINGLE_WORKER if replicated else layout.with_mesh(device)
         # Spread out before tensors are fake, since meshes look up ranks in tensors of their own.
-        spread = parallelize(model, train, divided, torch.device("meta"), compile_blocks=False, draw=False)
+        spread = parallelize(
+            model, train, divided, torch.device("meta"), compile_blocks=False, init_weights=False
+        )
         with fake_tensors():
             model.materialize(device)
             trace = _trace_step(spread, model, train, divided, device)

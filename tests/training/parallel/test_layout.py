@@ -9,7 +9,7 @@ TINY = LlamaConfig.preset("llama-tiny")
 
 
 def sizes(layout: Layout) -> tuple[int, int, int]:
-    return layout.copies, layout.shards, layout.tensor
+    return layout.replicas, layout.shards, layout.tensor
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def sizes(layout: Layout) -> tuple[int, int, int]:
         ("llama-110m", 1, 1, (1, 1, 1), "one worker"),
         ("llama-110m", 8, 8, (8, 1, 1), "ddp on 8 workers, the whole model fits"),
         ("llama-7b", 8, 8, (1, 8, 1), "fsdp over 8 workers"),
-        ("llama-7b", 64, 8, (8, 8, 1), "hsdp, 8 copies, each sharded within a node of 8"),
+        ("llama-7b", 64, 8, (8, 8, 1), "hsdp, 8 replicas, each sharded within a node of 8"),
         ("llama-65b", 64, 8, (1, 64, 1), "fsdp over 64 workers"),
     ],
 )
@@ -74,11 +74,23 @@ def test_what_is_asked_for_is_done(settings: dict, node: int, expected: tuple[in
 @pytest.mark.parametrize(
     ("settings", "workers", "message"),
     [
-        ({"tensor_parallel": 4}, 4, "tensor_parallel 4 does not divide num_kv_heads 2"),
-        ({"tensor_parallel": 2}, 3, "tensor_parallel 2 does not divide world_size 3"),
-        ({"tensor_parallel": 2, "seq_len": 31}, 2, "tensor_parallel 2 does not divide seq_len 31"),
-        ({"tensor_parallel": 2, "parallelism": "ddp"}, 4, "use fsdp or hsdp"),
-        ({"fsdp_size": 3, "parallelism": "hsdp"}, 4, "fsdp_size 3 does not divide the 4 workers"),
+        ({"tensor_parallel": 4}, 4, "tensor_parallel is 4; it must divide num_kv_heads, which is 2"),
+        ({"tensor_parallel": 2}, 3, "tensor_parallel is 2; it must divide world_size, which is 3"),
+        (
+            {"tensor_parallel": 2, "seq_len": 31},
+            2,
+            "tensor_parallel is 2; it must divide seq_len, which is 31",
+        ),
+        (
+            {"tensor_parallel": 2, "parallelism": "ddp"},
+            4,
+            "parallelism is ddp; .* it must be fsdp or hsdp",
+        ),
+        (
+            {"fsdp_size": 3, "parallelism": "hsdp"},
+            4,
+            "fsdp_size is 3; it must divide 4, the number of workers",
+        ),
     ],
 )
 def test_what_does_not_divide_is_refused(settings: dict, workers: int, message: str) -> None:

@@ -21,7 +21,8 @@ from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import choose_layout
-from llama_ray.training.parallel.parallelize import gather_model, parallelize, rank, world_size
+from llama_ray.training.parallel.parallelize import gather_model, parallelize
+from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.training.step import Stepper
 from tests.training.helpers import in_processes
 
@@ -65,7 +66,7 @@ def run(settings: Settings) -> dict[str, Any]:
     config = TrainConfig(
         **{"precision": "fp32", "learning_rate": 3e-3, "max_grad_norm": 0.5, "seed": 1, "seq_len": 32, **told}
     )
-    layout = choose_layout(shape, config, world_size()).on(CPU)
+    layout = choose_layout(shape, config, world_size()).with_mesh(CPU)
     if config.compile:
         # Tracing and autograd, where layouts differ, without a minute of the C++ compiler.
         torch.compile = partial(torch.compile, backend="aot_eager")

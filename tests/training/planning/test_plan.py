@@ -13,8 +13,9 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
-from llama_ray.training.parallel.layout import ALONE, GIB, choose_layout
-from llama_ray.training.parallel.parallelize import parallelize, world_size
+from llama_ray.training.parallel.layout import GIB, SINGLE_WORKER, choose_layout
+from llama_ray.training.parallel.parallelize import parallelize
+from llama_ray.training.parallel.process_group import world_size
 from llama_ray.training.planning.plan import (
     Cluster,
     Trace,
@@ -33,7 +34,7 @@ SHAPE = LlamaConfig.preset(
 RUN = TrainConfig(precision="fp32", batch_size=4)
 
 
-def make_stepper(shape: LlamaConfig, run: TrainConfig, layout: Any = ALONE) -> Stepper:
+def make_stepper(shape: LlamaConfig, run: TrainConfig, layout: Any = SINGLE_WORKER) -> Stepper:
     device = torch.device("cpu")
     model = parallelize(Llama(shape, device="meta"), run, layout, device, compile_blocks=False)
     return Stepper(model, build_optimizer(model, run), run, device=device, layout=layout)
@@ -57,7 +58,7 @@ def test_a_plan_is_what_the_allocator_hands_out(checkpointing: Any, tmp_path: Pa
     totals = [e["args"]["Total Allocated"] for e in memory]
     measured = max(totals) - (totals[0] - memory[0]["args"]["Bytes"])
 
-    planned = sum(trace_step(SHAPE, run, ALONE).memory.values())
+    planned = sum(trace_step(SHAPE, run, SINGLE_WORKER).memory.values())
 
     assert planned == pytest.approx(measured, rel=0.05)
 
@@ -86,7 +87,7 @@ def test_a_plan_is_what_real_workers_hold_and_send(workers: int, many: list[Any]
 def traced_workers(shape: LlamaConfig, runs: list[TrainConfig]) -> list[Trace]:
     traces = []
     for run in runs:
-        layout = choose_layout(shape, run, world_size()).on(torch.device("cpu"))
+        layout = choose_layout(shape, run, world_size()).with_mesh(torch.device("cpu"))
         stepper = make_stepper(shape, run, layout)
         step(stepper, shape, run)
         tokens = torch.zeros(run.batch_size, shape.max_seq_len, dtype=torch.int64)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_ray.storage.atomic import replacing, sync_directory
+from llama_ray.storage.atomic import replacing, sync
 
 MAGIC = b"LLAMARAY"
 FORMAT_VERSION = 1
@@ -132,7 +132,7 @@ def write_info(directory: Path, info: DatasetInfo) -> None:
     }
     with replacing(directory / INFO_FILE) as file:
         file.write(f"{json.dumps(content, indent=2)}\n".encode())
-    sync_directory(directory)  # the names of the shards, too, survive a power cut
+    sync(directory)  # the names of the shards, too, survive a power cut
 
 
 def read_info(directory: str | Path) -> DatasetInfo:

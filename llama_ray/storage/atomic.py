@@ -20,7 +20,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -33,12 +33,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names of the files in `directory` survive a power cut."""
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,1 +1,1 @@
-"""One training run, on any torch process group; knows neither Ray nor MLflow."""
+"""One training run, on any torch process group; imports neither Ray nor MLflow."""

@@ -7,14 +7,14 @@ from typing import Any, Literal, get_args
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Parallelism = Literal["auto", "ddp", "fsdp", "hsdp"]
-Checkpointing = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["cosine", "linear", "wsd"]
 
 _CHOICES = {
     "precision": get_args(Precision),
     "parallelism": get_args(Parallelism),
-    "activation_checkpointing": get_args(Checkpointing),
+    "activation_checkpointing": get_args(ActivationCheckpointing),
     "optimizer": get_args(OptimizerName),
     "schedule": get_args(ScheduleName),
 }
@@ -117,7 +117,7 @@ class TrainConfig:
     parallelism: Parallelism = "auto"
     tensor_parallel: int = 1
     fsdp_size: int = 0
-    activation_checkpointing: Checkpointing = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     log_every: int = 10
     validate_every: int | None = None
     validation_batches: int = 50

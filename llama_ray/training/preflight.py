@@ -24,7 +24,8 @@ def check_run(
     seq_len = config.seq_len or model.max_seq_len
     if seq_len > model.max_seq_len:
         raise ValueError(
-            f"seq_len {seq_len} is above the model's max_seq_len {model.max_seq_len}; raise one or lower the other"
+            f"seq_len is {seq_len}; it must be at most the model's max_seq_len {model.max_seq_len}; "
+            "lower seq_len or raise max_seq_len"
         )
     layout = choose_layout(model, config, world_size)
     info = read_info(data)
@@ -35,7 +36,7 @@ def check_run(
         )
     if info.vocab_size > model.vocab_size:
         raise ValueError(
-            f"vocab_size {model.vocab_size} is smaller than the {info.vocab_size} tokens of the tokenizer in {data}; "
+            f"vocab_size is {model.vocab_size}; it must be at least {info.vocab_size} as in the tokenizer of {data}; "
             f"give --vocab_size {info.vocab_size} or more, or prepare data with a smaller vocabulary"
         )
     Loader(

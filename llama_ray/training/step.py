@@ -89,7 +89,7 @@ class Stepper:
         # Without gradients DDP's forward pass is not needed; FSDP's is, because it gathers the weights.
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for x, y in self._in_step(batches) if self.layout.sharded else batches:
+        for x, y in self._in_lockstep(batches) if self.layout.sharded else batches:
             inputs, targets = x.to(self.device), y.to(self.device)
             with self._autocast():
                 total[0] += model(inputs, targets=targets)[1]
@@ -97,7 +97,7 @@ class Stepper:
         self.layout.sum(total)
         return (total[0] / total[1]).item()
 
-    def _in_step(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _in_lockstep(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield this worker's batches, then batches without targets until every worker is done.
 
         All workers take part in each forward pass of a sharded model, so they must do the same number.

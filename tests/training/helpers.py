@@ -69,7 +69,7 @@ def losses(recorder: Recorder) -> dict[int, float]:
     return {step: metrics["loss/train"] for step, metrics in recorder.points.items()}
 
 
-def after(step: int, losses: dict[int, float]) -> dict[int, float]:
+def losses_after(step: int, losses: dict[int, float]) -> dict[int, float]:
     """Return the losses of the steps after `step`."""
     return {s: loss for s, loss in losses.items() if s > step}
 

@@ -19,8 +19,8 @@ from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun
 @pytest.mark.parametrize(
     ("model", "config", "message"),
     [
-        ({"vocab_size": 300}, {}, r"vocab_size 300 is smaller than the \d+ tokens .* --vocab_size"),
-        ({}, {"seq_len": 64}, "seq_len 64 is above the model's max_seq_len 32"),
+        ({"vocab_size": 300}, {}, r"vocab_size is 300; it must be at least .* --vocab_size"),
+        ({}, {"seq_len": 64}, "seq_len is 64; it must be at most the model's max_seq_len 32"),
         ({}, {"batch_size": 4096}, "one step takes 4096"),
     ],
 )

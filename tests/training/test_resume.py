@@ -17,7 +17,7 @@ from llama_ray.training.checkpointing.catalog import checkpoint_name
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.loop import train
 from llama_ray.training.observer import Console
-from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder, after, losses
+from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder, losses, losses_after
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def resumed(
 
 
 def test_a_resumed_run_has_the_same_losses_to_the_bit(finished: FinishedRun, resumed: FinishedRun) -> None:
-    assert losses(resumed.recorder) == after(5, losses(finished.recorder))
+    assert losses(resumed.recorder) == losses_after(5, losses(finished.recorder))
 
 
 def test_a_resumed_run_saves_the_same_state_to_the_bit(finished: FinishedRun, resumed: FinishedRun) -> None:
@@ -88,5 +88,5 @@ def test_the_loss_scale_of_fp16_continues_where_it_was(
     assert load_progress(start).skipped_steps > 0
     again = tmp_path / "again"
     train(tiny, config, dataset, device=CPU, observer=resumed, output_dir=str(again), resume_from=start)
-    assert losses(resumed) == after(4, losses(whole))
+    assert losses(resumed) == losses_after(4, losses(whole))
     assert load_progress(again / end.name) == load_progress(end)

@@ -1,1 +1,1 @@
-"""Sharded checkpoints: written beside the training, exact on resume."""
+"""Sharded checkpoints, written while training continues; a run resumes from them exactly."""

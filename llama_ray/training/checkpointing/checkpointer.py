@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: it waits for a copy of the state in host memory, and a thread does the rest.
+"""Checkpoints written while training continues: it waits for a copy in host memory, and a thread does the rest.
 
 The copies that are not written yet are bounded (see `HostCopies`), so a worker with more state waits longer.
 
@@ -35,7 +35,7 @@ from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.utils.errors import first_line
 
 MAX_CONSECUTIVE_FAILURES = 3
-"""So many checkpoints that could not be stored end the run."""
+"""A run ends after this number of checkpoints in a row that could not be stored."""
 _INDEX = "model.safetensors.index.json"
 _COPIES_ON_CPU_MIB = 512
 
@@ -96,9 +96,10 @@ class Checkpointer:
         self._last_step = 0
 
     def save(self, progress: Progress) -> None:
-        """Start a checkpoint of the current state; wait for the one before, then for the copy. All workers call it.
+        """Start a checkpoint of the current state; every worker must call it.
 
-        Raises TrainingError if the last MAX_CONSECUTIVE_FAILURES checkpoints could not be stored.
+        Waits until the previous one is written and this one is copied to host memory. Raises TrainingError if the
+        last MAX_CONSECUTIVE_FAILURES checkpoints could not be stored.
         """
         start = time.monotonic()
         self.wait()

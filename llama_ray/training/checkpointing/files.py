@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_ray.storage import run_directory, store
+from llama_ray.storage import atomic, run_directory, store
 from llama_ray.training.checkpointing.progress import FileRecord
 
 
@@ -35,11 +34,7 @@ def commit(file: Path, target: str, sha256: str | None = None) -> FileRecord:
     """
     record: FileRecord = {"bytes": file.stat().st_size, "sha256": sha256 or store.sha256(str(file))}
     if store.is_local(target):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        atomic.sync(file)
     else:
         store.upload(file, target)
     return record

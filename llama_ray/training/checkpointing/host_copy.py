@@ -76,15 +76,15 @@ class HostCopies:
     def _copy(self, tensors: Iterable[Tensor]) -> None:
         buffer: Tensor | None = None
         used = 0
-        for left in (vector for tensor in tensors for vector in _byte_vectors(tensor)):
-            while left.numel():
+        for remaining in (vector for tensor in tensors for vector in _byte_vectors(tensor)):
+            while remaining.numel():
                 if buffer is None:
                     buffer, used = self._take(), 0
                 if self._ended:
                     return
-                now, left = left[: BUFFER_BYTES - used], left[BUFFER_BYTES - used :]
-                buffer[used : used + now.numel()].copy_(now, non_blocking=self._pinned)
-                used += now.numel()
+                head, remaining = remaining[: BUFFER_BYTES - used], remaining[BUFFER_BYTES - used :]
+                buffer[used : used + head.numel()].copy_(head, non_blocking=self._pinned)
+                used += head.numel()
                 if used == BUFFER_BYTES:
                     self._hand_over(buffer, used)
                     buffer = None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from llama_ray.training.config import Checkpointing
+from llama_ray.training.config import ActivationCheckpointing
 from llama_ray.utils.torch_private import reduce_scatter_op
 
 _aten = torch.ops.aten
@@ -26,7 +26,7 @@ _ATTENTION = {
 _COMMUNICATION = {reduce_scatter_op()}
 
 
-def checkpoint_block(block: nn.Module, mode: Checkpointing) -> None:
+def checkpoint_block(block: nn.Module, mode: ActivationCheckpointing) -> None:
     """Let `block` keep less of its forward pass (Chen et al. 2016, arXiv:1604.06174).
 
     `full` keeps only the block's input. `selective` also keeps what is expensive to recompute: the output of

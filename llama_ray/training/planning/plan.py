@@ -21,7 +21,7 @@ from llama_ray.data.loader import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import flash_attention
 from llama_ray.model.llama import Llama
-from llama_ray.training.config import Checkpointing, TrainConfig
+from llama_ray.training.config import ActivationCheckpointing, TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import GIB, SINGLE_WORKER, Layout, choose_layout, state_bytes
 from llama_ray.training.parallel.parallelize import parallelize
@@ -37,7 +37,7 @@ FRAGMENTATION = 0.05
 """Share of the tensors' bytes that the caching allocator is assumed to lose between them."""
 
 _DEPTHS = (4, 6)  # layers traced of a deeper model: enough for FSDP's prefetching to be in full swing
-_RECOMPUTE: dict[Checkpointing, float] = {"none": 1.0, "selective": 7 / 6, "full": 4 / 3}
+_RECOMPUTE: dict[ActivationCheckpointing, float] = {"none": 1.0, "selective": 7 / 6, "full": 4 / 3}
 
 Memory = dict[Kind, int]
 
@@ -188,7 +188,7 @@ def nearest_that_fits(plan: Plan, *, tries: int = 24) -> Plan | None:
 
 def _search(plan: Plan, cluster: Cluster, tries: int, thrifty: bool = False) -> Plan | None:
     asked = plan.config
-    modes: tuple[Checkpointing, ...] = ("none", "selective", "full")
+    modes: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
     options: list[tuple[int, int, TrainConfig]] = []
     for mode, halvings, sharding, wider in product(
         modes, range(8), (asked.parallelism, "fsdp"), (1, 2, 4, 8)

@@ -23,7 +23,7 @@ from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.loop import train
 from llama_ray.training.optimizers.build import build_optimizer
-from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, after, growth, in_processes, losses
+from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, growth, in_processes, losses, losses_after
 
 
 def _train(config: TrainConfig, model: LlamaConfig, data: Path, run: Path, resume: bool) -> dict[int, float]:
@@ -86,7 +86,7 @@ def test_a_run_continues_with_other_workers_and_another_layout(
     shutil.copytree(sharded[0] / "step_00000004", run / "step_00000004")
     config = replace(EIGHT_STEPS, parallelism=parallelism, batch_size=8 // workers)
     resumed = train_on(workers, config, tiny, dataset, run, resume=True)
-    expected = after(4, sharded[1])
+    expected = losses_after(4, sharded[1])
     if (workers, parallelism) == (2, "fsdp"):
         assert resumed == expected
         ours, theirs = weights(run / "step_00000008"), weights(sharded[0] / "step_00000008")

@@ -19,7 +19,7 @@ from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
 from tests.object_store import StallingProxy, s3_server, uri
-from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, after, in_processes, losses
+from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, in_processes, losses, losses_after
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_run_that_crashed_in_an_upload_resumes_to_the_bit(
     crashed: CrashedRun, tiny: LlamaConfig, dataset: Path, tmp_path: Path
 ) -> None:
     undisturbed = train_or_resume(EIGHT_STEPS, tiny, dataset, str(tmp_path))
-    assert crashed.resumed == after(4, undisturbed)
+    assert crashed.resumed == losses_after(4, undisturbed)
     assert checkpoint_names(crashed.run) == ["step_00000008", "step_00000004"]
     ours = weights(store.join(crashed.run, "step_00000008"))
     theirs = weights(str(tmp_path / "step_00000008"))

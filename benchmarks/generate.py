@@ -1,17 +1,20 @@
-"""Our generation engine beside its peers: the same weights, prompts and sampling, in alternating rounds.
+"""Our generation engine beside its peers: the same weights, prompts and sampling parameters, in alternating rounds.
 
-    pip install -e ".[dev,bench]"
-    python benchmarks/generate.py --scenario single       # 1 request, 64 prompt tokens and 64 new ones
-    python benchmarks/generate.py --scenario crowd        # 32 of them at once
-    python benchmarks/generate.py --scenario mixed        # 256 of mixed lengths that arrive over time
-    python benchmarks/generate.py --scenario prefix       # first token with and without a cached prefix of 512
-    python benchmarks/generate.py --scenario startup      # a fresh process: from_pretrained to the first token
-    python benchmarks/generate.py --scenario cuda         # on a GPU; needs no peer but transformers
+    python benchmarks/generate.py --scenario single    # 1 request of 64 + 64 tokens; 2 minutes on 2 cores
+    python benchmarks/generate.py --scenario crowd     # 32 of them at once; 5 minutes
+    python benchmarks/generate.py --scenario mixed --rounds 1    # 256 mixed ones that arrive over time; 20 minutes
+    python benchmarks/generate.py --scenario prefix    # first token with and without a cached prefix of 512; 1 minute
+    python benchmarks/generate.py --scenario startup   # a fresh process, to the first token; 1 minute
+    python benchmarks/generate.py --scenario cuda      # on a GPU with 20 GB
 
-Each contestant lives in a process of its own and they take turns; figures are medians of the rounds, ratios medians
-of the ratios within a round. Before anything is timed, every contestant's log-probabilities for a prompt are
-compared with transformers' in fp32: one that computes another model is no contestant. The floor is what the bytes
-and operations of the task need at the bandwidth and the rate of a large matrix product measured in the same rounds.
+Needs `pip install -e ".[dev,bench]"`, which compiles llama.cpp. With `--contestants '["ours bf16"]'`, and for cuda, it
+needs no peer but transformers. The first run writes the weights in every format, 1.3 GB, in a minute.
+
+Each contestant has its own process, and they alternate. Figures are medians of the rounds, ratios are medians of the
+ratios within a round. Before anything is timed, every contestant's log-probabilities for a prompt are compared with
+transformers' in fp32; a contestant that computes another model stops the run. The roofline is the least time that the
+bytes and operations of the task need at the memory bandwidth and the rate of a large matrix product, both measured in
+the same rounds.
 """
 
 from __future__ import annotations
@@ -24,16 +27,16 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
-from peers import cold_start, scenarios
-from peers.turns import CPU_CONTESTANTS
+from peers import scenarios, startup
+from peers.contestant_process import CPU_CONTESTANTS
 
 Scenario = Literal["single", "crowd", "mixed", "prefix", "startup", "cuda", "all"]
 CROWD = 32
 MIXED = ("ours bf16", "ours int8", "transformers-continuous bf16", "transformers-static bf16")
 
-# transformers' continuous batching at its best here. With torch's attention it takes one mask over the caches of the
-# whole batch, so that its work grows with the square of the batch: 8, 16 and 24 requests gave 79, 88 and 84 tok/s,
-# and 24 with fewer tokens a step (256, 128) gave 78 and 77.
+# The best settings found for transformers' continuous batching. With torch's attention it uses one mask over the caches
+# of the whole batch, so its work grows with the square of the batch: 8, 16 and 24 requests gave 79, 88 and 84 tok/s,
+# and 24 requests with fewer tokens a step (256, 128) gave 78 and 77.
 CONTINUOUS = {
     "max_requests_per_batch": 16,
     "max_num_batched_tokens": 512,
@@ -55,23 +58,24 @@ def main(
     continuous: dict[str, Any] | None = None,
     static: dict[str, Any] | None = None,
 ) -> None:
-    """Print the floor, each contestant's figures and how far it is from the floor, in tables for RESULTS.md.
+    """Print the roofline, and each contestant's figures and share of the roofline, as tables for RESULTS.md.
 
     Args:
-        scenario: What to measure; all is every one that runs on a CPU.
-        rounds: How often each contestant takes its turn.
+        scenario: What to measure; all means every scenario that runs on a CPU.
+        rounds: Measurements of each contestant.
         directory: Where the weights are kept in every format (1.3 GB for llama-110m).
         preset: A preset of LlamaConfig.
-        contestants: Who takes part; by default all that know the scenario.
-        requests: Of the mixed scenario.
-        rate: Of the mixed scenario: requests that arrive in a second, on average.
-        threads: Of every contestant on a CPU.
+        contestants: A JSON list such as ["ours int8", "llama.cpp q8_0"]; by default all that support the scenario.
+        requests: Requests of the mixed scenario.
+        rate: Requests that arrive in a second, on average, in the mixed scenario.
+        threads: Threads of each contestant on a CPU.
         engine: Options of our engine, for instance {"kv_cache_memory_bytes": 4000000000}.
-        continuous: Options of transformers' continuous batching, beside those found best here.
+        continuous: Options of transformers' continuous batching, in addition to the best ones found.
         static: Options of transformers' static batches in the mixed scenario: {"batch_size": 16}.
     """
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the contestants' processes, read when they begin
+    # The contestants' processes read it when they start.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     print(machine(threads), flush=True)
     if scenario == "cuda":
         from peers import cuda
@@ -95,11 +99,11 @@ def main(
     if scenario in ("prefix", "all"):
         scenarios.prefix(setting, ours)
     if scenario in ("startup", "all"):
-        cold_start.run(directory, preset, ours, rounds, threads)
+        startup.run(directory, preset, ours, rounds, threads)
 
 
 def machine(threads: int) -> str:
-    """The machine and the versions of whoever is installed."""
+    """Return the machine and the versions of the installed contestants."""
     packages = ("torch", "transformers", "ctranslate2", "llama-cpp-python")
     installed = {d.metadata["Name"].replace("_", "-").lower() for d in importlib.metadata.distributions()}
     versions = [f"{p} {importlib.metadata.version(p)}" for p in packages if p in installed]

@@ -1,10 +1,11 @@
-"""The CPU kernels against plain torch on the same numbers: bandwidth, operations per second, microseconds.
+"""The CPU kernels beside plain torch on the same numbers: bandwidth, operations/s, microseconds.
 
-    python benchmarks/kernels.py --threads 2
+    python benchmarks/kernels.py --threads 2                     # 3 minutes on 2 cores
+    python benchmarks/kernels.py --threads 2 --only attention    # one part
 
-Products go through all matrices of a 134M model in turn, as a step does, so that weights come from memory and not from
-a cache. Each line alternates between the kernels and torch and gives medians. The processor's memory is first read by a
-plain sum, for comparison.
+Needs a C++ compiler and 4 GB of memory. Products run through all matrices of a 134M model in turn, as a step does, so
+that weights come from memory and not from a cache. Each line alternates between the kernels and torch, and prints
+medians. The first line is the bandwidth of a plain sum, for comparison.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ FORMATS: list[tuple[Format, torch.dtype]] = [
 
 
 def main(threads: int = 2, seconds: float = 1.0, only: str = "") -> None:
-    """Print rates of every kernel.
+    """Print the rate of every kernel.
 
     Args:
-        threads: Threads for torch and for the kernels.
-        seconds: How long each line measures.
-        only: Run the parts whose name contains this.
+        threads: Threads of torch and of the kernels.
+        seconds: Measuring time of each line.
+        only: Run only parts whose name contains this: memory, products, attention, rows, step.
     """
     torch.set_num_threads(threads)
     parts = {"memory": memory, "products": products, "attention": attention, "rows": rows, "step": step}
@@ -56,14 +57,14 @@ def main(threads: int = 2, seconds: float = 1.0, only: str = "") -> None:
 
 
 def memory(seconds: float) -> None:
-    """What this machine reads."""
+    """Measure the bandwidth at which this machine reads memory."""
     data = torch.ones(64 * 2**20, dtype=torch.int64)
     (took,) = alternate(seconds, data.sum)
     print(f"memory: a sum reads {data.nbytes / took / 1e9:.1f} GB/s")
 
 
 def products(seconds: float) -> None:
-    """All matrices of the model, 1 to 512 rows."""
+    """Measure all matrix products of the model, with 1 to 512 rows."""
     c = CONFIG
     layer = [(3 * c.hidden_size, c.hidden_size), (c.hidden_size, c.hidden_size)]
     mlp = [(2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)]
@@ -93,7 +94,7 @@ def products(seconds: float) -> None:
 
 
 def attention(seconds: float) -> None:
-    """One layer: single tokens of many sequences, and whole prompts. Against torch without a cache."""
+    """Measure one layer's attention, for single tokens of many sequences and for whole prompts; torch has no cache."""
     c, dtype = CONFIG, torch.bfloat16
     for sequences, context, new in (
         (1, 256, 1),
@@ -124,7 +125,7 @@ def attention(seconds: float) -> None:
 
 
 def rows(seconds: float) -> None:
-    """The kernels that go over rows."""
+    """Measure the kernels that work row by row: norm, rotation, top candidates."""
     c = CONFIG
     for count in (1, 32, 512):
         x, weight = torch.randn(count, c.hidden_size).bfloat16(), torch.ones(c.hidden_size).bfloat16()
@@ -146,7 +147,7 @@ def rows(seconds: float) -> None:
 
 
 def step(seconds: float) -> None:
-    """A whole decoding step, head included, at context 128; and what of it is not reading weights."""
+    """Measure a whole decoding step, head included, at context 128, and the rate at which it reads weights."""
     for format, dtype in FORMATS:
         model = accelerate(Llama(CONFIG, dtype=dtype), format)
         nbytes = sum(m.nbytes for m in model.modules() if isinstance(m, PackedLinear))
@@ -164,7 +165,7 @@ def step(seconds: float) -> None:
 
 
 def heads(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of `tokens` tokens, as the model hands them over: [1, heads, tokens, head_dim]."""
+    """Return queries, keys and values of `tokens` tokens as the model passes them: [1, heads, tokens, head_dim]."""
     c = CONFIG
     qkv = torch.randn(1, tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim).to(dtype).transpose(1, 2)
     q, k, v = qkv.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
@@ -172,7 +173,7 @@ def heads(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Ten
 
 
 def paged(sequences: int, context: int, new: int, dtype: torch.dtype = torch.bfloat16) -> Attend:
-    """Attention of a step that adds `new` tokens to each sequence, in a full cache of scattered blocks."""
+    """Return the attention of a step that adds `new` tokens to each sequence, in a full cache of scattered blocks."""
     width = ceil_div(context, BLOCK_SIZE)
     cache = CpuCache(CONFIG, sequences * width, dtype, BLOCK_SIZE)
     table = torch.randperm(sequences * width).view(sequences, width)
@@ -197,16 +198,16 @@ def paged(sequences: int, context: int, new: int, dtype: torch.dtype = torch.bfl
 
 
 def alternate(seconds: float, *calls: Callable[[], object]) -> list[float]:
-    """Median seconds of each, called in turn; the first turn warms up."""
+    """Return the median seconds of each call; the calls alternate, after one to warm up."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 3:
-        for call, took in zip(calls, times, strict=True):
+        for call, seconds_of_call in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
-            took.append(time.perf_counter() - start)
+            seconds_of_call.append(time.perf_counter() - start)
     return [statistics.median(t) for t in times]
 
 

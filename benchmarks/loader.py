@@ -1,9 +1,10 @@
-"""The loader on a large corpus: how soon it starts, how fast it reads, whether its memory grows.
+"""The loader on a large corpus: seconds to the first batch, tokens/s, growth of memory.
 
-    python benchmarks/loader.py --tokens 5e9 --directory /tmp/corpus      # 10 GB of uint16, written for real
+    python benchmarks/loader.py --tokens 5e9 --directory /tmp/corpus
 
-Read twice: after the kernel was asked to drop the files from its cache, and again with what is cached by then. The
-loader reads on the training thread, so what it needs for a batch is lost to training: `eats` is what the model takes.
+Needs 10 GB of disk, which is written once, and a few minutes. The corpus is read twice: after the kernel was asked to
+drop its files from the page cache, and again. The loader reads on the training thread, so its time is lost to training;
+the output compares its rate with the model's (`model_tokens_per_s`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llama_ray.data.loader import Loader, TokenDataset
 from llama_ray.data.shards import DatasetInfo, Shard, shard_name, write_info, write_shard
 
 SHARD_TOKENS = 250_000_000
-PIECE_TOKENS = 8_000_000
+CHUNK_TOKENS = 8_000_000
 
 
 def main(
@@ -31,17 +32,17 @@ def main(
     seq_len: int = 256,
     batch_size: int = 8,
     batches: int = 4000,
-    eats: float = 1500.0,
+    model_tokens_per_s: float = 1500.0,
 ) -> None:
-    """Write `tokens` to `directory` where they are not there yet, then read shuffled batches of them.
+    """Write a corpus to `directory` unless it holds one, then read shuffled batches of it.
 
     Args:
-        directory: Where the corpus lies or is made; it stays there.
-        tokens: Size of the corpus.
+        directory: The corpus, which is kept.
+        tokens: Tokens of the corpus.
         seq_len: Tokens per sequence.
         batch_size: Sequences per batch.
-        batches: How many to read.
-        eats: Tokens/s that the model takes.
+        batches: Batches to read.
+        model_tokens_per_s: Rate at which the model trains, to compare with.
     """
     path = Path(directory)
     if not (path / "dataset.json").exists():
@@ -68,29 +69,29 @@ def main(
         rate = batches * batch_size * seq_len / (time.perf_counter() - start)
         grown = (own_memory() - before) / 2**20
         print(
-            f"{name}: {rate:,.0f} tok/s, {rate / eats:,.0f} times what the model eats, memory {grown:+.1f} MiB"
+            f"{name}: {rate:,.0f} tok/s, {rate / model_tokens_per_s:,.0f} times the model's, memory {grown:+.1f} MiB"
         )
 
 
 def own_memory() -> int:
-    """Bytes of this process that are not pages of mapped files."""
+    """Return the bytes of this process that are not pages of mapped files."""
     info = psutil.Process().memory_info()
     return int(info.rss - info.shared)
 
 
 def write_corpus(directory: Path, tokens: int) -> None:
-    """Random ids; every piece is different, so that no file system can share them."""
+    """Write random ids; every chunk is different, so that the file system cannot deduplicate them."""
     directory.mkdir(parents=True, exist_ok=True)
-    piece = np.random.default_rng(0).integers(0, 32000, PIECE_TOKENS, dtype=np.uint16)
+    chunk = np.random.default_rng(0).integers(0, 32000, CHUNK_TOKENS, dtype=np.uint16)
 
-    def pieces(count: int, shard: int) -> Iterator[npt.NDArray[np.uint16]]:
-        for i in range(0, count, PIECE_TOKENS):
-            yield (piece ^ np.uint16((shard * 131 + i // PIECE_TOKENS) % 32768))[: count - i]
+    def chunks(count: int, shard: int) -> Iterator[npt.NDArray[np.uint16]]:
+        for i in range(0, count, CHUNK_TOKENS):
+            yield (chunk ^ np.uint16((shard * 131 + i // CHUNK_TOKENS) % 32768))[: count - i]
 
     shards = []
     for number, first in enumerate(range(0, tokens, SHARD_TOKENS)):
         name = shard_name("train", number)
-        count = write_shard(directory / name, pieces(min(SHARD_TOKENS, tokens - first), number), 2)
+        count = write_shard(directory / name, chunks(min(SHARD_TOKENS, tokens - first), number), 2)
         shards.append(Shard(name, count, 1))
     splits: dict[str, tuple[Shard, ...]] = {"train": tuple(shards), "validation": ()}
     info = DatasetInfo("random", 0, "random", 32768, "random", 2, splits)

@@ -1,10 +1,10 @@
-"""What Ray Train costs: the same loop on two workers, started by TorchTrainer and by torchrun, in turns.
+"""What Ray Train costs: the same training loop on two workers under TorchTrainer and under torchrun, alternating.
 
-    python benchmarks/ray_overhead.py
+    python benchmarks/ray_overhead.py    # 3 minutes on 2 cores
 
-Each turn is a whole run of some dozen steps; start-up is left out, and the time is compared that a quarter of the steps
-stay below: the work of others on the machine comes in bursts, and lengthens the steps that it meets. Starts a local Ray
-of its own for each turn unless RAY_ADDRESS says otherwise.
+Each round is a whole run of each; start-up does not count. The lower quartile of the step times is compared, because
+other work on the machine comes in bursts that lengthen some of the steps. Starts a local Ray for each run unless
+RAY_ADDRESS is set.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def main(
     """Print the ratio of torchrun's step time to TorchTrainer's: 1 means that Ray costs nothing.
 
     Args:
-        rounds: Turns of each.
-        steps: Optimizer steps in a turn.
+        rounds: Runs of each.
+        steps: Optimizer steps in a run.
         preset: A preset of LlamaConfig.
         workers: Processes, one thread each.
-        out: Used by the benchmark itself: the file that a worker under torchrun writes to.
+        out: Internal: the file to which rank 0 under torchrun writes its step times.
     """
     if out:
         dist.init_process_group("gloo")
@@ -53,8 +53,8 @@ def main(
         return
     ours, theirs = [], []
     for i in range(rounds):
-        turns = [(theirs, under_torchrun), (ours, under_ray)]
-        for times, run in turns if i % 2 else reversed(turns):
+        runs = [(theirs, under_torchrun), (ours, under_ray)]
+        for times, run in runs if i % 2 else reversed(runs):
             times.append(statistics.quantiles(run(preset, steps, workers), n=4)[0])
         print(f"torchrun {theirs[-1] * 1e3:.1f} ms a step, TorchTrainer {ours[-1] * 1e3:.1f} ms", flush=True)
     ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
@@ -62,7 +62,7 @@ def main(
 
 
 def step_times(preset: str, steps: int) -> list[float]:
-    """Seconds of each step on this worker, after three that warm up."""
+    """Return the seconds of each step on this worker, after three warm-up steps."""
     torch.set_num_threads(1)
     shape = LlamaConfig.preset(preset, max_seq_len=256)
     train = TrainConfig(parallelism="ddp")
@@ -80,7 +80,7 @@ def step_times(preset: str, steps: int) -> list[float]:
 
 
 def under_torchrun(preset: str, steps: int, workers: int) -> list[float]:
-    """`step_times` of the first of `workers` processes."""
+    """Return `step_times` of rank 0 of `workers` processes under torchrun."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "times.json"
         launch = [
@@ -97,12 +97,12 @@ def under_torchrun(preset: str, steps: int, workers: int) -> list[float]:
 
 
 def under_ray(preset: str, steps: int, workers: int) -> list[float]:
-    """`step_times` of the first worker of a TorchTrainer."""
+    """Return `step_times` of rank 0 of `workers` workers under TorchTrainer."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    # Ray gives way to whatever else wants the cores (niceness 15), which is not what is measured here.
+    # By default Ray workers have niceness 15 and yield to other processes, which is not what is measured here.
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, log_to_driver=False)
     try:
@@ -120,10 +120,10 @@ def under_ray(preset: str, steps: int, workers: int) -> list[float]:
         ray.shutdown()
 
 
-def _ray_worker(plan: dict[str, Any]) -> None:
-    times = step_times(plan["preset"], plan["steps"])
+def _ray_worker(config: dict[str, Any]) -> None:
+    times = step_times(config["preset"], config["steps"])
     if dist.get_rank() == 0:
-        Path(plan["out"]).write_text(json.dumps(times))
+        Path(config["out"]).write_text(json.dumps(times))
 
 
 if __name__ == "__main__":

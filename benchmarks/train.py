@@ -1,15 +1,15 @@
 """Our training step beside transformers': same shape, data, precision, optimizer and batch, in alternating rounds.
 
-    python benchmarks/train.py                         # the 33.7M model, 8 x 256 tokens, bf16
-    python benchmarks/train.py --preset llama-3.2-1b --seq_len 4096 --batch_size 4 --device cuda
+    python benchmarks/train.py                # 33.7M parameters, 8 x 256 tokens, bf16; 5 minutes on 2 cores
+    python benchmarks/train.py --preset llama-3.2-1b --seq_len 4096 --batch_size 4 --device cuda    # on a GPU
 
-Each contestant lives in a process of its own, so that its peak memory is its own. They take turns at short rounds,
-which begin with a large matrix product: other work on the machine slows all of them alike, and medians and ratios
-survive it. On a GPU those who wait keep their weights and optimizer state in host memory, so that each has the device
-to itself. Needs torch and transformers, no Ray and no MLflow.
+Needs torch and transformers, no Ray and no MLflow. Each contestant has its own process, so that peak memory is
+measured for each. They alternate in short rounds that begin with a large matrix product: other work on the machine
+slows all of them alike, and hardly changes medians and ratios. On a GPU waiting contestants keep weights and optimizer
+state in host memory, so that the running one has the device to itself.
 
-MFU counts 6 N + 12 L d s operations a token (attention not halved): against the rate of that product, and on a GPU
-also against the data sheet's.
+MFU (model FLOP/s utilisation) counts 6 N + 12 L d s operations a token, attention not halved. It is relative to the
+rate of that matrix product, and on a GPU also to the data sheet.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def main(
         batch_size: Sequences per step.
         seq_len: Tokens per sequence.
         precision: bf16 or fp32.
-        rounds: How often each contestant takes its turn.
-        steps: Optimizer steps per turn.
-        warmup: Steps before the first turn; a compiled contestant compiles in them.
+        rounds: Measurements of each contestant.
+        steps: Optimizer steps per measurement.
+        warmup: Steps before the first measurement; a compiled contestant compiles in them.
         device: cpu, cuda or cuda:N.
-        threads: Of torch on a CPU; 0 leaves torch's choice.
-        clock: wall, or cpu: seconds that the process was computing, all threads added up. With one thread that is
-            the way to measure on a machine that others load, and the product's rate is measured likewise.
-        contestants: Who takes part.
+        threads: Threads of torch on a CPU; 0 keeps torch's default.
+        clock: wall, or cpu: CPU seconds of the process, all threads added up, also for the matrix product. On a busy
+            machine measure with cpu and one thread.
+        contestants: A JSON list of contestants.
     """
     config = LlamaConfig.preset(preset, max_seq_len=seq_len)
     flops = config.flops_per_token(seq_len)
@@ -81,25 +81,25 @@ def main(
     )
     for name in contestants:
         start = time.perf_counter()
-        if (turn := _ask(workers[name], warmup)).failure:
-            print(f"  {name} is out: {turn.failure}", flush=True)
+        if failure := _measure(workers[name], warmup).failure:
+            print(f"  {name} is out: {failure}", flush=True)
             workers.pop(name)
             continue
         print(f"  {name}: {warmup} first steps {time.perf_counter() - start:.1f} s", flush=True)
     results = {name: _Result() for name in workers}
     for i in range(rounds):
-        # A different one starts each round: none is always measured first or last.
+        # Begin with a different contestant in each round, so that none is always first or last.
         names = list(workers)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            results[name].add(_ask(workers[name], steps), steps * batch_size * seq_len)
+            results[name].add(_measure(workers[name], steps), steps * batch_size * seq_len)
     for pipe in workers.values():
         pipe.send(None)
     _print_table(results, flops, peak_flops(torch.device(device), precision) if device != "cpu" else None)
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a contestant reports: FLOP/s of a matrix product, seconds that its steps took, its peak memory so far."""
+class Measurement:
+    """A contestant's report: FLOP/s of a matrix product, seconds of its steps, its peak memory so far."""
 
     product_flops: float = 0.0
     seconds: float = 0.0
@@ -113,12 +113,12 @@ class _Result:
     product_flops: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
-    def add(self, turn: Turn, tokens: int) -> None:
-        self.rates.append(tokens / turn.seconds)
-        self.product_flops.append(turn.product_flops)
-        self.peak_bytes = turn.peak_bytes
+    def add(self, measurement: Measurement, tokens: int) -> None:
+        self.rates.append(tokens / measurement.seconds)
+        self.product_flops.append(measurement.product_flops)
+        self.peak_bytes = measurement.peak_bytes
 
-    def share(self, flops: int) -> float:
+    def mfu(self, flops: int) -> float:
         return statistics.median(
             rate * flops / product for rate, product in zip(self.rates, self.product_flops, strict=True)
         )
@@ -130,9 +130,7 @@ def _machine(device: str) -> str:
 
 def _print_table(results: dict[str, _Result], flops: int, sheet_flops: float | None) -> None:
     product = statistics.median(rate for result in results.values() for rate in result.product_flops)
-    print(
-        f"matrix product {product / 1e9:,.0f} GFLOP/s; {flops / 1e6:,.0f} MFLOP a token, so at best", end=" "
-    )
+    print(f"matrix product {product / 1e9:,.0f} GFLOP/s; {flops / 1e6:,.0f} MFLOP a token, roofline", end=" ")
     print(f"{product / flops:,.0f} tok/s")
     sheet = f"{'MFU of sheet':>14}" if sheet_flops else ""
     print(f"{'':24}{'tok/s':>9}{'spread':>9}{'MFU':>8}{sheet}{'peak MiB':>10}{'ratio':>8}")
@@ -143,11 +141,11 @@ def _print_table(results: dict[str, _Result], flops: int, sheet_flops: float | N
         ratio = ""
         theirs = results.get(name.replace("ours", "transformers"))
         if theirs is not None and theirs is not result:
-            # Neighbours in time are compared first: what slows the machine for minutes falls out of each ratio.
+            # Ratios within a round cancel what slows the machine for minutes.
             pairs = zip(result.rates, theirs.rates, strict=True)
             ratio = f"{statistics.median(a / b for a, b in pairs):8.2f}"
         memory = f"{result.peak_bytes / 2**20:10,.0f}"
-        print(f"{name:24}{rate:9,.0f}{spread:9.0%}{result.share(flops):8.1%}{sheet}{memory}{ratio}")
+        print(f"{name:24}{rate:9,.0f}{spread:9.0%}{result.mfu(flops):8.1%}{sheet}{memory}{ratio}")
 
 
 def _start(name: str, *args: Any) -> Connection:
@@ -157,10 +155,10 @@ def _start(name: str, *args: Any) -> Connection:
     return ours
 
 
-def _ask(pipe: Connection, steps: int) -> Turn:
+def _measure(pipe: Connection, steps: int) -> Measurement:
     pipe.send(steps)
-    turn: Turn = pipe.recv()
-    return turn
+    measurement: Measurement = pipe.recv()
+    return measurement
 
 
 def _contestant(
@@ -174,71 +172,74 @@ def _contestant(
     threads: int,
     clock: str,
 ) -> None:
-    """Wait for a number of steps, take them, report; None ends it."""
+    """Take as many steps as the pipe asks for and report, until it sends None."""
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     device = torch.device(device_name)
-    who, kind = name.split()
+    system, mode = name.split()
     now = time.process_time if clock == "cpu" else time.perf_counter
     contestant: Contestant | None = None
     while (steps := pipe.recv()) is not None:
         try:
             if contestant is None:
-                make = ours if who == "ours" else transformers
-                contestant = make(config, precision, device, compiled=kind == "compiled")
+                make = ours if system == "ours" else transformers
+                contestant = make(config, precision, device, compiled=mode == "compiled")
                 tokens = torch.randint(config.vocab_size, (batch_size, seq_len + 1), device=device)
                 inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
             elif device.type == "cuda":
                 contestant.move(device)
-                contestant.step(inputs, targets)  # the allocator finds its blocks again
+                # One step for the allocator to get its blocks back.
+                contestant.step(inputs, targets)
             product_flops = matrix_product_flops(device, precision, now)
             start = now()
             for _ in range(steps):
                 loss = contestant.step(inputs, targets)
             loss.item()
-            pipe.send(Turn(product_flops, now() - start, peak_memory_bytes(device)))
+            pipe.send(Measurement(product_flops, now() - start, peak_memory_bytes(device)))
             if device.type == "cuda":
                 contestant.move(torch.device("cpu"))
                 torch.cuda.empty_cache()
         except torch.OutOfMemoryError as error:
-            pipe.send(Turn(failure=first_line(error)))
+            pipe.send(Measurement(failure=first_line(error)))
             return
 
 
 def matrix_product_flops(device: torch.device, precision: Precision, now: Callable[[], float]) -> float:
-    """FLOP/s of the best of a few products of two large square matrices."""
+    """Return the FLOP/s of the fastest of a few products of large square matrices."""
     size = GEMM_SIZE[device.type]
-    # Of random numbers: a GPU multiplies ones faster than it ever will weights.
+    # Random numbers, because a GPU multiplies ones faster than weights.
     a = torch.randn(size, size, device=device).to(torch.float32 if precision == "fp32" else torch.bfloat16)
     best = float("inf")
     for _ in range(6):
         start = now()
-        (a @ a)[0, 0].item()  # waits for the device
+        # item() waits for the device.
+        (a @ a)[0, 0].item()
         best = min(best, now() - start)
     return 2 * size**3 / best
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`step` takes inputs and targets [batch, seq] through one optimizer step and returns the loss."""
+    """A trained model; `step(inputs, targets)`, both [batch, seq], takes one optimizer step and returns the loss."""
 
     step: Callable[[Tensor, Tensor], Tensor]
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
     def move(self, device: torch.device) -> None:
-        """Take weights and optimizer state to `device`."""
+        """Move weights and optimizer state to `device`."""
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(device)
         for state in self.optimizer.state.values():
             for key, value in state.items():
-                if value.dim():  # counters of updates stay where the fused kernel wants them
+                # Step counters (scalars) stay where the fused optimizer keeps them.
+                if value.dim():
                     state[key] = value.to(device)
 
 
 def ours(config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool) -> Contestant:
-    """One optimizer step as the training loop takes it."""
+    """Build our model and optimizer; a step is that of the training loop."""
     train = TrainConfig(precision=precision)
     model = parallelize(Llama(config, device="meta"), train, SINGLE_WORKER, device, compile_blocks=compiled)
     optimizer = build_optimizer(model, train)
@@ -249,7 +250,7 @@ def ours(config: LlamaConfig, precision: Precision, device: torch.device, *, com
 def transformers(
     config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool
 ) -> Contestant:
-    """One step of the usual loop around LlamaForCausalLM: its own loss, autocast, clipping, fused AdamW."""
+    """Build LlamaForCausalLM; a step is that of the usual loop: its own loss, autocast, clipping, fused AdamW."""
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
 

@@ -1,1 +1,1 @@
-"""What `benchmarks/generate.py` is made of: one model in every format, each system behind one interface, the floor."""
+"""Parts of `benchmarks/generate.py`: one model in every format, each system behind one interface, the roofline."""

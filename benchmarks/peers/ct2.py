@@ -21,12 +21,12 @@ class CTranslate2:
         )
 
     def logprobs(self, prompt: list[int]) -> dict[int, float]:
-        """Log-probabilities of every next token."""
+        """Return the log-probability of every token as the next one."""
         logits = np.array(self.generator.forward_batch([prompt]))[0, -1]
         return dict(enumerate(torch.from_numpy(logits).log_softmax(-1).tolist()))
 
     def generate(self, prompts: list[list[int]], new_tokens: int, sampling: Sampling) -> list[list[int]]:
-        """The new tokens of every prompt, all in one batch."""
+        """Return the new tokens of every prompt; all prompts are one batch."""
         results = self.generator.generate_batch(
             [[str(token) for token in prompt] for prompt in prompts],
             max_batch_size=len(prompts),

@@ -1,4 +1,4 @@
-"""transformers as a contestant: generate, in batches, and its continuous batching."""
+"""transformers as a contestant: `generate` in batches, and its continuous batching."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class HuggingFace:
 
     @torch.inference_mode()
     def logprobs(self, prompt: list[int]) -> dict[int, float]:
-        """Log-probabilities of every next token."""
+        """Return the log-probability of every token as the next one."""
         ids = torch.tensor([prompt], device=self.model.device)
         logits = self.model(ids, logits_to_keep=1).logits[0, -1].float()
         return dict(enumerate(logits.log_softmax(-1).tolist()))
 
     def generate(self, prompts: list[list[int]], new_tokens: int, sampling: Sampling) -> list[list[int]]:
-        """The new tokens of every prompt, all in one batch; shorter prompts are padded on the left."""
+        """Return the new tokens of every prompt; all prompts are one batch, shorter ones padded on the left."""
         return self._generate(prompts, new_tokens, sampling)
 
     def _generate(
-        self, prompts: list[list[int]], new_tokens: int, sampling: Sampling, watch: _Watch | None = None
+        self, prompts: list[list[int]], new_tokens: int, sampling: Sampling, timer: _StepTimer | None = None
     ) -> list[list[int]]:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
@@ -52,17 +52,17 @@ class HuggingFace:
             ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             generation_config=_config(sampling, max_new_tokens=new_tokens),
-            stopping_criteria=StoppingCriteriaList([watch] if watch else []),
+            stopping_criteria=StoppingCriteriaList([timer] if timer else []),
         )
         rows: list[list[int]] = output[:, longest:].tolist()
         return rows
 
 
 class Static(HuggingFace):
-    """`generate` fed with what waits: up to `batch_size` requests in order of arrival, the next when all are done."""
+    """`generate` on up to `batch_size` (16) waiting requests, oldest first; the next batch starts when all are done."""
 
     def serve(self, requests: list[Request], sampling: Sampling) -> list[list[float]]:
-        """As `Ours.serve`; a batch ends with its longest output."""
+        """Serve requests as `Ours.serve` does; a batch ends with its longest output."""
         times: list[list[float]] = []
         start = time.perf_counter()
         while len(times) < len(requests):
@@ -72,28 +72,28 @@ class Static(HuggingFace):
                 time.sleep(requests[len(times)].arrival_s - now)
                 continue
             batch = waiting[: self.options.get("batch_size", 16)]
-            watch = _Watch([r.new_tokens for r in batch])
-            self._generate([r.prompt for r in batch], max(watch.wanted), sampling, watch)
-            times.extend([t - start for t in watch.times[:n]] for n in watch.wanted)
+            timer = _StepTimer([r.new_tokens for r in batch])
+            self._generate([r.prompt for r in batch], max(timer.new_tokens), sampling, timer)
+            times.extend([t - start for t in timer.times[:n]] for n in timer.new_tokens)
         return times
 
 
-class _Watch(StoppingCriteria):  # type: ignore[misc]
-    """Notes when each step was done, and ends a row that has what it wanted."""
+class _StepTimer(StoppingCriteria):  # type: ignore[misc]
+    """Records when each step ends, and stops a row once it has its number of new tokens."""
 
-    def __init__(self, wanted: list[int]) -> None:
-        self.wanted, self.times = wanted, list[float]()
+    def __init__(self, new_tokens: list[int]) -> None:
+        self.new_tokens, self.times = new_tokens, list[float]()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         self.times.append(time.perf_counter())
-        return torch.tensor([len(self.times) >= n for n in self.wanted], device=input_ids.device)
+        return torch.tensor([len(self.times) >= n for n in self.new_tokens], device=input_ids.device)
 
 
 class Continuous(HuggingFace):
-    """`init_continuous_batching`: its paged cache under torch's attention; `options` are its config's."""
+    """transformers' continuous batching: a paged cache under torch's attention; `options` go to its config."""
 
     def serve(self, requests: list[Request], sampling: Sampling) -> list[list[float]]:
-        """As `Ours.serve`; the times are those that transformers itself records."""
+        """Serve requests as `Ours.serve` does; the times are those that transformers records."""
         manager = self.model.init_continuous_batching(
             generation_config=_config(sampling),
             continuous_batching_config=ContinuousBatchingConfig(**self.options),
@@ -110,7 +110,7 @@ class Continuous(HuggingFace):
             while len(times) < len(requests):
                 result = manager.get_result(timeout=1)
                 if result is None and not manager.is_running():
-                    raise RuntimeError("transformers' generation thread has ended; its log says why")
+                    raise RuntimeError("transformers' generation thread has ended; see its log")
                 if result is not None and result.is_finished():
                     if result.error is not None:
                         raise RuntimeError(f"transformers failed a request: {result.error}")

@@ -12,11 +12,12 @@ import torch
 
 from peers.workload import Sampling
 
-N_BATCH = 2048  # tokens that one llama_decode takes, its default
+# Tokens that one llama_decode takes, by default.
+N_BATCH = 2048
 
 
 class LlamaCpp:
-    """Decoding of up to `max_requests` sequences together, each with llama.cpp's own chain of samplers."""
+    """Decodes up to `max_requests` sequences together, each with its own chain of llama.cpp's samplers."""
 
     def __init__(self, file: Path, *, threads: int, max_requests: int = 1, tokens: int = 512) -> None:
         ll.llama_log_set(_silent, ctypes.c_void_p(0))
@@ -35,7 +36,7 @@ class LlamaCpp:
         self.vocab_size = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(self.model))
 
     def logprobs(self, prompt: list[int]) -> dict[int, float]:
-        """Log-probabilities of every next token."""
+        """Return the log-probability of every token as the next one."""
         self._clear()
         (row,) = self._decode([(0, i, token, i == len(prompt) - 1) for i, token in enumerate(prompt)])
         pointer = ll.llama_get_logits_ith(self.context, row)
@@ -43,14 +44,14 @@ class LlamaCpp:
         return dict(enumerate(torch.from_numpy(logits).log_softmax(-1).tolist()))
 
     def generate(self, prompts: list[list[int]], new_tokens: int, sampling: Sampling) -> list[list[int]]:
-        """The new tokens of every prompt; all prompts are read first, then all sequences take each step together."""
+        """Return the new tokens of every prompt: all prompts are prefilled first, then all sequences step together."""
         self._clear()
         samplers = [_sampler(sampling, seed) for seed in range(len(prompts))]
         outputs: list[list[int]] = [[] for _ in prompts]
-        # Whole prompts, as many as a call takes.
-        together = N_BATCH // max(map(len, prompts))
-        for begin in range(0, len(prompts), together):
-            group = range(begin, min(begin + together, len(prompts)))
+        # One call takes as many whole prompts as fit.
+        prompts_per_call = N_BATCH // max(map(len, prompts))
+        for begin in range(0, len(prompts), prompts_per_call):
+            group = range(begin, min(begin + prompts_per_call, len(prompts)))
             rows = self._decode(
                 [(s, i, t, i == len(prompts[s]) - 1) for s in group for i, t in enumerate(prompts[s])]
             )
@@ -68,11 +69,11 @@ class LlamaCpp:
         ll.llama_memory_clear(ll.llama_get_memory(self.context), True)
 
     def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Run (sequence, position, token, whether its logits are wanted) -> the rows that have logits."""
+        """Decode (sequence, position, token, whether to return logits) tuples; return the rows that have logits."""
         batch = self.batch
         batch.n_tokens = len(tokens)
-        for i, (sequence, position, token, wanted) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+        for i, (sequence, position, token, has_logits) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, has_logits
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
         if (status := ll.llama_decode(self.context, batch)) != 0:
             raise RuntimeError(f"llama_decode returned {status}")
@@ -96,4 +97,4 @@ def _sampler(sampling: Sampling, seed: int) -> Any:
 
 @ll.llama_log_callback
 def _silent(level: int, text: bytes, data: Any) -> None:
-    """llama.cpp prints a page when it loads a model."""
+    """Drop llama.cpp's log, a page for each loaded model."""

@@ -13,7 +13,7 @@ from peers.workload import GREEDY, Request, Sampling
 
 
 class Ours:
-    """`Engine` in bf16, fp32, int8 or int4; `options` are its own."""
+    """`Engine` in bf16, fp32, int8 or int4; `options` go to `Engine.from_pretrained`."""
 
     def __init__(self, directory: Path, kind: str, **options: Any) -> None:
         if kind in ("int8", "int4"):
@@ -22,30 +22,30 @@ class Ours:
         self.engine = Engine.from_pretrained(directory, dtype=dtype, **options)
 
     def logprobs(self, prompt: list[int]) -> dict[int, float]:
-        """Log-probabilities of the next token, as many as the engine tells (the 20 largest)."""
+        """Return the log-probabilities of the 20 most probable next tokens, the most that the engine reports."""
         completion = self.engine.generate([prompt], _params(1, GREEDY, logprobs=20))[0]
         assert completion.logprobs is not None
         return dict(completion.logprobs[0].top)
 
     def generate(self, prompts: list[list[int]], new_tokens: int, sampling: Sampling) -> list[list[int]]:
-        """The new tokens of every prompt."""
+        """Return the new tokens of every prompt."""
         completions = self.engine.generate(prompts, _params(new_tokens, sampling))
         return [c.token_ids for c in completions]
 
     def serve(self, requests: list[Request], sampling: Sampling) -> list[list[float]]:
-        """Take in requests as they arrive -> for each, the seconds since the start at which its tokens came."""
+        """Serve requests as they arrive; return, for each, the times of its tokens in seconds since the start."""
         ids: dict[int, int] = {}
         times: list[list[float]] = [[] for _ in requests]
-        coming = 0
+        arrived = 0
         start = time.perf_counter()
-        while coming < len(requests) or self.engine.has_work:
+        while arrived < len(requests) or self.engine.has_work:
             now = time.perf_counter() - start
-            while coming < len(requests) and requests[coming].arrival_s <= now:
-                request = requests[coming]
-                ids[self.engine.submit(request.prompt, _params(request.new_tokens, sampling))] = coming
-                coming += 1
+            while arrived < len(requests) and requests[arrived].arrival_s <= now:
+                request = requests[arrived]
+                ids[self.engine.submit(request.prompt, _params(request.new_tokens, sampling))] = arrived
+                arrived += 1
             if not self.engine.has_work:
-                time.sleep(requests[coming].arrival_s - now)
+                time.sleep(requests[arrived].arrival_s - now)
                 continue
             for delta in self.engine.step():
                 now = time.perf_counter() - start
@@ -53,7 +53,7 @@ class Ours:
         return times
 
     def first_token_s(self, prompt: list[int]) -> float:
-        """Seconds from handing in a prompt to its first token."""
+        """Return the seconds from submitting a prompt to its first token."""
         start = time.perf_counter()
         self.engine.generate([prompt], _params(1, GREEDY))
         return time.perf_counter() - start

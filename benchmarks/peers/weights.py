@@ -1,4 +1,4 @@
-"""One model with random weights, written as each contestant reads it: a Hugging Face directory, CTranslate2, GGUF."""
+"""One model with random weights in each contestant's format: a Hugging Face directory, CTranslate2, GGUF."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained, save_pretrained
 
-# Random queries and keys give scores near 0, so that every token is attended to alike and a peer whose positions or
-# heads are mixed up goes unnoticed. Larger ones make attention sharp enough for the check of the peers to see it.
+# With plain random weights attention scores are near 0: every token gets the same attention, and a peer with mixed-up
+# positions or heads would pass the comparison of log-probabilities. Larger queries and keys make attention sharp.
 SHARPNESS = 2.0
 
 
 def random_model(config: LlamaConfig, device: torch.device | str = "cpu") -> Llama:
-    """The model with random bfloat16 weights, the same for one config, device and version of torch."""
+    """Return a model with random bfloat16 weights, the same for one config, device and version of torch."""
     torch.manual_seed(0)
     with torch.no_grad():
         model = Llama(config, device=device).to(torch.bfloat16)
@@ -33,26 +33,26 @@ def random_model(config: LlamaConfig, device: torch.device | str = "cpu") -> Lla
 
 
 def hf_directory(cache: Path, preset: str) -> Path:
-    """The Hugging Face directory of `preset`, without a tokenizer: prompts are token ids."""
+    """Return the Hugging Face directory of `preset`, without a tokenizer: prompts are token ids."""
     path = cache / preset
     if not (path / "config.json").is_file():
-        with _finished(path) as partial:
+        with _complete_directory(path) as partial:
             save_pretrained(random_model(LlamaConfig.preset(preset)), None, partial)
     return path
 
 
 def ct2_directory(cache: Path, preset: str) -> Path:
-    """The model as CTranslate2 converts it, in float32; int8 is made of it when it is loaded."""
+    """Return the model as CTranslate2 converts it, in float32; int8 is quantised from it at load time."""
     from ctranslate2.converters import TransformersConverter
 
     class Converter(TransformersConverter):  # type: ignore[misc]
-        # A vocabulary is all that conversion asks of a tokenizer.
+        # Conversion needs only the vocabulary of a tokenizer.
         def load_tokenizer(self, *_: Any, **__: Any) -> Any:
             return _Words(LlamaConfig.preset(preset).vocab_size)
 
     path = cache / f"{preset}-ct2"
     if not path.is_dir():
-        with _finished(path) as partial:
+        with _complete_directory(path) as partial:
             Converter(str(hf_directory(cache, preset))).convert(
                 str(partial), quantization="float32", force=True
             )
@@ -60,7 +60,7 @@ def ct2_directory(cache: Path, preset: str) -> Path:
 
 
 class _Words:
-    """The vocabulary of token ids written out; CTranslate2 takes prompts as such strings."""
+    """A vocabulary of token ids as decimal strings; CTranslate2 takes prompts as such strings."""
 
     bos_token, eos_token, unk_token = "1", "2", "0"
 
@@ -72,7 +72,7 @@ class _Words:
 
 
 def gguf_file(cache: Path, preset: str, kind: str) -> Path:
-    """The model as llama.cpp reads it; `kind` is f32, bf16 or q8_0. All matrices are of that kind, norms stay f32."""
+    """Return the model as llama.cpp reads it: matrices in `kind` (f32, bf16 or q8_0), norms in f32."""
     path = cache / f"{preset}-{kind}.gguf"
     if not path.is_file():
         model, _ = load_pretrained(hf_directory(cache, preset), dtype=torch.float32)
@@ -99,7 +99,7 @@ _GGUF_NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    """The GGUF name of a Hugging Face weight: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
+    """Return the GGUF name of a Hugging Face weight: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
     if name in _GGUF_NAMES:
         return _GGUF_NAMES[name]
     layer, _, rest = name.removeprefix("model.layers.").partition(".")
@@ -111,7 +111,9 @@ def _write_gguf(model: Llama, path: Path, kind: str) -> None:
 
     config = model.config
     if config.rope_scaling is not None:
-        raise ValueError("this writer knows no rope scaling; take a preset without it")
+        raise ValueError(
+            f"rope_scaling is {config.rope_scaling}; it must be None for this writer; take another preset"
+        )
     quantization = gguf.GGMLQuantizationType[kind.upper()]
     file_type = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[kind]
     writer = gguf.GGUFWriter(path, "llama")
@@ -132,9 +134,9 @@ def _write_gguf(model: Llama, path: Path, kind: str) -> None:
         for suffix, heads in (("q_proj.weight", config.num_heads), ("k_proj.weight", config.num_kv_heads)):
             if name.endswith(suffix):
                 array = _interleaved(array, heads)
-        wanted = quantization if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(np.ascontiguousarray(array), wanted)
-        writer.add_tensor(gguf_name(hf_name(name)), data, raw_dtype=wanted)
+        target = quantization if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(np.ascontiguousarray(array), target)
+        writer.add_tensor(gguf_name(hf_name(name)), data, raw_dtype=target)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -142,15 +144,15 @@ def _write_gguf(model: Llama, path: Path, kind: str) -> None:
 
 
 def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's rotary embedding turns neighbouring pairs, ours and Hugging Face's the two halves of a head."""
+    """Reorder for llama.cpp, which rotates neighbouring pairs; ours and Hugging Face rotate the halves of a head."""
     rows, columns = weight.shape
     halves = weight.reshape(heads, 2, rows // heads // 2, columns)
     return halves.swapaxes(1, 2).reshape(rows, columns)
 
 
 @contextmanager
-def _finished(path: Path) -> Iterator[Path]:
-    """A directory that gets the name `path` only once it is complete."""
+def _complete_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory that is renamed to `path` only when it is complete."""
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Contestants in processes of their own, so that neither threads nor memory are shared; they answer one at a time."""
+"""A contestant in its own process, so that contestants share neither threads nor memory."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CPU_CONTESTANTS = (
 )
 
 
-class Turn:
-    """A contestant in its own process: `call` runs one of its methods there.
+class ContestantProcess:
+    """A contestant in its own process; `call` runs one of its methods there.
 
-    `name` is who and in which format ("ours int8"); `options` go to its constructor. Raises RuntimeError, with what
-    the process said, where it cannot be made or a call fails.
+    `name` is a system and a weight format ("ours int8"), and `options` go to the system's constructor. Raises
+    RuntimeError with the process's traceback if construction or a call fails.
     """
 
     def __init__(self, name: str, cache: Path, preset: str, threads: int, options: dict[str, Any]) -> None:
@@ -35,13 +35,13 @@ class Turn:
         self.name = name
         self._pipe, theirs = context.Pipe()
         args = (theirs, name, cache, preset, threads, options)
-        self._process = context.Process(target=_live, args=args, daemon=True)
+        self._process = context.Process(target=_serve_calls, args=args, daemon=True)
         self._process.start()
         theirs.close()
         self._answer()
 
     def call(self, method: str, *args: Any) -> tuple[Any, float]:
-        """Run `method(*args)` in the contestant's process -> (what it returned, the seconds that it took there)."""
+        """Run `method(*args)` in the contestant's process; return its result and the seconds that it took there."""
         self._pipe.send((method, args))
         answer: tuple[Any, float] = self._answer()
         return answer
@@ -62,7 +62,7 @@ class Turn:
         return answer
 
 
-def _live(
+def _serve_calls(
     pipe: Connection, name: str, cache: Path, preset: str, threads: int, options: dict[str, Any]
 ) -> None:
     try:
@@ -73,20 +73,21 @@ def _live(
             start = time.perf_counter()
             result = getattr(contestant, method)(*args)
             pipe.send((True, (result, time.perf_counter() - start)))
-    except EOFError:  # the benchmark has closed its end
+    except EOFError:
+        # The benchmark has closed its end of the pipe.
         pass
     except Exception:
         pipe.send((False, traceback.format_exc()))
 
 
 def make(name: str, cache: Path, preset: str, threads: int, options: dict[str, Any]) -> Any:
-    """The contestant called `name`, in this process. Its library is imported here: no other process needs it."""
-    who, kind = name.split()
-    if who == "llama.cpp":
+    """Build the contestant `name` in this process, which alone imports its library."""
+    system, kind = name.split()
+    if system == "llama.cpp":
         from peers.llamacpp import LlamaCpp
 
         return LlamaCpp(weights.gguf_file(cache, preset, kind), threads=threads, **options)
-    if who == "CTranslate2":
+    if system == "CTranslate2":
         from peers.ct2 import CTranslate2
 
         return CTranslate2(weights.ct2_directory(cache, preset), kind, threads=threads)
@@ -94,17 +95,17 @@ def make(name: str, cache: Path, preset: str, threads: int, options: dict[str, A
 
     torch.set_num_threads(threads)
     directory = weights.hf_directory(cache, preset)
-    if who == "ours":
+    if system == "ours":
         from peers.ours import Ours
 
         return Ours(directory, kind, **options)
     from peers import huggingface
 
-    made = {
+    classes = {
         "transformers": huggingface.HuggingFace,
         "transformers-static": huggingface.Static,
         "transformers-continuous": huggingface.Continuous,
     }
-    if who not in made:
+    if system not in classes:
         raise ValueError(f"contestant {name!r} is unknown; choose from {', '.join(CPU_CONTESTANTS)}")
-    return made[who](directory, kind, **options)
+    return classes[system](directory, kind, **options)

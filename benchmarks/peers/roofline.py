@@ -1,4 +1,4 @@
-"""What the machine can do, measured, and how little time a task can take on it."""
+"""The roofline: measured rates of the machine, and the least time that a task can take at these rates."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 from llama_ray.model.config import LlamaConfig
 
-# Bytes of one weight: q8_0 has a 16-bit scale for 32 weights, int4 one of 32 bits for 64.
+# Bytes per weight: q8_0 has one 16-bit scale for 32 weights, int4 one of 32 bits for 64.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "q8_0": 34 / 32, "int4": 0.5 + 4 / 64}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second that memory gives, and operations a second of a large matrix product, by format."""
+    """Memory bandwidth in bytes/s, and operations/s of a large matrix product by number format."""
 
     bandwidth: float
     product: dict[str, float]
 
     def of(self, kind: str) -> float:
-        """The rate of products of weights in `kind`; 8-bit weights and narrower ones multiply as int8."""
+        """Return the rate of matrix products with weights in `kind`; 8 bits and less multiply as int8."""
         return self.product[kind if kind in self.product else "int8"]
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Rates:
 
 
 def measure(device: torch.device) -> Rates:
-    """The rates now: on a CPU memory is read (a sum over 256 MiB), on CUDA copied (bytes read and written)."""
+    """Measure the rates. Memory is read on a CPU (a sum over 256 MiB) and copied on CUDA (bytes read and written)."""
     size = 2048 if device.type == "cpu" else 8192
     product = {}
     for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -48,7 +48,7 @@ def measure(device: torch.device) -> Rates:
 
 
 def median(rates: Sequence[Rates]) -> Rates:
-    """The medians of several measurements."""
+    """Return the medians of several measurements."""
     product = {kind: statistics.median(r.product[kind] for r in rates) for kind in rates[0].product}
     return Rates(statistics.median(r.bandwidth for r in rates), product)
 
@@ -65,26 +65,26 @@ def _best(function: Callable[[], object], device: torch.device, times: int = 5) 
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def matrix_weights(config: LlamaConfig) -> tuple[int, int]:
-    """Weights that every token is multiplied with: (in the blocks, in the head)."""
+    """Return how many weights multiply every token: (in the blocks, in the head)."""
     head = config.vocab_size * config.hidden_size
     return config.flops_per_token(0) // 6 - head, head
 
 
 def cache_bytes(config: LlamaConfig, itemsize: int = 2) -> int:
-    """Bytes of keys and values of one token, in all layers."""
+    """Return the bytes of one token's keys and values, all layers together."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
 
 
 def step_s(config: LlamaConfig, rates: Rates, kind: str, batch: int, context: float) -> float:
-    """Seconds that one new token for each of `batch` sequences with `context` tokens before it takes at least.
+    """Return the least seconds of a step: one new token for each of `batch` sequences of `context` tokens.
 
-    The weights are read once and the cache of every sequence; what is read is multiplied meanwhile.
+    The weights and every sequence's cache are read once; reading and multiplying overlap.
     """
     blocks, head = matrix_weights(config)
     read = (blocks + head) * WEIGHT_BYTES[kind] + batch * context * cache_bytes(config)
@@ -94,21 +94,22 @@ def step_s(config: LlamaConfig, rates: Rates, kind: str, batch: int, context: fl
 
 
 def prompts_s(config: LlamaConfig, rates: Rates, kind: str, lengths: Sequence[int]) -> float:
-    """Seconds that prompts of these lengths take at least; only the last token of each goes through the head."""
+    """Return the least seconds to prefill prompts of these lengths; only their last tokens go through the head."""
     blocks, head = matrix_weights(config)
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim  # causal: half of the scores
+    # Causal attention needs half of the scores.
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim
     operations = sum(2 * blocks * n + 2 * head + attention * n * n for n in lengths)
     return max(operations / rates.of(kind), (blocks + head) * WEIGHT_BYTES[kind] / rates.bandwidth)
 
 
 def batch_s(config: LlamaConfig, rates: Rates, kind: str, batch: int, length: int, new_tokens: int) -> float:
-    """Seconds for `batch` prompts of `length` and `new_tokens` for each, all together."""
+    """Return the least seconds for one batch: `batch` prompts of `length` tokens and `new_tokens` for each."""
     steps = (step_s(config, rates, kind, batch, length + i) for i in range(1, new_tokens))
     return prompts_s(config, rates, kind, [length] * batch) + sum(steps)
 
 
 def served_s(config: LlamaConfig, rates: Rates, kind: str, lengths: Sequence[tuple[int, int]]) -> float:
-    """Seconds for (prompt, output) lengths batched at will: all operations at full rate or all reads, the longer."""
+    """Return the least seconds for (prompt, output) lengths under ideal batching: all operations or all reads."""
     blocks, head = matrix_weights(config)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim
     operations = read = 0.0

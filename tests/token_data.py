@@ -1,4 +1,4 @@
-"""A small prepared data directory, made without Ray."""
+"""A small prepared data directory, written without Ray."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ TEXTS = [f"def f{i}(x):\n    return x * {i} + {i * i}\n\nprint(f{i}({i}))\n" * 8
 
 
 def write_dataset(directory: Path, vocab_size: int = 400) -> Path:
+    """Write a data directory with a training and a validation split of `TEXTS`, and return it."""
     directory.mkdir(parents=True)
     tokenizer = Tokenizer.train(iter(TEXTS), vocab_size)
     tokenizer.save(directory)

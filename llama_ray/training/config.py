@@ -52,22 +52,22 @@ class TrainConfig:
 
     Args:
         epochs: Passes over the training split; `max_steps` overrides it.
-        max_steps: Optimizer steps.
+        max_steps: Optimizer steps of the run.
         batch_size: Sequences per worker and micro-step.
         gradient_accumulation_steps: Micro-steps per optimizer step; ddp exchanges gradients in the last one only.
         seq_len: Tokens per sequence; 0 means the model's max_seq_len.
-        precision: Of matrix products: bf16 or fp16 (with a gradient scaler) by autocast, or fp32. Weights and
-            optimizer state are fp32 in all three.
-        learning_rate: The highest one, reached after the warm-up.
+        precision: Number format of matrix products: bf16 or fp16 (with a gradient scaler) by autocast, or fp32.
+            Weights and optimizer state are fp32 in all three.
+        learning_rate: The highest learning rate, reached after the warm-up.
         min_learning_rate_ratio: The learning rate at the end of the schedule, as a share of `learning_rate`.
         warmup_steps: Steps of linear warm-up; by default a tenth of the run, at most 2000.
         schedule: How the learning rate falls after the warm-up: cosine, linear, or wsd (warm-up, stable, decay), which
             is constant until the last `decay_fraction` of the run and then linear.
         decay_fraction: The share of all steps in which wsd decays.
         optimizer: adamw, or muon: Muon for the matrices of the blocks, AdamW for embeddings, head and norms.
-        weight_decay: Decoupled, on matrices only.
-        beta1: AdamW's decay of the gradient average.
-        beta2: AdamW's decay of the squared gradient average.
+        weight_decay: Decoupled weight decay, on matrices only.
+        beta1: AdamW's decay rate of the gradient average.
+        beta2: AdamW's decay rate of the squared gradient average.
         max_grad_norm: Global norm that gradients are clipped to; 0 switches clipping off.
         z_loss: Weight of the squared log of the softmax normaliser, added to each target's loss; keeps logits small.
             1e-4 in PaLM; 0 switches it off. Validation never includes it.
@@ -93,7 +93,7 @@ class TrainConfig:
             than compiling takes.
         profile_steps: Steps to record with the torch profiler, after the first three; 0 records none.
         collective_timeout_s: Seconds that workers wait for each other before the run counts as hung.
-        seed: Of the initial weights and the order of the data.
+        seed: Seed of the initial weights and of the order of the data.
     """
 
     epochs: int = 1

@@ -1,4 +1,4 @@
-"""What all jobs share: reading flags, and errors as one line instead of a traceback."""
+"""The command line of all jobs: reading flags, and one line instead of a traceback for the user's errors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _UNITS = {
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> Namespace:
-    """Reads ``argv`` (the command line by default); flags may be written with dashes or with underscores.
+    """Parse `argv`, by default the command line; flags may be written with dashes or with underscores.
 
-    Raises ValueError with one line for a flag or a value that does not fit.
+    Raises ValueError, with one line, for an unknown flag or an invalid value.
     """
     parser.exit_on_error = False
     try:
@@ -33,7 +33,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> Namespac
 
 
 def main(job: Callable[[], None]) -> NoReturn:
-    """Runs ``job`` and ends the process: exit code 0, or 2 with ``error: ...`` on stderr for a ValueError."""
+    """Run `job` and exit: with code 0, 130 after Ctrl-C, or 2 and one line `error: ...` on stderr for a ValueError."""
     try:
         job()
     except ValueError as error:
@@ -45,7 +45,7 @@ def main(job: Callable[[], None]) -> NoReturn:
 
 
 def read_bytes(text: str, flag: str) -> int:
-    """``80GiB``, ``80 GB`` or plain bytes. Raises ValueError, which names the flag, for anything else."""
+    """Return the bytes that `text` means: `80GiB`, `80 GB` or a plain number. Else raises ValueError with the flag."""
     match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
     if match and match[1].count(".") < 2 and (unit := match[2].upper() or "B") in _UNITS:
         return int(float(match[1]) * _UNITS[unit])
@@ -53,7 +53,7 @@ def read_bytes(text: str, flag: str) -> int:
 
 
 def _underscored(argv: Sequence[str]) -> list[str]:
-    """``--batch-size=a-b`` becomes ``--batch_size=a-b``: names change, values never."""
+    """Replace dashes in the names of flags but not in values: `--batch-size=a-b` becomes `--batch_size=a-b`."""
     normal: list[str] = []
     for position, argument in enumerate(argv):
         if argument == "--":

@@ -1,4 +1,4 @@
-"""Text to a tokenised dataset: ``python jobs/prepare_data.py --source builtin --output data/builtin``."""
+"""Turn text into a tokenised dataset: `python jobs/prepare_data.py --source builtin --output data/builtin`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ from llama_ray.storage.paths import absolute, existing
 
 
 def run() -> None:
-    """Reads the flags, connects to the cluster (RAY_ADDRESS, or a local one) and prepares the data."""
+    """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one) and prepare the data."""
     config = _config()
     ray.init(log_to_driver=False)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # prepare tells the progress itself
+    # `prepare` reports the progress itself.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     prepare(config, log=lambda line: print(line, flush=True))
 
 
 def _config() -> PrepareConfig:
-    parser = ArgumentParser(prog="prepare_data.py", description="Turns text into a tokenised dataset.")
+    parser = ArgumentParser(prog="prepare_data.py", description="Turn text into a tokenised dataset.")
     parser.add_class_arguments(PrepareConfig, skip={"overwrite", "vocab_size", "tokenizer"})
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
-        "--vocab_size", type=int, default=32000, help="Most entries of a tokenizer trained on the text."
+        "--vocab_size", type=int, default=32000, help="Maximum vocabulary size of the tokenizer to train."
     )
-    either.add_argument("--tokenizer", type=str, help="A tokenizer.json, or a directory that holds one.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace what --output already holds.")
+    either.add_argument(
+        "--tokenizer",
+        type=str,
+        help="A tokenizer.json, or a directory that holds one, to use instead of training a tokenizer.",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace a dataset in --output.")
     config = PrepareConfig(**vars(parse(parser)))
     return dataclasses.replace(
         config,

@@ -1,1 +1,1 @@
-"""Text -> tokenizer -> token shards -> batches."""
+"""Text -> documents -> tokenizer -> token shards -> batches."""

@@ -1,4 +1,4 @@
-"""Token shards to batches: shuffled by (seed, epoch), every rank its own slice, position as a small state."""
+"""Token shards to batches, shuffled by (seed, epoch) and divided among ranks; the position is a small state."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from llama_ray.data.shards import DatasetError, open_shard, read_info
 from llama_ray.utils.integers import ceil_div, splitmix64
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""(inputs, targets), int64 [batch, seq_len] each; targets are the inputs moved on by one token."""
+"""(inputs, targets), both int64 [batch, seq_len]; the target of a position is the next token."""
 
 
 class TokenDataset:
-    """One split of a prepared data directory, memory-mapped.
+    """One split of a prepared dataset, memory-mapped.
 
-    A sample of ``seq_len`` is ``seq_len + 1`` consecutive tokens of one shard; samples overlap by the one
-    token that is the last target of the first and the first input of the second. What is left at a shard's
-    end is not used.
+    A sample of `seq_len` is `seq_len + 1` consecutive tokens of one shard. Consecutive samples overlap by one token,
+    the last target of the first and the first input of the second. The rest at the end of a shard is not used.
     """
 
     def __init__(self, directory: str | Path, split: str) -> None:
-        """Raises DatasetError for a directory, split or shard that is missing or damaged."""
+        """Open all shards. Raises DatasetError for a directory, split or shard that is missing or damaged."""
         self.directory = Path(directory)
         self.split = split
         self.info = read_info(directory)
         if split not in self.info.splits:
-            raise DatasetError(f"{directory} has no split {split!r}, only {sorted(self.info.splits)}")
+            raise DatasetError(
+                f"{directory} has no split {split!r}; choose one of {', '.join(sorted(self.info.splits))}"
+            )
         self.vocab_size = self.info.vocab_size
         self._shards = []
         for shard in self.info.splits[split]:
             tokens = open_shard(self.directory / shard.file)
             if len(tokens) != shard.tokens:
                 raise DatasetError(
-                    f"{self.directory / shard.file} holds {len(tokens)} tokens, dataset.json says {shard.tokens}: "
+                    f"{self.directory / shard.file} holds {len(tokens)} tokens; dataset.json says {shard.tokens}; "
                     "prepare the data again (--overwrite)"
                 )
             self._shards.append(tokens)
@@ -48,36 +49,36 @@ class TokenDataset:
         return self.info.tokens(self.split)
 
     def num_samples(self, seq_len: int) -> int:
-        """How many samples of ``seq_len`` tokens the split holds."""
-        return int(self._ends(seq_len)[-1])
+        """Return the number of samples of `seq_len` tokens in the split."""
+        return int(self._sample_ends(seq_len)[-1])
 
     def samples(self, indices: npt.NDArray[np.int64], seq_len: int) -> Batch:
-        """The samples ``indices`` as one batch."""
-        ends = self._ends(seq_len)
+        """Return the samples `indices` as one batch."""
+        ends = self._sample_ends(seq_len)
         shards = np.searchsorted(ends, indices, side="right")
-        rows = np.empty((len(indices), seq_len + 1), dtype=np.int64)
-        for row, (shard, index) in enumerate(zip(shards, indices, strict=True)):
+        samples = np.empty((len(indices), seq_len + 1), dtype=np.int64)
+        for sample, shard, index in zip(samples, shards, indices, strict=True):
             before = ends[shard - 1] if shard else 0
             start = int(index - before) * seq_len
-            rows[row] = self._shards[shard][start : start + seq_len + 1]
-        tokens = torch.from_numpy(rows)
+            sample[:] = self._shards[shard][start : start + seq_len + 1]
+        tokens = torch.from_numpy(samples)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def _ends(self, seq_len: int) -> npt.NDArray[np.int64]:
-        """For each shard the number of samples up to its end."""
+    def _sample_ends(self, seq_len: int) -> npt.NDArray[np.int64]:
+        """Return, for each shard, the number of samples up to its end."""
         if seq_len < 1:
-            raise ValueError(f"seq_len is {seq_len}, must be at least 1")
+            raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
         return np.cumsum(np.maximum(self._lengths - 1, 0) // seq_len)
 
 
 class Loader:
     """The batches of one rank, epoch after epoch.
 
-    An epoch visits the samples in an order that (seed, epoch) alone decide. Global batch ``g`` takes places
-    ``[g * size, (g + 1) * size)`` of that order with ``size = batch_size * world_size *
-    gradient_accumulation_steps``; micro-step ``m`` of rank ``r`` takes block ``m * world_size + r`` of it.
-    So the global batches hold the same samples however ``size`` is split between ranks and micro-steps. The
-    samples at the end of an epoch that fill no global batch are dropped; other ones each epoch.
+    The order of an epoch's samples depends on (seed, epoch) only. Global batch `g` takes the positions
+    `[g * size, (g + 1) * size)` of that order, where `size = batch_size * world_size * gradient_accumulation_steps`;
+    micro-step `m` of rank `r` takes block `m * world_size + r` of them. So the global batches hold the same samples
+    however `size` is divided among ranks and micro-steps. The remaining samples at the end of an epoch, too few for a
+    global batch, are dropped; which ones differs from epoch to epoch.
     """
 
     def __init__(
@@ -91,9 +92,9 @@ class Loader:
         seed: int,
         gradient_accumulation_steps: int = 1,
     ) -> None:
-        """``batch_size`` counts sequences per rank and micro-step.
+        """Start at the first global batch; `batch_size` is the number of sequences per rank and micro-step.
 
-        Raises ValueError where the data holds less than one global batch.
+        Raises ValueError for an impossible argument, and for data of less than one global batch.
         """
         for name, value in (
             ("batch_size", batch_size),
@@ -101,9 +102,9 @@ class Loader:
             ("gradient_accumulation_steps", gradient_accumulation_steps),
         ):
             if value < 1:
-                raise ValueError(f"{name} is {value}, must be at least 1")
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}, must be between 0 and {world_size - 1}")
+            raise ValueError(f"rank is {rank}; it must be between 0 and {world_size - 1}")
         self._dataset = dataset
         self._seq_len = seq_len
         self._batch_size = batch_size
@@ -117,8 +118,8 @@ class Loader:
         if self.batches_per_epoch == 0:
             raise ValueError(
                 f"the {dataset.split} split holds {self.num_samples} samples of {seq_len} tokens ({len(dataset)} "
-                f"tokens), but one step takes {self.global_batch_size} (batch_size {batch_size} x world_size "
-                f"{world_size} x gradient_accumulation_steps {gradient_accumulation_steps}): use more data, or "
+                f"tokens); one step takes {self.global_batch_size} (batch_size {batch_size} x world_size "
+                f"{world_size} x gradient_accumulation_steps {gradient_accumulation_steps}); use more data, or "
                 "lower one of these or max_seq_len"
             )
         self._epoch = 0
@@ -127,24 +128,24 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, that the next global batch belongs to."""
+        """Number of the epoch that the next global batch belongs to, from 0."""
         return self._epoch + (self._global_batch == self.batches_per_epoch)
 
     def next_global_batch(self) -> list[Batch]:
-        """The rank's part of the next global batch, one entry a micro-step; epochs follow by themselves."""
+        """Return this rank's part of the next global batch, one entry a micro-step, across the ends of epochs."""
         if self._global_batch == self.batches_per_epoch:
             self._start(self._epoch + 1, 0)
         micro_batches = []
         for micro_step in range(self._micro_steps):
             block = micro_step * self._world_size + self._rank
             first = self._global_batch * self.global_batch_size + block * self._batch_size
-            places = np.arange(first, first + self._batch_size, dtype=np.uint64)
-            micro_batches.append(self._dataset.samples(self._order(places), self._seq_len))
+            positions = np.arange(first, first + self._batch_size, dtype=np.uint64)
+            micro_batches.append(self._dataset.samples(self._order(positions), self._seq_len))
         self._global_batch += 1
         return micro_batches
 
     def state_dict(self) -> dict[str, int]:
-        """The position: the same on all ranks, to be saved with the model."""
+        """Return the position, equal on all ranks, to save in a checkpoint."""
         return {
             "epoch": self._epoch,
             "global_batch": self._global_batch,
@@ -154,15 +155,15 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where ``state`` was taken.
+        """Continue at the position `state`.
 
-        With another global batch size (a changed number of workers, say) it goes on at the first whole
-        global batch behind that place. Another seed or other data would mean another order: ValueError.
+        With another global batch size, for example on another number of workers, continue at the first whole global
+        batch after that position. Raises ValueError for another seed or other data, whose order would differ.
         """
         for name, mine in (("seed", self._seed), ("num_samples", self.num_samples)):
             if state[name] != mine:
                 raise ValueError(
-                    f"the saved data position has {name} {state[name]}, this run has {mine}: resume with the same "
+                    f"the saved data position has {name} {state[name]}; this run has {mine}; resume with the same "
                     "data, max_seq_len and seed, or start a new run"
                 )
         seen = state["global_batch"] * state["global_batch_size"]
@@ -182,17 +183,16 @@ def validation_batches(
     world_size: int = 1,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
-    """The rank's batches among the first ``max_batches`` (over all ranks; None: all), in order.
+    """Return this rank's batches among the split's first `max_batches` (None: all), in order.
 
-    Together the ranks see the same samples whatever their number. They may get unequal numbers of batches,
-    and the last batch may be short, so weight a mean by tokens. Raises ValueError where the split holds no
-    sample.
+    Together the ranks see the same samples whatever their number. Ranks may get unequal numbers of batches, and the
+    last batch may be short, so a mean must be weighted by tokens. Raises ValueError if the split holds no sample.
     """
     num_samples = dataset.num_samples(seq_len)
     if num_samples == 0:
         raise ValueError(
-            f"the {dataset.split} split holds {len(dataset)} tokens, too few for one sample of {seq_len}: use more "
-            "data, a larger validation_fraction or a smaller max_seq_len"
+            f"the {dataset.split} split holds {len(dataset)} tokens; one sample of {seq_len} needs {seq_len + 1} in "
+            "one shard; use more data, a larger validation_fraction or a smaller max_seq_len"
         )
     batches = ceil_div(num_samples, batch_size)
     if max_batches is not None:
@@ -206,29 +206,28 @@ def validation_batches(
 
 
 class Permutation:
-    """A pseudo-random order of ``range(size)`` that takes no memory, whatever the size.
+    """A pseudo-random permutation of `range(size)` that needs no memory, whatever the size.
 
-    A Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations", 1988) permutes the
-    next power of four; places that land outside ``size`` are sent through it again until they land inside
-    (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), fewer than four times
-    on average.
+    A Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations", 1988) permutes the numbers below
+    the next power of four. Results of `size` and above are permuted again until they are below (cycle walking: Black
+    and Rogaway, "Ciphers with arbitrary finite domains", 2002), on average fewer than four times.
     """
 
-    # Four rounds suffice for a strong round function and a large domain; small ones mix better with more.
+    # Four rounds suffice for a strong round function and a large domain; small domains mix better with more.
     ROUNDS = 8
 
     def __init__(self, size: int, seed: int, epoch: int) -> None:
         if seed < 0:
-            raise ValueError(f"seed is {seed}, must not be negative")
+            raise ValueError(f"seed is {seed}; it must be at least 0")
         self.size = size
         half = max((size - 1).bit_length() + 1, 2) // 2
         self._half = np.uint64(half)
         self._mask = np.uint64(2**half - 1)
         self._keys = np.random.SeedSequence([seed, epoch]).generate_state(self.ROUNDS, np.uint64)
 
-    def __call__(self, places: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        """The elements at ``places`` of the order; places lie in ``[0, size)``."""
-        values = self._network(places.astype(np.uint64))
+    def __call__(self, positions: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Return the elements of the permutation at `positions`, which are in `[0, size)`."""
+        values = self._network(positions.astype(np.uint64))
         outside = values >= self.size
         while outside.any():
             values[outside] = self._network(values[outside])

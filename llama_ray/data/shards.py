@@ -1,8 +1,8 @@
-"""A tokenised dataset on disk: shards of token ids, the tokenizer that made them, and ``dataset.json``.
+"""A tokenised dataset on disk: shards of token ids, their tokenizer, and `dataset.json`.
 
-A shard is a header (``MAGIC``, format version, bytes a token, number of tokens; little-endian) and the
-token ids, little-endian uint16 where the vocabulary allows it, else uint32. Every document is bos, its
-tokens, eos. ``dataset.json`` is written last: a directory without it is not a dataset.
+A shard is a header (`MAGIC`, format version, bytes a token, number of tokens; little-endian) followed by the token
+ids, little-endian uint16 if the vocabulary allows it, else uint32. Each document is bos, its tokens, eos.
+`dataset.json` is written last: a directory without it is not a dataset.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ MAGIC = b"LLAMARAY"
 FORMAT_VERSION = 1
 INFO_FILE = "dataset.json"
 SPLITS = ("train", "validation")
+_AGAIN = "prepare the data again (--overwrite)"
 _HEADER = struct.Struct("<8sIIQ")
 _DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
@@ -30,12 +31,12 @@ Tokens = npt.NDArray[np.integer]
 
 
 class DatasetError(ValueError):
-    """A data directory that cannot be used; the message is one line with the way out."""
+    """A dataset directory that cannot be used; the message is one line with the way out."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens."""
+    """A file of tokens, and the numbers of tokens and documents in it."""
 
     file: str
     tokens: int
@@ -44,11 +45,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The content of ``dataset.json``.
+    """The content of `dataset.json`.
 
-    ``fingerprint`` identifies what the dataset was made from (settings and source files),
-    ``tokenizer_fingerprint`` the tokenizer beside it, ``token_bytes`` (2 or 4) the width of a token id on
-    disk.
+    `fingerprint` identifies what the dataset was made from (settings and source files), `tokenizer_fingerprint` the
+    tokenizer in the directory. `token_bytes` is the size of a token id on disk, 2 or 4.
     """
 
     source: str
@@ -60,94 +60,93 @@ class DatasetInfo:
     splits: dict[str, tuple[Shard, ...]]
 
     def tokens(self, split: str) -> int:
-        """Number of tokens in ``split``, bos and eos included."""
+        """Return the number of tokens in `split`, including bos and eos."""
         return sum(shard.tokens for shard in self.splits[split])
 
     def documents(self, split: str) -> int:
-        """Number of documents in ``split``."""
+        """Return the number of documents in `split`."""
         return sum(shard.documents for shard in self.splits[split])
 
 
 def token_bytes(vocab_size: int) -> int:
-    """Bytes that a token id takes on disk."""
+    """Return the size of a token id on disk in bytes."""
     return 2 if vocab_size <= 2**16 else 4
 
 
 def shard_name(split: str, index: int) -> str:
-    """``train-00000.bin`` and so on."""
+    """Return the name of a shard's file, such as `train-00000.bin`."""
     return f"{split}-{index:05d}.bin"
 
 
-def write_shard(path: Path, pieces: Iterable[Tokens], width: int) -> int:
-    """Writes token ids (``width`` bytes each), piece by piece, and returns their number.
+def write_shard(path: Path, documents: Iterable[Tokens], width: int) -> int:
+    """Write the token ids of `documents`, `width` bytes each, and return their number.
 
-    The file appears under its name only when it is complete and on disk, so a killed writer leaves no half
-    shard.
+    The file gets its name only when it is complete and on disk, so a killed writer leaves no incomplete shard.
     """
     count = 0
     with replacing(path) as file:
         file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, 0))
-        for piece in pieces:
-            file.write(piece.astype(_DTYPES[width]).tobytes())
-            count += len(piece)
+        for tokens in documents:
+            file.write(tokens.astype(_DTYPES[width]).tobytes())
+            count += len(tokens)
         file.seek(0)
         file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, count))
     return count
 
 
 def open_shard(path: Path) -> Tokens:
-    """The token ids of a shard, memory-mapped and read-only.
+    """Map the token ids of a shard into memory, read-only.
 
-    Raises DatasetError for a missing file, a file that is not a shard, one of another format version, and
-    one that is shorter or longer than its header says.
+    Raises DatasetError for a missing file, a file that is not a shard, another format version, and a file that is
+    shorter or longer than its header says.
     """
-    again = "prepare the data again (--overwrite)"
     try:
         with path.open("rb") as file:
             header = file.read(_HEADER.size)
         size = path.stat().st_size
     except OSError as error:
-        raise DatasetError(f"cannot read shard {path}: {error.strerror}; {again}") from error
+        raise DatasetError(f"cannot read shard {path} ({error.strerror}); {_AGAIN}") from error
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
-        raise DatasetError(f"{path} is not a token shard: {again}")
+        raise DatasetError(f"{path} is not a token shard; {_AGAIN}")
     _, version, width, count = _HEADER.unpack(header)
     if version != FORMAT_VERSION or width not in _DTYPES:
         raise DatasetError(
-            f"{path} has format version {version} with {width}-byte tokens; this version reads "
-            f"{FORMAT_VERSION} with 2 or 4: {again}"
+            f"{path} has format version {version} with {width}-byte tokens; it must have version "
+            f"{FORMAT_VERSION} with 2 or 4 bytes; {_AGAIN}"
         )
     expected = _HEADER.size + count * width
     if size != expected:
-        raise DatasetError(f"{path} has {size} bytes, but {count} tokens need {expected}: {again}")
-    if count == 0:  # an empty file part cannot be mapped
+        raise DatasetError(f"{path} has {size} bytes; {count} tokens need {expected}; {_AGAIN}")
+    if count == 0:  # An empty range cannot be mapped.
         return np.empty(0, dtype=_DTYPES[width])
     return np.memmap(path, dtype=_DTYPES[width], mode="r", offset=_HEADER.size, shape=(count,))
 
 
 def write_info(directory: Path, info: DatasetInfo) -> None:
-    """Writes ``dataset.json`` in one atomic step; call it when everything else is on disk."""
+    """Write `dataset.json` atomically; call it when everything else is on disk."""
     content = {"format_version": FORMAT_VERSION, **asdict(info)}
     content["totals"] = {
         split: {"tokens": info.tokens(split), "documents": info.documents(split)} for split in info.splits
     }
     with replacing(directory / INFO_FILE) as file:
         file.write(f"{json.dumps(content, indent=2)}\n".encode())
-    sync(directory)  # the names of the shards, too, survive a power cut
+    # Makes the names of the shards survive a power cut, too.
+    sync(directory)
 
 
 def read_info(directory: str | Path) -> DatasetInfo:
-    """Reads ``dataset.json``. Raises DatasetError where there is none, or not one that this version reads."""
+    """Read `dataset.json`. Raises DatasetError if it is missing, damaged or of another format version."""
     file = Path(directory) / INFO_FILE
     if not file.is_file():
         raise DatasetError(
-            f"{directory} is not a prepared dataset (no {INFO_FILE}): run jobs/prepare_data.py"
+            f"{directory} is not a prepared dataset (no {INFO_FILE}); run jobs/prepare_data.py"
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content.pop("format_version")
         if version != FORMAT_VERSION:
             raise DatasetError(
-                f"{file} has format version {version}, this version reads {FORMAT_VERSION}: prepare the data again"
+                f"{file} has format version {version}; it must have version {FORMAT_VERSION}; {_AGAIN}"
             )
         content.pop("totals")
         content["splits"] = {
@@ -157,4 +156,4 @@ def read_info(directory: str | Path) -> DatasetInfo:
     except DatasetError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DatasetError(f"{file} is damaged ({error!r}): prepare the data again") from error
+        raise DatasetError(f"{file} is damaged ({error!r}); {_AGAIN}") from error

@@ -13,7 +13,7 @@ MakeDataset = Callable[..., Path]
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> MakeDataset:
-    """Writes a dataset whose tokens count up from 0, so that every sample can be told from the others."""
+    """Write a dataset whose tokens count up from 0, so that each sample is different."""
 
     def make(train: Sequence[int], validation: Sequence[int] = (50,), vocab_size: int = 100_000) -> Path:
         directory = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
@@ -42,3 +42,21 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
         return directory
 
     return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "sub" / ".git").mkdir(parents=True)
+    for name, content in {
+        "b.txt": b"bee",
+        "a.md": "é".encode(),
+        "sub/c.py": b"see()",
+        "sub/README": b"no suffix",
+        "sub/photo.png": b"\x89PNG\0\0",
+        "sub/latin.dat": b"caf\xe9 ole",
+        "sub/.git/config": b"hidden",
+        ".hidden.txt": b"hidden",
+        "empty.txt": b"",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path

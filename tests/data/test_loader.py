@@ -32,47 +32,47 @@ def loader(
 
 
 def firsts(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
-    """The first token of each sample, which names the sample."""
+    """The first token of each sample, which identifies the sample."""
     return [int(token) for inputs, _ in batches for token in inputs[:, 0]]
 
 
 @pytest.fixture
 def dataset(make_dataset: MakeDataset) -> TokenDataset:
-    # 14 + 0 + 28 + 57 samples: the ends of shards do not fall on the ends of samples
+    # 14 + 0 + 28 + 57 samples; shards do not end where samples end.
     return TokenDataset(make_dataset([100, 5, 200, 400]), "train")
 
 
 @settings(deadline=None)
 @given(size=st.integers(1, 5000), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
-def test_permutation_is_a_bijection(size: int, seed: int, epoch: int) -> None:
+def test_a_permutation_is_a_bijection(size: int, seed: int, epoch: int) -> None:
     order = Permutation(size, seed, epoch)(np.arange(size, dtype=np.uint64))
     assert np.array_equal(np.sort(order), np.arange(size))
 
 
-def test_permutation_mixes_and_depends_on_seed_and_epoch() -> None:
+def test_a_permutation_mixes_and_depends_on_seed_and_epoch() -> None:
     size = 10_001
-    places = np.arange(size, dtype=np.uint64)
-    orders = [Permutation(size, seed, epoch)(places) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert np.array_equal(orders[0], Permutation(size, 0, 0)(places))
+    positions = np.arange(size, dtype=np.uint64)
+    orders = [Permutation(size, seed, epoch)(positions) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert np.array_equal(orders[0], Permutation(size, 0, 0)(positions))
     for order in orders:
-        # of two unrelated orders about one place in `size` agrees, and neighbours are a third of the size apart
+        # Two unrelated orders agree at about one position; neighbours are on average a third of the size apart.
         assert np.mean(np.abs(np.diff(order))) == pytest.approx(size / 3, rel=0.05)
-        assert abs(np.corrcoef(places.astype(float), order)[0, 1]) < 0.05
+        assert abs(np.corrcoef(positions.astype(float), order)[0, 1]) < 0.05
     assert np.sum(orders[0] == orders[1]) < 10
     assert np.sum(orders[0] == orders[2]) < 10
 
 
-def test_every_order_of_a_small_set_is_about_as_likely() -> None:
+def test_all_orders_of_a_small_set_are_about_equally_likely() -> None:
     counts: dict[tuple[int, ...], int] = {}
     for seed in range(6000):
         order = tuple(Permutation(3, seed, 0)(np.arange(3, dtype=np.uint64)).tolist())
         counts[order] = counts.get(order, 0) + 1
     assert len(counts) == 6
-    # chi-squared with 5 degrees of freedom: 25.7 is passed by chance once in ten thousand
+    # Chi-squared with 5 degrees of freedom exceeds 25.7 by chance once in ten thousand.
     assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 25.7
 
 
-def test_terabytes_start_at_once() -> None:
+def test_a_permutation_of_terabytes_starts_at_once() -> None:
     started = time.perf_counter()
     order = Permutation(10**12 + 39, 0, 0)(np.arange(10**12, 10**12 + 39, dtype=np.uint64))
     assert time.perf_counter() - started < 1
@@ -89,7 +89,7 @@ def test_samples_are_consecutive_tokens_with_targets_one_ahead(dataset: TokenDat
 
 
 @pytest.mark.parametrize(("batch", "world", "accumulation"), [(1, 1, 1), (3, 1, 1), (2, 3, 2), (4, 2, 1)])
-def test_an_epoch_sees_every_sample_at_most_once(
+def test_an_epoch_visits_each_sample_at_most_once(
     dataset: TokenDataset, batch: int, world: int, accumulation: int
 ) -> None:
     loaders = [loader(dataset, batch, rank, world, accumulation) for rank in range(world)]
@@ -114,7 +114,7 @@ def test_an_epoch_sees_every_sample_at_most_once(
         assert set(seen) == possible
 
 
-def test_epochs_follow_by_themselves_in_another_order(dataset: TokenDataset) -> None:
+def test_each_epoch_has_its_own_order(dataset: TokenDataset) -> None:
     each = loader(dataset, batch=1, rank=0, world=1)
     epochs = []
     for epoch in range(3):
@@ -124,7 +124,7 @@ def test_epochs_follow_by_themselves_in_another_order(dataset: TokenDataset) -> 
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_global_batches_do_not_depend_on_how_they_are_split(dataset: TokenDataset) -> None:
+def test_global_batches_do_not_depend_on_how_they_are_divided(dataset: TokenDataset) -> None:
     def global_batches(batch: int, world: int, accumulation: int) -> list[list[int]]:
         loaders = [loader(dataset, batch, rank, world, accumulation) for rank in range(world)]
         return [
@@ -139,7 +139,7 @@ def test_global_batches_do_not_depend_on_how_they_are_split(dataset: TokenDatase
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.integers(0, 60), seed=st.integers(0, 100))
-def test_resuming_goes_on_as_if_nothing_had_happened(dataset: TokenDataset, steps: int, seed: int) -> None:
+def test_resuming_continues_with_the_same_batches(dataset: TokenDataset, steps: int, seed: int) -> None:
     first = loader(dataset, batch=2, rank=1, world=2, seed=seed)
     for _ in range(steps):
         first.next_global_batch()
@@ -150,7 +150,7 @@ def test_resuming_goes_on_as_if_nothing_had_happened(dataset: TokenDataset, step
         assert firsts(second.next_global_batch()) == firsts(first.next_global_batch())
 
 
-def test_resuming_on_fewer_workers_repeats_nothing(dataset: TokenDataset) -> None:
+def test_resuming_on_fewer_workers_repeats_no_sample(dataset: TokenDataset) -> None:
     before = [loader(dataset, batch=2, rank=rank, world=4) for rank in range(4)]
     seen = [sample for _ in range(5) for each in before for sample in firsts(each.next_global_batch())]
     after = [loader(dataset, batch=2, rank=rank, world=3) for rank in range(3)]
@@ -159,19 +159,21 @@ def test_resuming_on_fewer_workers_repeats_nothing(dataset: TokenDataset) -> Non
     while after[0].epoch == 0:
         seen += [sample for each in after for sample in firsts(each.next_global_batch())]
     assert len(set(seen)) == len(seen)
-    assert len(seen) >= 99 - 2 * 6  # less than a global batch lost at the change, less than one at the end
+    assert len(seen) >= 99 - 2 * 6  # Less than a global batch of 6 at the change and at the end.
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("num_samples", 98)])
-def test_a_state_of_another_order_is_refused(dataset: TokenDataset, name: str, value: int) -> None:
+def test_the_state_of_another_seed_or_dataset_is_refused(
+    dataset: TokenDataset, name: str, value: int
+) -> None:
     each = loader(dataset, batch=2, rank=0, world=1)
-    with pytest.raises(ValueError, match=f"the saved data position has {name} {value}, this run has"):
+    with pytest.raises(ValueError, match=f"the saved data position has {name} {value}; this run has"):
         each.load_state_dict({**each.state_dict(), name: value})
 
 
-def test_too_little_data_is_refused_with_the_numbers(dataset: TokenDataset) -> None:
+def test_less_data_than_a_global_batch_is_refused(dataset: TokenDataset) -> None:
     with pytest.raises(
-        ValueError, match=r"99 samples of 7 tokens \(705 tokens\), but one step takes 100 \(batch_size 5"
+        ValueError, match=r"99 samples of 7 tokens \(705 tokens\); one step takes 100 \(batch_size 5"
     ):
         loader(dataset, batch=5, rank=0, world=4, accumulation=5)
 
@@ -180,7 +182,7 @@ def test_too_little_data_is_refused_with_the_numbers(dataset: TokenDataset) -> N
     ("arguments", "message"),
     [
         ({"batch": 0, "rank": 0, "world": 1}, "batch_size is 0"),
-        ({"batch": 1, "rank": 2, "world": 2}, "rank is 2, must be between 0 and 1"),
+        ({"batch": 1, "rank": 2, "world": 2}, "rank is 2; it must be between 0 and 1"),
         ({"batch": 1, "rank": 0, "world": 1, "seed": -1}, "seed is -1"),
     ],
 )
@@ -209,16 +211,16 @@ def test_validation_covers_the_same_samples_on_any_number_of_ranks(
         assert sorted(sample for part in parts for sample in part) == alone
 
 
-def test_validation_split_without_a_sample_is_refused(make_dataset: MakeDataset) -> None:
+def test_a_validation_split_without_a_sample_is_refused(make_dataset: MakeDataset) -> None:
     dataset = TokenDataset(make_dataset([100], [SEQ_LEN]), "validation")
-    with pytest.raises(ValueError, match="the validation split holds 7 tokens, too few for one sample of 7"):
+    with pytest.raises(ValueError, match="the validation split holds 7 tokens; one sample of 7 needs 8"):
         validation_batches(dataset, SEQ_LEN, 1)
 
 
-def test_a_split_or_shard_that_does_not_fit_is_refused(make_dataset: MakeDataset) -> None:
+def test_a_missing_split_or_changed_shard_is_refused(make_dataset: MakeDataset) -> None:
     directory = make_dataset([100])
-    with pytest.raises(DatasetError, match="has no split 'test'"):
+    with pytest.raises(DatasetError, match="has no split 'test'; choose one of train, validation"):
         TokenDataset(directory, "test")
     write_shard(directory / "train-00000.bin", [np.arange(99)], 4)
-    with pytest.raises(DatasetError, match=r"holds 99 tokens, dataset.json says 100"):
+    with pytest.raises(DatasetError, match=r"holds 99 tokens; dataset.json says 100"):
         TokenDataset(directory, "train")

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from llama_ray.data import prepare as module
+from llama_ray.data.corpus import find_corpus
+from llama_ray.data.documents import read
 from llama_ray.data.loader import TokenDataset
 from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.data.shards import DatasetError, open_shard, read_info
-from llama_ray.data.sources import SourceError, find, read
+from llama_ray.data.sources import SourceError
 from llama_ray.data.tokenizer import Tokenizer, TokenizerError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -35,7 +37,7 @@ def config(tmp_path: Path, corpus: Path) -> PrepareConfig:
 
 
 def documents(directory: Path, split: str) -> list[str]:
-    """The documents of a split, decoded; each lies between bos and eos."""
+    """The decoded documents of a split, each of which is between bos and eos."""
     tokenizer = Tokenizer.load(directory)
     found = []
     for shard in read_info(directory).splits[split]:
@@ -48,7 +50,7 @@ def documents(directory: Path, split: str) -> list[str]:
     return found
 
 
-def test_every_document_is_in_one_split(config: PrepareConfig, corpus: Path) -> None:
+def test_each_document_is_in_one_split(config: PrepareConfig, corpus: Path) -> None:
     lines: list[str] = []
     info = prepare(config, lines.append)
     directory = Path(config.output)
@@ -66,9 +68,7 @@ def test_every_document_is_in_one_split(config: PrepareConfig, corpus: Path) -> 
     assert "tokenised 2 of 2 shards" in "\n".join(lines)
 
 
-def test_the_same_text_gives_the_same_files_in_several_shards(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_text_gives_the_same_files(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_GROUP_BYTES", 5000)
     again = dataclasses.replace(config, output=config.output + "2")
     info = prepare(config, lambda line: None)
@@ -77,7 +77,7 @@ def test_the_same_text_gives_the_same_files_in_several_shards(
     assert files(Path(config.output)) == files(Path(again.output))
 
 
-def test_a_finished_dataset_is_reused_and_another_one_not_replaced(
+def test_a_finished_dataset_is_reused_and_a_different_one_is_not_replaced(
     config: PrepareConfig, corpus: Path
 ) -> None:
     first = prepare(config, lambda line: None)
@@ -90,7 +90,7 @@ def test_a_finished_dataset_is_reused_and_another_one_not_replaced(
     with pytest.raises(DatasetError, match="choose another --output, or give --overwrite"):
         prepare(other, lambda line: None)
     (corpus / "0.txt").write_text("changed")
-    with pytest.raises(DatasetError, match="made from other text or settings"):
+    with pytest.raises(DatasetError, match="made from other text or settings; choose another --output"):
         prepare(config, lambda line: None)
     assert files(Path(config.output)) == before
 
@@ -118,9 +118,9 @@ def test_documents_that_are_not_utf8_are_skipped_and_counted(config: PrepareConf
     assert info.documents("train") + info.documents("validation") == 40
 
 
-def test_a_failure_leaves_nothing_behind(config: PrepareConfig, corpus: Path) -> None:
+def test_a_failed_preparation_leaves_no_files(config: PrepareConfig, corpus: Path) -> None:
     (corpus / "bad.jsonl").write_text("not json\n")
-    with pytest.raises(SourceError, match=r"bad\.jsonl: a line behind byte 0") as raised:
+    with pytest.raises(SourceError, match=r"bad\.jsonl has an invalid line after byte 0") as raised:
         prepare(config, lambda line: None)
     assert "\n" not in str(raised.value)
     assert not list(Path(config.output).iterdir())
@@ -128,7 +128,7 @@ def test_a_failure_leaves_nothing_behind(config: PrepareConfig, corpus: Path) ->
     prepare(config, lambda line: None)
 
 
-def test_what_a_killed_run_left_is_no_obstacle(config: PrepareConfig) -> None:
+def test_files_of_a_killed_preparation_are_replaced(config: PrepareConfig) -> None:
     output = Path(config.output)
     (output / ".partial").mkdir(parents=True)
     (output / ".partial" / "train-00007.bin").write_text("half")
@@ -138,11 +138,11 @@ def test_what_a_killed_run_left_is_no_obstacle(config: PrepareConfig) -> None:
     assert "train-00007.bin" not in files(output)
 
 
-def test_one_large_file_is_split_too(config: PrepareConfig, tmp_path: Path) -> None:
+def test_one_large_file_is_divided_into_documents(config: PrepareConfig, tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("".join(f"Paragraph {number}, and a few words more.\n\n" for number in range(20_000)))
     prepare(dataclasses.replace(config, source=str(path)), lambda line: None)
-    parts = [text for document in find(str(path)).documents for text in read(document)]
+    parts = [text for document in find_corpus(str(path)).documents for text in read(document)]
     directory = Path(config.output)
     assert sorted(documents(directory, "train") + documents(directory, "validation")) == sorted(parts)
 
@@ -151,19 +151,19 @@ def test_one_large_file_is_split_too(config: PrepareConfig, tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"source": "{tmp}/nowhere"}, "no text found in"),
-        ({"source": "{tmp}/corpus/1.txt"}, "has 1 document, but training and validation need one each"),
+        ({"source": "{tmp}/corpus/1.txt"}, "has 1 document; training and validation need one each"),
         ({"output": "{tmp}/corpus"}, r"holds other files \(.*.txt\)"),
-        ({"output": "{tmp}/corpus/1.txt"}, "is a file: give a directory"),
-        ({"output": "{tmp}/corpus/1.txt/data"}, "cannot write to .* choose another output"),
+        ({"output": "{tmp}/corpus/1.txt"}, "is a file; give a directory"),
+        ({"output": "{tmp}/corpus/1.txt/data"}, "cannot write to .*; choose another output"),
         ({"output": "s3://bucket/data"}, "give a directory on storage that all nodes share"),
         ({"tokenizer": "{tmp}/corpus"}, "no tokenizer at"),
-        ({"vocab_size": 257}, "vocab_size is 257, must be at least 258"),
-        ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
-        ({"max_bytes": 0}, "max_bytes is 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"vocab_size": 257}, "vocab_size is 257; it must be at least 258"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0; it must be above 0 and below 1"),
+        ({"max_bytes": 0}, "max_bytes is 0; it must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(
+def test_invalid_settings_are_refused_in_one_line(
     config: PrepareConfig, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     filled = {

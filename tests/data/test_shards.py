@@ -12,7 +12,7 @@ MakeDataset = Callable[..., Path]
 
 
 @pytest.mark.parametrize(("vocab_size", "width"), [(300, 2), (65536, 2), (65537, 4), (128256, 4)])
-def test_tokens_come_back(tmp_path: Path, vocab_size: int, width: int) -> None:
+def test_a_shard_gives_back_the_tokens_that_were_written(tmp_path: Path, vocab_size: int, width: int) -> None:
     tokens = np.array([0, 1, vocab_size - 1, 7], dtype=np.int64)
     path = tmp_path / "train-00000.bin"
     assert token_bytes(vocab_size) == width
@@ -22,12 +22,12 @@ def test_tokens_come_back(tmp_path: Path, vocab_size: int, width: int) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_empty_shard(tmp_path: Path) -> None:
+def test_a_shard_may_be_empty(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.bin", [], 2)
     assert len(open_shard(tmp_path / "a.bin")) == 0
 
 
-def test_failed_writer_leaves_nothing_and_spoils_nothing(tmp_path: Path) -> None:
+def test_a_failed_writer_leaves_the_old_shard_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     write_shard(path, [np.arange(3)], 2)
 
@@ -41,7 +41,7 @@ def test_failed_writer_leaves_nothing_and_spoils_nothing(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_mapped_tokens_cannot_be_changed(tmp_path: Path) -> None:
+def test_mapped_tokens_are_read_only(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.bin", [np.arange(3)], 2)
     with pytest.raises(ValueError, match="read-only"):
         open_shard(tmp_path / "a.bin")[0] = 1
@@ -54,7 +54,7 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
     write_shard(path, [np.arange(100)], 2)
     whole = path.read_bytes()
     for content, message in (
-        (whole[:-1], "has 223 bytes, but 100 tokens need 224"),
+        (whole[:-1], "has 223 bytes; 100 tokens need 224"),
         (whole + b"x", "has 225 bytes"),
         (b"NOTASHARD" + whole[9:], "is not a token shard"),
         (whole[:10], "is not a token shard"),
@@ -65,13 +65,13 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
             open_shard(path)
 
 
-def test_info_comes_back(make_dataset: MakeDataset) -> None:
+def test_info_is_read_as_it_was_written(make_dataset: MakeDataset) -> None:
     info = read_info(make_dataset([100, 50], [20]))
     assert (info.tokens("train"), info.documents("train"), info.tokens("validation")) == (150, 2, 20)
     assert [shard.file for shard in info.splits["train"]] == ["train-00000.bin", "train-00001.bin"]
 
 
-def test_unusable_info_is_refused(tmp_path: Path, make_dataset: MakeDataset) -> None:
+def test_missing_or_damaged_info_is_refused(tmp_path: Path, make_dataset: MakeDataset) -> None:
     with pytest.raises(DatasetError, match=r"is not a prepared dataset \(no dataset.json\)"):
         read_info(tmp_path)
     directory = make_dataset([100])
@@ -81,7 +81,7 @@ def test_unusable_info_is_refused(tmp_path: Path, make_dataset: MakeDataset) -> 
         (text.replace('"splits"', '"spilt"'), "is damaged"),
         (
             text.replace('"format_version": 1', '"format_version": 2'),
-            "has format version 2, this version reads 1",
+            "has format version 2; it must have version 1",
         ),
         ("[]", "is damaged"),
     ):

@@ -36,12 +36,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("flag", ["--batch_size", "--batch-size"])
-def test_names_take_dashes_and_values_keep_them(flag: str) -> None:
+def test_flags_may_have_dashes_and_values_keep_theirs(flag: str) -> None:
     assert run(flag, "3", "--prompt=--a-b=c-d").stdout == "3 --a-b=c-d []\n"
     assert run(f"{flag}=3", "--prompt", "a-b", "c-d", "--", "--e-f").stdout == "3 a-b ['c-d', '--e-f']\n"
 
 
-def test_errors_of_the_user_are_one_line_with_exit_code_2() -> None:
+def test_user_errors_give_one_line_and_exit_code_2() -> None:
     for arguments, message in (
         (["--prompt", "fail"], "error: two lines\n"),
         (["--batch-size", "x"], "error: "),

@@ -25,7 +25,7 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
 
 
 @pytest.mark.ray
-def test_builtin_corpus_from_flags_to_dataset(tmp_path: Path, ray_cluster: str) -> None:
+def test_the_builtin_corpus_becomes_a_dataset(tmp_path: Path, ray_cluster: str) -> None:
     done = run(
         "--source", "builtin", "--output", "data", "--vocab-size=512", "--max-bytes", "500000",
         cwd=tmp_path, RAY_ADDRESS=ray_cluster,
@@ -47,7 +47,7 @@ def test_builtin_corpus_from_flags_to_dataset(tmp_path: Path, ray_cluster: str) 
         (["--source", "builtin", "--output", "a", "--sauce", "b"], "unrecognized arguments: --sauce"),
         (
             ["--source", "builtin", "--output", "a", "--vocab-size", "9"],
-            "vocab_size is 9, must be at least 258",
+            "vocab_size is 9; it must be at least 258",
         ),
         (
             ["--source", "builtin", "--output", "a", "--vocab_size", "300", "--tokenizer", "t"],
@@ -55,7 +55,7 @@ def test_builtin_corpus_from_flags_to_dataset(tmp_path: Path, ray_cluster: str) 
         ),
     ],
 )
-def test_bad_flags_are_one_line_and_start_no_cluster(
+def test_invalid_flags_give_one_line_and_start_no_cluster(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     failed = run(*arguments, cwd=tmp_path, RAY_ADDRESS="127.0.0.1:1")

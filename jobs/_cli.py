@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+T = TypeVar("T")
 
 _UNITS = {
     "B": 1,
@@ -21,15 +24,26 @@ _UNITS = {
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> Namespace:
-    """Parse `argv`, by default the command line; flags may be written with dashes or with underscores.
+    """Parse `argv`, by default the command line.
 
-    Raises ValueError, with one line, for an unknown flag or an invalid value.
+    Flags may be written with dashes or with underscores, and a boolean flag without a value means true. Raises
+    ValueError, with one line, for an unknown flag or an invalid value.
     """
     parser.exit_on_error = False
+    argv = _underscored(sys.argv[1:] if argv is None else argv)
+    booleans = {
+        f"--{name}" for name, default in vars(parser.get_defaults()).items() if isinstance(default, bool)
+    }
     try:
-        return parser.parse_args(_underscored(sys.argv[1:] if argv is None else argv))
+        return parser.parse_args(_with_true(argv, booleans))
     except ArgumentError as error:
-        raise ValueError(f"{error} (--help lists all flags)") from error
+        raise ValueError(f"{_plain(str(error))} (--help lists all flags)") from error
+
+
+def from_flags(kind: type[T], flags: Namespace, **values: Any) -> T:
+    """Make a dataclass from the flags named like its fields; `values` replace flags and give fields without a flag."""
+    given = {field.name: flags[field.name] for field in dataclasses.fields(kind) if field.name in flags}
+    return kind(**(given | values))
 
 
 def main(job: Callable[[], None]) -> NoReturn:
@@ -63,3 +77,27 @@ def _underscored(argv: Sequence[str]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
         normal.append(name + equals + value)
     return normal
+
+
+def _with_true(argv: Sequence[str], booleans: Collection[str]) -> list[str]:
+    """Turn a boolean flag without a value into `--flag=true`."""
+    following = [*argv[1:], "--"]
+    return [
+        f"{flag}=true" if flag in booleans and after.startswith("--") else flag
+        for flag, after in zip(argv, following, strict=True)
+    ]
+
+
+def _plain(message: str) -> str:
+    """Rewrite jsonargparse's message about a value as `--NAME is VALUE; it must be TYPE`."""
+    name = re.match(r'Parser key "(.+?)":', message)
+    value = re.search(r"(?:Given|Got) value: (.*)", message)
+    types = re.findall(r"Expected an? (?:typing\.Literal\[(.+?)\]|<class '(.+?)'>)", message)
+    if name is None or value is None or not types:
+        return message
+    allowed = [
+        literal.replace("'", "").replace(", ", " or ") or kind
+        for literal, kind in types
+        if kind != "NoneType"
+    ]
+    return f"--{name[1]} is {value[1]}; it must be {' or '.join(allowed)}"

@@ -1,6 +1,6 @@
-"""Text from a checkpoint: ``python jobs/generate.py --checkpoint REF --prompt "Once upon a time"``.
+"""Generate text with a checkpoint: `python jobs/generate.py --checkpoint REF --prompt "Once upon a time"`.
 
-With ``--input prompts.jsonl --output out.jsonl`` for many prompts, over the cluster (``docs/generation.md``).
+`--input prompts.jsonl --output out.jsonl` answers many prompts on the cluster (`docs/generation.md`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _cli import main, parse, read_bytes
+from _cli import from_flags, main, parse, read_bytes
 from jsonargparse import ArgumentParser, Namespace
 
+from llama_ray.batch_inference.config import BatchConfig
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
@@ -33,50 +34,41 @@ SHAPE = (
     "intermediate_size",
     "max_seq_len",
 )
-DTYPES = ("float32", "bfloat16", "float16")
-
-
 BATCH_ONLY = ("output", "prompt_field", "replicas", "max_num_seqs", "overwrite")
-"""Flags that mean nothing for a single prompt."""
+"""Flags that need --input."""
 
 
 def run() -> None:
-    """Reads the flags and prints the prompt and its continuation, piece by piece, or answers a file of prompts."""
+    """Read the flags, then print a prompt and its continuation as it comes, or answer a file of prompts."""
     parser = _parser()
     flags = parse(parser)
     _check_mode(flags, parser)
-    params = SamplingParams(
-        max_tokens=flags.max_tokens,
-        min_tokens=flags.min_tokens,
-        temperature=flags.temperature,
-        top_k=flags.top_k,
-        top_p=flags.top_p,
-        min_p=flags.min_p,
+    params = from_flags(
+        SamplingParams,
+        flags,
+        # A batch has a seed for each row.
         seed=None if flags.input else flags.seed,
         stop=tuple(flags.stop),
-        repetition_penalty=flags.repetition_penalty,
-        presence_penalty=flags.presence_penalty,
-        frequency_penalty=flags.frequency_penalty,
-        ignore_eos=flags.ignore_eos,
         json_schema=None if flags.json_schema is None else _read_schema(flags.json_schema),
-        regex=flags.regex,
     )
-    ref = flags.checkpoint
-    directory = resolve(existing_ref(ref))
+    memory, draft = flags.kv_cache_memory, flags.draft_model
+    options = from_flags(
+        EngineOptions,
+        flags,
+        max_seq_len=None,
+        kv_cache_memory_bytes=None if memory is None else read_bytes(memory, "kv_cache_memory"),
+        draft_model=draft and existing_ref(draft),
+    )
+    directory = resolve(existing_ref(flags.checkpoint))
     _check_shape(flags, directory)
     if flags.input:
-        _batch(flags, params)
+        _batch(flags, params, options)
         return
-    engine = Engine.from_pretrained(
-        directory,
-        dtype=flags.dtype and getattr(torch, flags.dtype),
-        device=flags.device,
-        max_num_seqs=1,
-        seed=None,
-        **asdict(_engine_options(flags)),
-    )
     prompt = sys.stdin.read().removesuffix("\n") if flags.prompt == "-" else flags.prompt
-    with engine:
+    dtype = flags.dtype and getattr(torch, flags.dtype)
+    with Engine.from_pretrained(
+        directory, dtype, flags.device, replace(options, max_num_seqs=1), seed=None
+    ) as engine:
         _stream(engine, prompt, params)
 
 
@@ -90,30 +82,22 @@ def _check_mode(flags: Namespace, parser: ArgumentParser) -> None:
         raise ValueError(f"--{unused[0]} belongs to --input; leave it out with --prompt")
 
 
-def _batch(flags: Namespace, params: SamplingParams) -> None:
-    # a single prompt need not wait for Ray
+def _batch(flags: Namespace, params: SamplingParams, options: EngineOptions) -> None:
+    # A single prompt does not wait for Ray.
     import ray
 
-    from llama_ray.batch_inference.config import BatchConfig
     from llama_ray.batch_inference.job import BatchJob
 
-    ref = flags.checkpoint
-    job = BatchJob(
-        BatchConfig(
-            checkpoint=existing_ref(ref),
-            input=existing(flags.input),
-            output=absolute(flags.output),
-            params=params,
-            seed=flags.seed,
-            prompt_field=flags.prompt_field,
-            replicas=flags.replicas,
-            device=flags.device,
-            dtype=flags.dtype,
-            max_num_seqs=flags.max_num_seqs,
-            engine=_engine_options(flags),
-            overwrite=flags.overwrite,
-        )
+    config = from_flags(
+        BatchConfig,
+        flags,
+        checkpoint=existing_ref(flags.checkpoint),
+        input=existing(flags.input),
+        output=absolute(flags.output),
+        params=params,
+        engine=options,
     )
+    job = BatchJob(config)
     if job.finished is not None:
         print(f"{job.output.location} is complete already ({job.finished.rows:,} rows): nothing to do")
         return
@@ -124,7 +108,7 @@ def _batch(flags: Namespace, params: SamplingParams) -> None:
 
 
 class ProgressLine:
-    """One line that is written over on a terminal; in a log, a line every few seconds."""
+    """One line that is overwritten on a terminal; in a log, a new line every few seconds."""
 
     EVERY_S = 5.0
 
@@ -134,7 +118,7 @@ class ProgressLine:
         self._last = -self.EVERY_S
 
     def show(self, text: str) -> None:
-        """Replaces the line."""
+        """Replace the line."""
         if self._terminal:
             print(f"\r\x1b[K{text}", end="", flush=True)
             self._open = True
@@ -143,7 +127,7 @@ class ProgressLine:
             self._last = time.monotonic()
 
     def log(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._open:
             print()
             self._open = False
@@ -151,28 +135,18 @@ class ProgressLine:
 
 
 def _read_schema(text: str) -> dict[str, Any]:
-    """The JSON schema that the flag is, or that the file it names holds. Raises ValueError."""
+    """Return the JSON schema in `text`, or in the file that `text` names. Raises ValueError."""
     try:
         schema = json.loads(text if text.lstrip().startswith("{") else Path(existing(text)).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--json_schema is {text[:80]!r}; give a JSON object or a file of one ({error})"
+            f"--json_schema is {text[:80]!r}; give a JSON object, or a file that holds one ({error})"
         ) from error
     if not isinstance(schema, dict):
-        raise ValueError(f"--json_schema {text[:80]!r} holds no JSON object")
+        raise ValueError(
+            f'--json_schema is {text[:80]!r}; it must be a JSON object, such as {{"type": "object"}}'
+        )
     return schema
-
-
-def _engine_options(flags: Namespace) -> EngineOptions:
-    memory, draft = flags.kv_cache_memory, flags.draft_model
-    return EngineOptions(
-        quantization=flags.quantization,
-        kv_cache_memory_bytes=None if memory is None else read_bytes(memory, "kv_cache_memory"),
-        prompt_lookup=flags.prompt_lookup,
-        draft_model=draft and existing_ref(draft),
-        tensor_parallel=flags.tensor_parallel,
-        batch_invariant=flags.batch_invariant,
-    )
 
 
 def _stream(engine: Engine, prompt: str, params: SamplingParams) -> None:
@@ -186,9 +160,11 @@ def _stream(engine: Engine, prompt: str, params: SamplingParams) -> None:
                     raise ValueError(delta.error)
                 tokens += len(delta.token_ids)
                 print(delta.text, end="", flush=True)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:
+        # The reader, such as head, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:  # also after Ctrl-C: the shell's next line is its own
+    finally:
+        # Also after Ctrl-C, so that the shell's prompt starts on its own line.
         print(flush=True)
     seconds = time.perf_counter() - start
     print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr, flush=True)
@@ -198,7 +174,8 @@ def _check_shape(flags: Namespace, directory: Path) -> None:
     config = load_config(directory)
     for name in SHAPE:
         asked, stored = flags[name], getattr(config, name)
-        if name == "num_kv_heads" and asked == 0:  # in training 0 means as many as num_heads
+        # In training, 0 means as many as num_heads.
+        if name == "num_kv_heads" and asked == 0:
             asked = config.num_heads
         if asked not in (None, stored):
             raise ValueError(
@@ -210,44 +187,43 @@ def _check_shape(flags: Namespace, directory: Path) -> None:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="generate.py", description="Continues prompts with a trained model.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="A directory, models:/name/version or models:/name@alias.")
     add("--prompt", type=str, help="The text to continue; - reads it from standard input.")
     add("--input", type=str, help="Many prompts: a .jsonl file, a folder or glob of them, or a URI.")
     add("--output", type=str, help="With --input: the .jsonl file to write, on storage that all nodes share.")
-    add("--prompt_field", default="prompt", help="With --input: the field that holds the text.")
-    add("--replicas", type=int, help="With --input: engines; all GPUs, or one for each node, if not given.")
-    add("--max_num_seqs", type=int, default=64, help="With --input: sequences that an engine runs together.")
-    add("--overwrite", action="store_true", help="With --input: replace what --output already holds.")
-    add("--max_tokens", type=int, default=100, help="At most so many new tokens.")
-    add("--min_tokens", type=int, default=0, help="No end before there are so many.")
-    add("--temperature", type=float, default=0.8, help="0 always takes the most probable token.")
-    add("--top_k", type=int, default=40, help="Keep the k most probable tokens; 0 keeps all.")
-    add("--top_p", type=float, default=0.9, help="Keep the most probable tokens that reach this mass.")
-    add("--min_p", type=float, default=0.0, help="Keep tokens with this share of the largest probability.")
-    add("--seed", type=int, help="The same seed gives the same text; without one each call differs.")
-    add("--stop", type=str, nargs="+", default=[], help="End where one of these strings would appear.")
+    parser.add_class_arguments(BatchConfig, skip={"input", "output", "params", "seed", "engine"})
     add(
-        "--repetition_penalty", type=float, default=1.0, help="Above 1: fewer tokens that were there already."
+        "--seed", type=int, help="The same seed gives the same text; with --input, a row's number counts too."
     )
-    add("--presence_penalty", type=float, default=0.0, help="Subtracted from logits of tokens in the output.")
-    add("--frequency_penalty", type=float, default=0.0, help="The same, for each time a token occurred.")
-    add("--ignore_eos", action="store_true", help="Go on after an end-of-text token.")
-    add("--json_schema", type=str, help="Output that this schema allows: JSON, or a file of it.")
-    add("--regex", type=str, help="Output that this expression matches as a whole.")
-    add("--device", type=str, help="cpu, cuda or cuda:N; CUDA where there is one, if not given.")
-    add("--dtype", choices=DTYPES, help="Compute in this type; the stored one if not given.")
+    parser.add_class_arguments(
+        SamplingParams,
+        skip={
+            "seed",
+            "stop",
+            "json_schema",
+            "n",
+            "stop_token_ids",
+            "logit_bias",
+            "logprobs",
+            "prompt_logprobs",
+        },
+    )
     add(
-        "--quantization",
-        choices=("int8", "int4"),
-        help="Round the weights to so many bits as they are loaded.",
+        "--stop",
+        type=str,
+        nargs="+",
+        default=[],
+        help="End the text where one of these strings would appear.",
     )
-    add("--kv_cache_memory", type=str, help="Of one engine, such as 2GiB; from the free memory if not given.")
-    add("--prompt_lookup", action="store_true", help="Guess tokens from the text itself; no token changes.")
-    add("--draft_model", type=str, help="A small model of the same tokenizer that guesses; no token changes.")
-    add("--tensor_parallel", type=int, default=1, help="GPUs that share one engine's model.")
-    add("--batch_invariant", action="store_true", help="On CUDA: the same tokens in any company, at a price.")
+    add("--json_schema", type=str, help="Output that this schema allows: JSON, or a file that holds it.")
+    parser.add_class_arguments(EngineOptions, skip={"max_seq_len", "kv_cache_memory_bytes"})
+    add(
+        "--kv_cache_memory",
+        type=str,
+        help="Memory for keys and values of one engine, such as 2GiB; taken from the free memory by default.",
+    )
     for name in SHAPE:
-        add(f"--{name}", type=int, help="A check: the checkpoint's must be the same.")
+        add(f"--{name}", type=int, help=f"A check: stop if the checkpoint's {name} is another.")
+    parser.set_defaults(max_tokens=100, temperature=0.8, top_k=40, top_p=0.9)
     return parser
 
 

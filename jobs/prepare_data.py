@@ -25,7 +25,7 @@ def run() -> None:
 
 def _config() -> PrepareConfig:
     parser = ArgumentParser(prog="prepare_data.py", description="Turn text into a tokenised dataset.")
-    parser.add_class_arguments(PrepareConfig, skip={"overwrite", "vocab_size", "tokenizer"})
+    parser.add_class_arguments(PrepareConfig, skip={"vocab_size", "tokenizer"})
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
         "--vocab_size", type=int, default=32000, help="Maximum vocabulary size of the tokenizer to train."
@@ -35,7 +35,6 @@ def _config() -> PrepareConfig:
         type=str,
         help="A tokenizer.json, or a directory that holds one, to use instead of training a tokenizer.",
     )
-    parser.add_argument("--overwrite", action="store_true", help="Replace a dataset in --output.")
     config = PrepareConfig(**vars(parse(parser)))
     return dataclasses.replace(
         config,

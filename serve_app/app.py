@@ -2,7 +2,8 @@
 
 # No `from __future__ import annotations`: Serve reads the class of build's argument from its annotation.
 
-from typing import Self
+from dataclasses import asdict, fields, replace
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
@@ -10,11 +11,10 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from llama_ray.generation.options import EngineOptions
-from llama_ray.generation.quantize import Quantization
 from llama_ray.storage.paths import existing_ref
 from llama_ray.tracking.uri import tracking_uri
 from serve_app.api import Api
-from serve_app.replica import DType, LlamaReplica
+from serve_app.replica import DEFAULT_OPTIONS, DType, LlamaReplica
 
 
 class ServeArgs(BaseModel):
@@ -27,21 +27,9 @@ class ServeArgs(BaseModel):
     )
     tracking_uri: str = Field(default_factory=tracking_uri, description="Of the MLflow registry.")
     dtype: DType | None = Field(None, description="To compute in; the stored one where not given.")
-    max_num_seqs: int = Field(16, ge=1, description="Sequences that one replica runs together.")
-    max_seq_len: int | None = Field(
-        None, ge=2, description="Tokens of prompt and output; the model's where not given."
-    )
-    quantization: Quantization | None = Field(None, description="int8 or int4: rounds the weights.")
-    kv_cache_memory_bytes: int | None = Field(
-        None, ge=1, description="For keys and values; what is free, up to a limit, where not given."
-    )
-    prompt_lookup: bool = Field(False, description="Guess tokens from the text itself; no token changes.")
-    draft_model: str | None = Field(
-        None, description="A small model of the same tokenizer that guesses; no token changes."
-    )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs that share a model; then num_gpus is as many.")
-    batch_invariant: bool = Field(
-        False, description="On CUDA: the same tokens in any company, at a price in speed."
+    engine: EngineOptions = Field(
+        DEFAULT_OPTIONS,
+        description="Options of each replica's engine; given flat, beside the other arguments: quantization=int8.",
     )
     num_cpus: float = Field(1, ge=0, description="For each model replica; its threads on the CPU, too.")
     num_gpus: float = Field(0, ge=0, description="For each model replica; 0 computes on the CPU.")
@@ -62,27 +50,23 @@ class ServeArgs(BaseModel):
         600, gt=0, description="A replica that stops may finish its answers for so long."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_engine_options(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Move the arguments that are engine options into `engine`."""
+        names = {field.name for field in fields(EngineOptions)}
+        options = {name: value for name, value in arguments.items() if name in names}
+        others = {name: value for name, value in arguments.items() if name not in names}
+        return {"engine": asdict(DEFAULT_OPTIONS) | options} | others
+
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        _ = self.engine
-        if self.num_gpus and self.tensor_parallel > 1 and self.num_gpus != self.tensor_parallel:
-            raise ValueError(
-                f"num_gpus is {self.num_gpus:g} and tensor_parallel {self.tensor_parallel}; make them equal"
-            )
+        if self.engine.draft_model is not None:
+            self.engine = replace(self.engine, draft_model=existing_ref(self.engine.draft_model))
+        shards = self.engine.tensor_parallel
+        if self.num_gpus and shards > 1 and self.num_gpus != shards:
+            raise ValueError(f"num_gpus is {self.num_gpus:g} and tensor_parallel {shards}; make them equal")
         return self
-
-    @property
-    def engine(self) -> EngineOptions:
-        """What each replica's engine is told. Raises ValueError for options that do not fit together."""
-        draft = self.draft_model
-        return EngineOptions(
-            quantization=self.quantization,
-            kv_cache_memory_bytes=self.kv_cache_memory_bytes,
-            prompt_lookup=self.prompt_lookup,
-            draft_model=draft and existing_ref(draft),
-            tensor_parallel=self.tensor_parallel,
-            batch_invariant=self.batch_invariant,
-        )
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> Self:
@@ -95,14 +79,13 @@ class ServeArgs(BaseModel):
 
 def build(args: ServeArgs) -> Application:
     """The application: `Api` takes HTTP requests in, `LlamaReplica` answers them and scales with their number."""
-    ongoing = args.max_ongoing_requests or 2 * args.max_num_seqs
+    max_num_seqs = args.engine.max_num_seqs
+    ongoing = args.max_ongoing_requests or 2 * max_num_seqs
     replicas = serve.deployment(
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         max_ongoing_requests=ongoing,
         max_queued_requests=args.max_queued_requests,
-        autoscaling_config=_scaling(
-            args, args.target_ongoing_requests or min(ongoing, 0.75 * args.max_num_seqs)
-        ),
+        autoscaling_config=_scaling(args, args.target_ongoing_requests or min(ongoing, 0.75 * max_num_seqs)),
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         logging_config={"enable_access_log": False},  # the API logs each request already
     )(LlamaReplica).bind(
@@ -111,8 +94,6 @@ def build(args: ServeArgs) -> Application:
         device="cuda" if args.num_gpus else "cpu",
         threads=int(args.num_cpus),
         dtype=args.dtype,
-        max_num_seqs=args.max_num_seqs,
-        max_seq_len=args.max_seq_len,
         options=args.engine,
     )
     # The API only passes things on: it takes whatever comes, so that /health and the answer 429 never have to wait.

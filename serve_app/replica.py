@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from llama_ray.tracking import registry
 from serve_app.events import Event, Failure, Job, Logprobs, ModelInfo, Piece, Started
 
 DType = Literal["float32", "bfloat16", "float16"]
+DEFAULT_OPTIONS = EngineOptions(max_num_seqs=16)
 
 _Batches = AsyncGenerator[list[tuple[int, Delta]]]
 _Item = tuple[int, Delta] | Exception  # (number of the prompt, its delta), or why there are no more
@@ -34,8 +35,8 @@ _Item = tuple[int, Delta] | Exception  # (number of the prompt, its delta), or w
 class LlamaReplica:
     """Answers jobs with the model that `ref` stands for: a directory, `models:/name/7` or `models:/name@alias`.
 
-    References are looked up in the MLflow registry at `tracking_uri`. `dtype` None keeps the stored one, `max_seq_len`
-    None the model's; `options` are the engine's own. `threads` are for computing on the CPU, no more than this process
+    References are looked up in the MLflow registry at `tracking_uri`. `dtype` None keeps the stored one; `options` are
+    the engine's. `threads` are for computing on the CPU, no more than this process
     has cores. Raises ValueError for a model that cannot be served; Serve then reports the deployment as failed, with
     that message.
     """
@@ -48,9 +49,7 @@ class LlamaReplica:
         device: Literal["cpu", "cuda"] = "cpu",
         threads: int = 1,
         dtype: DType | None = None,
-        max_num_seqs: int = 16,
-        max_seq_len: int | None = None,
-        options: EngineOptions = EngineOptions(),  # noqa: B008  frozen
+        options: EngineOptions = DEFAULT_OPTIONS,
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch sees no GPU here; install a CUDA build of torch, or set num_gpus to 0")
@@ -64,10 +63,8 @@ class LlamaReplica:
             directory,
             dtype=dtype and getattr(torch, dtype),
             device=device,
-            max_num_seqs=max_num_seqs,
-            max_seq_len=max_seq_len,
+            options=options,
             seed=None,
-            **asdict(options),
         )
         if engine.tokenizer is None:
             raise ValueError(f"{ref} holds no tokenizer to answer with text; add its tokenizer.json")

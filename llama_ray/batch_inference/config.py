@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
@@ -30,11 +30,10 @@ class BatchConfig:
         params: What every row asks for; a row's `sampling_params` replace single values. Its seed is not used.
         seed: Rows without a seed of their own get one from this and their number. None draws one and keeps it.
         prompt_field: The field that holds a row's text.
-        replicas: Engines, each with a GPU, or with one CPU of Ray's count. None takes all GPUs, or one for each node.
-        device: cpu or cuda; None takes GPUs where the cluster has them.
+        replicas: Engines, each with a GPU, or with one CPU of Ray's count; None takes all GPUs, or one for each node.
+        device: cpu or cuda, and for a single prompt also cuda:N; None takes GPUs if there are any.
         dtype: Compute in this type; None keeps the stored one.
-        max_num_seqs: Sequences that an engine runs together.
-        engine: What else each engine is told; one with `tensor_parallel` takes so many GPUs.
+        engine: Options of each engine; one with `tensor_parallel` N takes N GPUs.
         overwrite: Replace what `output` already holds.
     """
 
@@ -46,8 +45,7 @@ class BatchConfig:
     prompt_field: str = "prompt"
     replicas: int | None = None
     device: str | None = None
-    dtype: str | None = None
-    max_num_seqs: int = 64
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     overwrite: bool = False
 
@@ -56,10 +54,8 @@ class BatchConfig:
             raise BatchError(
                 f"device is {self.device!r}; with an input file it must be cpu or cuda: Ray picks the GPU"
             )
-        for name in ("replicas", "max_num_seqs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BatchError(f"{name} is {value}; it must be at least 1")
+        if self.replicas is not None and self.replicas < 1:
+            raise BatchError(f"replicas is {self.replicas}; it must be at least 1")
 
     def made_from(self, rows: str, model: str, seed: int) -> dict[str, Any]:
         """Name -> value of all that the answers depend on, as JSON gives it back; replicas and the like are not in it.

@@ -123,7 +123,7 @@ class BatchJob:
 
     def _results(self, parts: list[Part], replicas: int, *, gpu: bool) -> Iterator[Counts]:
         """Has `parts` answered and committed -> the counts of each, in the order in which they are finished."""
-        at_once = min(_MOST_PARTS_AT_ONCE, 1 + ceil_div(2 * self.config.max_num_seqs, SMALLEST_PART))
+        at_once = min(_MOST_PARTS_AT_ONCE, 1 + ceil_div(2 * self.config.engine.max_num_seqs, SMALLEST_PART))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # our own line reads better in a job's log
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -185,7 +185,6 @@ class BatchJob:
             engine={
                 "device": "cuda" if gpu else "cpu",
                 "dtype": config.dtype and getattr(torch, config.dtype),
-                "max_num_seqs": config.max_num_seqs,
                 **asdict(config.engine),
             },
         )

@@ -43,10 +43,10 @@ class Core:
         sampler: Sampler,
         lock: threading.Lock,
         proposer: Proposer | None,
-        draft_tokens: int,
+        num_draft_tokens: int,
     ) -> None:
         self._scheduler, self._runner, self._sampler, self._lock = scheduler, runner, sampler, lock
-        self._proposer, self._draft_tokens = proposer, draft_tokens if proposer else 0
+        self._proposer, self._num_draft_tokens = proposer, num_draft_tokens
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
         self.last_step: StepStats | None = None
 
@@ -56,7 +56,7 @@ class Core:
         start = time.monotonic()
         while True:
             with self._lock:
-                plan = self._scheduler.schedule(self._draft_tokens)
+                plan = self._scheduler.schedule(self._num_draft_tokens)
                 for chunk in plan.chunks:
                     for sequence in (chunk.sequence, *chunk.forks):
                         if sequence.stats.started is None:

@@ -1,4 +1,4 @@
-"""The engine: requests go in, every step gives each running sequence one more token."""
+"""The engine: requests go in, and every step gives each running sequence one more token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,14 +17,14 @@ import torch
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.backend import Backend
+from llama_ray.generation.caches import make_caches
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.core import Core
-from llama_ray.generation.kv_cache import count_blocks
 from llama_ray.generation.limits import Limits
+from llama_ray.generation.options import EngineOptions, RunOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.prepare import as_backend, prepare
 from llama_ray.generation.progress import Progress
-from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.runner import RunnerError
 from llama_ray.generation.sampling.constraints import Grammars
 from llama_ray.generation.sampling.params import SamplingParams
@@ -35,96 +36,68 @@ from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer
 from llama_ray.generation.stats import EngineStats
+from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained, resolve
 
 Prompt = str | Sequence[int]
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 256, 2048
-"""Tokens that one step computes, by default: enough for matrix products to be efficient."""
+"""Default `max_num_batched_tokens`: enough for efficient matrix products."""
 
 
 class Engine:
     """Generates for many requests at once, each with its own parameters, on one device.
 
-    Sequences join and leave the batch at every step. At most `max_num_seqs` run together, each up to
-    `max_seq_len` tokens of prompt and output (None: the model's), and a step computes at most `max_num_batched_tokens`
-    tokens. Their keys and values share a cache of `kv_cache_memory_bytes` (None: see `kv_cache.count_blocks`), which
-    must be free now, else ValueError is raised; on a CPU it is taken block by block, when one is first written. With
-    `enable_prefix_caching` prompts that begin as others did are not computed again. `proposer` guesses tokens ahead,
-    `draft_tokens` at most, which changes no token that comes out. Requests without a seed draw theirs from `seed` in
-    the order in which they come; None draws anew in every process. `eos_ids` end a completion beside the tokenizer's
-    own. `parallel` is where `model` is only one rank's share, with the others: `kv_cache_memory_bytes` are then those
-    of each rank, and the rank with the least room decides.
+    Sequences join and leave the batch at every step. `options`, or their fields as keywords (`max_num_seqs=8`), are
+    `RunOptions`. `proposer` drafts tokens, which changes no output. Requests without a seed draw theirs from `seed` in
+    order of arrival; with None each process draws others. `eos_ids` end a completion beside the tokenizer's own
+    end-of-text token. `sharded` is given if `model` is rank 0's shard of a model on several ranks; the processes of the
+    other ranks end with `close`, with a `with` block, and when the engine is garbage-collected. Raises ValueError for
+    options that do not fit the model or the free memory.
 
-    An engine whose model lies on several ranks has processes that end with it: at `close`, at the end of a `with`
-    block, and when nobody refers to it any more. `submit` and `abort` may be called from any thread; `step`, and
-    `generate`, from one at a time.
+    `submit` and `abort` may be called from any thread; `step` and `generate` from one thread at a time.
     """
 
     def __init__(
         self,
         model: Llama | Backend,
         tokenizer: Tokenizer | None,
+        options: RunOptions | None = None,
         *,
-        max_num_seqs: int = 64,
-        max_seq_len: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        kv_cache_memory_bytes: int | None = None,
-        enable_prefix_caching: bool = True,
         proposer: Proposer | None = None,
-        draft_tokens: int = 4,
         seed: int | None = 0,
         eos_ids: Collection[int] = (),
-        parallel: ShardedModel | None = None,
+        sharded: ShardedModel | None = None,
+        **fields: Any,
     ) -> None:
+        options = replace(options or RunOptions(), **fields)
         backend = as_backend(model)
-        model = backend.model
-        limit = model.config.max_seq_len
-        max_seq_len = limit if max_seq_len is None else max_seq_len
-        if max_num_batched_tokens is None:
-            max_num_batched_tokens = GPU_BATCH_TOKENS if backend.device.type == "cuda" else CPU_BATCH_TOKENS
-        for name, value in (
-            ("max_num_seqs", max_num_seqs),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-            ("draft_tokens", draft_tokens),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if not 2 <= max_seq_len <= limit:
-            raise ValueError(f"max_seq_len is {max_seq_len}; it must be from 2 to {limit}, the model's limit")
-        self.tokenizer = tokenizer
-        self.config = model.config
-        self.max_num_seqs, self.max_seq_len = max_num_seqs, max_seq_len
+        self.tokenizer, self.config = tokenizer, backend.model.config
+        self.max_num_seqs = options.max_num_seqs
+        self.max_seq_len = _max_seq_len(options, self.config)
         own_eos = {tokenizer.eos_id} if tokenizer is not None else set()
         self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
-
-        rank_block = backend.block_bytes
-        per_block = rank_block
-        if proposer is not None:
-            proposer.check(model.config.vocab_size, max_seq_len)
-            per_block += proposer.block_bytes
-        limits = (max_num_seqs, max_seq_len)
-        if parallel is None:
-            blocks = count_blocks(
-                per_block, backend.block_size, *limits, backend.device, kv_cache_memory_bytes
-            )
-            runner = backend.make_runner(blocks, *limits)
-        else:
-            blocks = parallel.count_blocks(per_block, *limits, kv_cache_memory_bytes)
-            runner = parallel.runner(blocks)
-        if proposer is not None:
-            proposer.reserve(blocks, max_num_seqs, max_seq_len)
-        pool = BlockPool(blocks, backend.block_size, caching=enable_prefix_caching)
-        self._scheduler = Scheduler(pool, max_num_seqs, max_num_batched_tokens)
-        self._lock = threading.Lock()  # held over the scheduler and the counters, never during a forward pass
-        self._core = Core(self._scheduler, runner, backend.make_sampler(), self._lock, proposer, draft_tokens)
-        self._parallel = parallel
-        others = parallel.size - 1 if parallel else 0
-        self._kv_cache_bytes = blocks * (per_block + others * rank_block)
-        self._weight_bytes = parallel.weight_bytes if parallel else backend.weight_bytes
-        self._limits = Limits(model.config.vocab_size, max_seq_len, has_tokenizer=tokenizer is not None)
-        self._grammars = Grammars(tokenizer, model.config.vocab_size, self.eos_ids)
+        self._sharded = sharded
+        self._weight_bytes = sharded.weight_bytes if sharded else backend.weight_bytes
+        caches = make_caches(
+            backend, proposer, sharded, self.max_num_seqs, self.max_seq_len, options.kv_cache_memory_bytes
+        )
+        self._kv_cache_bytes = caches.nbytes
+        default_tokens = GPU_BATCH_TOKENS if backend.device.type == "cuda" else CPU_BATCH_TOKENS
+        self._scheduler = Scheduler(
+            BlockPool(caches.num_blocks, backend.block_size, caching=options.enable_prefix_caching),
+            options.max_num_seqs,
+            options.max_num_batched_tokens or default_tokens,
+        )
+        # Held over the scheduler and the counters, never during a forward pass.
+        self._lock = threading.Lock()
+        num_draft_tokens = options.num_draft_tokens if proposer else 0
+        self._core = Core(
+            self._scheduler, caches.runner, backend.make_sampler(), self._lock, proposer, num_draft_tokens
+        )
+        self._limits = Limits(self.config.vocab_size, self.max_seq_len, has_tokenizer=tokenizer is not None)
+        self._grammars = Grammars(tokenizer, self.config.vocab_size, self.eos_ids)
         self._seeds = random.Random(seed)
         self._requests = itertools.count()
         self._submitted = 0
@@ -135,46 +108,46 @@ class Engine:
         ref: str | Path,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        options: EngineOptions | None = None,
         *,
-        quantization: Quantization | None = None,
-        batch_invariant: bool = False,
-        draft_model: str | Path | None = None,
-        prompt_lookup: bool = False,
-        tensor_parallel: int = 1,
-        **options: Any,
+        seed: int | None = 0,
+        **fields: Any,
     ) -> Self:
-        """An engine for what `ref` stands for: a directory, `models:/name/version` or `models:/name@alias`.
+        """Return an engine for `ref`: a directory, `models:/name/version` or `models:/name@alias`.
 
-        `dtype` None keeps the stored one; `device` None takes CUDA where there is one; `quantization` int8 or int4
-        rounds the weights of matrix products as they are loaded; for `batch_invariant` see `prepare.prepare`.
-        `draft_model`, or with `prompt_lookup` the text itself, guesses tokens ahead. `tensor_parallel` is the number
-        of GPUs (on a CPU, of processes) to divide the model between, see `llama_ray.generation.parallel.runner`.
-        `options` are those of the constructor. Raises ValueError for a checkpoint that cannot be read or not be
-        divided so.
+        `dtype` None keeps the stored one; `device` None takes CUDA if there is a GPU. `options`, or their fields as
+        keywords (`quantization="int8"`), are `EngineOptions`; for `seed` see `Engine`. Raises ValueError for a
+        checkpoint that cannot be read or divided, and for options that do not fit.
         """
+        options = replace(options or EngineOptions(), **fields)
         directory = resolve(ref)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        options.setdefault("eos_ids", _eos_ids(directory))
-        if draft_model is not None:
-            draft, _ = load_pretrained(draft_model, dtype=dtype, device=device)
-            options["proposer"] = DraftModel(prepare(draft, quantization, batch_invariant=batch_invariant))
-        elif prompt_lookup:
-            options["proposer"] = PromptLookup()
-        if tensor_parallel == 1:
+        eos_ids = _eos_ids(directory)
+        proposer = _load_proposer(options, dtype, device)
+        form = (options.quantization, options.batch_invariant)
+        if options.tensor_parallel == 1:
             model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
-            backend = prepare(model, quantization, batch_invariant=batch_invariant)
-            return cls(backend, tokenizer, **options)
-        parallel = ShardedModel(directory, dtype, device, quantization, batch_invariant, tensor_parallel)
+            backend = prepare(model, form[0], batch_invariant=form[1])
+            return cls(backend, tokenizer, options, proposer=proposer, seed=seed, eos_ids=eos_ids)
+        sharded = ShardedModel(directory, dtype, device, *form, options.tensor_parallel)
         try:
-            return cls(parallel.backend, parallel.tokenizer, parallel=parallel, **options)
+            return cls(
+                sharded.backend,
+                sharded.tokenizer,
+                options,
+                proposer=proposer,
+                seed=seed,
+                eos_ids=eos_ids,
+                sharded=sharded,
+            )
         except BaseException:
-            parallel.close()
+            sharded.close()
             raise
 
     def close(self) -> None:
-        """End the processes of the other ranks, where there are any; steps then raise RunnerError."""
-        if self._parallel is not None:
-            self._parallel.close()
+        """End the processes of the other ranks, if there are any; steps then raise RunnerError."""
+        if self._sharded is not None:
+            self._sharded.close()
 
     def __enter__(self) -> Self:
         return self
@@ -185,51 +158,67 @@ class Engine:
     def generate(
         self,
         prompts: str | Iterable[Prompt],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = False,
     ) -> list[Completion]:
-        """Complete every prompt, text or token ids; `params.n` completions for each, in the order of the prompts.
+        """Complete every prompt (text or token ids); return `n` completions for each, in the order of the prompts.
 
-        `progress` shows a bar on stderr. All prompts are checked before any is run. Raises ValueError for a bad
-        prompt or while other requests are in progress (their deltas would be lost), and GenerationError where the
-        model's numbers overflow or the engine has ended.
+        `sampling_params` are one for all prompts, or one for each. `progress` shows a bar on stderr. All prompts are
+        checked before any is run. Raises ValueError for a bad prompt or while other requests are in progress (their
+        deltas would be lost), and GenerationError if the model's numbers overflow or the engine has ended.
         """
         if self.has_work:
             raise ValueError(
                 "the engine has other requests in progress; wait for them, or use submit and step"
             )
-        params = params or SamplingParams()
-        given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoded = [self.encode(prompt) for prompt in given]
-        for ids in encoded:
-            self._limits.check(ids, params)
-        ids_of: list[int] = []
+        requests = self._requests_for(prompts, sampling_params)
+        request_ids: list[int] = []
         deltas: defaultdict[tuple[int, int], list[Delta]] = defaultdict(list)
         try:
-            for prompt in encoded:
-                ids_of.append(self.submit(prompt, params))
-            with Progress(len(encoded) * params.n, shown=progress) as bar:
+            for prompt, params in requests:
+                request_ids.append(self.submit(prompt, params))
+            with Progress(sum(params.n for _, params in requests), shown=progress) as bar:
                 while self.has_work:
                     new = self.step()
                     bar.count(new)
                     for delta in new:
                         deltas[delta.request_id, delta.index].append(delta)
-        except RunnerError as e:
-            raise GenerationError(str(e)) from e
-        finally:  # an error, or the user's interrupt, leaves nothing behind
-            for request_id in ids_of:
+        except RunnerError as error:
+            raise GenerationError(str(error)) from error
+        finally:
+            # An error or Ctrl-C leaves no request behind.
+            for request_id in request_ids:
                 self.abort(request_id)
         return [
             Completion.of(deltas[request_id, index], prompt)
-            for request_id, prompt in zip(ids_of, encoded, strict=True)
+            for request_id, (prompt, params) in zip(request_ids, requests, strict=True)
             for index in range(params.n)
         ]
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt: text is begun with bos where the tokenizer has one, ids are taken as they are.
+    def _requests_for(
+        self,
+        prompts: str | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[tuple[list[int], SamplingParams]]:
+        """Return the checked token ids and parameters of each prompt."""
+        encoded = [self.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(encoded)
+        if len(sampling_params) != len(encoded):
+            raise ValueError(
+                f"sampling_params has {len(sampling_params)} entries and prompts {len(encoded)}; give one for each "
+                "prompt, or one SamplingParams for all"
+            )
+        requests = list(zip(encoded, sampling_params, strict=True))
+        for ids, params in requests:
+            self._limits.check(ids, params)
+        return requests
 
-        Raises ValueError for text where there is no tokenizer, and for what is neither text nor ids.
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's token ids: text starts with bos if the tokenizer has one, ids stay as they are.
+
+        Raises ValueError for text without a tokenizer, and for a prompt that is neither text nor ids.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -244,9 +233,9 @@ class Engine:
                 f"a prompt is {type(prompt).__name__}; give text or a list of token ids (integers)"
             ) from None
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Queue a request -> its id, which its deltas carry. Raises ValueError for one that cannot be served."""
-        params = params or SamplingParams()
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queue a request; return its id, which its deltas carry. Raises ValueError if it cannot be served."""
+        params = sampling_params or SamplingParams()
         ids = self.encode(prompt)
         self._limits.check(ids, params)
         constraints = [self._grammars.constraint(params) for _ in range(params.n)]
@@ -266,7 +255,7 @@ class Engine:
         return request_id
 
     def abort(self, request_id: int) -> None:
-        """Drop a request; its blocks are free for the next step. One that is finished or unknown is no error."""
+        """Drop a request and free its blocks for the next step; do nothing if it is finished or unknown."""
         with self._lock:
             self._scheduler.abort(request_id)
 
@@ -278,7 +267,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """A snapshot."""
+        """What the engine does now and has done so far."""
         with self._lock:
             scheduler, pool = self._scheduler, self._scheduler.pool
             return EngineStats(
@@ -298,25 +287,43 @@ class Engine:
             )
 
     def step(self) -> list[Delta]:
-        """Compute what fits of the waiting prompts and give every sequence that is past its prompt a token.
+        """Compute one step: a token for each sequence that generates, and as much of the waiting prompts as fits.
 
-        Returns one delta for each sequence that got a token or failed; none where there is nothing to do, or where
-        all that was computed is the middle of prompts. A step that runs out of memory is tried again with less; a
-        sequence that cannot be computed fails, and the others go on. Raises RunnerError where no step can be computed
-        any more: a worker process is gone.
+        Return a delta for each sequence that got a token or failed; the list is empty if there is nothing to do or the
+        step only computed the middle of prompts. A step that runs out of memory is repeated with smaller limits; a
+        sequence that cannot be computed fails, and the others continue. Raises RunnerError if a worker process has
+        ended, since no step can be computed then.
         """
         return self._core.step()
 
 
+def _max_seq_len(options: RunOptions, config: LlamaConfig) -> int:
+    limit = config.max_seq_len
+    if options.max_seq_len is not None and options.max_seq_len > limit:
+        raise ValueError(
+            f"max_seq_len is {options.max_seq_len}; it must be from 2 to {limit}, the model's limit"
+        )
+    return options.max_seq_len or limit
+
+
+def _load_proposer(
+    options: EngineOptions, dtype: torch.dtype | None, device: torch.device | str
+) -> Proposer | None:
+    if options.draft_model is not None:
+        draft, _ = load_pretrained(options.draft_model, dtype=dtype, device=device)
+        return DraftModel(prepare(draft, options.quantization, batch_invariant=options.batch_invariant))
+    return PromptLookup() if options.prompt_lookup else None
+
+
 def _eos_ids(directory: Path) -> list[int]:
-    """The `eos_token_id` of generation_config.json (one or several), where the checkpoint has that file."""
+    """Return `eos_token_id` of generation_config.json (one or several) if the checkpoint has that file."""
     file = directory / "generation_config.json"
     if not file.is_file():
         return []
     try:
         ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{file} is not a JSON object ({e}); save the checkpoint again or remove the file"
-        ) from e
+            f"{file} is not a JSON object ({error}); save the checkpoint again or remove the file"
+        ) from error
     return [ids] if isinstance(ids, int) else list(ids or ())

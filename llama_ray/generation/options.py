@@ -1,4 +1,4 @@
-"""The options of an engine that jobs and serving hand on as they are."""
+"""The options of an engine, declared once for Python, jobs and serving."""
 
 from __future__ import annotations
 
@@ -7,21 +7,67 @@ from dataclasses import dataclass
 from llama_ray.generation.quantize import Quantization
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """Keywords of `Engine.from_pretrained`, which says what they do. Raises ValueError for those that do not fit."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How much an engine runs at once.
 
-    quantization: Quantization | None = None
+    A value out of range raises ValueError.
+
+    Args:
+        max_num_seqs: Sequences that run at once.
+        max_seq_len: Tokens of prompt and output of one sequence; None takes the model's limit.
+        max_num_batched_tokens: Tokens that one step computes; None takes 2048 on a GPU and 256 on a CPU.
+        kv_cache_memory_bytes: Memory for keys and values, on each rank of a sharded model, which must be free; None
+            takes what is free of 90% of a GPU's memory, and on a CPU up to 4 GiB or half of what is free.
+        enable_prefix_caching: Reuse the keys and values of prompts that begin with the same tokens.
+        num_draft_tokens: Draft tokens of a sequence in one step, if there is a draft model or prompt lookup.
+    """
+
+    max_num_seqs: int = 64
+    max_seq_len: int | None = None
+    max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
-    prompt_lookup: bool = False
-    draft_model: str | None = None
-    tensor_parallel: int = 1
-    batch_invariant: bool = False
+    enable_prefix_caching: bool = True
+    num_draft_tokens: int = 4
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel < 1:
-            raise ValueError(f"tensor_parallel is {self.tensor_parallel}; it must be at least 1")
+        self._check_least(
+            1, "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "num_draft_tokens"
+        )
+        self._check_least(2, "max_seq_len")
+
+    def _check_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value: int | None = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(RunOptions):
+    """How an engine loads its model and how much it runs at once.
+
+    Values that are out of range or exclude each other raise ValueError.
+
+    Args:
+        quantization: int8 or int4 rounds the weights of matrix products as they are loaded; None keeps them.
+        batch_invariant: On CUDA, tokens do not depend on the other requests in a batch, at a price in speed. On a CPU
+            they never do.
+        draft_model: Drafts tokens with this small model of the same tokenizer; the output does not change.
+        prompt_lookup: Draft tokens from the text itself; the output does not change.
+        tensor_parallel: GPUs of one machine that share the model; on a CPU, processes.
+    """
+
+    quantization: Quantization | None = None
+    batch_invariant: bool = False
+    draft_model: str | None = None
+    prompt_lookup: bool = False
+    tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(1, "tensor_parallel")
         if self.prompt_lookup and self.draft_model is not None:
             raise ValueError(
-                f"draft_model is {self.draft_model} and prompt_lookup is on; choose one of them to guess tokens"
+                f"draft_model is {self.draft_model} and prompt_lookup is on; choose one of them to draft tokens"
             )

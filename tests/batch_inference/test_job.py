@@ -24,6 +24,7 @@ from llama_ray.batch_inference.job import BatchJob
 from llama_ray.batch_inference.output import Counts
 from llama_ray.batch_inference.rows import row_seed
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.storage import store
 from llama_ray.storage.store import StorageError
@@ -35,8 +36,12 @@ DIGITS = {"regex": "[0-9]{3}", "max_tokens": 9, "ignore_eos": False}
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
-def config(checkpoint: Path, source: Path | str, output: Path | str, **more: Any) -> BatchConfig:
-    return BatchConfig(str(checkpoint), str(source), str(output), **({"params": PARAMS, "seed": 1} | more))
+def config(
+    checkpoint: Path, source: Path | str, output: Path | str, max_num_seqs: int = 64, **more: Any
+) -> BatchConfig:
+    engine = EngineOptions(max_num_seqs=max_num_seqs)
+    given = {"params": PARAMS, "seed": 1, "engine": engine} | more
+    return BatchConfig(str(checkpoint), str(source), str(output), **given)
 
 
 def silent(line: str) -> None:
@@ -269,7 +274,7 @@ def test_outputs_that_cannot_be_used(checkpoint: Path, prompts: Path, tmp_path: 
 def test_settings_that_do_not_fit() -> None:
     with pytest.raises(BatchError, match=r"device is 'cuda:1'.* it must be cpu or cuda"):
         config(Path("c"), "i", "o", device="cuda:1")
-    with pytest.raises(BatchError, match="max_num_seqs is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="max_num_seqs is 0; it must be at least 1"):
         config(Path("c"), "i", "o", max_num_seqs=0)
     with pytest.raises(BatchError, match="replicas is 0; it must be at least 1"):
         config(Path("c"), "i", "o", replicas=0)

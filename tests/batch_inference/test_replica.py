@@ -33,10 +33,10 @@ class Fragile(Engine):
         super().__init__(*arguments, **options)
         type(self).loads += 1
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         if POISON in prompt:
             self.doomed = 2
-        return super().submit(prompt, params)
+        return super().submit(prompt, sampling_params)
 
     def step(self) -> list[Delta]:
         deltas = super().step()
@@ -95,9 +95,9 @@ class Deadly(Engine):
 
     doomed = False
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         self.doomed = self.doomed or POISON in prompt
-        return super().submit(prompt, params)
+        return super().submit(prompt, sampling_params)
 
     def step(self) -> list[Delta]:
         deltas = super().step()

@@ -298,6 +298,18 @@ def test_without_a_tokenizer_ids_work_and_text_is_refused(model: Llama, engine: 
         bare.submit([1], SamplingParams(stop="x"))
 
 
+def test_each_prompt_may_have_its_own_sampling_params(engine: Engine) -> None:
+    params = [
+        dataclasses.replace(VARIED, seed=i, n=1 + i % 3, max_tokens=4 + i, temperature=i / 4)
+        for i in range(len(PROMPTS))
+    ]
+    alone = [engine.generate([prompt], own) for prompt, own in zip(PROMPTS, params, strict=True)]
+    assert engine.generate(PROMPTS, params) == [completion for one in alone for completion in one]
+    with pytest.raises(ValueError, match="sampling_params has 2 entries and prompts 6; give one for each"):
+        engine.generate(PROMPTS, params[:2])
+    assert not engine.has_work
+
+
 def test_one_string_is_one_prompt(engine: Engine) -> None:
     params = SamplingParams(max_tokens=3, seed=1)
     assert engine.generate("The quick", params) == engine.generate(["The quick"], params)
@@ -370,6 +382,8 @@ def test_submit_and_abort_from_other_threads(engine: Engine) -> None:
         ({"max_seq_len": 161}, "max_seq_len is 161; it must be from 2 to 160, the model's limit"),
         ({"max_seq_len": 1}, "max_seq_len is 1"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0; it must be at least 1"),
+        ({"num_draft_tokens": 0}, "num_draft_tokens is 0; it must be at least 1"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes is 0; it must be at least 1"),
         ({"kv_cache_memory_bytes": 10**18}, "of memory are free on cpu; lower it"),
         ({"kv_cache_memory_bytes": 10**4}, "lower max_seq_len, or raise kv_cache_memory_bytes"),
     ],

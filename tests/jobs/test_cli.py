@@ -10,6 +10,7 @@ JOBS = Path(__file__).parents[2] / "jobs"
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
+from typing import Literal
 from _cli import main, parse
 from jsonargparse import ArgumentParser
 
@@ -17,13 +18,15 @@ def job():
     parser = ArgumentParser()
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--prompt", default="")
+    parser.add_argument("--fast", type=bool, default=False)
+    parser.add_argument("--kind", type=Literal["a", "b"] | None)
     parser.add_argument("rest", nargs="*")
     flags = parse(parser)
     if flags.prompt == "fail":
         raise ValueError("two\\nlines")
     if flags.prompt == "bug":
         raise RuntimeError("bug")
-    print(flags.batch_size, flags.prompt, flags.rest)
+    print(flags.batch_size, flags.prompt, flags.rest, *([flags.fast] if flags.fast else []))
 
 main(job)
 """
@@ -41,10 +44,18 @@ def test_flags_may_have_dashes_and_values_keep_theirs(flag: str) -> None:
     assert run(f"{flag}=3", "--prompt", "a-b", "c-d", "--", "--e-f").stdout == "3 a-b ['c-d', '--e-f']\n"
 
 
+@pytest.mark.parametrize("flags", [["--fast"], ["--fast", "true"], ["--fast=true"]])
+def test_a_boolean_flag_without_a_value_means_true(flags: list[str]) -> None:
+    assert run(*flags, "--batch_size", "3").stdout == "3  [] True\n"
+    assert run("--batch_size", "3", *flags).stdout == "3  [] True\n"
+
+
 def test_user_errors_give_one_line_and_exit_code_2() -> None:
     for arguments, message in (
         (["--prompt", "fail"], "error: two lines\n"),
-        (["--batch-size", "x"], "error: "),
+        (["--batch-size", "x"], "error: --batch_size is x; it must be int (--help"),
+        (["--fast", "maybe"], "error: --fast is maybe; it must be bool (--help"),
+        (["--kind", "c"], "error: --kind is c; it must be a or b (--help"),
         (["--nonsense", "x"], "error: unrecognized arguments: --nonsense"),
     ):
         failed = run(*arguments)

@@ -44,7 +44,14 @@ def test_the_engines_options_reach_the_replicas(tmp_path: Path) -> None:
         model=str(tmp_path), quantization="int8", kv_cache_memory_bytes="1000000", prompt_lookup="true",
         tensor_parallel="2", num_gpus="2", batch_invariant="true",
     )  # fmt: skip
-    assert replicas.init_kwargs["options"] == EngineOptions("int8", 1_000_000, True, None, 2, True)
+    assert replicas.init_kwargs["options"] == EngineOptions(
+        max_num_seqs=16,
+        quantization="int8",
+        kv_cache_memory_bytes=1_000_000,
+        prompt_lookup=True,
+        tensor_parallel=2,
+        batch_invariant=True,
+    )
 
 
 def test_a_relative_directory_is_one_of_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

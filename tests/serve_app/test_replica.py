@@ -27,7 +27,7 @@ JOB = Job("tiny", ["The quick"], SamplingParams(max_tokens=20, seed=1), stream=T
 
 @pytest.fixture
 def replica(model_dir: Path) -> Iterator[LlamaReplica]:
-    replica = LlamaReplica(str(model_dir), max_num_seqs=4)
+    replica = LlamaReplica(str(model_dir), options=EngineOptions(max_num_seqs=4))
     yield replica
     replica._engine.stop()
 

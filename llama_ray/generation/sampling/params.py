@@ -19,32 +19,33 @@ class SamplingParams:
     Raises ValueError if a value is out of range, if `json_schema` is not a JSON object, and if `json_schema`, `regex`
     and `ignore_eos` are combined.
 
-    - `max_tokens` (tokens, at least 1): limit of new tokens.
-    - `min_tokens` (tokens, 0 to `max_tokens`): until this many are generated, end-of-text and stop tokens are not
-      sampled, and a stop string must end after them to count. An output that `json_schema` or `regex` makes complete
-      ends all the same.
-    - `temperature` (0 or above): logits are divided by it; 0 is greedy: the most probable token, without randomness.
-    - `top_k` (tokens, 0 or above): keep the k most probable tokens, lower ids first among equals; 0 keeps all.
-    - `top_p` (probability, above 0 and at most 1): keep the most probable tokens that together reach this mass, of what
-      top-k kept; 1 keeps all (Holtzman et al. 2020, arXiv:1904.09751).
-    - `min_p` (0 to 1): keep tokens with at least this share of the most probable token's probability; 0 keeps all
-      (arXiv:2407.01082).
-    - `seed` (64-bit integer, -2^63 to 2^64 - 1): the same seed gives the same tokens; None draws a seed at submission.
-    - `stop` (a string or several, none empty): generation ends where one of them would appear; the text ends before it.
-    - `stop_token_ids` (token ids): end the generation as an end-of-text token does; the text ends before them.
-    - `repetition_penalty` (above 0; 1 is off): positive logits of tokens in prompt and output are divided by it,
-      negative ones multiplied, so that above 1 they become less likely (Keskar et al. 2019, arXiv:1909.05858).
-    - `presence_penalty`, `frequency_penalty` (-2 to 2; 0 is off): subtracted from the logits of tokens in the output,
-      once, and once for each occurrence, as in OpenAI's API.
-    - `logit_bias` (token id -> finite number): added to the token's logit.
-    - `logprobs` (tokens, 0 to 20): report the natural log-probability of each sampled token and of this many most
-      probable ones; None reports nothing. They are of the raw logits, before anything above.
-    - `prompt_logprobs` (tokens, 0 to 20): the same for the prompt's own tokens, from the second on.
-    - `json_schema` (a dict, or JSON text): the output is JSON that this schema allows; `{"type": "object"}` allows any
-      JSON object. A run of whitespace has at most 64 characters.
-    - `regex` (Rust's syntax: no look-around, no back-references): the whole output matches this expression.
-    - `n` (1 to 128): how many independent completions of the prompt; the first one is that of `n=1`.
-    - `ignore_eos`: continue after an end-of-text token; not with `json_schema` or `regex`, which end with one.
+    Args:
+        max_tokens: Limit of new tokens, at least 1.
+        min_tokens: Until this many tokens are generated (0 to max_tokens), end-of-text and stop tokens are not sampled,
+            and a stop string must end after them to count. An output that `json_schema` or `regex` makes complete ends
+            all the same.
+        temperature: Divides the logits; 0 is greedy: the most probable token, without randomness.
+        top_k: Keep the k most probable tokens, lower ids first among equals; 0 keeps all.
+        top_p: Keep the most probable tokens that together reach this probability, of what top-k kept; above 0, and 1
+            keeps all (Holtzman et al. 2020, arXiv:1904.09751).
+        min_p: Keep tokens with at least this share of the most probable token's probability, from 0, which keeps all,
+            to 1 (arXiv:2407.01082).
+        seed: The same seed (-2^63 to 2^64 - 1) gives the same tokens; None draws a seed at submission.
+        stop: A string or several, none empty; generation ends where one would appear, and the text ends before it.
+        stop_token_ids: Token ids that end the generation as an end-of-text token does; the text ends before them.
+        repetition_penalty: Positive logits of tokens in prompt and output are divided by it, negative ones multiplied,
+            so that above 1 they become less likely; above 0, and 1 is off (Keskar et al. 2019, arXiv:1909.05858).
+        presence_penalty: Subtracted from the logits of tokens in the output, as in OpenAI's API; -2 to 2, and 0 is off.
+        frequency_penalty: Subtracted once for each occurrence of a token in the output; -2 to 2, and 0 is off.
+        logit_bias: Token id -> a finite number that is added to its logit.
+        logprobs: Report the natural log-probability of each sampled token and of this many most probable ones (0 to
+            20); None reports nothing. They are of the raw logits, before anything above.
+        prompt_logprobs: The same for the prompt's own tokens, from the second on.
+        json_schema: The output is JSON that this schema (a dict, or JSON text) allows; `{"type": "object"}` allows any
+            JSON object. A run of whitespace has at most 64 characters.
+        regex: The whole output matches this expression (Rust's syntax: no look-around, no back-references).
+        n: Independent completions of the prompt, 1 to 128; the first one is that of `n=1`.
+        ignore_eos: Continue after an end-of-text token; not with `json_schema` or `regex`, which end with one.
     """
 
     max_tokens: int = 16

@@ -67,7 +67,7 @@ def test_guesses_with_penalties_candidates_stops_and_little_room(
         model,
         tokenizer,
         proposer=PROPOSERS[kind](model),
-        draft_tokens=7,
+        num_draft_tokens=7,
         max_num_seqs=4,
         kv_cache_memory_bytes=8 * per_block,
     )
@@ -86,7 +86,7 @@ def test_guesses_with_penalties_candidates_stops_and_little_room(
 
 
 def test_a_draft_that_is_the_model_is_always_right(model: Llama, tokenizer: Tokenizer) -> None:
-    engine = Engine(model, tokenizer, proposer=DraftModel(model), draft_tokens=4)
+    engine = Engine(model, tokenizer, proposer=DraftModel(model), num_draft_tokens=4)
     params = dataclasses.replace(GREEDY, temperature=1.0, seed=5, max_tokens=51)
     engine.generate(["The quick"], params)
     stats = engine.stats
@@ -95,7 +95,7 @@ def test_a_draft_that_is_the_model_is_always_right(model: Llama, tokenizer: Toke
 
 
 def test_repetition_is_foreseen(model: Llama, tokenizer: Tokenizer) -> None:
-    engine = Engine(model, tokenizer, proposer=PromptLookup(), draft_tokens=5)
+    engine = Engine(model, tokenizer, proposer=PromptLookup(), num_draft_tokens=5)
     # The bias makes the model repeat one token.
     engine.generate([[1]], dataclasses.replace(GREEDY, logit_bias={9: 1e4}))
     stats = engine.stats

@@ -5,7 +5,7 @@
     python benchmarks/generate.py --scenario mixed --rounds 1    # 256 mixed ones that arrive over time; 20 minutes
     python benchmarks/generate.py --scenario prefix    # first token with and without a cached prefix of 512; 1 minute
     python benchmarks/generate.py --scenario startup   # a fresh process, to the first token; 1 minute
-    python benchmarks/generate.py --scenario cuda      # on a GPU with 20 GB
+    python benchmarks/generate.py --scenario cuda      # on a GPU
 
 Needs `pip install -e ".[dev,bench]"`, which compiles llama.cpp. With `--contestants '["ours bf16"]'`, and for cuda, it
 needs no peer but transformers. The first run writes the weights in every format, 1.3 GB, in a minute.

@@ -1,4 +1,4 @@
-"""A reference -> a model and its tokenizer, and back."""
+"""Load a model and its tokenizer from a reference, and save them to a directory."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ import torch
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import CheckpointError, WeightSlicer, load_model, save_model
 from llama_ray.model.llama import Llama
-from llama_ray.storage.paths import MODEL_SCHEME
+from llama_ray.storage.paths import is_model_ref
 
-# Resolvers are named, not imported: a plain directory must load where no MLflow is installed, and this floor
-# lies below the registry's.
-_RESOLVERS = {MODEL_SCHEME: "llama_ray.tracking.registry:download"}
+# Imported only for a reference to the registry: a directory must load without MLflow, and this module may not depend
+# on llama_ray.tracking.
+_REGISTRY = "llama_ray.tracking.registry"
 
 
 def resolve(ref: str | Path) -> Path:
-    """The local directory that `ref` stands for.
+    """Return the local directory of `ref`.
 
-    `ref` is a directory (saved here or by transformers), or `models:/name/version` or `models:/name@alias` in
-    the MLflow registry, which is fetched once and kept. Raises CheckpointError where there is no such directory.
+    `ref` is a directory that was saved here or by transformers, or `models:/name/version` or `models:/name@alias` in
+    the MLflow registry, which is downloaded once. Raises CheckpointError for a directory that does not exist.
     """
-    for scheme, target in _RESOLVERS.items():
-        if str(ref).startswith(scheme):
-            module, function = target.split(":")
-            return Path(getattr(importlib.import_module(module), function)(str(ref)))
+    if is_model_ref(str(ref)):
+        return Path(importlib.import_module(_REGISTRY).download(str(ref)))
     path = Path(ref).expanduser()
     if not path.is_dir():
         raise CheckpointError(
-            f"{ref} is no directory; give one, or models:/name/version, or models:/name@alias"
+            f"{ref} is not a directory; give one, or models:/name/version, or models:/name@alias"
         )
     return path
 
@@ -41,10 +39,10 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     slicer: WeightSlicer | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
-    """The model and tokenizer that `ref` stands for (see `resolve`); None where it holds no tokenizer.
+    """Load the model and the tokenizer of `ref` (see `resolve`); the tokenizer is None if the directory has none.
 
-    `dtype` None keeps the stored one; `part` is that of `load_model`. Raises CheckpointError, a ValueError
-    that says what is wrong.
+    `dtype` None keeps the stored dtype; for `slicer` see `load_model`. Raises CheckpointError or TokenizerError, which
+    are ValueErrors, with the reason in one line.
     """
     directory = resolve(ref)
     model = load_model(directory, dtype=dtype, device=device, slicer=slicer)
@@ -53,14 +51,14 @@ def load_pretrained(
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is "
-            f"{model.config.vocab_size}; they do not belong together"
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens; it must have at most "
+            f"{model.config.vocab_size}, the model's vocab_size; give the model's own tokenizer"
         )
     return model, tokenizer
 
 
 def save_pretrained(model: Llama, tokenizer: Tokenizer | None, directory: str | Path) -> None:
-    """Write the Hugging Face LLaMA layout, which transformers, vLLM and llama.cpp's converter read as it is."""
+    """Write the Hugging Face LLaMA layout, which transformers and vLLM read as it is."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     bos_id = eos_id = None
     if tokenizer is not None:

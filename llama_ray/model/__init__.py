@@ -1,1 +1,1 @@
-"""What a LLaMA is, and its checkpoint format."""
+"""The LLaMA model, and its checkpoint format."""

@@ -71,7 +71,7 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
         check_workers(most, gpu=gpu)
     check_range(config, least, most, config.tensor_parallel)
     launch = replace(launch, output_dir=absolute(launch.output_dir))
-    store.check_writable(launch.output_dir)
+    run_directory.check_writable(launch.output_dir)
     name, checkpoint = _name_and_checkpoint(model, launch)
     resume_from = Path(checkpoint) if checkpoint and not is_uri(checkpoint) else None
     check_run(model, config, data, most, resume_from)

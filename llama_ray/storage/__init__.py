@@ -1,1 +1,1 @@
-"""Paths, URIs and the directories of runs."""
+"""Files and directories: the user's paths, atomic writes, local and remote storage, the checkpoints of runs."""

@@ -1,4 +1,4 @@
-"""Local files that appear whole or not at all."""
+"""Atomic writes of local files: a reader sees the old file or the new one, never an incomplete one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes the place of `path` when the block ends without an error.
+    """Give a temporary name beside `path`; the file written to it replaces `path` when the block ends.
 
-    The new file is on disk before it gets its name, so that a reader, a crash or a power cut sees the old file or the
-    new one. Nothing is left of a block that raises.
+    The content is on disk before the file is renamed, so a crash or power cut leaves the old file or the new one. If
+    the block raises, `path` stays as it was and the temporary file is removed.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -28,7 +28,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary stream to the file that `replacing_path` puts in the place of `path`."""
+    """Open a binary stream whose content replaces `path` when the block ends; see `replacing_path`."""
     with replacing_path(path) as partial, partial.open("wb") as stream:
         yield stream
 

@@ -1,19 +1,19 @@
-"""What a relative path of the user means, also inside a Ray job."""
+"""The meaning of a path that the user gives, also inside a Ray job."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-MODEL_SCHEME = "models:/"
+_MODEL_SCHEME = "models:/"
 _JOB_COPY = ("runtime_resources", "working_dir_files")
 
 
 def workspace() -> Path:
-    """The directory that relative output paths refer to: the current one, or ``~/llama_ray`` inside a Ray job.
+    """Return the directory for relative output paths: the current one, but `~/llama_ray` inside a Ray job.
 
-    ``ray job submit --working-dir`` runs a script in a temporary copy of the working directory, which Ray
-    deletes some time after the job: what is written there is lost.
+    `ray job submit --working-dir` runs a script in a temporary copy of the working directory. Ray deletes the copy
+    some time after the job, with everything written there.
     """
     here = Path.cwd()
     pairs = zip(here.parts, here.parts[1:], strict=False)
@@ -21,9 +21,9 @@ def workspace() -> Path:
 
 
 def absolute(path: str) -> str:
-    """``path`` as seen from the workspace, without ``~`` and ``..``; a URI (``s3://...``) stays as it is.
+    """Return `path` relative to the workspace as an absolute path without `~` and `..`; a URI is returned unchanged.
 
-    Says so on stderr where a relative path leads elsewhere than to the current directory.
+    Reports on stderr where the path leads if the workspace is not the current directory.
     """
     if is_uri(path):
         return path
@@ -40,7 +40,7 @@ def absolute(path: str) -> str:
 
 
 def existing(path: str) -> str:
-    """Like :func:`absolute`, for something to read: what exists in the current directory comes first."""
+    """Return the absolute path of something to read: in the current directory if it exists there, else `absolute`."""
     if is_uri(path):
         return path
     here = Path(path).expanduser().resolve()
@@ -49,15 +49,15 @@ def existing(path: str) -> str:
 
 def is_model_ref(ref: str) -> bool:
     """Whether `ref` names a version in the model registry: `models:/name/version` or `models:/name@alias`."""
-    return ref.startswith(MODEL_SCHEME)
+    return ref.startswith(_MODEL_SCHEME)
 
 
 def existing_ref(ref: str) -> str:
-    """`ref` itself where it names a version in the model registry, else the directory as `existing` finds it."""
+    """Return a reference to the model registry unchanged, and any other `ref` as `existing` does."""
     return ref if is_model_ref(ref) else existing(ref)
 
 
 def is_uri(path: str) -> bool:
-    """Whether ``path`` names a place by scheme, as in ``s3://bucket/corpus``."""
+    """Whether `path` begins with a scheme, as in `s3://bucket/corpus`."""
     scheme, separator, _ = path.partition("://")
     return bool(separator) and scheme.isalnum()

@@ -1,13 +1,14 @@
-"""The directory of a run: its checkpoints, and which of them are whole.
+"""The output directory of training runs: which runs and which complete checkpoints it holds.
 
-A checkpoint is a directory `step_*` whose last written file, the marker, names every other file with its length and
-SHA-256. A directory without a marker is not a checkpoint; one with a file that differs from the marker is damaged.
-Both are passed over.
+A checkpoint is a directory `step_*`. The file that is written last, the marker, names all other files with their
+lengths and SHA-256. A directory without a marker is not a checkpoint; a checkpoint with a file that does not match the
+marker is damaged. Both are skipped.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -19,28 +20,45 @@ from llama_ray.utils.errors import first_line
 
 MARKER = "training.json"
 
+_GCS_RETRY_S = 1
 
-def latest_run(location: str) -> str:
-    """The name of the run in `location` that saved a checkpoint last. Raises StorageError where there is none."""
+
+def check_writable(output_dir: str) -> None:
+    """Create `output_dir`, and write and delete a small file in it. Raises StorageError if that fails."""
+    try:
+        filesystem, path = store.open_storage(_with_short_retries(output_dir))
+        filesystem.create_dir(path, recursive=True)
+        probe = f"{path}/.write-test-{uuid.uuid4().hex}"
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(b"x")
+        filesystem.delete_file(probe)
+    except (OSError, ValueError) as error:
+        raise store.StorageError(
+            f"output_dir {output_dir} cannot be written ({first_line(error)}); give another --output_dir"
+        ) from error
+
+
+def latest_run(output_dir: str) -> str:
+    """Return the name of the run in `output_dir` that saved a checkpoint last. Raises StorageError if there is none."""
     runs = {
         name: last
-        for name in store.list_directories(location)
-        if (last := latest_checkpoint(store.join(location, name)))
+        for name in store.list_directories(output_dir)
+        if (last := latest_checkpoint(store.join(output_dir, name)))
     }
     if not runs:
         raise store.StorageError(
-            f"output_dir {location} holds no run to resume; check --output_dir, or leave out --resume"
+            f"output_dir {output_dir} holds no run to resume; check --output_dir, or leave out --resume"
         )
-    return max(runs, key=lambda name: _modified(store.join(runs[name], MARKER)))
+    return max(runs, key=lambda name: _modified_ns(store.join(runs[name], MARKER)))
 
 
 def latest_checkpoint(run: str) -> str | None:
-    """The newest checkpoint below the run directory `run` whose files are all there in full; None without one."""
-    return next((c for c in list_checkpoints(run) if not missing_or_cut(c)), None)
+    """Return the newest checkpoint in the run directory `run` whose files have their full lengths; None without one."""
+    return next((c for c in list_checkpoints(run) if not missing_or_truncated(c)), None)
 
 
 def list_checkpoints(run: str) -> list[str]:
-    """Directories below `run` that have a marker, newest first, looked into no further."""
+    """Return the directories in `run` that have a marker, newest first, without further checks."""
     filesystem, path = store.open_storage(run)
     names = sorted((n for n in store.list_directories(run) if n.startswith("step_")), reverse=True)
     return [
@@ -51,7 +69,7 @@ def list_checkpoints(run: str) -> list[str]:
 
 
 def read_marker(checkpoint: str) -> dict[str, Any] | None:
-    """What the marker of `checkpoint` says; None where there is none, or it is no JSON object."""
+    """Return the marker of `checkpoint`; None if it is missing or not what a checkpoint's marker must be."""
     try:
         content = json.loads(store.read_text(store.join(checkpoint, MARKER)) or "")
     except ValueError:
@@ -59,8 +77,8 @@ def read_marker(checkpoint: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else None
 
 
-def missing_or_cut(checkpoint: str) -> str | None:
-    """What is wrong with `checkpoint` as far as names and lengths of files tell; None for nothing. Warns of it."""
+def missing_or_truncated(checkpoint: str) -> str | None:
+    """Compare the names and lengths of files to the marker; return, and warn of, the first difference, or None."""
     marker = read_marker(checkpoint)
     if marker is None:
         return _damaged(checkpoint, f"{MARKER} cannot be read")
@@ -72,33 +90,39 @@ def missing_or_cut(checkpoint: str) -> str | None:
     return None
 
 
-def altered(checkpoint: str, files: Iterable[str]) -> str | None:
-    """The first of `files` whose content is no longer what the marker of `checkpoint` recorded, as a sentence."""
+def changed_content(checkpoint: str, files: Iterable[str]) -> str | None:
+    """Compare the SHA-256 of `files` to the marker; return, and warn of, the first difference, or None."""
     marker = read_marker(checkpoint) or {"files": {}}
     for file in files:
         try:
             found = store.sha256(store.join(checkpoint, file))
-        except OSError as e:
-            return _damaged(checkpoint, f"{file} cannot be read ({first_line(e)})")
+        except OSError as error:
+            return _damaged(checkpoint, f"{file} cannot be read ({first_line(error)})")
         if found != marker["files"][file]["sha256"]:
             return _damaged(checkpoint, f"the content of {file} is not what was written")
     return None
 
 
 def remove_checkpoint(checkpoint: str) -> None:
-    """Delete a checkpoint, its marker first: what a crash leaves of it is never taken for a whole one."""
+    """Delete a checkpoint, its marker first, so that after a crash the rest does not count as a checkpoint."""
+    store.delete(store.join(checkpoint, MARKER))
     filesystem, path = store.open_storage(checkpoint)
-    if filesystem.get_file_info(f"{path}/{MARKER}").type == fs.FileType.File:
-        filesystem.delete_file(f"{path}/{MARKER}")
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
         filesystem.delete_dir(path)
 
 
 def _damaged(checkpoint: str, reason: str) -> str:
-    warnings.warn(f"{checkpoint} is damaged and passed over: {reason}", stacklevel=3)
+    warnings.warn(f"{checkpoint} is damaged and skipped: {reason}", stacklevel=3)
     return reason
 
 
-def _modified(file: str) -> float:
+def _modified_ns(file: str) -> int:
     filesystem, path = store.open_storage(file)
-    return float(filesystem.get_file_info(path).mtime_ns or 0)
+    return filesystem.get_file_info(path).mtime_ns or 0
+
+
+def _with_short_retries(location: str) -> str:
+    """Limit the retries of Google's client: by default it tries for 15 minutes, even without credentials."""
+    if not location.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in location:
+        return location
+    return f"{location}{'&' if '?' in location else '?'}retry_limit_seconds={_GCS_RETRY_S}"

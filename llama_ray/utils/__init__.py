@@ -1,1 +1,1 @@
-"""Small pure functions that several floors need."""
+"""Small pure functions that several packages need."""

@@ -1,4 +1,4 @@
-"""Exhausted memory, as torch reports it."""
+"""Out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device or the host has no memory left."""
+    """Whether `error` means that a device or the host has run out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # The CPU allocator of torch raises a plain RuntimeError.
+    # torch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

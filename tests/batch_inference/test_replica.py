@@ -157,4 +157,4 @@ def test_a_model_that_is_not_there_is_a_value_not_an_exception(tmp_path: Path) -
         str(tmp_path / "nowhere"), str(tmp_path), SamplingParams(), 0, "prompt", 1, {"device": "cpu"}
     )
     result = Replica(setup)({"part": rows.parts[0].to_json()})
-    assert "nowhere is no directory" in result["failure"]
+    assert "nowhere is not a directory" in result["failure"]

@@ -205,4 +205,4 @@ def test_flags_of_a_batch_that_do_not_fit_start_no_cluster(
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     done = run(tmp_path / "nowhere", "--prompt", "x")
     assert done.returncode == 2
-    assert "nowhere is no directory" in done.stderr
+    assert "nowhere is not a directory" in done.stderr

@@ -155,7 +155,7 @@ def test_pieces_join() -> None:
 
 
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path, model_dir: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere is no directory"):
+    with pytest.raises(CheckpointError, match="nowhere is not a directory"):
         LlamaReplica(str(tmp_path / "nowhere"))
     with pytest.raises(TrackingError, match="ftp://host is none that MLflow can track to"):
         LlamaReplica("models:/absent@champion", "ftp://host")

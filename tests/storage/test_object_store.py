@@ -25,7 +25,7 @@ def server() -> Iterator[int]:
 def test_a_missing_bucket_is_refused_in_one_line(server: int) -> None:
     missing = uri(server, "x").replace("s3://runs", "s3://none")
     with pytest.raises(store.StorageError, match=r"s3://none/x.* cannot be written .*bucket") as refused:
-        store.check_writable(missing)
+        run_directory.check_writable(missing)
     assert "\n" not in str(refused.value)
 
 
@@ -63,5 +63,5 @@ def test_a_google_uri_opens_its_own_client() -> None:
 def test_an_unreachable_google_bucket_is_refused_in_one_line() -> None:
     unreachable = "gs://anonymous@bucket/runs?scheme=http&endpoint_override=127.0.0.1:1"
     with pytest.raises(store.StorageError, match="cannot be written") as refused:
-        store.check_writable(unreachable)
+        run_directory.check_writable(unreachable)
     assert "\n" not in str(refused.value)

@@ -21,10 +21,10 @@ def latest_valid_checkpoint(run: str, timeout_s: int) -> str | None:
     group = HostGroup(timeout_s)
     # One list for all workers: a directory may look different from another machine.
     for checkpoint in group.broadcast(run_directory.list_checkpoints(run)):
-        damage = run_directory.missing_or_cut(checkpoint)
+        damage = run_directory.missing_or_truncated(checkpoint)
         if damage is None:
             files = sorted((run_directory.read_marker(checkpoint) or {"files": {}})["files"])
-            damage = run_directory.altered(checkpoint, files[rank() :: world_size()])
+            damage = run_directory.changed_content(checkpoint, files[rank() :: world_size()])
         if not group.any(damage is not None):
             return checkpoint
         if rank() == 0:

@@ -1,14 +1,16 @@
-"""Train a LLaMA on the cluster and register it: ``python jobs/train.py --data data/mine --preset llama-110m``."""
+"""Train a LLaMA on the cluster and register it: `python jobs/train.py --data data/mine --preset llama-110m`."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from argparse import SUPPRESS, Action
 from typing import Any
 
 import ray
 from _cli import main, parse
-from jsonargparse import ArgumentParser, Namespace
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.data.shards import read_info
@@ -24,7 +26,7 @@ DEFAULT_PRESET = "llama-30m"
 
 
 def run() -> None:
-    """Reads the flags, connects to the cluster (RAY_ADDRESS, or a local one), trains and says what came of it."""
+    """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one), train, and report the result."""
     flags = parse(_parser())
     config = TrainConfig(**_fields_of(TrainConfig, flags))
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
@@ -45,37 +47,62 @@ def run() -> None:
         print(f"registered {outcome.version.uri}; {outcome.decision.reason}", flush=True)
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Shows the type in place of a value's name, and a default only if there is one."""
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        return (self._get_type_str(action) or "value").partition(" | ")[0].upper()
+
+    def _get_help_string(self, action: Action) -> str:
+        text = action.help or ""
+        return text if action.default in (None, SUPPRESS) else f"{text} (default: %(default)s)"
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
-        description="Trains a LLaMA on a Ray cluster, tracks the run in MLflow and registers the model.",
+        usage="train.py [--preset NAME] [--data DIR] [--world_size N] [--config FILE] [FLAG VALUE]...",
+        description="Train a LLaMA on a Ray cluster, track the run in MLflow and register the model.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file with any of these flags; flags override it."
+        "--config", action="config", metavar="FILE", help="YAML file of flags; flags given here override it."
     )
     parser.add_argument(
         "--data",
         type=str | None,
-        help="A directory from prepare_data.py; by default one made from the builtin corpus.",
+        metavar="DIR",
+        help="Directory that prepare_data.py wrote; by default one is made from the built-in corpus.",
     )
     parser.add_argument(
         "--preset",
         type=str | None,
-        help=f"The model's shape: one of {', '.join(PRESETS)}. Single sizes below replace the preset's. "
-        f"Without a preset: {DEFAULT_PRESET}'s sizes and the vocabulary of the data.",
+        metavar="NAME",
+        help=f"Shape of the model: {', '.join(PRESETS)}. Without a preset: the sizes of {DEFAULT_PRESET} and the "
+        "vocabulary of the data.",
     )
-    for field in dataclasses.fields(LlamaConfig):
-        parser.add_argument(f"--{field.name}", type=_SHAPE_TYPES.get(field.name, int) | None)
-    parser.add_class_arguments(TrainConfig)
-    parser.add_class_arguments(LaunchConfig, skip={"resume"})
     parser.add_argument(
         "--resume",
         nargs="?",
         const="latest",
         type=str | None,
-        help="Go on with the run of this name in output_dir; without a name, with the one that saved last.",
+        metavar="NAME",
+        help="Continue the run of this name in output_dir; without a name, the run that saved last.",
     )
+    _add_shape(parser)
+    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(LaunchConfig, skip={"resume"})
     return parser
+
+
+def _add_shape(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("The model's shape; each flag replaces one value of the preset")
+    described = {
+        param.arg_name: param.description for param in parse_docstring(LlamaConfig.__doc__ or "").params
+    }
+    for field in dataclasses.fields(LlamaConfig):
+        kind = _SHAPE_TYPES.get(field.name, int)
+        group.add_argument(f"--{field.name}", type=kind | None, help=described[field.name])
 
 
 _SHAPE_TYPES: dict[str, Any] = {
@@ -98,7 +125,7 @@ def _shape(flags: Namespace) -> LlamaConfig:
 
 
 def _builtin(vocab_size: int) -> str:
-    """The prepared builtin corpus with this vocabulary, made on first use."""
+    """Return the directory of the built-in corpus with this vocabulary, prepared on first use."""
     output = absolute(f"data/builtin-{vocab_size}")
     prepare(
         PrepareConfig(source="builtin", output=output, vocab_size=vocab_size),

@@ -38,9 +38,22 @@ class RopeScaling:
 class LlamaConfig:
     """The shape of a LLaMA (Touvron et al. 2023, arXiv:2302.13971).
 
-    `num_kv_heads` below `num_heads` is grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); 0 means
-    `num_heads`. `head_dim` 0 means `hidden_size / num_heads`. `max_seq_len` is in tokens.
     Raises ValueError for an impossible shape.
+
+    Args:
+        vocab_size: Entries of the vocabulary.
+        hidden_size: Width of the residual stream.
+        num_layers: Transformer blocks.
+        num_heads: Attention heads of the queries.
+        num_kv_heads: Attention heads of keys and values; 0 means num_heads. Fewer are grouped-query attention
+            (Ainslie et al. 2023, arXiv:2305.13245).
+        head_dim: Width of an attention head; 0 means hidden_size / num_heads.
+        intermediate_size: Inner width of the feed-forward blocks.
+        max_seq_len: Longest sequence, in tokens.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: How rotary frequencies are stretched for sequences beyond those of the first training.
+        norm_eps: Added to the mean square in RMSNorm.
+        tie_embeddings: Whether the output projection shares the weights of the embedding.
     """
 
     vocab_size: int

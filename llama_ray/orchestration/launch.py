@@ -1,4 +1,4 @@
-"""Where a run happens, where it keeps things, and what becomes of its model."""
+"""The settings of a run that belong to the cluster, the storage and the registry."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from llama_ray.tracking.registry import Policy, check_name
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Where a run happens, where it keeps things, and what becomes of its model.
+    """Where a run happens, where it stores its checkpoints, and what becomes of its model.
 
     Args:
-        world_size: Workers: one GPU each, or one CPU each on a cluster without GPUs. A range such as 2..8 trains
-            with as many as there are and changes the number as nodes come and go; the global batch stays that of
-            the largest.
-        output_dir: Directory or URI, reachable from every node, that holds a directory for each run.
-        run_name: Of the directory and the MLflow run; by default made from the model's size and the time.
-        resume: Go on with the run of this name in output_dir; 'latest' is the one that saved last.
-        experiment: The MLflow experiment that the run is part of.
-        register_as: Name to register the finished model under; an empty one registers nothing.
-        promote: When the alias 'champion' moves to the new version.
-        max_failures: How often the workers are restarted from the last checkpoint before the run is given up.
-        resize_interval_s: How often a range of workers is compared with what the cluster has, in seconds.
+        world_size: Number of workers: one GPU each, or one CPU each on a cluster without GPUs. A range such as 2..8
+            trains on as many workers as the cluster has room for, and follows as nodes come and go; the global batch
+            stays that of the largest number.
+        output_dir: Directory or URI that every node can reach; each run has a directory of its own in it.
+        run_name: Name of that directory and of the MLflow run; by default the model's size and the time.
+        resume: Name of a run in output_dir to continue; 'latest' is the one that saved last.
+        experiment: MLflow experiment that the run belongs to.
+        register_as: Name to register the finished model under; an empty name registers nothing.
+        promote: When the alias 'champion' moves to the new version. if_better compares validation losses on the same
+            data.
+        max_failures: Restarts from the last checkpoint before the run counts as failed.
+        resize_interval_s: Seconds between two checks whether a range of workers can grow or must shrink.
     """
 
     world_size: int | str = 1
@@ -36,10 +37,9 @@ class LaunchConfig:
     resize_interval_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if min(self.workers) < 1 or self.workers[0] > self.workers[1]:
-            raise ValueError(
-                f"world_size is {self.world_size}; give a number from 1, or a range such as 2..8"
-            )
+        least, most = self.workers
+        if not 1 <= least <= most:
+            raise ValueError(_bad_world_size(self.world_size))
         if self.register_as:
             check_name(self.register_as)
         if self.promote not in ("if_better", "always", "never"):
@@ -51,11 +51,13 @@ class LaunchConfig:
 
     @property
     def workers(self) -> tuple[int, int]:
-        """The fewest and the most workers. Raises ValueError."""
+        """The smallest and the largest number of workers. Raises ValueError."""
         try:
             least, _, most = str(self.world_size).partition("..")
             return int(least), int(most or least)
         except ValueError:
-            raise ValueError(
-                f"world_size is {self.world_size!r}; give a number from 1, or a range such as 2..8"
-            ) from None
+            raise ValueError(_bad_world_size(self.world_size)) from None
+
+
+def _bad_world_size(world_size: int | str) -> str:
+    return f"world_size is {world_size}; it must be a number from 1 up, or a range such as 2..8"

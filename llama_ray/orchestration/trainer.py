@@ -1,53 +1,51 @@
-"""Training on a Ray cluster: the only file that knows Ray Train."""
+"""A training run on a Ray cluster, from its checks to the registered model."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import ray.train
-import torch
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig
+
+# `ray.train` exports these at run time, but type checkers see the classes of the first version there.
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from llama_ray.data.shards import DatasetInfo, read_info
 from llama_ray.model.config import LlamaConfig
-from llama_ray.orchestration.interrupts import InterruptWatcher, request_stop, until_signal, withdraw_stop
+from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
 from llama_ray.orchestration.launch import LaunchConfig
-from llama_ray.orchestration.mlflow_observer import MLflowObserver
 from llama_ray.orchestration.publish import publish
 from llama_ray.orchestration.report import describe_run, describe_version, short_count
-from llama_ray.orchestration.resources import check_workers, cpu_threads, uses_gpu
+from llama_ray.orchestration.resources import check_workers, uses_gpu
+from llama_ray.orchestration.worker import Ending, WorkerPlan, forget_out_of_memory, run_worker
 from llama_ray.storage import run_directory, store
 from llama_ray.storage.paths import absolute, is_uri
-from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
-from llama_ray.training.checkpointing.catalog import checkpoint_name, latest_valid_checkpoint
+from llama_ray.training.checkpointing.catalog import checkpoint_name
 from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.elastic import check_range, for_workers
-from llama_ray.training.errors import OutOfMemory, TrainingError
+from llama_ray.training.elastic import check_range
+from llama_ray.training.errors import TrainingError
 from llama_ray.training.interrupt import Stopped
-from llama_ray.training.loop import train
-from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.training.preflight import check_run
 
-_EXHAUSTED = "out_of_memory.json"  # the steps at which workers of this launch ran out of memory
+_RUN_FILE = "run.json"
+"""The MLflow run of a run's directory."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run left behind. `version` and `decision` are None where nothing was registered."""
+    """The result of a finished run. `version` and `decision` are None if nothing was registered."""
 
     run_id: str
     checkpoint: str
@@ -59,11 +57,44 @@ class Outcome:
 def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: str) -> Outcome:
     """Train `model` on the prepared directory `data` with Ray Train, logged as one MLflow run, and register it.
 
-    Needs a Ray connection. Everything that can be checked without a worker is checked first: ValueError with one
-    line. A run that fails for good raises what Ray Train raised, or TrainingError where a restart is of no use,
-    after its MLflow run was marked FAILED. SIGINT and SIGTERM make the workers save and end: it then raises
-    Stopped, and the MLflow run is KILLED.
+    Needs a Ray connection. Raises ValueError with one line for everything that can be checked without a worker,
+    before one starts; TrainingError if the run failed and a restart would not help; Stopped if SIGINT or SIGTERM made
+    the workers save and end; otherwise what Ray Train raises after the last restart. The MLflow run is then marked
+    FAILED, or KILLED if it was stopped.
     """
+    job = _check(model, config, launch, data)
+    with _mlflow_run(job) as run:
+        print(
+            f"run {job.name}: checkpoints in {job.directory}, MLflow run {run.run_id} at {run.url or run.uri}",
+            flush=True,
+        )
+        ending = _train(job, run)
+        if ending.error:
+            raise TrainingError(ending.error)
+        if ending.stopped_at is not None:
+            raise Stopped(ending.stopped_at)
+        return _register(job, run, store.join(job.directory, checkpoint_name(ending.step)))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A training run whose settings have been checked."""
+
+    name: str
+    model: LlamaConfig
+    config: TrainConfig
+    launch: LaunchConfig
+    data: str
+    info: DatasetInfo
+    gpu: bool
+
+    @property
+    def directory(self) -> str:
+        return store.join(self.launch.output_dir, self.name)
+
+
+def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: str) -> _Job:
+    """Raise ValueError for everything that would fail later, and name the run."""
     gpu = uses_gpu()
     least, most = launch.workers
     check_workers(least, gpu=gpu)
@@ -73,122 +104,12 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
     launch = replace(launch, output_dir=absolute(launch.output_dir))
     run_directory.check_writable(launch.output_dir)
     name, checkpoint = _name_and_checkpoint(model, launch)
-    resume_from = Path(checkpoint) if checkpoint and not is_uri(checkpoint) else None
-    check_run(model, config, data, most, resume_from)
-    info = read_info(data)
-    directory = store.join(launch.output_dir, name)
-    with _mlflow_run(directory, name, model, config, launch, info, gpu=gpu) as run:
-        print(
-            f"run {name}: checkpoints in {directory}, MLflow run {run.run_id} at {run.url or run.uri}",
-            flush=True,
-        )
-        withdraw_stop(directory)
-        store.delete(store.join(directory, _EXHAUSTED))
-        trainer = TorchTrainer(
-            _worker,  # type: ignore[arg-type]  # a result may be returned since V2
-            train_loop_config={
-                "model": model,
-                "config": config,
-                "data": str(Path(data).resolve()),
-                "directory": directory,
-                "planned": most,
-                "run_id": run.run_id,
-                "tracking_uri": run.uri,
-            },
-            torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
-            scaling_config=ScalingConfig(  # type: ignore[call-arg]
-                num_workers=most if least == most else (least, most),  # type: ignore[arg-type]
-                use_gpu=gpu,
-                resources_per_worker={"CPU": 1, "GPU": 1} if gpu else {"CPU": 1},
-                elastic_resize_monitor_interval_s=launch.resize_interval_s,
-            ),
-            run_config=RunConfig(  # type: ignore[call-arg]  # ray's stubs still name V1's
-                name=name,
-                storage_path=launch.output_dir,
-                failure_config=FailureConfig(max_failures=launch.max_failures),
-                worker_runtime_env={"env_vars": _worker_environment()},
-                logging_config=LoggingConfig(log_level="WARNING"),  # the observer tells the progress itself
-            ),
-        )
-
-        def stop() -> None:
-            request_stop(directory)
-            run.finish(
-                "KILLED"
-            )  # now, while there is time: `ray job stop` kills the driver after three seconds
-
-        ending: Ending = until_signal(trainer.fit, stop).return_value  # type: ignore[attr-defined]
-        if ending.error:
-            raise TrainingError(ending.error)
-        if ending.stopped_at is not None:
-            raise Stopped(ending.stopped_at)
-        return _publish(run, store.join(directory, checkpoint_name(ending.step)), model, config, launch, info)
-
-
-def _worker_environment() -> dict[str, str]:
-    """What workers need of the driver's environment, which does not reach them by itself."""
-    credentials = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
-    # Ray Train would send each printed line through its logger, and so show it twice.
-    return credentials | {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How the workers ended, where Ray Train need not start them again."""
-
-    step: int = 0
-    stopped_at: int | None = None
-    error: str = ""
-
-
-def _worker(plan: dict[str, Any]) -> Ending:
-    """Runs in every worker, with the process group that Ray Train has made."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # one line a rank and report otherwise
-    device = get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(cpu_threads(ray.train.get_context().get_local_world_size()))
-    config: TrainConfig = plan["config"]
-    tensor_parallel = config.tensor_parallel
-    config = for_workers(config, world_size() // tensor_parallel, plan["planned"] // tensor_parallel)
-    directory = plan["directory"]
-    exhausted: list[int] = json.loads(store.read_text(store.join(directory, _EXHAUSTED)) or "[]")
-    if exhausted[-1:] == exhausted[-2:-1] != []:
-        return Ending(
-            error=f"a worker ran out of memory at step {exhausted[-1]} twice; lower batch_size (and raise "
-            "gradient_accumulation_steps), or use activation_checkpointing or more workers, and --resume"
-        )
-    run = BufferedRun(plan["run_id"], plan["tracking_uri"], system_metrics=True) if rank() == 0 else None
-    checkpoint = latest_valid_checkpoint(directory, config.collective_timeout_s)
-    try:
-        with local_copy(checkpoint) if checkpoint else nullcontext() as resume_from:
-            progress = train(
-                plan["model"],
-                config,
-                plan["data"],
-                device=device,
-                observer=MLflowObserver(run, plan["data"], directory),
-                output_dir=directory,
-                resume_from=resume_from,
-                run_id=plan["run_id"],
-                poll_interrupt=InterruptWatcher(directory).poll,
-            )
-        return Ending(progress.step)
-    except Stopped as e:
-        return Ending(stopped_at=e.step)
-    except (
-        OutOfMemory
-    ) as e:  # Ray Train starts the workers again, in case something else had taken the memory
-        store.write_text(store.join(directory, _EXHAUSTED), json.dumps([*exhausted, e.step]))
-        raise
-    except TrainingError as e:  # every worker raises it, and would again after a restart
-        return Ending(error=str(e))
-    finally:
-        if run:
-            run.close()
+    check_run(model, config, data, most, Path(checkpoint) if checkpoint and not is_uri(checkpoint) else None)
+    return _Job(name, model, config, launch, str(Path(data).resolve()), read_info(data), gpu)
 
 
 def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:
-    """The run's name, and the checkpoint that it goes on from."""
+    """Return the run's name, and the checkpoint that it resumes from."""
     if launch.resume:
         name = run_directory.latest_run(launch.output_dir) if launch.resume == "latest" else launch.resume
         checkpoint = run_directory.latest_checkpoint(store.join(launch.output_dir, name))
@@ -198,7 +119,7 @@ def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str,
             )
         return name, checkpoint
     name = launch.run_name or f"llama-{short_count(model.num_parameters())}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # Ray Train goes on with a run whose name it finds; only --resume may mean that.
+    # Ray Train continues a run whose name it finds; only --resume may mean that.
     if run_directory.latest_checkpoint(store.join(launch.output_dir, name)):
         raise store.StorageError(
             f"{launch.output_dir} holds run {name!r} already; use --resume {name} to go on, or another --run_name"
@@ -207,64 +128,112 @@ def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str,
 
 
 @contextmanager
-def _mlflow_run(
-    directory: str,
-    name: str,
-    model: LlamaConfig,
-    config: TrainConfig,
-    launch: LaunchConfig,
-    info: DatasetInfo,
-    *,
-    gpu: bool,
-) -> Iterator[Run]:
-    """The one MLflow run of this training run: created, or found again by the `run.json` beside the checkpoints."""
-    record = store.read_text(store.join(directory, "run.json")) if launch.resume else None
-    settings = {"model": model.to_dict(), "training": config.to_dict(), "data": {"source": info.source}}
-    if record:
-        run = Run.attach(json.loads(record)["run_id"])
-        run.reopen()
-    else:
-        run = Run.create(
-            experiment=launch.experiment,
-            name=name,
-            params=settings | {"parameters": model.num_parameters(), "world_size": launch.world_size},
-            tags=standard_tags(world_size=launch.workers[1], device="gpu" if gpu else "cpu"),
-            description=describe_run(model, config, info, launch.workers[1]),
-        )
-        store.write_text(
-            store.join(directory, "run.json"), json.dumps({"run_id": run.run_id, "tracking_uri": run.uri})
-        )
-    run.log_config(settings | {"launch": vars(launch)})
+def _mlflow_run(job: _Job) -> Iterator[Run]:
+    """Open the MLflow run of `job`, and mark at the end how it ended."""
+    run = _resumed_run(job) or _new_run(job)
+    run.log_config(_settings(job) | {"launch": vars(job.launch)})
     try:
         yield run
-    except BaseException as e:
-        run.finish("KILLED" if isinstance(e, KeyboardInterrupt | SystemExit | Stopped) else "FAILED")
+    except BaseException as error:
+        run.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit | Stopped) else "FAILED")
         raise
     run.finish("FINISHED")
 
 
-def _publish(
-    run: Run,
-    checkpoint: str,
-    model: LlamaConfig,
-    config: TrainConfig,
-    launch: LaunchConfig,
-    info: DatasetInfo,
-) -> Outcome:
+def _resumed_run(job: _Job) -> Run | None:
+    record = store.read_text(store.join(job.directory, _RUN_FILE)) if job.launch.resume else None
+    if not record:
+        return None
+    run = Run.attach(json.loads(record)["run_id"])
+    run.reopen()
+    return run
+
+
+def _new_run(job: _Job) -> Run:
+    most = job.launch.workers[1]
+    settings = _settings(job)
+    settings["model"]["num_parameters"] = job.model.num_parameters()
+    run = Run.create(
+        experiment=job.launch.experiment,
+        name=job.name,
+        params=settings | {"world_size": job.launch.world_size},
+        tags=standard_tags(world_size=most, device="gpu" if job.gpu else "cpu"),
+        description=describe_run(job.model, job.config, job.info, most),
+    )
+    record = {"run_id": run.run_id, "tracking_uri": run.uri}
+    store.write_text(store.join(job.directory, _RUN_FILE), json.dumps(record))
+    return run
+
+
+def _settings(job: _Job) -> dict[str, dict[str, object]]:
+    return {
+        "model": job.model.to_dict(),
+        "training": job.config.to_dict(),
+        "data": {"source": job.info.source},
+    }
+
+
+def _train(job: _Job, run: Run) -> Ending:
+    """Run the workers, restarted after failures, until they end."""
+    # An earlier launch of the same run may have left these.
+    withdraw_stop(job.directory)
+    forget_out_of_memory(job.directory)
+
+    least, most = job.launch.workers
+    plan = WorkerPlan(job.model, job.config, job.data, job.directory, most, run.run_id, run.uri)
+    trainer = TorchTrainer(
+        partial(run_worker, plan),
+        torch_config=TorchConfig(timeout_s=job.config.collective_timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else (least, most),
+            use_gpu=job.gpu,
+            resources_per_worker={"CPU": 1, "GPU": 1} if job.gpu else {"CPU": 1},
+            elastic_resize_monitor_interval_s=job.launch.resize_interval_s,
+        ),
+        run_config=RunConfig(
+            name=job.name,
+            storage_path=job.launch.output_dir,
+            failure_config=FailureConfig(max_failures=job.launch.max_failures),
+            worker_runtime_env={"env_vars": _worker_environment()},
+            # The observer reports progress itself.
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+    def stop() -> None:
+        request_stop(job.directory)
+        # Mark the run at once: `ray job stop` kills the driver after three seconds.
+        run.finish("KILLED")
+
+    # The annotation of `fit` names the first version's result.
+    ending: Ending = until_signal(trainer.fit, stop).return_value  # type: ignore[attr-defined]
+    return ending
+
+
+def _worker_environment() -> dict[str, str]:
+    """Return the variables that workers need; they do not inherit the driver's environment."""
+    tracking = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    # Ray Train would send each printed line through its logger, and so show it twice.
+    return tracking | {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+
+
+def _register(job: _Job, run: Run, checkpoint: str) -> Outcome:
+    """Register the model of the last checkpoint, if the launch asks for that."""
     with local_copy(checkpoint) as local:
         progress = load_progress(local)
-        assert progress.validation_loss is not None  # the last step always validates
+        # The last step always validates.
+        assert progress.validation_loss is not None
         version = decision = None
-        if launch.register_as:
+        if job.launch.register_as:
             version, decision = publish(
                 run,
                 local,
-                name=launch.register_as,
-                precision=config.precision,
-                policy=launch.promote,
+                name=job.launch.register_as,
+                precision=job.config.precision,
+                policy=job.launch.promote,
                 validation_loss=progress.validation_loss,
-                data_fingerprint=info.fingerprint,
+                data_fingerprint=job.info.fingerprint,
                 tags={"step": str(progress.step), "tokens": str(progress.tokens)},
-                description=describe_version(model, info, progress),
+                description=describe_version(job.model, job.info, progress),
             )
     return Outcome(run.run_id, checkpoint, progress.validation_loss, version, decision)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 
@@ -19,17 +19,19 @@ BUCKET = "runs"
 def s3_server() -> Iterator[int]:
     """Yield the port of an S3 server on loopback that has one empty bucket."""
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    try:
-        port = next(int(m[1]) for line in server.stderr if (m := re.search(r"http://127.0.0.1:(\d+)", line)))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        lines = (re.search(r"http://127.0.0.1:(\d+)", line) for line in server.stderr)
+        port = next(int(match[1]) for match in lines if match)
         # It prints a line for each request, so the pipe must be emptied.
-        threading.Thread(target=server.stderr.read, daemon=True).start()
-        httpx.put(f"http://127.0.0.1:{port}/{BUCKET}").raise_for_status()
-        yield port
-    finally:
-        server.terminate()
-        server.wait()
+        drain = threading.Thread(target=server.stderr.read, daemon=True)
+        drain.start()
+        try:
+            httpx.put(f"http://127.0.0.1:{port}/{BUCKET}").raise_for_status()
+            yield port
+        finally:
+            server.terminate()
+            drain.join()
 
 
 def uri(port: int, path: str) -> str:
@@ -44,24 +46,33 @@ class StallingProxy:
         self.stalled = threading.Event()
         self._server_port, self._pattern = server_port, pattern
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._connections: list[socket.socket] = []
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def close(self) -> None:
+        """Accept no more connections, and cut those that are open."""
+        # A thread that waits in a call on a socket wakes up when it is shut down, not when it is closed.
+        for each in (self._listener, *self._connections):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
     def _accept(self) -> None:
-        while True:
-            client, _ = self._listener.accept()
-            server = socket.create_connection(("127.0.0.1", self._server_port))
-            threading.Thread(target=self._forward, args=(client, server, self._pattern), daemon=True).start()
-            threading.Thread(target=self._forward, args=(server, client, None), daemon=True).start()
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                self._connections += [client, server]
+                for ends in ((client, server, self._pattern), (server, client, None)):
+                    threading.Thread(target=self._forward, args=ends, daemon=True).start()
 
     def _forward(self, source: socket.socket, target: socket.socket, pattern: bytes | None) -> None:
-        try:
+        # An OSError means that one end has closed the connection.
+        with suppress(OSError):
             while data := source.recv(1 << 16):
                 if pattern is not None and pattern in data:
                     self.stalled.set()
                     return
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
-        except OSError:
-            # One end has closed the connection.
-            pass

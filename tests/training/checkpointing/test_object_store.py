@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,14 +67,14 @@ class CrashedRun:
 
 @pytest.fixture(scope="module")
 def crashed(server: int, tiny: LlamaConfig, dataset: Path) -> CrashedRun:
-    proxy = StallingProxy(server, b"crash/step_00000008/optimizer-")
-    process = multiprocessing.get_context("spawn").Process(
-        target=train_or_resume, args=(EIGHT_STEPS, tiny, dataset, uri(proxy.port, "crash"))
-    )
-    process.start()
-    assert proxy.stalled.wait(120)
-    process.kill()
-    process.join()
+    with closing(StallingProxy(server, b"crash/step_00000008/optimizer-")) as proxy:
+        process = multiprocessing.get_context("spawn").Process(
+            target=train_or_resume, args=(EIGHT_STEPS, tiny, dataset, uri(proxy.port, "crash"))
+        )
+        process.start()
+        assert proxy.stalled.wait(120)
+        process.kill()
+        process.join()
     run = uri(server, "crash")
     files = files_in(store.join(run, "step_00000008"))
     checkpoints = checkpoint_names(run)

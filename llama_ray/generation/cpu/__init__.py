@@ -1,1 +1,1 @@
-"""The generation engine on a CPU: kernels in C++, compiled on first use, and what of the engine is made of them."""
+"""Generation on a CPU: kernels in C++, compiled on first use, and the layers and the cache that use them."""

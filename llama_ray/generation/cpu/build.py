@@ -1,4 +1,4 @@
-"""The kernels' C++ sources -> a library for this machine's processor: compiled on first use, then cached."""
+"""Compile the C++ kernels for this machine's processor on first use, and cache the library."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch  # noqa: F401  its OpenMP runtime must be loaded before the library, which then shares its threads
+# Torch's OpenMP runtime must be loaded before the library, which then shares its threads.
+import torch  # noqa: F401
+
+from llama_ray.generation.cpu import abi
 
 _log = logging.getLogger(__name__)
 
-# No -ffast-math, and no contraction of a * b + c: sums keep their order and every rounding is where the source has it.
+# Without -ffast-math and contraction of a * b + c, sums keep their order and every rounding is where the source has it.
 FLAGS = (
     "-O3",
     "-march=native",
@@ -31,28 +34,28 @@ FLAGS = (
 
 
 class BuildError(RuntimeError):
-    """The kernels could not be compiled or loaded; the message says why, in one line."""
+    """The kernels could not be compiled or loaded; the message gives the reason in one line."""
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The kernels, or None where there is no working C++ compiler; then one warning says so and what it costs."""
+    """Return the kernels, or None without a working C++ compiler; one warning then says what that costs."""
     try:
         return open_library(build())
-    except BuildError as e:
+    except BuildError as error:
         _log.warning(
-            "%s; the engine runs on plain torch, slower and without int8 and int4. "
-            "Install g++ (apt install g++) or name a compiler in CXX",
-            e,
+            "%s; the engine runs on plain torch, slower and without int8 and int4; install g++ (apt install g++) "
+            "or name a compiler in CXX",
+            error,
         )
         return None
 
 
 def build(flags: Sequence[str] = FLAGS) -> Path:
-    """Compile the sources, unless this machine has done it before -> the library's path.
+    """Compile the sources, unless the cache holds the library already; return the library's path.
 
-    It lies in `$XDG_CACHE_HOME/llama_ray` (by default `~/.cache`), named by all that it depends on. Processes that
-    build at the same time do not disturb each other. Raises BuildError.
+    The cache is `$XDG_CACHE_HOME/llama_ray` (by default `~/.cache/llama_ray`); a library's name is a hash of everything
+    that it depends on. Several processes may build at the same time. Raises BuildError.
     """
     compiler = _compiler()
     sources = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".cpp", ".h"))
@@ -67,54 +70,35 @@ def build(flags: Sequence[str] = FLAGS) -> Path:
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load a library that `build` made, its functions ready to be called. Raises BuildError."""
+    """Load a library that `build` made, and declare its functions. Raises BuildError."""
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as e:
-        raise BuildError(f"the CPU kernels in {path} cannot be loaded ({e})") from e
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+    except OSError as error:
+        raise BuildError(f"the CPU kernels in {path} cannot be loaded ({error})") from error
+    abi.declare_functions(library)
     return library
 
 
-_pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_SIGNATURES: dict[str, list[type]] = {
-    "linear": [_pointer, _pointer, _size, _pointer, _int],
-    "rms_norm": [_int, _pointer, _pointer, _pointer, _size, _size, _float, _int],
-    "rope": [_int, _pointer, _size, _size, _size, _size, _pointer, _pointer, _size, _int],
-    "paged_attention": [
-        *(_pointer, _pointer, _pointer, _pointer, _size),
-        *(_pointer, _size, _pointer, _size, _pointer, _size, _pointer, _float, _int),
-    ],
-    "blocks": [
-        *(_pointer, _size, _pointer, _pointer, _pointer, _pointer),
-        *(_pointer, _pointer, _size, _pointer, _pointer, _size, _float, _int),
-    ],
-    "draw": [_pointer, _pointer, _size, _size, _pointer, _pointer, _pointer, _int],
-    "top_candidates": [_pointer, _size, _size, _size, _pointer, _pointer, _int],
-}
-
-
 def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], target: Path) -> None:
-    # Under a name of its own until it is whole: another process sees the finished library or none.
+    # Written to a scratch directory and then renamed, so that other processes never see an unfinished library.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
+        library = Path(scratch) / target.name
         objects, compile_all = [], []
         for i, unit in enumerate(_units(sources)):
-            source, to = Path(scratch) / f"unit{i}.cpp", str(Path(scratch) / f"unit{i}.o")
+            source, compiled = Path(scratch) / f"unit{i}.cpp", str(Path(scratch) / f"unit{i}.o")
             source.write_text("".join(f'#include "{path}"\n' for path in unit))
-            compile_all.append([compiler, *flags, "-c", "-o", to, str(source)])
-            objects.append(to)
+            compile_all.append([compiler, *flags, "-c", "-o", compiled, str(source)])
+            objects.append(compiled)
         _run(compile_all)
-        _run([[compiler, *flags, "-shared", "-o", str(made), *objects]])
-        made.replace(target)
+        _run([[compiler, *flags, "-shared", "-o", str(library), *objects]])
+        library.replace(target)
 
 
 def _units(sources: Sequence[Path]) -> list[list[Path]]:
-    """The sources in two translation units of about one size: the header of the intrinsics costs 0.3 s in each.
+    """Group the sources into two translation units of about the same size, to be compiled in parallel.
 
-    So a name in an anonymous namespace must be its file's alone.
+    Not one unit per source, because including the header of the intrinsics takes 0.3 s in each unit. Sources therefore
+    share a namespace: a name in an anonymous namespace must be unique among all files.
     """
     units: list[list[Path]] = [[], []]
     sizes = [0, 0]
@@ -126,7 +110,7 @@ def _units(sources: Sequence[Path]) -> list[list[Path]]:
 
 
 def _run(commands: Sequence[Sequence[str]]) -> None:
-    """Run the commands at once. Raises BuildError with the first error that a compiler wrote."""
+    """Run the commands in parallel. Raises BuildError with the first error message of a compiler."""
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     messages = [process.communicate()[1] for process in running]
     if any(process.returncode for process in running):
@@ -139,18 +123,18 @@ def _compiler() -> str:
     for name in [wanted] if wanted else ["g++", "c++", "clang++"]:
         if path := shutil.which(name):
             return path
-    raise BuildError(f"CXX names {wanted}, which is not there" if wanted else "no C++ compiler was found")
+    raise BuildError(f"CXX is {wanted}, which is not installed" if wanted else "no C++ compiler was found")
 
 
 def _version(compiler: str) -> bytes:
     try:
         return subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as e:
-        raise BuildError(f"the C++ compiler {compiler} does not run ({e})") from e
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"the C++ compiler {compiler} does not run ({error})") from error
 
 
 def _processor() -> bytes:
-    """What -march=native depends on: a cache may lie in a home directory that many machines share."""
+    """Return what -march=native depends on: machines of different kinds may share the cache in a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -166,12 +150,13 @@ def _directory() -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         if os.access(directory, os.W_OK):
             return directory
-    except (OSError, RuntimeError):  # no home, or one that cannot be written
+    except (OSError, RuntimeError):
+        # There is no home directory, or it cannot be written.
         pass
     return _private_directory()
 
 
 @functools.cache
 def _private_directory() -> Path:
-    # Made anew for each process: a name that others could guess, and fill first, must not be loaded from.
+    # A new directory for each process: in one with a predictable name, another user could place a library first.
     return Path(tempfile.mkdtemp(prefix="llama_ray-"))

@@ -8,110 +8,80 @@ import torch
 from torch import Tensor
 
 from llama_ray.generation.batch import StepBatch
+from llama_ray.generation.cpu import abi
 from llama_ray.generation.cpu.memory import Arena
 from llama_ray.generation.cpu.ops import kernels
 from llama_ray.model.config import LlamaConfig
 from llama_ray.utils.integers import ceil_div
 
-
-class _Cache(ctypes.Structure):
-    """`struct Cache` of attention.cpp."""
-
-    _fields_ = (
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("block_stride", ctypes.c_int64),
-        ("is_bf16", ctypes.c_int32),
-    )
-
-
-class _Step(ctypes.Structure):
-    """`struct Step` of attention.cpp."""
-
-    _fields_ = (
-        ("query_start", ctypes.c_void_p),
-        ("context_len", ctypes.c_void_p),
-        ("block_table", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("sequences", ctypes.c_int64),
-        ("table_width", ctypes.c_int64),
-    )
+_WIDEST_VECTOR = 16
+"""Floats in the widest vector of any processor: panels have a multiple of this many columns."""
 
 
 class CpuCache:
     """A `KVCache` in float32 or bfloat16; attention.cpp describes the layout of a block.
 
     Memory is taken when a block is first written. Raises ValueError for another dtype, or a block size that is not a
-    multiple of 16 positions, the width of the widest vectors.
+    multiple of 16 positions.
     """
 
     def __init__(self, config: LlamaConfig, num_blocks: int, dtype: torch.dtype, block_size: int) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}; the CPU cache holds float32 or bfloat16")
-        if block_size < 1 or block_size % 16:
-            raise ValueError(f"block_size is {block_size}; it must be a multiple of 16 for the CPU cache")
-        self.block_size = block_size
-        self._config, self._dtype = config, dtype
-        # A block's keys and values of all layers lie together. Zeros, for the columns that pad head_dim: they enter
-        # products, whose results nobody reads.
+        if block_size < 1 or block_size % _WIDEST_VECTOR:
+            raise ValueError(
+                f"block_size is {block_size}; it must be a multiple of {_WIDEST_VECTOR} for the CPU cache"
+            )
+        self.block_size, self.config, self.dtype = block_size, config, dtype
+        # A block's keys and values of all layers are contiguous. Zeros fill the columns that pad head_dim: they enter
+        # products, whose results are not used.
         keys, values = (
             config.num_kv_heads * dim * block_size for dim in (config.head_dim, _value_dim(config))
         )
-        self._blocks = Arena().zeros((num_blocks, config.num_layers, keys + values), dtype)
-        stride = self._blocks[0].nbytes
-        self._argument = _Cache(
+        self.blocks = Arena().zeros((num_blocks, config.num_layers, keys + values), dtype)
+        stride = self.blocks[0].nbytes
+        self.argument = abi.Cache(
             config.num_kv_heads, config.head_dim, block_size, stride, dtype == torch.bfloat16
         )
-        first = self._blocks.data_ptr()
+        first = self.blocks.data_ptr()
         starts = range(first, first + stride, stride // config.num_layers)
-        # Where each layer's keys and values are in block 0, as C++ takes them.
+        # Addresses of each layer's keys and values in block 0.
         pointers = ctypes.c_void_p * config.num_layers
-        self._keys = pointers(*starts)
-        self._values = pointers(*(start + keys * dtype.itemsize for start in starts))
+        self.keys = pointers(*starts)
+        self.values = pointers(*(start + keys * dtype.itemsize for start in starts))
 
     @staticmethod
     def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block, over all layers."""
+        """Return the bytes of one block, over all layers."""
         each = (config.head_dim + _value_dim(config)) * block_size * dtype.itemsize
         return config.num_layers * config.num_kv_heads * each
 
     def attend(self, batch: StepBatch) -> CpuAttend:
-        """Attention for one step: writes its keys and values to their slots, then looks at all before them."""
-        return CpuAttend(self._config, self._dtype, self._argument, (self._keys, self._values), batch)
+        """See `KVCache`."""
+        return CpuAttend(self, batch)
 
     def copy_block(self, source: int, target: int) -> None:
-        """Make block `target` equal to `source` in all layers."""
-        self._blocks[target] = self._blocks[source]
+        """See `KVCache`."""
+        self.blocks[target] = self.blocks[source]
 
 
 class CpuAttend:
-    """`Attend` for one step over a CpuCache; its parts are there for a kernel that does more than attend."""
+    """`Attend` for one step over a `CpuCache`; its attributes are the arguments of kernels that include attention."""
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        dtype: torch.dtype,
-        cache: _Cache,
-        layers: tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]],
-        batch: StepBatch,
-    ) -> None:
+    def __init__(self, cache: CpuCache, batch: StepBatch) -> None:
         tensors = (
             *(t.contiguous() for t in (batch.query_start, batch.context_len, batch.block_table)),
             batch.slots.contiguous(),
         )
         if any(t.dtype != torch.int32 for t in tensors[:3]) or tensors[3].dtype != torch.int64:
             raise ValueError("a step has int32 query_start, context_len and block_table, and int64 slots")
-        step = _Step(*(t.data_ptr() for t in tensors), len(batch.context_len), batch.block_table.shape[1])
-        self._kept = tensors, step, cache  # C++ sees addresses only
-        self.cache, self.step = ctypes.addressof(cache), ctypes.addressof(step)
-        self.keys, self.values = layers
-        self.dtype = dtype
-        self.tokens, self.scale, self.threads = (
-            len(batch.slots),
-            config.head_dim**-0.5,
-            torch.get_num_threads(),
-        )
+        step = abi.Step(*(t.data_ptr() for t in tensors), len(batch.context_len), batch.block_table.shape[1])
+        # C++ has only the addresses; this keeps the memory alive.
+        self._kept = tensors, step, cache
+        self.cache, self.step = ctypes.addressof(cache.argument), ctypes.addressof(step)
+        self.keys, self.values = cache.keys, cache.values
+        self.dtype, self.tokens = cache.dtype, len(batch.slots)
+        self.scale, self.threads = cache.config.head_dim**-0.5, torch.get_num_threads()
         self._run = kernels().paged_attention
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -139,4 +109,4 @@ class CpuAttend:
 
 
 def _value_dim(config: LlamaConfig) -> int:
-    return ceil_div(config.head_dim, 16) * 16
+    return ceil_div(config.head_dim, _WIDEST_VECTOR) * _WIDEST_VECTOR

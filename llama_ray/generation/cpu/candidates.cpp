@@ -1,12 +1,14 @@
-// The largest logits of each row, in order: what sampling needs of them.
+// The largest logits of each row, in order.
 #include <algorithm>
 #include <limits>
 
 #include "candidates.h"
 
+#include "abi.h"
+
 namespace {
 
-// Integers in the order of the floats, with -0 made 0. NaN has a place too, so that sorting stays defined.
+// Integers in the order of the floats; -0 becomes 0. NaN has a defined order too, as sorting needs.
 inline I32 ordered(F32 x) {
   const I32 bits = (I32)(x + 0.0f);
   return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -19,33 +21,33 @@ inline float restored(int32_t key) {
   return x;
 }
 
-// A number that at least `width` of the row's keys reach, and few more: the width-th largest of the maxima of chunks. A chunk
-// is one lane of `vectors` neighbouring vectors. With eight times as many chunks as keys wanted, few chunks hold two.
-int32_t lower_bound(const float* row, int64_t size, int64_t width, std::vector<int32_t>& most) {
+// A bound that at least `width` of the row's keys reach, and few others: the width-th largest of the maxima of chunks. A
+// chunk is one lane of `vectors` adjacent vectors. With 8 * width chunks, few chunks hold two of the largest keys.
+int32_t lower_bound(const float* row, int64_t size, int64_t width, std::vector<int32_t>& maxima) {
   const int64_t whole = size / kLanes;
   const int64_t vectors = std::max<int64_t>(1, whole * kLanes / (8 * width));
-  most.clear();
+  maxima.clear();
   for (int64_t first = 0; first < whole; first += vectors) {
     I32 high = ordered(load<F32>(row + first * kLanes));
     for (int64_t v = first + 1; v < std::min(first + vectors, whole); ++v)
       high = max(high, ordered(load<F32>(row + v * kLanes)));
-    most.resize(most.size() + kLanes);
-    store(most.data() + most.size() - kLanes, high);
+    maxima.resize(maxima.size() + kLanes);
+    store(maxima.data() + maxima.size() - kLanes, high);
   }
-  if (int64_t(most.size()) < width) return std::numeric_limits<int32_t>::min();
-  std::nth_element(most.begin(), most.begin() + width - 1, most.end(), std::greater<>());
-  return most[width - 1];
+  if (int64_t(maxima.size()) < width) return std::numeric_limits<int32_t>::min();
+  std::nth_element(maxima.begin(), maxima.begin() + width - 1, maxima.end(), std::greater<>());
+  return maxima[width - 1];
 }
 
 }  // namespace
 
 void top_row(const float* row, int64_t size, int64_t width, float* values, int64_t* ids, Candidates& s) {
-  const int32_t bound = lower_bound(row, size, width, s.most);
-  // Sorted together: logits fall, and ids rise where logits are equal.
+  const int32_t bound = lower_bound(row, size, width, s.maxima);
+  // One number holds the inverted logit and the id: ascending, logits fall, and ids rise among equal logits.
   s.found.clear();
   int64_t at_bound = 0;
   const auto take = [&](int32_t key, int64_t id) {
-    if (key == bound && ++at_bound > width) return;  // enough of equals that came before
+    if (key == bound && ++at_bound > width) return;  // Enough equal keys with lower ids are found.
     s.found.push_back(uint64_t(~(uint32_t(key) ^ 0x80000000u)) << 32 | uint64_t(id));
   };
   int64_t i = 0;
@@ -66,7 +68,6 @@ void top_row(const float* row, int64_t size, int64_t width, float* values, int64
   }
 }
 
-// logits [rows, size] -> the `width` <= size largest of each row: values and ids [rows, width].
 extern "C" void top_candidates(const float* logits, int64_t rows, int64_t size, int64_t width, float* values, int64_t* ids,
                                int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)

@@ -1,9 +1,10 @@
 // RMS norm and rotary embedding, with the rounding of model/layers.py.
+#include "abi.h"
 #include "simd.h"
 
 namespace {
 
-// Below this many values a second thread costs more than it brings.
+// With fewer values a second thread costs more time than it saves.
 constexpr int64_t kWorthThreads = 16384;
 
 template <class T>
@@ -11,7 +12,7 @@ void rms_norm_rows(const T* x, const T* weight, T* y, int64_t rows, int64_t size
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * size >= kWorthThreads)
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = x + r * size;
-    F32 squares[4] = {};  // four sums, because one would wait for itself
+    F32 squares[4] = {};  // Four independent sums hide the latency of additions.
     for (int64_t i = 0, k = 0; i < size; i += kLanes, k = (k + 1) % 4) {
       const F32 value = load_f32(from + i, size - i);
       squares[k] = fma(value, value, squares[k]);
@@ -25,7 +26,7 @@ void rms_norm_rows(const T* x, const T* weight, T* y, int64_t rows, int64_t size
   }
 }
 
-// Turns the pairs (x_i, x_{i + d/2}) of the first `heads` heads of each row, in place.
+// Rotates the pairs (x_i, x_{i + d/2}) of the first `heads` heads of each row, in place.
 template <class T>
 void rope_rows(T* x, int64_t stride, int64_t rows, int64_t heads, int64_t head_dim, const float* cos,
                const float* sin, int64_t positions, int threads) {

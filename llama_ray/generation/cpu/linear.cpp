@@ -1,49 +1,35 @@
-// x [rows, in] times a packed weight matrix, transposed: [rows, out], with what follows in the model done while the
-// sums are still in the cache. Weights lie in panels of 64 columns (outputs); linear.py packs them and says how.
+// x [rows, in_features] times a packed weight matrix, transposed -> [rows, out_features]. The activation that follows in the
+// model is applied while the sums are still in the cache. Weights are stored in panels of 64 columns (outputs), as linear.py
+// packs them.
 #include <algorithm>
 #include <vector>
 
+#include "abi.h"
 #include "product.h"
 
 namespace {
 
 constexpr int kPanel = 64;
-constexpr int kGroup = 64;  // values along `in` that share the scale of an int4 weight, or of a quantised activation
+constexpr int kGroup = 64;  // inputs that share the scale of an int4 weight or of a quantised activation
 constexpr int kGroupUnits = kGroup / 4;
 
+// In the order of FORMATS in linear.py.
 enum Format : int32_t { kFloat32, kBFloat16, kInt8, kInt4 };
-enum Epilogue : int32_t { kStore, kGated };
-
-}  // namespace
-
-extern "C" {
-// PackedLinear in linear.py holds one; the fields are in the same order there.
-struct Linear {
-  const uint8_t* weight;
-  const void* scales;    // int8: fp32 [panels * 64]; int4: bf16 [panels, groups, 64]
-  int64_t in, out;       // `in` is even for bfloat16; `out` counts columns of the result
-  int32_t format;        // of the weights
-  int32_t x_is_bf16, y_is_bf16;
-  int32_t epilogue;
-};
-}
-
-namespace {
 
 using Sums = float[kMostRows][kPanel];
 
-// Weights of the same type as the activations: a row is used as it lies in x.
+// Weights of the same type as the activations: a row of x is used in place.
 template <class Dot>
 struct Plain {
   using Row = uint32_t;
 
-  static int64_t panel_bytes(const Linear& l) { return (l.in / Dot::kDepth) * kPanel * 4; }
+  static int64_t panel_bytes(const Linear& l) { return (l.in_features / Dot::kDepth) * kPanel * 4; }
 
   __attribute__((noinline)) static void tile(const Linear& l, int64_t panel, const Row* const* rows, int count,
                                              Sums sums) {
     const auto* columns = reinterpret_cast<const uint32_t*>(l.weight + panel * panel_bytes(l));
     with_rows(count, [&](auto n) {
-      product<Dot, false, decltype(n)::value>(rows, columns, kPanel, l.in / Dot::kDepth, sums[0], kPanel);
+      product<Dot, false, decltype(n)::value>(rows, columns, kPanel, l.in_features / Dot::kDepth, sums[0], kPanel);
     });
   }
 };
@@ -52,12 +38,12 @@ struct Plain {
 struct Group {
   uint32_t units[kGroupUnits];
   float scale;
-  int32_t sum;  // of the bytes: what a weight's offset, being unsigned, adds to every product
+  int32_t sum;  // of the bytes: stored weights are unsigned, and their offset adds a multiple of this to every product
 };
 
 struct Int8 {
   static constexpr int kWords = 16;  // 32-bit words of a column in a group
-  static constexpr int kZero = 128;  // the byte that stands for 0
+  static constexpr int kZero = 128;  // the byte that represents 0
   static U32 unpack(U32 word, int) { return word; }
   static constexpr bool kScaledGroups = false;
 };
@@ -69,7 +55,7 @@ struct Int4 {
   static constexpr bool kScaledGroups = true;
 };
 
-// Sums of bytes are exact over a group, in int32; groups are added in fp32, in order.
+// Sums of bytes over a group are exact, in int32; groups are added in fp32, in order.
 template <class W, int ROWS, int VECTORS>
 inline void quantised_tile(const Group* const* rows, const uint32_t* columns, const bf16* scales, int64_t groups,
                            float (*sums)[kPanel]) {
@@ -107,7 +93,7 @@ template <class W>
 struct Quantised {
   using Row = Group;
 
-  static int64_t groups(const Linear& l) { return (l.in + kGroup - 1) / kGroup; }
+  static int64_t groups(const Linear& l) { return (l.in_features + kGroup - 1) / kGroup; }
   static int64_t panel_bytes(const Linear& l) { return groups(l) * W::kWords * kPanel * 4; }
 
   __attribute__((noinline)) static void tile(const Linear& l, int64_t panel, const Row* const* rows, int count,
@@ -115,8 +101,8 @@ struct Quantised {
     const auto* columns = reinterpret_cast<const uint32_t*>(l.weight + panel * panel_bytes(l));
     const bf16* scales = W::kScaledGroups ? static_cast<const bf16*>(l.scales) + panel * groups(l) * kPanel : nullptr;
     with_rows(count, [&](auto n) {
-      // Two sets of sums are kept, so half as many columns at once where there are more rows. A single row takes a
-      // panel as wide as possible: it reads memory in one stream.
+      // Each row keeps two sets of sums, so many rows take half as many columns at once. Few rows take the widest
+      // panel: a single row then reads memory in one stream.
       constexpr int ROWS = decltype(n)::value, VECTORS = ROWS <= kMostRows / 2 ? kMostVectors : kMostVectors / 2;
       for (int c = 0; c < kPanel; c += VECTORS * kLanes)
         quantised_tile<W, ROWS, VECTORS>(rows, columns + c, scales + c, groups(l),
@@ -130,13 +116,13 @@ struct Quantised {
     }
   }
 
-  // Symmetric, to the nearest of -127 .. 127 times the group's largest value / 127.
+  // Round symmetrically to -127 .. 127; the scale is the group's largest absolute value / 127.
   template <class X>
-  static void quantise(const X* x, int64_t in, Group* row) {
-    for (int64_t start = 0; start < in; start += kGroup, ++row) {
+  static void quantise(const X* x, int64_t size, Group* row) {
+    for (int64_t start = 0; start < size; start += kGroup, ++row) {
       F32 values[kGroup / kLanes], most = {};
       for (int i = 0; i < kGroup / kLanes; ++i) {
-        const int64_t left = in - start - i * kLanes;
+        const int64_t left = size - start - i * kLanes;
         values[i] = left > 0 ? load_f32(x + start + i * kLanes, left) : F32{};
         most = max(most, abs(values[i]));
       }
@@ -158,29 +144,29 @@ struct Quantised {
 template <class Y>
 void store_columns(const Linear& l, int64_t panel, const float* sums, Y* y) {
   const int64_t first = panel * kPanel;
-  for (int c = 0; c < kPanel && first + c < l.out; c += kLanes)
-    store_f32(y + first + c, load<F32>(sums + c), l.out - first - c);
+  for (int c = 0; c < kPanel && first + c < l.out_features; c += kLanes)
+    store_f32(y + first + c, load<F32>(sums + c), l.out_features - first - c);
 }
 
-// silu(gate) * up; a panel holds 32 columns of each. Rounded wherever the plain model stores a tensor.
+// silu(gate) * up; a panel holds 32 columns of each. Values are rounded wherever the plain model stores a tensor.
 template <class Y>
 void store_gated(const Linear& l, int64_t panel, const float* sums, Y* y) {
   const int64_t half = kPanel / 2, first = panel * half;
-  for (int c = 0; c < half && first + c < l.out; c += kLanes) {
+  for (int c = 0; c < half && first + c < l.out_features; c += kLanes) {
     const F32 gate = rounded<Y>(load<F32>(sums + c)), up = rounded<Y>(load<F32>(sums + half + c));
     const F32 silu = rounded<Y>(gate / (1.0f + exp(-gate)));
-    store_f32(y + first + c, silu * up, l.out - first - c);
+    store_f32(y + first + c, silu * up, l.out_features - first - c);
   }
 }
 
-// A work item is a tile: some rows times one panel. A thread's items are neighbours, so that a panel which it has read from
-// memory meets the other rows while it is still in the cache.
+// A work item is a tile: up to kMostRows rows times one panel. A thread's items are adjacent, so that all rows use a panel
+// while it is in the cache.
 template <class F, class X, class Y>
 void multiply(const Linear& l, const X* x, int64_t rows, Y* y, int threads) {
   constexpr bool quantised = std::is_same_v<typename F::Row, Group>;
-  const int64_t per_panel = l.epilogue == kGated ? kPanel / 2 : kPanel;
-  const int64_t panels = (l.out + per_panel - 1) / per_panel, tiles = (rows + kMostRows - 1) / kMostRows;
-  const int64_t groups = (l.in + kGroup - 1) / kGroup;
+  const int64_t per_panel = l.is_gated ? kPanel / 2 : kPanel;
+  const int64_t panels = (l.out_features + per_panel - 1) / per_panel, tiles = (rows + kMostRows - 1) / kMostRows;
+  const int64_t groups = (l.in_features + kGroup - 1) / kGroup;
   static thread_local std::vector<Group> scratch;
   if (quantised && scratch.size() < size_t(rows * groups)) scratch.resize(rows * groups);
   Group* const x_groups = scratch.data();
@@ -188,7 +174,7 @@ void multiply(const Linear& l, const X* x, int64_t rows, Y* y, int threads) {
   {
     if constexpr (quantised) {
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < rows; ++r) F::quantise(x + r * l.in, l.in, x_groups + r * groups);
+      for (int64_t r = 0; r < rows; ++r) F::quantise(x + r * l.in_features, l.in_features, x_groups + r * groups);
     }
 #pragma omp for schedule(static) nowait
     for (int64_t item = 0; item < panels * tiles; ++item) {
@@ -199,13 +185,13 @@ void multiply(const Linear& l, const X* x, int64_t rows, Y* y, int threads) {
         if constexpr (quantised)
           row[r] = x_groups + (first + r) * groups;
         else
-          row[r] = reinterpret_cast<const uint32_t*>(x + (first + r) * l.in);
+          row[r] = reinterpret_cast<const uint32_t*>(x + (first + r) * l.in_features);
       }
       alignas(64) Sums sums;
       F::tile(l, panel, row, int(count), sums);
       for (int64_t r = 0; r < count; ++r) {
-        Y* to = y + (first + r) * l.out;
-        if (l.epilogue == kGated)
+        Y* to = y + (first + r) * l.out_features;
+        if (l.is_gated)
           store_gated(l, panel, sums[r], to);
         else
           store_columns(l, panel, sums[r], to);

@@ -1,4 +1,4 @@
-"""What takes the place of a model's layers on a CPU. Llama stays as it is."""
+"""The layers that replace those of a `Llama` on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_ray.generation.backend import PostProduct, append_post_product
-from llama_ray.generation.cpu import ops
+from llama_ray.generation.cpu import abi, ops
 from llama_ray.generation.cpu.cache import CpuAttend
 from llama_ray.generation.cpu.linear import Format, PackedLinear, check_format
 from llama_ray.generation.cpu.memory import Arena
@@ -18,13 +18,13 @@ from llama_ray.model.loss import Head
 
 
 def accelerate(model: Llama, format: Format | None = None) -> Llama:
-    """Replace the layers of `model` by those of the kernels, in place, weights in `format` (None: its dtype).
+    """Replace the layers of `model` by packed ones, in place, with weights in `format` (None: the model's dtype).
 
-    Layer by layer, and the weights that are replaced are let go: there is never a second copy of the model. What
-    computes the same as before rounds at the same places, except that logits come in fp32, and that int8 and int4
-    are less precise; see PackedLinear. The head is int8 where the format is int4: it is the layer that int4 harms most.
-    Afterwards the model cannot be trained. Raises ValueError for a dtype that the kernels don't have, and
-    RuntimeError where there are no kernels.
+    One layer is replaced at a time and its old weights are freed, so there is never a second copy of the model. Results
+    are rounded where the plain layers round them, except that logits are fp32 and that int8 and int4 are less precise
+    (see `PackedLinear`). With int4 the head is int8, because int4 costs it the most quality. Afterwards the model
+    cannot be trained. Raises ValueError for a dtype that the kernels do not support, and RuntimeError if the kernels
+    could not be compiled.
     """
     dtype = model.embed_tokens.weight.dtype
     weights: Format = format or ("bfloat16" if dtype == torch.bfloat16 else "float32")
@@ -37,31 +37,11 @@ def accelerate(model: Llama, format: Format | None = None) -> Llama:
         model.layers[i] = nn.Identity()
     model.layers = nn.ModuleList([PackedBlocks(blocks)])
     model.register_module("norm", PackedRMSNorm(model.norm))
-    # A tied head gets a copy of its own; the embedding stays a table to look tokens up in.
+    # A tied head gets its own packed copy; the embedding remains a lookup table.
     model.register_module(
         "lm_head", PackedHead(model.lm_head, "int8" if weights == "int4" else weights, arena)
     )
     return model
-
-
-class _Block(ctypes.Structure):
-    """`struct Block` of block.cpp."""
-
-    _fields_ = (
-        ("qkv", ctypes.c_void_p),
-        ("o", ctypes.c_void_p),
-        ("gate_up", ctypes.c_void_p),
-        ("down", ctypes.c_void_p),
-        ("input_norm", ctypes.c_void_p),
-        ("post_attention_norm", ctypes.c_void_p),
-        ("hidden", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("intermediate", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-        ("is_bf16", ctypes.c_int32),
-    )
 
 
 class PackedBlocks(nn.Module):
@@ -97,8 +77,8 @@ class PackedBlocks(nn.Module):
         positions = cos.numel() * 2 // self._head_dim
         if x.dtype != attend.dtype or rows != attend.tokens or rows % positions:
             raise ValueError(
-                f"{rows} rows of {x.dtype} at {positions} positions meet a step of {attend.tokens} tokens in "
-                f"{attend.dtype}"
+                f"the input has {rows} rows of {x.dtype} at {positions} positions; the step has "
+                f"{attend.tokens} tokens of {attend.dtype}"
             )
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         out = torch.empty_like(x)
@@ -122,7 +102,7 @@ class PackedBlock(nn.Module):
 
     @property
     def products(self) -> tuple[PackedLinear, ...]:
-        """Its matrix products, in the order of their use."""
+        """The matrix products in the order in which they are computed."""
         return (
             self.self_attn.qkv_proj,
             self.self_attn.o_proj,
@@ -130,10 +110,10 @@ class PackedBlock(nn.Module):
             self.mlp.down_proj,
         )
 
-    def argument(self) -> _Block:
-        """What C++ is told of the block; it holds addresses in it."""
+    def argument(self) -> abi.Block:
+        """Return the block's layers for C++; the addresses are valid as long as the block exists."""
         attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
-        return _Block(
+        return abi.Block(
             *(p.address for p in self.products),
             *(norm.weight.data_ptr() for norm in norms),
             attention.qkv_proj.in_features,
@@ -158,7 +138,7 @@ class PackedRMSNorm(nn.Module):
         self.eps, self.weight = norm.eps, norm.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape with `size` last -> the same shape."""
+        """[..., size] -> [..., size]."""
         return ops.rms_norm(x, self.weight, self.eps)
 
 
@@ -177,13 +157,13 @@ class PackedAttention(nn.Module):
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         qkv = self.qkv_proj(x)
         ops.rope_(qkv, self.heads[0] + self.heads[1], self.head_dim, *rope)
-        # Views of one tensor, [batch, heads, seq, head_dim]: the kernel reads them where they are.
+        # Views of one tensor, [batch, heads, seq, head_dim]: the kernel reads them without a copy.
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(self.heads, 1)
         return self.o_proj(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class PackedSwiGLU(nn.Module):
-    """SwiGLU in two products: gate, up and what joins them are one."""
+    """SwiGLU in two products; the first computes silu(gate) * up."""
 
     def __init__(self, mlp: SwiGLU, format: Format, arena: Arena) -> None:
         super().__init__()
@@ -198,7 +178,7 @@ class PackedSwiGLU(nn.Module):
 
 
 class PackedHead(PackedLinear):
-    """The head without its loss: logits in fp32, as they were summed."""
+    """The head without its loss; logits are the unrounded fp32 sums."""
 
     def __init__(self, head: Head, format: Format, arena: Arena) -> None:
         super().__init__(head.weight, format, out_dtype=torch.float32, arena=arena)
@@ -206,5 +186,5 @@ class PackedHead(PackedLinear):
     def forward(self, hidden: Tensor, targets: Tensor | None = None, *loss: object) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size]. Raises ValueError for targets."""
         if targets is not None:
-            raise ValueError("an accelerated model computes no loss; load it again to train it")
+            raise ValueError("a packed model computes no loss; load it again to train it")
         return super().forward(hidden)

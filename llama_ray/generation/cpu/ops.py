@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors. Each checks what it is given, and leaves the rest to C++ without the GIL."""
+"""The kernels as functions of tensors. Each checks its arguments and runs C++ without the GIL."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import ctypes
 import torch
 from torch import Tensor
 
+from llama_ray.generation.cpu import abi
 from llama_ray.generation.cpu.build import load
 from llama_ray.generation.sampling.draw import SamplingTensors
 
 
 def kernels() -> ctypes.CDLL:
-    """The library; raises RuntimeError where there is none (`load` has said why)."""
+    """Return the library; raise RuntimeError if it could not be compiled (`load` has logged why)."""
     library = load()
     if library is None:
-        raise RuntimeError("the CPU kernels are not there; use the plain model, or install a C++ compiler")
+        raise RuntimeError("the CPU kernels are not compiled; install a C++ compiler, or use the plain model")
     return library
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last dimension, rounded as in `RMSNorm`: [..., size] of the weight's dtype -> the same."""
+    """Return the RMS norm of `x` [..., size], which has the weight's dtype, rounded as `RMSNorm` rounds."""
     x = _checked(x, weight.dtype)
     y = torch.empty_like(x)
     size = weight.numel()
     if x.shape[-1] != size or not weight.is_contiguous():
-        raise ValueError(f"an input of size {x.shape[-1]} meets norm weights of size {size}")
+        raise ValueError(
+            f"the input has size {x.shape[-1]}; the norm takes contiguous weights of size {size}"
+        )
     kernels().rms_norm(
         x.dtype == torch.bfloat16,
         *(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps),
@@ -35,13 +38,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> None:
-    """Turn the first `heads` heads of each row of `x` [..., size] in place, as `rotate` does.
+    """Rotate the first `heads` heads of each row of `x` [..., size] in place, as `rotate` does.
 
-    `cos` and `sin` are fp32 [rows or a divisor, head_dim / 2] in any shape: rows beyond begin again at the first.
+    `cos` and `sin` are fp32 [positions, head_dim / 2], or any shape with as many values. `positions` must divide the
+    number of rows: row r has position r % positions.
     """
     if not x.is_contiguous() or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
-            f"rope turns contiguous float32 or bfloat16, not {x.dtype} with strides {x.stride()}"
+            f"rope was given {x.dtype} with strides {x.stride()}; it takes contiguous float32 or bfloat16"
         )
     size = x.shape[-1]
     rows, positions = x.numel() // size, cos.numel() * 2 // head_dim
@@ -58,9 +62,10 @@ def rope_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> Non
 
 
 def top_candidates(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` largest of each row of fp32 [rows, size] -> values and int64 ids [rows, min(width, size)].
+    """Return the `width` largest logits of each row: values and int64 ids [rows, min(width, size)].
 
-    Sorted: logits fall, and ids rise where logits are equal. A row with NaN gives some answer.
+    `logits` are fp32 [rows, size]. Candidates are sorted by descending logit, equal ones by ascending id. The result
+    for a row with NaN is unspecified.
     """
     logits = _checked(logits, torch.float32)
     rows, size = logits.shape
@@ -73,56 +78,49 @@ def top_candidates(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
-class _Draw(ctypes.Structure):
-    """`struct Draw` of draw.cpp."""
-
-    _fields_ = (
-        ("width", ctypes.c_int64),
-        ("may_be_short", ctypes.c_int32),
-        ("temperature", ctypes.c_void_p),
-        ("beyond_k", ctypes.c_void_p),
-        ("from_all", ctypes.c_void_p),
-        ("top_p", ctypes.c_void_p),
-        ("log_min_p", ctypes.c_void_p),
-        ("place", ctypes.c_void_p),
-    )
+def draw_filtered(logits: Tensor, tensors: SamplingTensors, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`DrawFiltered` in one call: a dozen torch operations on small tensors would take longer than the draw."""
+    short = torch.empty(len(keys), dtype=torch.bool)
+    tokens = _draw(logits, None, tensors, keys, short)
+    return tokens, short if tensors.may_be_short(logits.shape[-1]) else None
 
 
-def draw_filtered(logits: Tensor, filters: SamplingTensors, place: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`DrawFiltered` in one call: a dozen operations of torch on a few numbers each take longer than the drawing."""
-    short = torch.empty(len(place), dtype=torch.bool)
-    tokens = _draw(logits, None, filters, place, short)
-    return tokens, short if filters.may_be_short(logits.shape[-1]) else None
-
-
-def draw_from_all(logits: Tensor, rows: Tensor | None, filters: SamplingTensors, place: Tensor) -> Tensor:
+def draw_from_all(logits: Tensor, rows: Tensor | None, tensors: SamplingTensors, keys: Tensor) -> Tensor:
     """`DrawFromAll` in one pass."""
-    return _draw(logits, rows, filters, place, None)
+    return _draw(logits, rows, tensors, keys, None)
 
 
 def _draw(
-    logits: Tensor, which: Tensor | None, filters: SamplingTensors, place: Tensor, short: Tensor | None
+    logits: Tensor, selected: Tensor | None, tensors: SamplingTensors, keys: Tensor, short: Tensor | None
 ) -> Tensor:
-    logits, place = _checked(logits, torch.float32), _checked(place, torch.int64)
-    rows = len(logits if which is None else which)
-    if place.numel() != rows or filters.temperature.numel() != rows:
-        raise ValueError(f"{rows} rows meet {place.numel()} places and filters of {len(filters.temperature)}")
-    tokens, min_p = torch.empty(rows, dtype=torch.int64), filters.log_min_p
-    draw = _Draw(
-        filters.width,
-        filters.may_be_short(logits.shape[-1]),
-        *(filters.temperature.data_ptr(), filters.outside_top_k.data_ptr(), filters.no_top_k.data_ptr()),
-        *(filters.top_p.data_ptr(), min_p.data_ptr() if min_p is not None else None, place.data_ptr()),
+    logits, keys = _checked(logits, torch.float32), _checked(keys, torch.int64)
+    rows = len(logits if selected is None else selected)
+    if keys.numel() != rows or tensors.temperature.numel() != rows:
+        raise ValueError(
+            f"there are {rows} rows, {keys.numel()} noise keys and {len(tensors.temperature)} rows of sampling "
+            "tensors; their numbers must be equal"
+        )
+    tokens = torch.empty(rows, dtype=torch.int64)
+    arguments = abi.DrawArguments(
+        tensors.width,
+        tensors.may_be_short(logits.shape[-1]),
+        *(tensors.temperature.data_ptr(), tensors.outside_top_k.data_ptr(), tensors.no_top_k.data_ptr()),
+        *(tensors.top_p.data_ptr(), _address(tensors.log_min_p), keys.data_ptr()),
     )
     kernels().draw(
-        *(logits.data_ptr(), which.data_ptr() if which is not None else None, rows, logits.shape[-1]),
-        *(ctypes.addressof(draw), tokens.data_ptr(), short.data_ptr() if short is not None else None),
-        torch.get_num_threads(),
+        *(logits.data_ptr(), _address(selected), rows, logits.shape[-1]),
+        *(ctypes.addressof(arguments), tokens.data_ptr(), _address(short), torch.get_num_threads()),
     )
     return tokens
 
 
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 def _checked(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype != dtype or x.device.type != "cpu":
-        raise ValueError(f"a CPU tensor of {dtype} is wanted, not {x.dtype} on {x.device}")
+        raise ValueError(
+            f"a tensor is {x.dtype} on {x.device}; the CPU kernels take {dtype} here, on the CPU"
+        )
     return x.contiguous()

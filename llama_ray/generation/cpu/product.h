@@ -1,9 +1,9 @@
 // The product of a few rows with a panel of columns: the inner loop of matrix products and of attention.
 //
 // Everything is counted in units of 32 bits, which hold consecutive values along the summed dimension: one float, two
-// bfloat16 or four bytes. A unit of a row is broadcast and meets the same unit of one column per lane, so nothing is ever
-// summed across lanes. Every element of the result is summed in order of its units, in one accumulator, however many
-// rows are computed together: a row's result does not depend on its company.
+// bfloat16 or four bytes. A unit of a row is broadcast and multiplied by the same unit of one column per lane, so nothing is
+// summed across lanes. Every element of the result is summed in order of its units, in one accumulator: a row's result does
+// not depend on which rows are computed together.
 #pragma once
 
 #include "simd.h"
@@ -49,7 +49,8 @@ inline I32 dot_bytes(I32 sum, U32 column, U32 row) {
 #endif
 }
 
-// Rows and vectors of columns whose sums fit the registers beside one vector of columns and a broadcast.
+// The largest tile, in rows and vectors of columns, whose sums fit into registers next to a vector of columns and a
+// broadcast.
 constexpr int kMostRows = 6;
 constexpr int kMostVectors = kManyRegisters ? 4 : 2;
 
@@ -73,7 +74,7 @@ inline void with_rows(int rows, const Body& body) {
 }
 
 // sums[r][c] (+)= rows[r] . columns c, for ROWS rows and VECTORS vectors of columns. `stride` is the number of columns
-// in a panel, `width` the distance of two rows of sums in floats.
+// in a panel, `width` the number of floats from one row of sums to the next.
 template <class Dot, bool ADD, int ROWS, int VECTORS>
 inline void product_tile(const uint32_t* const* rows, const uint32_t* columns, int64_t stride, int64_t units,
                          float* sums, int64_t width) {
@@ -95,7 +96,7 @@ inline void product_tile(const uint32_t* const* rows, const uint32_t* columns, i
     for (int v = 0; v < VECTORS; ++v) store(sums + r * width + v * kLanes, sum[r][v]);
 }
 
-// The same for any number of columns that kLanes divides.
+// The same for a whole panel, whose number of columns is a multiple of kLanes.
 template <class Dot, bool ADD, int ROWS>
 inline void product(const uint32_t* const* rows, const uint32_t* columns, int64_t stride, int64_t units, float* sums,
                     int64_t width) {

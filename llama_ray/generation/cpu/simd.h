@@ -1,5 +1,5 @@
-// Vectors of the machine's own width, and the few operations that need its instructions. Everything else in these
-// sources is plain C++ over these types, so the same code runs with AVX-512, with AVX2 and on arm64.
+// Vectors of the processor's own width, and the few operations that need its special instructions. All other sources are
+// plain C++ over these types, so the same code runs with AVX-512, with AVX2 and on arm64.
 #pragma once
 
 #include <cmath>
@@ -78,7 +78,7 @@ inline I32 max(I32 a, I32 b) { return a > b ? a : b; }
 inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
 inline F32 abs(F32 x) { return (F32)((U32)x & 0x7fffffffu); }
 
-// The lanes' sum and maximum, by halves: the same order on every machine of one width.
+// The sum and the maximum of all lanes, by halves: the order is the same on all machines with one vector width.
 inline float sum_lanes(F32 v) {
 #if defined(LLAMA_RAY_AVX512)
   return _mm512_reduce_add_ps(v);
@@ -99,7 +99,7 @@ inline float max_lanes(F32 v) {
 #endif
 }
 
-// Whether a comparison holds in any lane.
+// Whether the comparison `mask` holds in any lane.
 inline bool any(I32 mask) {
 #if defined(LLAMA_RAY_AVX512)
   return _mm512_movepi32_mask((__m512i)mask) != 0;
@@ -112,7 +112,7 @@ inline bool any(I32 mask) {
 #endif
 }
 
-// To the nearest whole number, ties to even.
+// Round to the nearest whole number, ties to even.
 inline F32 round_even(F32 x) {
 #if defined(LLAMA_RAY_AVX512)
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -128,7 +128,7 @@ inline F32 round_even(F32 x) {
 
 inline F32 widen(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
 
-// To the nearest bfloat16, ties to even.
+// Round to the nearest bfloat16, ties to even.
 inline U16 narrow(F32 x) {
 #if defined(LLAMA_RAY_AVX512) && defined(__AVX512BF16__)
   return (U16)_mm512_cvtneps_pbh(x);
@@ -145,7 +145,7 @@ inline F32 load_f32(const bf16* from) { return widen(load<U16>(from)); }
 inline void store_f32(float* to, F32 x) { store(to, x); }
 inline void store_f32(bf16* to, F32 x) { store(to, narrow(x)); }
 
-// The first `count` lanes only; the others are 0 when loaded and untouched when stored.
+// The first `count` lanes only: the others are loaded as 0 and not stored.
 template <class T>
 inline F32 load_f32(const T* from, int64_t count) {
   if (count >= kLanes) return load_f32(from);
@@ -162,7 +162,7 @@ inline void store_f32(T* to, F32 x, int64_t count) {
   std::memcpy(to, all, count * sizeof(T));
 }
 
-// What is left of x once it has been stored as a T.
+// The value of x after it has been stored as a T.
 template <class T>
 inline F32 rounded(F32 x);
 template <>
@@ -170,10 +170,10 @@ inline F32 rounded<float>(F32 x) { return x; }
 template <>
 inline F32 rounded<bf16>(F32 x) { return widen(narrow(x)); }
 
-// e^x to about 1e-7 relative; 0 below -87, where the result is no longer a normal number. Polynomial of Cephes' expf
-// (Moshier 1989) on |r| <= ln(2) / 2 after x = n ln(2) + r. exp(0) is exactly 1, which attention relies on.
+// e^x with a relative error of about 1e-7; 0 below -87, where the result would be subnormal. The polynomial of Cephes' expf
+// (Moshier 1989) for |r| <= ln(2) / 2, where x = n ln(2) + r. exp(0) is exactly 1, which attention relies on.
 inline F32 exp(F32 x) {
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding this leaves the nearest integer in the low bits
   const F32 clamped = min(max(x, broadcast(-87.0f)), broadcast(88.7f));
   const F32 shifted = fma(clamped, broadcast(1.44269504f), broadcast(shift));
   const F32 n = shifted - shift;

@@ -96,7 +96,7 @@ def test_prompts_and_single_tokens_of_many_sequences(
     """Whole prompts, then chunks beside single tokens, in scattered blocks whose earlier owner left NaN."""
     config = shape(*numbers)
     cache = CpuCache(config, BLOCKS, dtype, BLOCK_SIZE)
-    cache._blocks.fill_(torch.nan)
+    cache.blocks.fill_(torch.nan)
     texts = [Text.draw(config, n, dtype, n) for n in (100, 33, 1, 32, 70)]
     give_blocks(texts, cache.block_size, 0)
     ends = [
@@ -183,7 +183,7 @@ def test_block_bytes_are_those_of_the_tensors() -> None:
     config = shape(12, 4, 80)
     for dtype in (torch.float32, torch.bfloat16):
         cache = CpuCache(config, BLOCKS, dtype, BLOCK_SIZE)
-        total = cache._blocks.nbytes
+        total = cache.blocks.nbytes
         assert CpuCache.block_bytes(config, cache.block_size, dtype) * BLOCKS == total
 
 

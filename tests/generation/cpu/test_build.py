@@ -52,7 +52,7 @@ def test_without_a_compiler_there_is_one_warning_and_no_library(
     assert "no C++ compiler was found; the engine runs on plain torch" in record.getMessage()
 
 
-@pytest.mark.parametrize(("compiler", "cause"), [("false", "does not run"), ("nowhere", "is not there")])
+@pytest.mark.parametrize(("compiler", "cause"), [("false", "does not run"), ("nowhere", "is not installed")])
 def test_a_compiler_that_does_not_work_is_named(
     cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, cause: str
 ) -> None:

@@ -68,5 +68,5 @@ def test_a_row_without_finite_numbers_fails_alone(kernels: ctypes.CDLL, poison: 
 
 def test_filters_of_other_rows_are_refused(kernels: ctypes.CDLL) -> None:
     tensors = SamplingTensors.of([SamplingParams(top_k=40)] * 2, 64, 100, torch.device("cpu"))
-    with pytest.raises(ValueError, match="3 rows meet 2 places and filters of 2"):
+    with pytest.raises(ValueError, match="3 rows, 2 noise keys and 2 rows of sampling tensors"):
         ops.draw_filtered(random_logits(3, 100), tensors, torch.zeros(2, 1, dtype=torch.int64))

@@ -154,11 +154,11 @@ def test_bytes_are_those_of_the_format() -> None:
 
 def test_what_there_are_no_kernels_for_is_refused() -> None:
     weight = normal(8, 8)
-    with pytest.raises(ValueError, match=r"no float16; load the model with dtype torch\.bfloat16"):
+    with pytest.raises(ValueError, match="dtype is float16; the CPU kernels support bfloat16 and float32"):
         PackedLinear(weight.half(), "int8")
     with pytest.raises(
-        ValueError, match="'bfloat16' does not go with a model in float32; choose float32, int8"
+        ValueError, match="is 'bfloat16'; with a model in float32 it must be one of float32, int8"
     ):
         PackedLinear(weight, "bfloat16")
-    with pytest.raises(ValueError, match="size 9 meets a weight"):
+    with pytest.raises(ValueError, match=r"of size 9; the weight takes .* of size 8"):
         PackedLinear(weight, "float32")(normal(1, 9))

@@ -22,7 +22,7 @@ def test_a_plan_says_whether_it_fits_where_memory_goes_and_how_long_it_takes() -
         "activations",
         "communication",
         "40% of 989",
-        "meanwhile",
+        "overlapped",
         "days",
     ):
         assert word in job.stdout

@@ -1,12 +1,14 @@
-"""Where memory goes in a piece of PyTorch code: counted tensor by tensor, real tensors or fake ones."""
+"""Count the memory that PyTorch code uses, tensor by tensor; the tensors may be real or fake."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,41 +17,53 @@ from torch.distributed.tensor import DTensor
 from llama_ray.utils.torch_private import TorchDispatchMode, active_fake_mode, local_tensor, tree_leaves
 
 Kind = Literal["parameters", "gradients", "optimizer", "activations", "communication"]
-KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activations", "communication")
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Memory = dict[Kind, int]
+"""Bytes by kind."""
 
 _LASTING = ("parameters", "gradients", "optimizer")
 _COLLECTIVES = ("c10d", "_c10d_functional", "fsdp")
 
 
-class MemoryTrace(TorchDispatchMode):
-    """Inside, every tensor that is made counts until it is freed; `peaks` has the fullest moments, in bytes by kind.
+@dataclass(slots=True)
+class _LiveStorage:
+    """A storage that counts; `ref` removes it once the storage is freed."""
 
-    What a tensor is for shows by and by: `watch` names parameters, gradients and optimizer state; tensors that go
-    through a collective are communication buffers (gathered parameters among them); the rest are activations,
-    which includes the temporary tensors of the backward pass. Memory that a kernel takes and gives back within
-    itself is not seen.
+    ref: weakref.ref[torch.UntypedStorage]
+    size: int
+    kind: Kind
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Context in which each new tensor counts until it is freed; `peaks` has the peak of each part.
+
+    A tensor's kind is learned after it is made: `watch` names parameters, gradients and optimizer state; tensors that
+    go through a collective are communication (gathered parameters among them); all others are activations, including
+    the temporary tensors of the backward pass. Memory that a kernel allocates and frees within one call is not seen.
+
+    Only one trace can run at a time in a process; see `_observed_resizes`.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, Kind]] = {}
+        self.peaks: dict[str, Memory] = {"": dict.fromkeys(KINDS, 0)}
+        """Bytes by kind at the peak of each part that `begin` named; "" is the part before the first of them."""
+        self._part = ""
+        self._peak_totals: Counter[str] = Counter()
+        self._live: dict[int, _LiveStorage] = {}
         self._now: Counter[Kind] = Counter()
         self._total = 0
-        self._part = ""
-        self._fake_mode: Any = None
-        self._resize = torch.UntypedStorage.resize_
-        self._hooks: list[Any] = []
-        self.peaks: dict[str, dict[Kind, int]] = {"": dict.fromkeys(KINDS, 0)}
-        self._most: Counter[str] = Counter()
+        self._fake_mode: object | None = None
+        self._on_exit = ExitStack()
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Tell parameters, gradients and optimizer state of these from other tensors; also counts what exists."""
+        """Tell parameters, gradients and optimizer state of these from other tensors; count those that exist."""
         for tensor in (*model.parameters(), *model.buffers()):
             self._count(tensor, "parameters")
         for parameter in model.parameters():
             if parameter.requires_grad:
                 register: Any = parameter.register_post_accumulate_grad_hook
-                self._hooks.append(register(lambda p: self._count(p.grad, "gradients")))
+                self._on_exit.callback(register(lambda p: self._count(p.grad, "gradients")).remove)
 
         def count_state(*_: Any) -> None:
             for state in optimizer.state.values():
@@ -57,49 +71,37 @@ class MemoryTrace(TorchDispatchMode):
                     self._count(value, "optimizer")
 
         count_state()
-        self._hooks.append(optimizer.register_step_post_hook(count_state))
+        self._on_exit.callback(optimizer.register_step_post_hook(count_state).remove)
 
     def begin(self, part: str) -> None:
-        """From now on the fullest moment is looked for under this name; see `peaks`."""
+        """Begin the part of the code whose peak is to be `peaks[part]`."""
         self._part = part
         self.peaks.setdefault(part, dict.fromkeys(KINDS, 0))
-        self._look()
+        self._note_peak()
 
     @property
-    def peak(self) -> dict[Kind, int]:
-        """Bytes by kind at the fullest moment of all."""
+    def peak(self) -> Memory:
+        """Bytes by kind at the peak of all parts."""
         return max(self.peaks.values(), key=lambda peak: sum(peak.values()))
 
     def __enter__(self) -> Self:
         self._fake_mode = active_fake_mode()
-        trace = self
-
-        def resize_(
-            storage: torch.UntypedStorage, size: int
-        ) -> Any:  # FSDP frees and refills buffers this way
-            result = trace._resize(storage, size)
-            if (entry := trace._live.get(id(storage))) is not None:
-                trace._set(storage, entry[0], entry[2])
-            return result
-
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        self._on_exit.enter_context(_observed_resizes(self._resized))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *args: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._on_exit.close()
         super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, then count what it made."""
+        """Run the operation, then count its results."""
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # it comes again as operations on this rank's shards
+            # DTensor repeats the operation on this rank's shards.
+            return NotImplemented
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        # DTensor works out shapes under a fake mode of its own; those tensors take no memory.
+        # DTensor infers shapes under a fake mode of its own; those tensors take no memory.
         if active_fake_mode() is self._fake_mode:
             if func.namespace in _COLLECTIVES:
                 for tensor in tree_leaves((args, kwargs, result)):
@@ -110,37 +112,64 @@ class MemoryTrace(TorchDispatchMode):
         return result
 
     def _count(self, value: Any, kind: Kind | None) -> None:
+        """Count the storage of `value` if it is a new tensor; change its kind if the new one says more."""
         for storage in _storages(value):
-            entry = self._live.get(id(storage))
-            if entry is None:
+            live = self._live.get(id(storage))
+            if live is None:
                 ref = weakref.ref(storage, partial(self._freed, id(storage)))
-                self._live[id(storage)] = (ref, 0, kind or "activations")
-                self._set(storage, ref, kind or "activations")
-            elif (
-                kind is not None
-                and kind != entry[2]
-                and not (kind == "communication" and entry[2] in _LASTING)
-            ):
-                self._set(storage, entry[0], kind)
+                live = self._live[id(storage)] = _LiveStorage(ref, 0, kind or "activations")
+                self._update(storage, live, live.kind)
+            elif kind is not None and _replaces(kind, live.kind):
+                self._update(storage, live, kind)
 
-    def _set(self, storage: torch.UntypedStorage, ref: weakref.ref[torch.UntypedStorage], kind: Kind) -> None:
-        _, before, kind_before = self._live[id(storage)]
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        live = self._live.get(id(storage))
+        if live is not None:
+            self._update(storage, live, live.kind)
+
+    def _update(self, storage: torch.UntypedStorage, live: _LiveStorage, kind: Kind) -> None:
         size = storage.nbytes() if storage.device.type != "meta" or self._fake_mode else 0
-        self._live[id(storage)] = (ref, size, kind)
-        self._now[kind_before] -= before
+        self._now[live.kind] -= live.size
         self._now[kind] += size
-        self._total += size - before
-        self._look()
+        self._total += size - live.size
+        live.size, live.kind = size, kind
+        self._note_peak()
 
     def _freed(self, key: int, ref: weakref.ref[torch.UntypedStorage]) -> None:
-        _, size, kind = self._live.pop(key)
-        self._now[kind] -= size
-        self._total -= size
+        live = self._live.pop(key)
+        self._now[live.kind] -= live.size
+        self._total -= live.size
 
-    def _look(self) -> None:
-        if self._total > self._most[self._part]:
-            self._most[self._part] = self._total
+    def _note_peak(self) -> None:
+        if self._total > self._peak_totals[self._part]:
+            self._peak_totals[self._part] = self._total
             self.peaks[self._part] = {kind: self._now[kind] for kind in KINDS}
+
+
+def _replaces(kind: Kind, known: Kind) -> bool:
+    """Whether a tensor of the kind `known` becomes one of `kind`; a parameter that is sent remains a parameter."""
+    return kind != known and not (kind == "communication" and known in _LASTING)
+
+
+@contextmanager
+def _observed_resizes(observe: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Call `observe` with each storage that is resized, as FSDP does to free and refill its buffers.
+
+    Resizing a storage is not an operation on tensors, so a dispatch mode does not see it, and torch has no hook for
+    it. Therefore the method `UntypedStorage.resize_` itself is replaced, for the whole process, and restored on exit.
+    """
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_observe(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        observe(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_and_observe  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
 def _storages(value: Any) -> Iterator[torch.UntypedStorage]:

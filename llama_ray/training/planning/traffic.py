@@ -1,4 +1,4 @@
-"""What workers send one another in a step, collective by collective, and how long their links take for it."""
+"""What workers send each other in a step, collective by collective, and how long that takes."""
 
 from __future__ import annotations
 
@@ -11,60 +11,64 @@ from torch.distributed.tensor import DTensor
 
 from llama_ray.utils.torch_private import TorchDispatchMode, collective_call
 
+_OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
+
 
 class Collective(NamedTuple):
-    """Who exchanges what: `operation` is all_gather, reduce_scatter, all_reduce or broadcast, among `ranks`."""
+    """An operation (all_gather, reduce_scatter, all_reduce or broadcast) and the ranks that take part in it."""
 
     operation: str
     ranks: tuple[int, ...]
 
 
 Traffic = Mapping[Collective, float]
-"""Bytes of the whole tensor, not of a worker's share, added up over all calls."""
+"""Bytes by collective, summed over its calls; they are those of the whole tensor, not of a worker's shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """What joins the GPUs; bytes/s of one GPU in each direction, from the data sheets."""
+    """The links between GPUs. Bandwidths are bytes/s of one GPU in each direction, from the data sheets."""
 
     gpus_per_node: int = 8
     node_bandwidth: float = 450e9
-    """NVLink 4, as an H100 or H200 has it: 900 GB/s, counted in both directions."""
+    """Of NVLink 4, as in an H100 or H200, whose 900 GB/s count both directions."""
     network_bandwidth: float = 50e9
-    """400 Gb/s a GPU."""
+    """Of an adapter with 400 Gb/s per GPU."""
     reached: float = 0.8
-    """Share of both that collectives reach."""
+    """Share of both bandwidths that collectives reach."""
 
     def seconds(self, collective: Collective, size: float) -> float:
-        """Of a ring: what one worker receives of `size` bytes, by its slowest link; latency is left out.
+        """Return the seconds that a ring takes for `size` bytes, by its slowest link; latency is left out.
 
-        A group with several members on a node has as many network adapters to take it in.
+        A group with several members on a node uses the network adapters of all of them.
         """
         ranks = collective.ranks
         nodes = Counter(rank // self.gpus_per_node for rank in ranks)
         passes = 2 if collective.operation == "all_reduce" else 1
-        inside = (len(ranks) - 1) / len(ranks) / self.node_bandwidth if len(ranks) > len(nodes) else 0.0
+        within = (len(ranks) - 1) / len(ranks) / self.node_bandwidth if len(ranks) > len(nodes) else 0.0
         adapters = min(nodes.values())
         between = (len(nodes) - 1) / len(nodes) / (adapters * self.network_bandwidth)
-        return passes * size * max(inside, between) / self.reached
+        return passes * size * max(within, between) / self.reached
 
 
 class TrafficTrace(TorchDispatchMode):
-    """Inside, every collective of this worker is counted; `parts` has the traffic of each part of a step."""
+    """Context in which each collective of this worker counts; `parts` has the traffic of each part."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._part = ""
         self.parts: defaultdict[str, Counter[Collective]] = defaultdict(Counter)
+        """Traffic of each part that `begin` named; "" is the part before the first of them."""
+        self._part = ""
 
     def begin(self, part: str) -> None:
-        """From now on collectives count under this name."""
+        """Begin the part of the code whose traffic is to be `parts[part]`."""
         self._part = part
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, then count it if workers talk in it."""
+        """Run the operation, then count it if it is a collective."""
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # it comes again as operations on this rank's shards
+            # DTensor repeats the operation on this rank's shards.
+            return NotImplemented
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         call = collective_call(func, args, kwargs, result)
@@ -73,9 +77,12 @@ class TrafficTrace(TorchDispatchMode):
         return result
 
 
-def _operation(op: str) -> str:
-    name = op.split("::")[1].split(".")[0].replace("_", "")
-    for operation in ("all_gather", "reduce_scatter", "all_reduce", "broadcast"):
-        if operation.replace("_", "") in name:
+def _operation(name: str) -> str:
+    """Return the operation of `_OPERATIONS` that torch calls, for example, `c10d::_allgather_base_`."""
+    plain = name.split("::")[1].split(".")[0].replace("_", "")
+    for operation in _OPERATIONS:
+        if operation.replace("_", "") in plain:
             return operation
-    raise AssertionError(f"a training step has no {name}")
+    raise AssertionError(
+        f"{name} is a collective of a training step; it must be one of {', '.join(_OPERATIONS)}"
+    )

@@ -1,0 +1,22 @@
+"""A model and a run that are traced in seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_ray.model.config import LlamaConfig
+from llama_ray.training.config import TrainConfig
+
+# More layers than are traced, so that plans extrapolate.
+MODEL = LlamaConfig.preset(
+    "llama-tiny", num_layers=9, hidden_size=128, intermediate_size=352, max_seq_len=128
+)
+# fp32, because in bf16 a CPU attends to short sequences in a way that no GPU does.
+RUN = TrainConfig(precision="fp32", batch_size=4)
+
+Settings = dict[str, Any]
+DDP: Settings = {"parallelism": "ddp"}
+FSDP: Settings = {"parallelism": "fsdp"}
+HSDP: Settings = {"parallelism": "hsdp", "fsdp_size": 2}
+TP: Settings = {"tensor_parallel": 2}
+MUON: Settings = {"optimizer": "muon"}

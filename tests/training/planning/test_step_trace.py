@@ -1,0 +1,117 @@
+"""A traced step uses the memory and sends the bytes of a real one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from llama_ray.model.llama import Llama
+from llama_ray.training.config import ActivationCheckpointing, TrainConfig
+from llama_ray.training.optimizers.build import build_optimizer
+from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout, choose_layout
+from llama_ray.training.parallel.parallelize import parallelize
+from llama_ray.training.parallel.process_group import world_size
+from llama_ray.training.planning.memory_trace import Kind
+from llama_ray.training.planning.step_trace import StepTrace, trace_step, watch_step
+from llama_ray.training.step import Stepper
+from tests.training.helpers import in_processes
+from tests.training.planning.helpers import FSDP, HSDP, MODEL, MUON, RUN, TP, Settings
+
+CPU = torch.device("cpu")
+LAYOUTS: dict[str, tuple[int, Settings]] = {
+    "fsdp": (2, FSDP),
+    "tensor-parallel": (2, TP),
+    "fsdp-muon": (2, {**FSDP, **MUON}),
+    "tensor-parallel-selective": (2, {**TP, "activation_checkpointing": "selective"}),
+    "hsdp": (4, HSDP),
+    "fsdp-tensor-parallel": (4, {**FSDP, **TP}),
+    "fsdp-tensor-parallel-muon": (4, {**FSDP, **TP, **MUON}),
+}
+TOKENS = torch.zeros(RUN.batch_size, MODEL.max_seq_len, dtype=torch.int64)
+
+
+def make_stepper(run: TrainConfig, layout: Layout = SINGLE_WORKER) -> Stepper:
+    model = parallelize(Llama(MODEL, device="meta"), run, layout, CPU, compile_blocks=False)
+    return Stepper(model, build_optimizer(model, run), run, device=CPU, layout=layout)
+
+
+def run_of(layout: str) -> TrainConfig:
+    return replace(RUN, gradient_accumulation_steps=2, **LAYOUTS[layout][1])
+
+
+def traces_of_workers(runs: list[TrainConfig]) -> list[StepTrace]:
+    """Train in a real process group: a step without a trace, then one with it, for each of `runs`."""
+    traces = []
+    for run in runs:
+        stepper = make_stepper(run, choose_layout(MODEL, run, world_size()).with_mesh(CPU))
+        stepper.step([(TOKENS, TOKENS)])
+        assert isinstance(stepper.model, Llama)
+        traces.append(watch_step(stepper, stepper.model, [(TOKENS, TOKENS)] * 2))
+    return traces
+
+
+@cache
+def real_traces(workers: int) -> dict[str, StepTrace]:
+    """Return the traces of the first real worker; one process group serves all layouts of its size."""
+    names = [name for name, (size, _) in LAYOUTS.items() if size == workers]
+    by_rank = in_processes(workers, traces_of_workers, [run_of(name) for name in names])
+    return dict(zip(names, by_rank[0], strict=True))
+
+
+@cache
+def planned_trace(layout: str) -> StepTrace:
+    run = run_of(layout)
+    return trace_step(MODEL, run, choose_layout(MODEL, run, LAYOUTS[layout][0]))
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_planned_memory_is_what_a_real_worker_holds(layout: str, kind: Kind) -> None:
+    planned, real = planned_trace(layout), real_traces(LAYOUTS[layout][0])[layout]
+    assert planned.memory.keys() == real.memory.keys()
+    assert planned.memory[kind] == pytest.approx(real.memory[kind], rel=0.05, abs=64 * 1024)
+
+
+@pytest.mark.parametrize("part", ["micro_step", "last_micro_step", "update"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_planned_traffic_is_what_a_real_worker_sends_to_the_byte(layout: str, part: str) -> None:
+    real = real_traces(LAYOUTS[layout][0])[layout]
+    assert getattr(planned_trace(layout), part) == getattr(real, part)
+    # Only Muon's update communicates.
+    assert bool(getattr(real, part)) == (part != "update" or "muon" in layout)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_planned_memory_is_what_the_allocator_hands_out(
+    checkpointing: ActivationCheckpointing, tmp_path: Path
+) -> None:
+    run = replace(RUN, activation_checkpointing=checkpointing)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        stepper = make_stepper(run)
+        for _ in range(2):
+            stepper.step([(TOKENS, TOKENS)])
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    totals = [e["args"]["Total Allocated"] for e in memory]
+    measured = max(totals) - (totals[0] - memory[0]["args"]["Bytes"])
+
+    planned = sum(trace_step(MODEL, run, SINGLE_WORKER).memory.values())
+
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+def test_extrapolated_layers_are_like_traced_ones() -> None:
+    run = replace(RUN, parallelism="fsdp", precision="bf16")
+    layout = choose_layout(MODEL, run, 4)
+    extrapolated = trace_step(MODEL, run, layout, depths=(4, 6))
+    whole = trace_step(MODEL, run, layout, depths=(4, MODEL.num_layers))
+    assert sum(extrapolated.memory.values()) == pytest.approx(sum(whole.memory.values()), rel=0.01)
+    assert extrapolated.last_micro_step == whole.last_micro_step

@@ -37,7 +37,9 @@ class Llama(nn.Module):
         device = torch.device(device) if device is not None else torch.get_default_device()
         # On the meta device torch does not spend time on initial weights of its own, which would be overwritten.
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            # Given a weight, `Embedding` draws none: on meta tensors torch imports its compiler for that, in over 1 s.
+            weight = torch.empty(config.vocab_size, config.hidden_size)
+            self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             self.lm_head = Head(config.hidden_size, config.vocab_size)

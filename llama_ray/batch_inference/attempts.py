@@ -1,66 +1,62 @@
-"""Which rows were under way when a process died: a note beside the parts, for whoever takes up the part next."""
+"""A file beside each unfinished partition that counts attempts, so that a row that kills its process is found."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
-from llama_ray.batch_inference.rows import Part
+from llama_ray.batch_inference.partitions import Partition
 from llama_ray.storage import store
 
-TOGETHER = 3
-"""So often a part's rows are tried together; somebody else's death may have been the cause, or a lost node."""
-ALONE = 2
-"""So often a row is then tried with nothing beside it, before it is held to be what kills the process."""
+MAX_SHARED_ATTEMPTS = 3
+"""Attempts at a whole partition before its rows run one by one: a row of another partition, or a lost node, may have
+ended the earlier ones."""
+MAX_SOLO_ATTEMPTS = 2
+"""Attempts at a row that runs alone before it counts as the one that kills the process."""
 
 
 class Attempts:
-    """The attempts at one part that nobody has finished, as far as they were noted in `directory`.
+    """The attempts at one unfinished partition, as noted in `directory`.
 
-    A note is written before an attempt and outlives the process. It is safe to lose: then an attempt is made again.
+    Each is noted before it begins, so the count survives the process. A lost note only costs further attempts.
     """
 
-    def __init__(self, directory: str, part: Part) -> None:
-        self._file = store.join(directory, f"attempts-{part.index:06}.json")
-        self._together, self._alone = 0, dict[int, int]()
-        try:
+    def __init__(self, directory: str, partition: Partition) -> None:
+        self._file = store.join(directory, f"attempts-{partition.index:06}.json")
+        self._shared, self._solo = 0, dict[int, int]()
+        # Storage that does not replace a file in one step may hold a truncated note.
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
             if (text := store.read_text(self._file)) is not None:
                 note = json.loads(text)
-                self._together = int(note["together"])
-                self._alone = {int(row): int(count) for row, count in note["alone"].items()}
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ):  # cut, where storage does not replace in one step
-            pass
+                self._shared = int(note["together"])
+                self._solo = {int(row): int(count) for row, count in note["alone"].items()}
 
     @property
-    def may_go_together(self) -> bool:
-        """Whether the rows have not died together too often yet."""
-        return self._together < TOGETHER
+    def may_share(self) -> bool:
+        """Whether the partition's rows may still run together, and beside other partitions."""
+        return self._shared < MAX_SHARED_ATTEMPTS
 
-    def kills(self, row: int) -> bool:
-        """Whether the process died each time when it had nothing to do but this row."""
-        return self._alone.get(row, 0) >= ALONE
+    def is_fatal(self, row: int) -> bool:
+        """Whether the process died each time that `row` ran alone."""
+        return self._solo.get(row, 0) >= MAX_SOLO_ATTEMPTS
 
-    def begin_together(self) -> None:
-        """All rows of the part are about to be answered, perhaps with those of other parts."""
-        self._together += 1
+    def begin_shared(self) -> None:
+        """Note that all rows of the partition are about to run, perhaps beside other partitions."""
+        self._shared += 1
         self._write()
 
-    def begin_alone(self, row: int) -> None:
-        """Nothing but this row is about to be answered."""
-        self._alone[row] = self._alone.get(row, 0) + 1
+    def begin_solo(self, row: int) -> None:
+        """Note that `row` is about to run alone."""
+        self._solo[row] = self._solo.get(row, 0) + 1
         self._write()
 
     def survived(self, row: int) -> None:
-        """The process still lives: the row is not the cause."""
-        del self._alone[row]  # written with the next one's beginning
+        """Forget the attempts at `row`: the process is still alive. Written with the next note."""
+        del self._solo[row]
 
-    def forget(self) -> None:
-        """The part is finished."""
+    def delete(self) -> None:
+        """Delete the note of a finished partition."""
         store.delete(self._file)
 
     def _write(self) -> None:
-        store.write_text(self._file, json.dumps({"together": self._together, "alone": self._alone}))
+        store.write_text(self._file, json.dumps({"together": self._shared, "alone": self._solo}))

@@ -1,4 +1,4 @@
-"""What a batch job is told, and what of it decides the answers."""
+"""The configuration of a batch job, and which of its values determine the answers."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 class BatchError(ValueError):
-    """A job that cannot start or go on; the message is one line with the way out."""
+    """A job that cannot start or continue; the message is one line with the way out."""
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """What to answer, with what, and where to.
+    """What to answer, with which model, and where the answers go.
 
     Args:
         checkpoint: A directory that all nodes can read, models:/name/version or models:/name@alias.
         input: A .jsonl file, a folder or glob of them, or a URI that pyarrow reads. Absolute.
         output: The .jsonl file to write, a path on storage that all nodes share or a URI. Absolute.
-        params: What every row asks for; a row's `sampling_params` replace single values. Its seed is not used.
-        seed: Rows without a seed of their own get one from this and their number. None draws one and keeps it.
+        params: Sampling parameters of every row; a row's `sampling_params` override single values. The seed is unused.
+        seed: Determines the seeds of rows without their own. None draws one and keeps it for a restart.
         prompt_field: The field that holds a row's text.
-        replicas: Engines, each with a GPU, or with one CPU of Ray's count; None takes all GPUs, or one for each node.
-        device: cpu or cuda, and for a single prompt also cuda:N; None takes GPUs if there are any.
+        replicas: Number of engines, each with a GPU or with one of Ray's CPUs. None: one per GPU, or one per node.
+        device: cpu or cuda, and for a single prompt also cuda:N; None uses GPUs if the cluster has them.
         dtype: Compute in this type; None keeps the stored one.
-        engine: Options of each engine; one with `tensor_parallel` N takes N GPUs.
-        overwrite: Replace what `output` already holds.
+        engine: Options of each engine; a replica uses `tensor_parallel` GPUs.
+        overwrite: Replace an existing `output`.
     """
 
     checkpoint: str
@@ -52,20 +52,20 @@ class BatchConfig:
     def __post_init__(self) -> None:
         if self.device not in (None, "cpu", "cuda"):
             raise BatchError(
-                f"device is {self.device!r}; with an input file it must be cpu or cuda: Ray picks the GPU"
+                f"device is {self.device!r}; with an input file it must be cpu or cuda; Ray picks the GPU"
             )
         if self.replicas is not None and self.replicas < 1:
             raise BatchError(f"replicas is {self.replicas}; it must be at least 1")
 
-    def made_from(self, rows: str, model: str, seed: int) -> dict[str, Any]:
-        """Name -> value of all that the answers depend on, as JSON gives it back; replicas and the like are not in it.
+    def made_from(self, input_fingerprint: str, checkpoint_fingerprint: str, seed: int) -> dict[str, Any]:
+        """Return name -> value, as JSON holds it, of everything that determines the answers.
 
-        `rows` and `model` are fingerprints of the input and of the checkpoint.
+        The number of replicas, their device and the like are not among it.
         """
         params = {f.name: getattr(self.params, f.name) for f in dataclasses.fields(self.params)}
-        decides = {
-            "input": rows,
-            "checkpoint": model,
+        values = {
+            "input": input_fingerprint,
+            "checkpoint": checkpoint_fingerprint,
             "prompt_field": self.prompt_field,
             "dtype": self.dtype,
             "quantization": self.engine.quantization,
@@ -74,20 +74,20 @@ class BatchConfig:
             **params,
             "seed": seed,
         }
-        return json.loads(json.dumps(decides))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
 
-def fingerprint(directory: Path) -> str:
-    """Tells checkpoints apart by the names, lengths and samples of their files; the place does not count.
+def checkpoint_fingerprint(directory: Path) -> str:
+    """Return a digest of the names, sizes and samples of a checkpoint's files; its location does not matter.
 
-    Samples, since to read all of a large model takes minutes; a training step changes every one of them.
+    Samples, because reading all of a large model takes minutes; a training step changes every one of them.
     """
     digest = hashlib.sha256()
     for file in sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\n".encode())
-        with file.open("rb") as f:
+        with file.open("rb") as stream:
             for sample in range(_SAMPLES):
-                f.seek(size * sample // _SAMPLES)
-                digest.update(f.read(_SAMPLE_BYTES))
+                stream.seek(size * sample // _SAMPLES)
+                digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()

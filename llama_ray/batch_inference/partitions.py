@@ -1,4 +1,4 @@
-"""Lines of `.jsonl` files -> numbered rows, in parts that are the same on every cluster, and what a row asks for."""
+"""The rows of `.jsonl` files, in partitions that are the same on every cluster."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ import glob
 import hashlib
 import io
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
-
-from llama_ray.data.sources import SourceError, files, open_file
-from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.data.sources import File, SourceError, files, open_file
 from llama_ray.storage.paths import is_uri
 
-_BOM = b"\xef\xbb\xbf"
-SMALLEST_PART, _LARGEST_PART = 32, 256
-_PARAMS = TypeAdapter(SamplingParams)
-_PARAM_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+MIN_PARTITION_ROWS, _MAX_PARTITION_ROWS = 32, 256
+_ROWS_BEFORE_PER_ROW = 64
+"""A partition may have one row for each 64 rows before it."""
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 
-class RowError(ValueError):
-    """A row that cannot be answered; the message becomes its `error` field."""
+class Line(NamedTuple):
+    """One row as it was read: its number in the whole input, `file:line` for messages, and its bytes."""
+
+    row: int
+    location: str
+    content: bytes
 
 
-class Piece(NamedTuple):
-    """Whole lines of one file: bytes `start` to `stop`, the first of them line number `line` (from 1).
+class FileRange(NamedTuple):
+    """Whole lines of one file: bytes `start` to `stop`; the first of them is line `line_number`, counted from 1.
 
-    `root` and `path` say where the file is, as in `llama_ray.data.sources`.
+    `name`, `root` and `path` identify the file, as in `llama_ray.data.sources`.
     """
 
     name: str
@@ -39,217 +40,188 @@ class Piece(NamedTuple):
     path: str
     start: int
     stop: int
-    line: int
+    line_number: int
 
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive rows, answered by one replica and kept in one file; `first_row` counts over the whole input."""
+class Partition:
+    """Consecutive rows that one replica answers and that share one output file.
+
+    `first_row` is numbered over the whole input; `digest` is the SHA-256 of the rows' content.
+    """
 
     index: int
     first_row: int
-    rows: int
+    num_rows: int
     digest: str
-    pieces: tuple[Piece, ...]
+    file_ranges: tuple[FileRange, ...]
 
     @property
     def file(self) -> str:
-        """The name of the file with this part's answers."""
+        """The name of the file with this partition's answers."""
         return f"part-{self.index:06}.jsonl"
 
     def to_json(self) -> str:
-        """For the way to a replica."""
+        """Serialise for a replica."""
         return json.dumps(dataclasses.astuple(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Part:
-        """The part that `to_json` wrote."""
-        index, first_row, rows, digest, pieces = json.loads(text)
-        return cls(index, first_row, rows, digest, tuple(Piece(*piece) for piece in pieces))
+    def from_json(cls, text: str) -> Partition:
+        """Rebuild the partition that `to_json` wrote."""
+        index, first_row, num_rows, digest, file_ranges = json.loads(text)
+        return cls(index, first_row, num_rows, digest, tuple(FileRange(*r) for r in file_ranges))
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of an input. `fingerprint` depends on their content and order, not on where the files lie."""
+class PartitionedInput:
+    """All rows of an input. `fingerprint` depends on their content and order, not on the location of the files."""
 
-    parts: tuple[Part, ...]
+    partitions: tuple[Partition, ...]
     fingerprint: str
 
     @property
-    def count(self) -> int:
-        """Rows in all parts."""
-        return sum(part.rows for part in self.parts)
+    def num_rows(self) -> int:
+        """Rows in all partitions."""
+        return sum(partition.num_rows for partition in self.partitions)
 
 
-class Line(NamedTuple):
-    """One row as it was read: its number over the whole input, `file:line`, and its bytes."""
+def partition_input(source: str, is_output: Callable[[str], bool]) -> PartitionedInput:
+    """Read all of `source` once: a file, a folder (its `.jsonl` files), a glob, or the URI of a file or folder.
 
-    row: int
-    place: str
-    content: bytes
-
-
-def find_rows(source: str, leave_out: Callable[[str], bool]) -> Rows:
-    """Reads through `source` once: a file, a folder (its `.jsonl` files), a glob or a URI of a file or folder.
-
-    Files come in the order of their names; lines of white space only are no rows. `leave_out` says of a path or URI
-    that it is the job's own output and no input. Raises SourceError where there is no row.
+    Files are read in the order of their names; blank lines are not rows. Paths and URIs for which `is_output` is
+    true belong to the job's own output and are skipped. Raises SourceError for an input that cannot be read or has no
+    rows.
     """
-    parts: list[Part] = []
-    open_part = _OpenPart(0, 0)
     try:
-        for file in sorted(files(source), key=lambda file: file.name):
-            if not _asked_for(source, file.name) or leave_out(_whole_path(file.root, file.path)):
-                continue
-            if file.name.endswith((".gz", ".zst", ".bz2", ".xz")):
-                raise SourceError(f"{file.path} is compressed: unpack it first")
-            position = 0
-            with open_file(file.root, file.path) as opened:
-                for number, size, content in _lines(_buffered(opened), 1, at_start=True):
-                    if content:
-                        open_part.add(file.name, file.root, file.path, position, size, number, content)
-                    position += size
-                    if open_part.full:
-                        parts.append(open_part.closed())
-                        open_part = _OpenPart(len(parts), parts[-1].first_row + parts[-1].rows)
+        partitions = tuple(_partitions(_input_lines(source, is_output)))
     except OSError as error:
         raise SourceError(f"cannot read input {source!r}: {error}") from error
-    if open_part.rows:
-        parts.append(open_part.closed())
-    if not parts:
+    if not partitions:
         raise SourceError(
-            f"no rows found in {source!r}: give a .jsonl file other than the output, a folder or glob of them, or a URI"
+            f"no rows found in {source!r}; give a .jsonl file other than the output, a folder or glob of them, or a URI"
         )
-    digests = "".join(f"{part.rows}:{part.digest}\n" for part in parts)
-    return Rows(tuple(parts), hashlib.sha256(digests.encode()).hexdigest())
+    digests = "".join(f"{partition.num_rows}:{partition.digest}\n" for partition in partitions)
+    return PartitionedInput(partitions, hashlib.sha256(digests.encode()).hexdigest())
 
 
-def read_lines(part: Part) -> list[Line]:
-    """The rows of a part. Raises SourceError where its files are gone or are not what `find_rows` saw."""
+def read_lines(partition: Partition) -> list[Line]:
+    """Return the rows of a partition. Raises SourceError if its files are gone or changed since `partition_input`."""
     lines: list[Line] = []
     digest = hashlib.sha256()
-    for piece in part.pieces:
-        try:
-            with open_file(piece.root, piece.path) as opened:
-                opened.seek(piece.start)
-                content = opened.read(piece.stop - piece.start)
-        except OSError as error:
-            raise SourceError(
-                f"a worker cannot read {piece.path} ({error}): the input must be on storage that all nodes share"
-            ) from error
-        for number, _, line in _lines(io.BytesIO(content), piece.line, at_start=piece.start == 0):
-            if line:
-                digest.update(line + b"\n")
-                lines.append(Line(part.first_row + len(lines), f"{piece.name}:{number}", line))
-    if digest.hexdigest() != part.digest:
-        raise SourceError(f"{part.pieces[0].path} changed while it was read: start again")
+    for file_range in partition.file_ranges:
+        for number, content in _read_range(file_range):
+            digest.update(content + b"\n")
+            row = partition.first_row + len(lines)
+            lines.append(Line(row, f"{file_range.name}:{number}", content))
+    if digest.hexdigest() != partition.digest:
+        raise SourceError(f"{partition.file_ranges[0].path} changed while it was read; start the job again")
     return lines
 
 
-def parse(line: Line) -> dict[str, Any]:
-    """The row's fields. Raises RowError for what is not a JSON object in UTF-8."""
-    try:
-        fields = json.loads(line.content.decode(), parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{line.place} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise RowError(f"{line.place} is no JSON object but {type(fields).__name__}: write one object a line")
-    return fields
+class _InputLine(NamedTuple):
+    """A line that holds a row, and its position: line `number` of `file`, bytes `start` to `stop`."""
+
+    file: File
+    number: int
+    start: int
+    stop: int
+    content: bytes
 
 
-def prompt_of(fields: Mapping[str, Any], prompt_field: str) -> str | list[int]:
-    """The text or the token ids to continue. Raises RowError where a row has neither or both."""
-    text, token_ids = fields.get(prompt_field), fields.get("token_ids")
-    if (text is None) == (token_ids is None):
-        which = "both" if text is not None else "neither"
-        raise RowError(f"the row has {which} of {prompt_field!r} (text) and 'token_ids': give one of them")
-    if token_ids is None:
-        if not isinstance(text, str):
-            raise RowError(f"{prompt_field!r} is {type(text).__name__}: give text, or ids as 'token_ids'")
-        return text
-    if not isinstance(token_ids, list) or any(type(token) is not int for token in token_ids):
-        raise RowError("'token_ids' must be a list of integers")
-    return token_ids
+def _input_lines(source: str, is_output: Callable[[str], bool]) -> Iterator[_InputLine]:
+    for file in sorted(files(source), key=lambda file: file.name):
+        if not _is_requested(source, file.name) or is_output(_full_path(file)):
+            continue
+        if file.name.endswith(_COMPRESSED):
+            raise SourceError(f"{file.path} is compressed; decompress it first")
+        with open_file(file.root, file.path) as stream:
+            yield from _file_lines(file, _buffered(stream))
 
 
-def params_of(fields: Mapping[str, Any], base: SamplingParams, seed: int, row: int) -> SamplingParams:
-    """`base` with what the row's `sampling_params` replace. Raises RowError for a name or value that does not fit.
-
-    A row without a seed of its own gets one from the job's `seed` and its number alone.
-    """
-    given = fields.get("sampling_params") or {}
-    if not isinstance(given, dict):
-        raise RowError(f"'sampling_params' is {type(given).__name__}: give an object")
-    unknown = sorted(given.keys() - set(_PARAM_NAMES))
-    if unknown:
-        raise RowError(f"sampling_params: {unknown[0]!r} is not known; known are {', '.join(_PARAM_NAMES)}")
-    defaults = {name: getattr(base, name) for name in _PARAM_NAMES} | {"seed": row_seed(seed, row)}
-    try:
-        return _PARAMS.validate_python(defaults | {k: v for k, v in given.items() if v is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = f"{first['loc'][0]}: " if first["loc"] else ""
-        raise RowError(f"sampling_params: {place}{first['msg'].removeprefix('Value error, ')}") from None
+def _file_lines(file: File, stream: Iterable[bytes]) -> Iterator[_InputLine]:
+    start = 0
+    for number, raw in enumerate(stream, 1):
+        stop = start + len(raw)
+        if content := _content(raw, at_file_start=start == 0):
+            yield _InputLine(file, number, start, stop, content)
+        start = stop
 
 
-def row_seed(seed: int, row: int) -> int:
-    """64 bits that depend on the job's seed and the row's number."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest(), "little")
+def _partitions(lines: Iterable[_InputLine]) -> Iterator[Partition]:
+    builder = _PartitionBuilder(index=0, first_row=0)
+    for line in lines:
+        builder.add(line)
+        if builder.full:
+            partition = builder.build()
+            yield partition
+            builder = _PartitionBuilder(partition.index + 1, partition.first_row + partition.num_rows)
+    if builder.num_rows:
+        yield builder.build()
 
 
-class _OpenPart:
-    """The part that rows are being added to; its lines are cut into pieces where a file ends."""
+class _PartitionBuilder:
+    """Collects the lines of one partition; a new `FileRange` begins with each file."""
 
     def __init__(self, index: int, first_row: int) -> None:
-        self.index, self.first_row, self.rows = index, first_row, 0
-        self._pieces: list[Piece] = []
+        self.num_rows = 0
+        self._index, self._first_row = index, first_row
+        self._file_ranges: list[FileRange] = []
         self._digest = hashlib.sha256()
 
     @property
     def full(self) -> bool:
-        # Small parts for small inputs, so that all replicas have some; large ones later, so that files stay few.
-        # The rows before decide alone: a part is the same whatever follows it.
-        return self.rows >= min(max(SMALLEST_PART, self.first_row // 64), _LARGEST_PART)
+        # Small partitions for small inputs, so that every replica gets some; large ones later, so that files stay few.
+        # Only the rows before a partition count: it is the same whatever follows it.
+        wanted = max(MIN_PARTITION_ROWS, self._first_row // _ROWS_BEFORE_PER_ROW)
+        return self.num_rows >= min(wanted, _MAX_PARTITION_ROWS)
 
-    def add(self, name: str, root: str, path: str, start: int, size: int, line: int, content: bytes) -> None:
-        last = self._pieces[-1] if self._pieces else None
-        if last is not None and (last.root, last.path) == (root, path):
-            self._pieces[-1] = last._replace(stop=start + size)
+    def add(self, line: _InputLine) -> None:
+        file, last = line.file, self._file_ranges[-1] if self._file_ranges else None
+        if last is not None and (last.root, last.path) == (file.root, file.path):
+            self._file_ranges[-1] = last._replace(stop=line.stop)
         else:
-            self._pieces.append(Piece(name, root, path, start, start + size, line))
-        self._digest.update(content + b"\n")
-        self.rows += 1
+            self._file_ranges.append(
+                FileRange(file.name, file.root, file.path, line.start, line.stop, line.number)
+            )
+        self._digest.update(line.content + b"\n")
+        self.num_rows += 1
 
-    def closed(self) -> Part:
-        return Part(self.index, self.first_row, self.rows, self._digest.hexdigest(), tuple(self._pieces))
+    def build(self) -> Partition:
+        return Partition(
+            self._index, self._first_row, self.num_rows, self._digest.hexdigest(), tuple(self._file_ranges)
+        )
 
 
-def _lines(file: Iterable[bytes], line: int, *, at_start: bool) -> Iterator[tuple[int, int, bytes]]:
-    """(line number, bytes in the file, content without white space at its ends) of each line."""
-    for offset, raw in enumerate(file):
-        content = raw.removeprefix(_BOM) if at_start and offset == 0 else raw
-        yield line + offset, len(raw), content.strip()
+def _read_range(file_range: FileRange) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, content) of each row. Raises SourceError if the file cannot be read."""
+    try:
+        with open_file(file_range.root, file_range.path) as stream:
+            stream.seek(file_range.start)
+            block = stream.read(file_range.stop - file_range.start)
+    except OSError as error:
+        raise SourceError(
+            f"a worker cannot read {file_range.path} ({error}); the input must be on storage that all nodes share"
+        ) from error
+    for offset, raw in enumerate(io.BytesIO(block)):
+        if content := _content(raw, at_file_start=file_range.start == offset == 0):
+            yield file_range.line_number + offset, content
+
+
+def _content(raw: bytes, *, at_file_start: bool) -> bytes:
+    """Return a line without white space at its ends and without a byte order mark; empty for a blank line."""
+    return (raw.removeprefix(_BYTE_ORDER_MARK) if at_file_start else raw).strip()
 
 
 def _buffered(file: Any) -> BinaryIO:
-    # pyarrow's files, which cannot be read by line, say that they are buffered
+    # pyarrow's files claim to be buffered but cannot be read by line.
     return file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, 1 << 20)
 
 
-def _asked_for(source: str, name: str) -> bool:
-    """Whether the user named this file, alone or by a pattern; of a folder only `.jsonl` files count."""
+def _is_requested(source: str, name: str) -> bool:
+    """Whether the user named this file, by path or pattern; of a folder only `.jsonl` files count."""
     by_pattern = glob.has_magic(source) and not is_uri(source)
     return name.endswith(".jsonl") or by_pattern or source.partition("?")[0].endswith(f"/{name}")
 
 
-def _whole_path(root: str, path: str) -> str:
-    return path if not root else f"{root.partition('://')[0]}://{path}"
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _no_number(text)
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number that JSON can hold")
+def _full_path(file: File) -> str:
+    return file.path if not file.root else f"{file.root.partition('://')[0]}://{file.path}"

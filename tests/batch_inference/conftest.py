@@ -1,10 +1,8 @@
-"""A small model, and rows for it, shared by the tests of batch inference."""
+"""A small model shared by the tests of batch inference."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
+from tests.batch_inference.helpers import write_rows
 
 
 @pytest.fixture(scope="session")
@@ -33,13 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def write_rows(file: Path, rows: list[Any]) -> Path:
-    """One line a row; a string is written as it is."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return file
-
-
-def read_rows(file: Path | str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """An input of 100 rows."""
+    return write_rows(tmp_path / "in" / "prompts.jsonl", [{"prompt": f"The quick {i}"} for i in range(100)])

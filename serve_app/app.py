@@ -16,6 +16,12 @@ from llama_ray.tracking.uri import tracking_uri
 from serve_app.api import Api
 from serve_app.replica import DEFAULT_OPTIONS, DType, LlamaReplica
 
+_API_CPUS = 0.1
+"""A small share: a laptop with two cores has room for a replica and a training worker."""
+_API_REQUESTS = 10_000
+_API_TARGET = 100.0
+"""Streams that one process of the API passes on without delay."""
+
 
 class ServeArgs(BaseModel):
     """Arguments of `build`, `key=value` after `serve run serve_app.app:build` or `args` in a config file."""
@@ -25,29 +31,31 @@ class ServeArgs(BaseModel):
     model: str = Field(
         "models:/llama-ray@champion", description="A directory, models:/name/7 or models:/name@alias."
     )
-    tracking_uri: str = Field(default_factory=tracking_uri, description="Of the MLflow registry.")
-    dtype: DType | None = Field(None, description="To compute in; the stored one where not given.")
+    tracking_uri: str = Field(default_factory=tracking_uri, description="URI of the MLflow registry.")
+    dtype: DType | None = Field(None, description="Compute in this type; default: the stored one.")
     engine: EngineOptions = Field(
         DEFAULT_OPTIONS,
         description="Options of each replica's engine; given flat, beside the other arguments: quantization=int8.",
     )
-    num_cpus: float = Field(1, ge=0, description="For each model replica; its threads on the CPU, too.")
-    num_gpus: float = Field(0, ge=0, description="For each model replica; 0 computes on the CPU.")
-    min_replicas: int = Field(1, ge=1, description="Model replicas that are always there.")
-    max_replicas: int = Field(4, ge=1, description="Model replicas under load.")
+    num_cpus: float = Field(
+        1, ge=0, description="CPUs per replica, and its threads if it computes on the CPU."
+    )
+    num_gpus: float = Field(0, ge=0, description="GPUs per replica; 0 computes on the CPU.")
+    min_replicas: int = Field(1, ge=1, description="Replicas without load.")
+    max_replicas: int = Field(4, ge=1, description="Replicas under load, at most.")
     target_ongoing_requests: float | None = Field(
         None,
         gt=0,
-        description="A replica's share that scaling aims at; 3/4 of max_num_seqs where not given.",
+        description="Target in-flight requests per replica; default 3/4 of max_num_seqs.",
     )
     max_ongoing_requests: int | None = Field(
-        None, ge=1, description="A replica gets so many at once; 2 x max_num_seqs where not given."
+        None, ge=1, description="Most in-flight requests per replica; default 2 x max_num_seqs."
     )
     max_queued_requests: int = Field(
-        256, ge=-1, description="So many more wait; then 429 is the answer. -1: no limit."
+        256, ge=-1, description="Queue limit; beyond it the API returns 429. -1: no limit."
     )
     graceful_shutdown_timeout_s: float = Field(
-        600, gt=0, description="A replica that stops may finish its answers for so long."
+        600, gt=0, description="Seconds to drain before a replica is killed."
     )
 
     @model_validator(mode="before")
@@ -78,7 +86,7 @@ class ServeArgs(BaseModel):
 
 
 def build(args: ServeArgs) -> Application:
-    """The application: `Api` takes HTTP requests in, `LlamaReplica` answers them and scales with their number."""
+    """Return the application: `Api` receives HTTP requests, `LlamaReplica` answers them; both scale with the load."""
     max_num_seqs = args.engine.max_num_seqs
     ongoing = args.max_ongoing_requests or 2 * max_num_seqs
     replicas = serve.deployment(
@@ -87,7 +95,8 @@ def build(args: ServeArgs) -> Application:
         max_queued_requests=args.max_queued_requests,
         autoscaling_config=_scaling(args, args.target_ongoing_requests or min(ongoing, 0.75 * max_num_seqs)),
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
-        logging_config={"enable_access_log": False},  # the API logs each request already
+        # The API logs each request already.
+        logging_config={"enable_access_log": False},
     )(LlamaReplica).bind(
         existing_ref(args.model),
         args.tracking_uri,
@@ -96,7 +105,7 @@ def build(args: ServeArgs) -> Application:
         dtype=args.dtype,
         options=args.engine,
     )
-    # The API only passes things on: it takes whatever comes, so that /health and the answer 429 never have to wait.
+    # The API only passes requests on. It accepts all of them, so that /health and a 429 never wait.
     application: Application = serve.deployment(
         ray_actor_options={"num_cpus": _API_CPUS},
         max_ongoing_requests=_API_REQUESTS,
@@ -106,18 +115,14 @@ def build(args: ServeArgs) -> Application:
     return application
 
 
-_API_CPUS = 0.1  # a small share, so that a laptop with two cores has room for a replica and a training worker
-_API_REQUESTS = 10_000
-_API_TARGET = 100.0  # streams that one process of the API passes on without delaying them
-
-
 def _scaling(args: ServeArgs, target: float) -> AutoscalingConfig:
-    """Up soon, because an answer takes seconds and those who wait notice; down late, because loading takes long."""
+    """Scale up soon, because clients wait meanwhile, and down late, because loading a model takes long."""
     return AutoscalingConfig(
         min_replicas=args.min_replicas,
         max_replicas=args.max_replicas,
         target_ongoing_requests=target,
-        look_back_period_s=15,  # Ray's metrics come each 10 s
+        # Ray's metrics arrive every 10 s.
+        look_back_period_s=15,
         upscale_delay_s=5,
         downscale_delay_s=300,
     )

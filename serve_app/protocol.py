@@ -1,9 +1,9 @@
-"""Requests, responses and errors of OpenAI's completions API, with the sampling parameters that vLLM adds."""
+"""Bodies of requests and responses: OpenAI's completions API, with the sampling parameters that vLLM adds."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
@@ -18,58 +18,26 @@ from pydantic import (
 )
 
 from llama_ray.generation.sampling.params import SamplingParams
-from serve_app.events import Job, Logprobs, ModelInfo
+from serve_app.errors import bad_request
+from serve_app.messages import GenerationRequest, Logprobs, ModelInfo
 
-MAX_CHOICES = 128  # of one request: prompts times n
+MAX_CHOICES = 128
+"""Choices of one request: prompts times n."""
 MAX_STOP_STRINGS = 16
 
-# Fields that mean the same in both classes; JSON has more forms of `stop` and no tuples, and the log-probabilities of a
-# prompt have no place in OpenAI's answer.
-_SAMPLING = tuple(
+# Fields that mean the same in a body and in SamplingParams. The others differ: JSON has more forms of `stop` and no
+# tuples, and OpenAI's response has no place for the log-probabilities of a prompt.
+_SHARED_FIELDS = tuple(
     f.name for f in fields(SamplingParams) if f.name not in ("stop", "stop_token_ids", "prompt_logprobs")
 )
-TokenId = Annotated[int, Field(strict=False)]  # JSON's keys are strings
-
-_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-class ErrorBody(BaseModel):
-    """`param` is the field at fault and `code` a name for programs, where there are such."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
+# JSON's keys are strings.
+TokenId = Annotated[int, Field(strict=False)]
 
 
-class ErrorResponse(BaseModel):
-    """The body of every response that is no success, and of an error event within a stream."""
+class _StrictBody(BaseModel):
+    """Refuses unknown fields, converts no types, and takes null for the default."""
 
-    error: ErrorBody
-
-
-class ApiError(Exception):
-    """Ends a request with an HTTP status and OpenAI's error object; `retry_after_s` becomes a header."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.retry_after_s = status, retry_after_s
-        kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        self.response = ErrorResponse(error=ErrorBody(message=message, type=kind, param=param, code=code))
-
-
-class _Request(BaseModel):
-    """Fields that we do not know are refused, types are taken as they are, and null means the default."""
-
-    # Protected names: a field may be called model_... in OpenAI's API.
+    # No protected names: OpenAI's API may add fields called `model_...`.
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     @model_validator(mode="before")
@@ -78,38 +46,57 @@ class _Request(BaseModel):
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
 
 
-class StreamOptions(_Request):
-    """`include_usage`: a last chunk, without choices, that carries the token counts."""
+class StreamOptions(_StrictBody):
+    """Options of a stream."""
 
-    include_usage: bool = False
+    include_usage: bool = Field(
+        False, description="End the stream with a chunk that has no choices but the token counts."
+    )
 
 
-class CompletionRequest(_Request):
-    """The body of `POST /v1/completions`. Fields from `top_k` on are not OpenAI's; vLLM has them too."""
+class CompletionRequest(_StrictBody):
+    """The body of `POST /v1/completions`. OpenAI has the fields before `top_k`; vLLM has those from there on, too."""
 
-    model: str
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    n: int = 1
+    model: str = Field(description="A name that GET /v1/models lists.")
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+        description="Text or token ids to continue; a list of them is completed in one batch."
+    )
+    max_tokens: int = Field(16, description="Tokens to generate at most.")
+    temperature: float = Field(
+        1.0, description="0 always takes the most probable token; higher is more random."
+    )
+    top_p: float = Field(
+        1.0, description="Sample from the most probable tokens whose probabilities add up to this."
+    )
+    n: int = Field(1, description="Completions of each prompt.")
     best_of: int | None = Field(None, description="Not supported, except with the value of n.")
-    stream: bool = False
+    stream: bool = Field(False, description="Send the text as server-sent events, as it is generated.")
     stream_options: StreamOptions | None = None
-    stop: str | list[str] = Field([], description="Up to 16 strings; the text ends before the first.")
-    seed: int | None = None
-    logprobs: int | None = Field(None, description="0 to 20; cannot be combined with echo.")
-    echo: bool = False
+    stop: str | list[str] = Field([], description="Up to 16 strings; the text ends before the first of them.")
+    seed: int | None = Field(None, description="The same request with the same seed gets the same tokens.")
+    logprobs: int | None = Field(
+        None,
+        description="Also return log-probabilities: of this many likeliest tokens, 0 to 20; not with echo.",
+    )
+    echo: bool = Field(False, description="Put the prompt before the text.")
     suffix: str | None = Field(None, description="Not supported, except empty.")
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[TokenId, float] | None = Field(None, description="Token id -> bias.")
+    presence_penalty: float = Field(
+        0.0, description="Lower the logits of tokens that the text contains already."
+    )
+    frequency_penalty: float = Field(
+        0.0, description="Lower the logits of tokens for each time that they occurred."
+    )
+    logit_bias: dict[TokenId, float] | None = Field(None, description="Token id -> what to add to its logit.")
     user: str | None = Field(None, description="Accepted for compatibility; has no effect.")
-    top_k: int = Field(0, description="0 keeps all tokens.")
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    ignore_eos: bool = False
-    min_tokens: int = 0
+    top_k: int = Field(0, description="Sample from this many most probable tokens; 0 keeps all.")
+    min_p: float = Field(
+        0.0, description="Sample from tokens at least this probable, relative to the most probable one."
+    )
+    repetition_penalty: float = Field(
+        1.0, description="Above 1, tokens of the prompt and the text become less probable."
+    )
+    ignore_eos: bool = Field(False, description="Go on after an end-of-text token.")
+    min_tokens: int = Field(0, description="Tokens to generate before the text may end.")
     stop_token_ids: list[int] = Field([], description="End the text as an end-of-text token does.")
     json_schema: dict[str, Any] | None = Field(None, description="The text is JSON that this schema allows.")
     regex: str | None = Field(None, description="The whole text matches this expression (Rust's syntax).")
@@ -136,44 +123,56 @@ class CompletionRequest(_Request):
             return [[t for t in self.prompt if isinstance(t, int)]]
         return [p for p in self.prompt if not isinstance(p, int)]
 
-    def job(self) -> Job:
-        """What a model replica shall do. Raises ApiError (400) for values that are out of range or not supported."""
-        if self.suffix:
-            raise _refused("suffix", "suffix is not supported: this model only continues text; leave it out")
-        if self.best_of not in (None, self.n):
-            raise _refused(
-                "best_of", f"best_of {self.best_of} is not supported; leave it out, or set it to n ({self.n})"
-            )
-        if self.echo and self.logprobs is not None:
-            raise _refused(
-                "echo",
-                "echo with logprobs is not supported: log-probabilities of the prompt are not computed; leave one out",
-            )
-        if self.stream_options is not None and not self.stream:
-            raise _refused("stream_options", "stream_options needs stream to be true")
-        if not self.prompts:
-            raise _refused("prompt", "prompt is an empty list; give at least one prompt")
-        choices = len(self.prompts) * self.n
-        if choices > MAX_CHOICES:
-            raise _refused(
-                "prompt",
-                f"{len(self.prompts)} prompts with n {self.n} are {choices} completions, but one request may ask for "
-                f"{MAX_CHOICES}; send several requests",
-            )
+    def generation_request(self) -> GenerationRequest:
+        """Return what a replica is asked. Raises ApiError (400) for values that are out of range or not supported."""
+        self._check()
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if len(stop) > MAX_STOP_STRINGS:
-            raise _refused("stop", f"stop has {len(stop)} strings; it may have {MAX_STOP_STRINGS}")
+            raise bad_request(
+                "stop", f"stop has {len(stop)} strings; it must have at most {MAX_STOP_STRINGS}"
+            )
         try:
             params = SamplingParams(
                 stop=stop,
                 stop_token_ids=tuple(self.stop_token_ids),
-                **{name: getattr(self, name) for name in _SAMPLING},
+                **{name: getattr(self, name) for name in _SHARED_FIELDS},
             )
-        except ValueError as e:
-            found = re.match(r"\w+", str(e))
+        except ValueError as error:
+            # The message begins with the field's name.
+            found = re.match(r"\w+", str(error))
             param = found[0] if found and found[0] in type(self).model_fields else None
-            raise _refused(param, str(e)) from None
-        return Job(self.model, self.prompts, params, self.echo, self.stream)
+            raise bad_request(param, str(error)) from None
+        return GenerationRequest(self.model, self.prompts, params, self.echo, self.stream)
+
+    def _check(self) -> None:
+        """Raise ApiError for what is not supported, and for fields that do not fit together."""
+        if self.suffix:
+            raise bad_request(
+                "suffix", "suffix is not supported; leave it out: this model only continues text"
+            )
+        if self.best_of not in (None, self.n):
+            raise bad_request(
+                "best_of", f"best_of {self.best_of} is not supported; leave it out, or set it to n ({self.n})"
+            )
+        if self.echo and self.logprobs is not None:
+            raise bad_request(
+                "echo",
+                "echo with logprobs is not supported; leave one of them out: log-probabilities of the prompt are not "
+                "computed",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise bad_request(
+                "stream_options", "stream_options needs stream to be true; set it, or leave it out"
+            )
+        if not self.prompts:
+            raise bad_request("prompt", "prompt is an empty list; give at least one prompt")
+        choices = len(self.prompts) * self.n
+        if choices > MAX_CHOICES:
+            raise bad_request(
+                "prompt",
+                f"{len(self.prompts)} prompts with n {self.n} are {choices} completions; a request may ask for at most "
+                f"{MAX_CHOICES}; send several requests",
+            )
 
 
 class Usage(BaseModel):
@@ -185,12 +184,12 @@ class Usage(BaseModel):
 
     @classmethod
     def of(cls, prompt: int, completion: int) -> Self:
-        """Both counts and their sum."""
+        """Return both counts and their sum."""
         return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 class Choice(BaseModel):
-    """A completion, or in a stream what came new to it. Choice i belongs to prompt i // n."""
+    """A completion, or in a stream what was added to it. Choice i belongs to prompt i // n."""
 
     index: int
     text: str
@@ -198,7 +197,7 @@ class Choice(BaseModel):
     finish_reason: str | None = None
 
 
-class Completion(BaseModel):
+class CompletionResponse(BaseModel):
     """A response, or a chunk of a stream. `system_fingerprint` is the exact model version that answers."""
 
     id: str
@@ -224,7 +223,7 @@ class ModelCard(BaseModel):
 
     @classmethod
     def of(cls, info: ModelInfo) -> list[Self]:
-        """A card for each name that the model can be asked for by."""
+        """Return a card for each name of the model."""
         names = ("version", "run_id", "validation_loss", "parameters", "device")
         return [
             cls(
@@ -246,31 +245,6 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """The body of `GET /health`."""
+    """The body of `GET /health`: "busy" if the model has more work than it can do at once."""
 
     status: Literal["ok", "busy"]
-
-
-def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The 400 for what pydantic found wrong with a body, all of it in one line."""
-    field = next((e["loc"][1] for e in errors if len(e["loc"]) > 1), None)
-    return _refused(field if isinstance(field, str) else None, "; ".join(map(_message, errors)))
-
-
-def _message(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"][1:] if part != "[key]")  # the first part is "body"
-    if error["type"] == "json_invalid":
-        return f"the body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}"
-    if not where:
-        return "the body must be a JSON object, sent with Content-Type: application/json"
-    if error["type"] == "extra_forbidden":
-        return f"{where} is not a field that this server knows; leave it out"
-    if error["type"] == "missing":
-        return f"{where} is required"
-    if error["type"] == "value_error":
-        return f"{where} {error['ctx']['error']}"
-    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}"
-
-
-def _refused(param: str | None, message: str) -> ApiError:
-    return ApiError(400, message, param=param)

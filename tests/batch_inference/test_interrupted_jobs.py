@@ -29,8 +29,6 @@ from tests.batch_inference.helpers import (
     write_rows,
 )
 
-pytestmark = pytest.mark.ray
-
 GENERATE = Path(__file__).parents[2] / "jobs" / "generate.py"
 TEXTS = [f"fox {i}" for i in range(130)]
 PARAMS = SamplingParams(max_tokens=80, ignore_eos=True, temperature=0.8, top_k=40, top_p=0.9)

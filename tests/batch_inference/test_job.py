@@ -84,13 +84,11 @@ def finished(mixed: Finished, tmp_path: Path) -> Finished:
     return Finished(tmp_path, job, mixed.counts, mixed.log)
 
 
-@pytest.mark.ray
 def test_the_output_has_one_row_for_each_input_row_in_order(mixed: Finished) -> None:
     assert [row["row"] for row in mixed.rows] == list(range(NUM_ROWS))
     assert [row["i"] for row in mixed.rows if "i" in row] == sorted(PLAIN_ROWS)
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("row", BAD_ROWS)
 def test_a_row_that_cannot_be_answered_has_an_error_and_no_completions(mixed: Finished, row: int) -> None:
     found = mixed.rows[row]
@@ -98,30 +96,25 @@ def test_a_row_that_cannot_be_answered_has_an_error_and_no_completions(mixed: Fi
     assert "completions" not in found
 
 
-@pytest.mark.ray
 def test_only_rows_that_cannot_be_answered_have_errors(mixed: Finished) -> None:
     assert [row["row"] for row in mixed.rows if "error" in row] == list(BAD_ROWS)
 
 
-@pytest.mark.ray
 def test_a_line_that_is_not_json_is_kept_as_text(mixed: Finished) -> None:
     assert mixed.rows[3]["line"] == BAD_ROWS[3][0]
 
 
-@pytest.mark.ray
 def test_fields_are_kept_whatever_characters_they_hold(mixed: Finished) -> None:
     assert mixed.rows[40]["prompt"] == "\ud800"
     assert mixed.rows[UNICODE].items() >= GOOD_ROWS[UNICODE].items()
 
 
-@pytest.mark.ray
 def test_fields_of_an_earlier_output_are_replaced(mixed: Finished) -> None:
     found = mixed.rows[EARLIER_OUTPUT]
     assert "error" not in found
     assert found["completions"]
 
 
-@pytest.mark.ray
 def test_a_seeded_row_has_the_engines_answer(mixed: Finished, checkpoint: Path) -> None:
     engine = Engine.from_pretrained(checkpoint, device="cpu")
     [expected] = engine.generate("fox", SamplingParams(max_tokens=6, ignore_eos=True, seed=7))
@@ -130,18 +123,15 @@ def test_a_seeded_row_has_the_engines_answer(mixed: Finished, checkpoint: Path) 
     ]
 
 
-@pytest.mark.ray
 def test_rows_without_a_seed_have_different_seeds(mixed: Finished) -> None:
     plain = [mixed.rows[row] for row in sorted(PLAIN_ROWS)]
     assert len({tuple(tokens) for tokens in answers(plain)}) > 0.9 * len(plain)
 
 
-@pytest.mark.ray
 def test_a_row_may_constrain_its_text(mixed: Finished) -> None:
     assert re.fullmatch("[0-9]{3}", mixed.rows[CONSTRAINED]["completions"][0]["text"])
 
 
-@pytest.mark.ray
 def test_a_row_may_ask_for_several_completions_with_logprobs(mixed: Finished) -> None:
     completions = mixed.rows[TOKEN_IDS]["completions"]
     assert len(completions) == 2
@@ -149,7 +139,6 @@ def test_a_row_may_ask_for_several_completions_with_logprobs(mixed: Finished) ->
         assert [entry["token_id"] for entry in completion["logprobs"]] == completion["token_ids"]
 
 
-@pytest.mark.ray
 def test_rows_errors_and_tokens_are_counted(mixed: Finished) -> None:
     assert mixed.counts.rows == NUM_ROWS
     assert mixed.counts.errors == len(BAD_ROWS)
@@ -159,21 +148,18 @@ def test_rows_errors_and_tokens_are_counted(mixed: Finished) -> None:
     assert mixed.counts.generated_tokens == 6 * completions + len(digits)
 
 
-@pytest.mark.ray
 def test_the_log_tells_rows_and_errors(mixed: Finished) -> None:
     progress, result = mixed.log[-2:]
     assert "100 of 100 rows, 6 errors" in progress
     assert "100 rows, 6 of them errors" in result
 
 
-@pytest.mark.ray
 def test_nothing_but_the_output_and_its_record_remains(mixed: Finished) -> None:
     assert sorted(path.name for path in mixed.directory.iterdir()) == [
         "in.jsonl", "out.jsonl", "out.jsonl.job.json",
     ]  # fmt: skip
 
 
-@pytest.mark.ray
 def test_two_replicas_on_an_object_store_give_the_same_answers(mixed: Finished, checkpoint: Path) -> None:
     with s3_server() as port:
         store.upload(mixed.directory / "in.jsonl", uri(port, "in/in.jsonl"))
@@ -187,7 +173,6 @@ def test_two_replicas_on_an_object_store_give_the_same_answers(mixed: Finished, 
         assert BatchJob(remote).finished == job.finished
 
 
-@pytest.mark.ray
 def test_a_complete_output_stays_as_it_is(finished: Finished, checkpoint: Path) -> None:
     before = finished.output.stat().st_mtime_ns
     assert finished.job.finished == finished.counts
@@ -199,7 +184,6 @@ def test_a_complete_output_stays_as_it_is(finished: Finished, checkpoint: Path) 
     assert finished.output.stat().st_mtime_ns == before
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -219,7 +203,6 @@ def test_an_output_of_another_job_is_refused(
         BatchJob(config(checkpoint, finished.directory / "in.jsonl", finished.output, **change))
 
 
-@pytest.mark.ray
 def test_an_output_of_another_input_is_refused(finished: Finished, checkpoint: Path) -> None:
     source = write_rows(finished.directory / "in.jsonl", [{"prompt": "other"}])
     with pytest.raises(
@@ -228,7 +211,6 @@ def test_an_output_of_another_input_is_refused(finished: Finished, checkpoint: P
         BatchJob(config(checkpoint, source, finished.output))
 
 
-@pytest.mark.ray
 def test_an_output_that_was_changed_is_refused(finished: Finished) -> None:
     with finished.output.open("a") as file:
         file.write("{}\n")
@@ -236,14 +218,12 @@ def test_an_output_that_was_changed_is_refused(finished: Finished) -> None:
         BatchJob(finished.job.config)
 
 
-@pytest.mark.ray
 def test_a_record_that_cannot_be_read_is_refused(finished: Finished) -> None:
     Path(f"{finished.output}.job.json").write_text("{")
     with pytest.raises(StorageError, match=r"cannot be read .* --overwrite"):
         BatchJob(finished.job.config)
 
 
-@pytest.mark.ray
 def test_a_deleted_output_is_made_again(finished: Finished) -> None:
     finished.output.unlink()
     job = BatchJob(finished.job.config)
@@ -251,7 +231,6 @@ def test_a_deleted_output_is_made_again(finished: Finished) -> None:
     assert job.remaining == list(job.input.partitions)
 
 
-@pytest.mark.ray
 def test_overwrite_replaces_an_output_only_when_the_job_can_run(finished: Finished, checkpoint: Path) -> None:
     source = write_rows(finished.directory / "in.jsonl", [{"prompt": "other"}])
     with pytest.raises(ValueError, match="replicas is 5"):
@@ -261,7 +240,6 @@ def test_overwrite_replaces_an_output_only_when_the_job_can_run(finished: Finish
     assert [row["prompt"] for row in finished.rows] == ["other"]
 
 
-@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     ("options", "message"),

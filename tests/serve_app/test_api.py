@@ -10,15 +10,16 @@ import pytest
 from fastapi.testclient import TestClient
 
 from serve_app.api import create_api
-from serve_app.events import Failure, Job, ModelInfo, Piece, Started
-from serve_app.protocol import ApiError, Health
+from serve_app.errors import ApiError
+from serve_app.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
+from serve_app.protocol import Health
 from serve_app.replica import LlamaReplica
 
 BODY = {"model": "tiny", "prompt": "dog", "max_tokens": 200}
 
 
-class Local:
-    """A replica without Ray; its engine ends after the first text where `dies` is set."""
+class LocalModel:
+    """A replica without Ray; if `dies` is set, its engine ends after the first text."""
 
     def __init__(self, directory: Path) -> None:
         self.replica = LlamaReplica(str(directory))
@@ -30,28 +31,28 @@ class Local:
     async def check(self) -> Health:
         raise ApiError(503, "no model replica is running", code="unavailable", retry_after_s=5)
 
-    async def generate(self, job: Job) -> AsyncGenerator[Started | list[Piece]]:
-        async for event in self.replica.generate(job):
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Started | list[ChoiceDelta]]:
+        async for event in self.replica.generate(request):
             if isinstance(event, Failure):
                 raise ApiError(event.status, event.message, code=event.code, param=event.param)
             yield event
-            if self.dies and isinstance(event, list) and any(piece.text for piece in event):
-                self.replica._engine.stop()
+            if self.dies and isinstance(event, list) and any(delta.text for delta in event):
+                self.replica.stop()
 
 
 @pytest.fixture
-def model(model_dir: Path) -> Iterator[Local]:
-    local = Local(model_dir)
+def model(model_dir: Path) -> Iterator[LocalModel]:
+    local = LocalModel(model_dir)
     yield local
-    local.replica._engine.stop()
+    local.replica.stop()
 
 
 @pytest.fixture
-def http(model: Local) -> TestClient:
+def http(model: LocalModel) -> TestClient:
     return TestClient(create_api(model), raise_server_exceptions=False)
 
 
-def test_an_error_after_the_first_byte_is_an_event(model: Local, http: TestClient) -> None:
+def test_an_error_after_the_first_byte_is_an_event(model: LocalModel, http: TestClient) -> None:
     model.dies = True
     response = http.post("/v1/completions", json=BODY | {"stream": True})
     assert response.status_code == 200
@@ -63,15 +64,15 @@ def test_an_error_after_the_first_byte_is_an_event(model: Local, http: TestClien
     assert (done, empty) == ("data: [DONE]", "")
 
 
-def test_an_error_before_the_first_byte_has_a_status(model: Local, http: TestClient) -> None:
-    model.replica._engine.stop()
+def test_an_error_before_the_first_byte_has_a_status(model: LocalModel, http: TestClient) -> None:
+    model.replica.stop()
     for stream in (False, True):
         response = http.post("/v1/completions", json=BODY | {"stream": stream})
         assert response.status_code == 500
         assert response.json()["error"]["type"] == "server_error"
 
 
-def test_a_model_that_does_not_answer_is_503(http: TestClient) -> None:
+def test_health_is_503_if_the_model_does_not_answer(http: TestClient) -> None:
     response = http.get("/health")
     assert response.status_code == 503
     assert response.json()["error"]["message"] == "no model replica is running"
@@ -86,13 +87,13 @@ def test_a_model_that_does_not_answer_is_503(http: TestClient) -> None:
         ('{"prompt": "a"}', "model is required"),
     ],
 )
-def test_a_body_that_is_no_request(http: TestClient, content: str, message: str) -> None:
+def test_a_body_that_is_not_a_request_is_a_400(http: TestClient, content: str, message: str) -> None:
     response = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
 
 
-def test_unknown_paths_and_methods_answer_in_the_same_shape(http: TestClient) -> None:
+def test_unknown_paths_and_methods_are_errors_of_the_same_shape(http: TestClient) -> None:
     assert http.get("/v2").status_code == 404
     assert "GET /v2" in http.get("/v2").json()["error"]["message"]
     assert http.get("/v1/completions").status_code == 405

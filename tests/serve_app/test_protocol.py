@@ -1,4 +1,4 @@
-"""What a request may hold, and what is said about one that may not."""
+"""Which request bodies are accepted, and the errors for the others."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ import pytest
 from pydantic import ValidationError
 
 from llama_ray.generation.sampling.params import SamplingParams
-from serve_app.protocol import ApiError, CompletionRequest, validation_error
+from serve_app.errors import ApiError, validation_error
+from serve_app.protocol import CompletionRequest
 
 BODY = {"model": "m", "prompt": "p"}
 
 
 def refusal(**fields: Any) -> ApiError:
-    """The error that a body with these fields is answered with."""
+    """Return the error for a body with these fields."""
     try:
-        CompletionRequest.model_validate(BODY | fields).job()
-    except ValidationError as e:  # FastAPI puts "body" before each place
-        return validation_error([error | {"loc": ("body", *error["loc"])} for error in e.errors()])
-    except ApiError as e:
-        return e
+        CompletionRequest.model_validate(BODY | fields).generation_request()
+    except ValidationError as error:
+        # FastAPI puts "body" before each location.
+        return validation_error([e | {"loc": ("body", *e["loc"])} for e in error.errors()])
+    except ApiError as error:
+        return error
     raise AssertionError("the body was accepted")
 
 
 def test_defaults_are_openais() -> None:
-    job = CompletionRequest.model_validate(BODY).job()
-    assert job.prompts == ["p"]
-    assert (job.echo, job.stream) == (False, False)
-    assert job.params == SamplingParams(max_tokens=16, temperature=1.0, top_p=1.0, n=1)
+    request = CompletionRequest.model_validate(BODY).generation_request()
+    assert request.prompts == ["p"]
+    assert (request.echo, request.stream) == (False, False)
+    assert request.params == SamplingParams(max_tokens=16, temperature=1.0, top_p=1.0, n=1)
 
 
-def test_every_sampling_field_arrives() -> None:
+def test_every_sampling_field_is_passed_on() -> None:
     fields = {
         "max_tokens": 7,
         "temperature": 0,
@@ -50,19 +52,21 @@ def test_every_sampling_field_arrives() -> None:
         "min_tokens": 2,
         "stop_token_ids": [8, 9],
     }
-    job = CompletionRequest.model_validate(BODY | fields | {"user": "u", "best_of": 2, "suffix": ""}).job()
-    assert job.params == SamplingParams(
+    request = CompletionRequest.model_validate(
+        BODY | fields | {"user": "u", "best_of": 2, "suffix": ""}
+    ).generation_request()
+    assert request.params == SamplingParams(
         **fields | {"stop": ("x",), "logit_bias": {5: -100.0}, "stop_token_ids": (8, 9)}  # type: ignore[arg-type]
     )
     for constraint in ({"json_schema": {"type": "object"}}, {"regex": "a+"}):
-        job = CompletionRequest.model_validate(BODY | constraint).job()
-        assert job.params == SamplingParams(**constraint)  # type: ignore[arg-type]
+        request = CompletionRequest.model_validate(BODY | constraint).generation_request()
+        assert request.params == SamplingParams(**constraint)  # type: ignore[arg-type]
 
 
 def test_null_means_the_default() -> None:
     names = set(CompletionRequest.model_fields) - set(BODY)
     with_nulls = CompletionRequest.model_validate(BODY | dict.fromkeys(names))
-    assert with_nulls.job() == CompletionRequest.model_validate(BODY).job()
+    assert with_nulls.generation_request() == CompletionRequest.model_validate(BODY).generation_request()
 
 
 @pytest.mark.parametrize(
@@ -75,8 +79,8 @@ def test_null_means_the_default() -> None:
         ([[1, 2], [3]], [[1, 2], [3]]),
     ],
 )
-def test_forms_of_a_prompt(prompt: object, prompts: object) -> None:
-    assert CompletionRequest.model_validate(BODY | {"prompt": prompt}).job().prompts == prompts
+def test_a_prompt_is_text_or_token_ids_one_or_several(prompt: object, prompts: object) -> None:
+    assert CompletionRequest.model_validate(BODY | {"prompt": prompt}).generation_request().prompts == prompts
 
 
 @pytest.mark.parametrize(
@@ -96,8 +100,8 @@ def test_forms_of_a_prompt(prompt: object, prompts: object) -> None:
         ({"prompt": [1, "a"]}, "prompt", "prompt must be a string, a list of strings"),
         ({"prompt": ["a"] * 65, "n": 2}, "prompt", "65 prompts with n 2 are 130 completions"),
         ({"stop": [1]}, "stop", "stop must be a string or a list of strings"),
-        ({"stop": ["s"] * 17}, "stop", "stop has 17 strings; it may have 16"),
-        ({"stop": ""}, "stop", "strings that are not empty"),
+        ({"stop": ["s"] * 17}, "stop", "stop has 17 strings; it must have at most 16"),
+        ({"stop": ""}, "stop", "a string or several, none of them empty"),
         ({"temperature": "0.5"}, "temperature", "temperature: input should be a valid number"),
         ({"temperature": -0.5}, "temperature", "temperature is -0.5; it must be 0 (greedy) or above"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be at least 1"),
@@ -108,7 +112,7 @@ def test_forms_of_a_prompt(prompt: object, prompts: object) -> None:
         ({"model": None}, "model", "model is required"),
     ],
 )
-def test_a_refusal_says_what_and_why(fields: dict[str, Any], param: str, message: str) -> None:
+def test_a_bad_field_is_named_with_the_reason(fields: dict[str, Any], param: str, message: str) -> None:
     error = refusal(**fields)
     assert error.status == 400
     body = error.response.model_dump()["error"]
@@ -118,7 +122,7 @@ def test_a_refusal_says_what_and_why(fields: dict[str, Any], param: str, message
     assert set(body) == {"message", "type", "param", "code"}
 
 
-def test_all_mistakes_are_named_at_once() -> None:
+def test_all_mistakes_of_a_body_are_named_at_once() -> None:
     message = str(refusal(topk=3, temperature="hot"))
     assert "topk" in message
     assert "temperature" in message

@@ -12,24 +12,11 @@ import openai
 import pytest
 from openai.types import Completion as Response
 
-from llama_ray.generation.completion import Completion
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.stats import EngineStats
-from tests.serve_app.conftest import EMOJI, MAX_SEQ_LEN
-
-pytestmark = pytest.mark.ray
+from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN, expected, stream_text
 
 PROMPTS = ["The quick", "def add(", "Zwölf", "dog", "return a", "jumps over", "a + b", "lazy dog, and"]
-
-
-def expected(engine: Engine, prompt: str, **params: object) -> list[Completion]:
-    return engine.generate([prompt], SamplingParams(**params))  # type: ignore[arg-type]
-
-
-def stream_text(client: openai.OpenAI, prompt: str, **params: object) -> str:
-    chunks = client.completions.create(model="tiny", prompt=prompt, stream=True, **params)  # type: ignore[call-overload]
-    return "".join(chunk.choices[0].text for chunk in chunks)
 
 
 def test_an_answer_is_what_the_engine_gives_for_the_same_seed(client: openai.OpenAI, engine: Engine) -> None:

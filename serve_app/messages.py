@@ -1,4 +1,4 @@
-"""What the API and a model replica tell each other. Light: the API's process imports this, but not torch."""
+"""What the API and a model replica send each other. Must not import torch: the API's process does without it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from llama_ray.generation.sampling.params import SamplingParams
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which model a replica serves.
+    """The model that a replica serves.
 
-    `id` is the name that clients ask for, `ref` the exact version behind it (`models:/name/7`; for a model from a
-    plain directory the same as `id`). `created` is in seconds since 1970, `max_model_len` in tokens of prompt and
-    output. `version`, `run_id` and `validation_loss` (nats per token) come from the registry, None without one.
+    `id` is the name that clients ask for, `ref` the exact version behind it (`models:/name/7`; for a plain directory
+    the same as `id`). `created` is in seconds since 1970, `max_model_len` in tokens of prompt and output. `version`,
+    `run_id` and `validation_loss` (nats per token) come from the registry, and are None without one.
     """
 
     id: str
@@ -32,12 +32,16 @@ class ModelInfo:
         """What a request's `model` may be."""
         return tuple(dict.fromkeys((self.id, self.ref)))
 
+    def not_served(self, name: str) -> str:
+        """Return the message for a request that asks for another model."""
+        return f"model {name!r} is not served here; ask for {' or '.join(map(repr, self.names))}"
+
 
 @dataclass(frozen=True)
-class Job:
+class GenerationRequest:
     """One HTTP request: each prompt, text or token ids, is completed `params.n` times.
 
-    `echo` puts the prompt before each text. With `stream` the texts come piece by piece, else whole at the end.
+    `echo` puts the prompt before each text. With `stream` the texts come as they grow, else whole at the end.
     """
 
     model: str
@@ -49,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Started:
-    """The first event of a job that was accepted; its texts follow."""
+    """The first event of a request that was accepted; its texts follow."""
 
     model: ModelInfo
     prompt_tokens: int
@@ -59,8 +63,8 @@ class Started:
 class Logprobs:
     """Log-probabilities of some tokens of a choice, in the layout of OpenAI's completions.
 
-    `tokens` are their texts; one that is no whole characters is `token_id:N`, as vLLM writes it. `top_logprobs` has
-    the taken token beside the most probable ones. `text_offset` counts characters from the choice's beginning.
+    `tokens` are their texts; a token that is only part of a character is `token_id:N`, as in vLLM. `top_logprobs` has
+    the sampled token beside the most probable ones. `text_offset` counts characters from the beginning of the choice.
     """
 
     tokens: list[str]
@@ -70,7 +74,7 @@ class Logprobs:
 
     @classmethod
     def joined(cls, parts: Sequence[Logprobs]) -> Logprobs:
-        """Consecutive parts as one."""
+        """Return consecutive parts as one."""
         return cls(
             [x for part in parts for x in part.tokens],
             [x for part in parts for x in part.token_logprobs],
@@ -80,7 +84,7 @@ class Logprobs:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ChoiceDelta:
     """What was added to choice `index`: text, and the number of tokens that were generated for it."""
 
     index: int
@@ -90,21 +94,21 @@ class Piece:
     finish_reason: str | None = None
 
     @classmethod
-    def joined(cls, pieces: Sequence[Piece]) -> Piece:
-        """Pieces of one choice, at least one, in their order as one."""
-        logprobs = [p.logprobs for p in pieces if p.logprobs is not None]
+    def joined(cls, deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
+        """Return consecutive deltas of one choice, at least one, as one."""
+        logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
         return cls(
-            pieces[0].index,
-            "".join(p.text for p in pieces),
-            sum(p.tokens for p in pieces),
+            deltas[0].index,
+            "".join(delta.text for delta in deltas),
+            sum(delta.tokens for delta in deltas),
             Logprobs.joined(logprobs) if logprobs else None,
-            pieces[-1].finish_reason,
+            deltas[-1].finish_reason,
         )
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The last event of a job that cannot be served (no `Started` came before) or finished."""
+    """The last event of a request that cannot be served (then without `Started`) or not be finished."""
 
     status: int
     message: str
@@ -112,4 +116,4 @@ class Failure:
     param: str | None = None
 
 
-Event = Started | list[Piece] | Failure
+Event = Started | list[ChoiceDelta] | Failure

@@ -1,0 +1,72 @@
+"""The tests' model, and short ways to ask it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import openai
+import torch
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.completion import Completion
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.llama import Llama
+from llama_ray.pretrained import save_pretrained
+
+TEXTS = [
+    "def add(a, b):\n    return a + b\n",
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
+]
+EMOJI = "🙂"
+MAX_SEQ_LEN = 4096
+MAX_QUEUED = 32
+"""Requests that wait for the served replica, beside the 16 that it works on."""
+
+
+def save_model(directory: Path) -> None:
+    """Save a random model; after an emoji, which is four tokens, it always writes another emoji."""
+    tokenizer = Tokenizer.train(iter(TEXTS * 5), 320)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=96,
+        max_seq_len=MAX_SEQ_LEN,
+    )
+    model = Llama(config, seed=1)
+    _chain(model, tokenizer.encode(EMOJI))
+    save_pretrained(model, tokenizer, directory)
+
+
+@torch.no_grad()
+def _chain(model: Llama, tokens: list[int]) -> None:
+    """Let each of four tokens be followed by the next one, and the last by the first."""
+    assert len(tokens) == 4
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(6)
+    # The last four dimensions of the hidden state say which of the tokens was read; no layer writes to them.
+    model.embed_tokens.weight[:, -4:] = 0
+    model.lm_head.weight[:, -4:] = 0
+    for layer in model.layers:
+        layer.self_attn.o_proj.weight[-4:] = 0
+        layer.mlp.down_proj.weight[-4:] = 0
+    for i, token in enumerate(tokens):
+        model.embed_tokens.weight[token, i - 4] = 100
+        model.lm_head.weight[tokens[(i + 1) % 4], i - 4] = 100
+
+
+def expected(engine: Engine, prompt: str, **params: object) -> list[Completion]:
+    """What the engine answers without HTTP."""
+    return engine.generate([prompt], SamplingParams(**params))  # type: ignore[arg-type]
+
+
+def stream_text(client: openai.OpenAI, prompt: str, **params: object) -> str:
+    """The text that a streamed request joins to."""
+    chunks = client.completions.create(model="tiny", prompt=prompt, stream=True, **params)  # type: ignore[call-overload]
+    return "".join(chunk.choices[0].text for chunk in chunks)

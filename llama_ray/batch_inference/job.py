@@ -138,7 +138,7 @@ class BatchJob:
         )
         counts = Counts()
         for result in answer_partitions(
-            partitions, size, replica_config, config.max_num_seqs, self._registry_environment()
+            partitions, size, replica_config, config.engine.max_num_seqs, self._registry_environment()
         ):
             counts += result
             on_progress(counts)

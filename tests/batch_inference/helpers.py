@@ -13,6 +13,7 @@ from llama_ray.batch_inference.job import BatchJob
 from llama_ray.batch_inference.partition_file import Counts
 from llama_ray.batch_inference.rows import row_seed
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
 
 SEED = 1
@@ -31,8 +32,10 @@ def read_rows(file: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
 
 
-def config(checkpoint: Path, source: Path | str, output: Path | str, **options: Any) -> BatchConfig:
-    defaults = {"params": PARAMS, "seed": SEED}
+def config(
+    checkpoint: Path, source: Path | str, output: Path | str, max_num_seqs: int = 64, **options: Any
+) -> BatchConfig:
+    defaults = {"params": PARAMS, "seed": SEED, "engine": EngineOptions(max_num_seqs=max_num_seqs)}
     return BatchConfig(str(checkpoint), str(source), str(output), **(defaults | options))
 
 

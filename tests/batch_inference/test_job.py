@@ -289,7 +289,7 @@ def test_a_location_that_cannot_be_written_is_refused(
     ],
 )
 def test_a_bad_option_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(BatchError, match=message):
+    with pytest.raises(ValueError, match=message):
         config(Path("c"), "i", "o", **options)
 
 

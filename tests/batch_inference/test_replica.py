@@ -34,7 +34,7 @@ class CrashingEngine(Engine):
         super().__init__(*arguments, **options)
         type(self).loads += 1
 
-    def submit(self, prompt: Prompt, sampling_sampling_params: SamplingParams | None = None) -> int:
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         if POISON in prompt:
             self.steps_left = 2
         return super().submit(prompt, sampling_params)

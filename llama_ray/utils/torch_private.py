@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -113,3 +114,33 @@ def reduce_scatter_op() -> Any:
     Without it, selective activation checkpointing repeats communication in the backward pass.
     """
     return torch.ops._c10d_functional.reduce_scatter_tensor.default
+
+
+def gloo_group(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    """Make a process group on the loopback device, apart from torch's default group.
+
+    Without it, tensor-parallel generation cannot run on a CPU.
+    """
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def nccl_group(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    """Make a process group between GPUs, apart from torch's default group.
+
+    Without it, tensor-parallel generation cannot run on GPUs.
+    """
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def all_gather_base(group: Any, output: Tensor, part: Tensor) -> Any:
+    """Start to gather `part` of every rank in `output`, in a group of `gloo_group` or `nccl_group`.
+
+    Without it, tensor-parallel generation cannot sum in one order. torch's public functions take only groups that were
+    made by `new_group`, which needs the default group.
+    """
+    return group._allgather_base(output, part)

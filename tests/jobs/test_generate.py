@@ -140,7 +140,7 @@ def test_ends_cleanly_in_the_middle(checkpoint: Path, end: str) -> None:
         ),
         (["--json_schema", "{"], "--json_schema is '{'; give a JSON object"),
         (["--regex", "("], "regex"),
-        (["--tensor_parallel", "2"], "tensor_parallel is 2, which does not divide the model's vocab_size"),
+        (["--tensor_parallel", "2"], "tensor_parallel is 2; it must divide the model's vocab_size"),
         (["--draft_model", "nowhere"], "nowhere"),
         (["--draft_model", ".", "--prompt_lookup"], "prompt_lookup is on; choose one of them"),
         (["--min_tokens", "200"], "min_tokens is 200; it must be 0 (off) to max_tokens, 100"),

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +143,29 @@ def test_tensor_parallelism_ends_with_the_known_reduce_scatter() -> None:
         partial = DTensor.from_local(torch.ones(4), mesh, [torch.distributed.tensor.Partial()])
         partial.redistribute(mesh, [Shard(0)])
         assert torch_private.reduce_scatter_op() in [func for func, *_ in operations.calls]
+
+
+def test_a_gloo_group_gathers_without_a_default_group(tmp_path: Path) -> None:
+    with needed_for("tensor-parallel generation on a CPU"):
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        group = torch_private.gloo_group(store, 0, 1, timedelta(seconds=60))
+        gathered = torch.zeros(3, dtype=torch.uint8)
+        torch_private.all_gather_base(group, gathered, torch.arange(3, dtype=torch.uint8)).wait()
+        assert gathered.tolist() == [0, 1, 2]
+        group.abort()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
+def test_an_nccl_group_gathers_without_a_default_group(tmp_path: Path) -> None:
+    with needed_for("tensor-parallel generation on GPUs"):
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        group = torch_private.nccl_group(store, 0, 1, timedelta(seconds=60))
+        gathered = torch.zeros(3, dtype=torch.uint8, device="cuda")
+        torch_private.all_gather_base(
+            group, gathered, torch.arange(3, dtype=torch.uint8, device="cuda")
+        ).wait()
+        assert gathered.tolist() == [0, 1, 2]
+        group.abort()
 
 
 def test_importing_the_module_does_not_import_what_takes_seconds() -> None:

@@ -1,1 +1,1 @@
-"""One model over several ranks: the processes, their collectives, and each rank's share of the weights."""
+"""Tensor parallelism: one model on several ranks, with their processes, collectives and shares of the weights."""

@@ -1,4 +1,4 @@
-"""A model that lies on several ranks: this process, which has the engine, and its workers."""
+"""A model that is divided between ranks: this process, which runs the engine, and its workers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.backend import Backend
 from llama_ray.generation.kv_cache import count_blocks
-from llama_ray.generation.parallel.division import check_ranks, rank_device, share
+from llama_ray.generation.parallel.calls import Connect, CountBlocks, Load, Reserve
+from llama_ray.generation.parallel.division import check_ranks, rank_device, rank_slicer
 from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import TensorParallelRunner
 from llama_ray.generation.parallel.worker import prepare_share
-from llama_ray.generation.parallel.workers import Workers, checked
+from llama_ray.generation.parallel.workers import Workers
 from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.runner import RunnerError
 from llama_ray.model.checkpoint import load_config
@@ -22,10 +23,10 @@ from llama_ray.pretrained import load_pretrained
 
 
 class ShardedModel:
-    """A model that is loaded on several ranks: this process is rank 0, the others are `workers`.
+    """A checkpoint loaded on `size` ranks: this process is rank 0, with `backend`; the others are workers.
 
-    `directory` is a checkpoint; each rank reads its share of it, no more. Raises ValueError for a checkpoint that
-    cannot be read, or not be divided so, and RunnerError where a worker fails to start.
+    Each rank reads only its share of the checkpoint. Raises ValueError for a checkpoint that cannot be read or divided,
+    and RunnerError if a worker fails to start.
     """
 
     def __init__(
@@ -37,27 +38,23 @@ class ShardedModel:
         batch_invariant: bool,
         size: int,
     ) -> None:
-        kind = torch.device(device).type
-        config = load_config(directory)
-        check_ranks(config, size, torch.device(device))
+        device_type = torch.device(device).type
+        check_ranks(load_config(directory), size, torch.device(device))
         self.backend: Backend
         self.tokenizer: Tokenizer | None
         self.size = size
         self._workers = Workers(size)
         try:
             form = (quantization, batch_invariant)
-            self._workers.ask("load", directory, dtype, kind, *form)
-            first = rank_device(kind, 0)
-            model, self.tokenizer = load_pretrained(directory, dtype, first, share(0, size))
+            loading = self._workers.ask(Load(directory, dtype, device_type, *form))
+            own_device = rank_device(device_type, 0)
+            model, self.tokenizer = load_pretrained(directory, dtype, own_device, rank_slicer(0, size))
             self.backend = prepare_share(model, *form, 0, size)
-            self.weight_bytes = self.backend.weight_bytes + sum(checked(self._workers.answers()))
-            with tempfile.TemporaryDirectory() as meeting_place:
-                self._workers.ask("connect", meeting_place)
-                self._ranks = Ranks(meeting_place, 0, size, first)
-                checked(self._workers.answers())
+            self.weight_bytes = self.backend.weight_bytes + sum(loading.results())
+            self._ranks = self._meet(own_device)
             self._workers.connect(self._ranks)
-        except RunnerError as e:
-            raise self._workers.lost(str(e)) from e
+        except RunnerError as error:
+            raise self._workers.lost(str(error)) from error
         except BaseException:
             self._workers.close()
             raise
@@ -65,22 +62,26 @@ class ShardedModel:
     def count_blocks(
         self, bytes_per_block: int, max_num_seqs: int, max_seq_len: int, memory_bytes: int | None
     ) -> int:
-        """`kv_cache.count_blocks` of the rank with the least room; `bytes_per_block` are those of rank 0."""
+        """Return `kv_cache.count_blocks` of the rank with the least memory; `bytes_per_block` are those of rank 0."""
         limits = (max_num_seqs, max_seq_len)
-        backend = self.backend
-        own = count_blocks(
-            bytes_per_block, backend.block_size, *limits, backend.device, memory_bytes, self.size
-        )
-        others: list[int] = self._workers.call("count_blocks", *limits, memory_bytes)
-        return min(own, *others)
+        block_size, device = self.backend.block_size, self.backend.device
+        own = count_blocks(bytes_per_block, block_size, *limits, device, memory_bytes, self.size)
+        return min(own, *self._workers.ask(CountBlocks(*limits, memory_bytes)).results())
 
-    def runner(self, blocks: int) -> TensorParallelRunner:
-        """Caches of so many blocks on all ranks, and what runs steps on them."""
-        self._workers.ask("reserve", blocks)
-        runner = TensorParallelRunner(self.backend, blocks, self._ranks, self._workers)
-        checked(self._workers.answers())
+    def runner(self, num_blocks: int) -> TensorParallelRunner:
+        """Allocate caches of `num_blocks` blocks on all ranks; return the runner that uses them."""
+        reserving = self._workers.ask(Reserve(num_blocks))
+        runner = TensorParallelRunner(self.backend, num_blocks, self._ranks, self._workers)
+        reserving.results()
         return runner
 
     def close(self) -> None:
         """End the workers."""
         self._workers.close()
+
+    def _meet(self, device: torch.device) -> Ranks:
+        with tempfile.TemporaryDirectory() as directory:
+            connecting = self._workers.ask(Connect(directory))
+            ranks = Ranks(directory, 0, self.size, device)
+            connecting.results()
+        return ranks

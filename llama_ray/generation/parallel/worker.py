@@ -1,4 +1,4 @@
-"""One rank of a model, in a process of its own, which `workers` started."""
+"""One rank of a model in its own process, which `workers` starts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import select
 import sys
 import threading
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_ray.generation.backend import Backend
-from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.kv_cache import count_blocks
-from llama_ray.generation.parallel.division import cut_tied_head, rank_config, rank_device, share
+from llama_ray.generation.parallel.calls import Call, Connect, CountBlocks, Failure, Load, Reserve, Step
+from llama_ray.generation.parallel.division import cut_tied_head, rank_config, rank_device, rank_slicer
 from llama_ray.generation.parallel.ranks import Ranks
-from llama_ray.generation.parallel.runner import RankRunner, from_host
+from llama_ray.generation.parallel.runner import RankRunner
 from llama_ray.generation.prepare import prepare
 from llama_ray.generation.quantize import Quantization
 from llama_ray.generation.runner import RunnerError
@@ -30,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Worker:
-    """One rank, in its own process; its methods are what rank 0 can ask for."""
+    """Answers the calls of rank 0, which come in the order `Load`, `Connect`, `CountBlocks`, `Reserve`, `Step`s."""
 
     backend: Backend
     ranks: Ranks
@@ -39,75 +38,71 @@ class Worker:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
 
-    def answer(self, method: str, args: tuple[Any, ...]) -> tuple[type[Exception] | None, Any]:
-        """(None, what the method returns), or what to raise on rank 0 and the message."""
+    def answer(self, call: Call[Any]) -> Any:
+        """Return the answer to a call, or a `Failure`."""
         try:
-            return None, getattr(self, method)(*args)
-        except RunnerError as e:  # another rank is the cause; rank 0 will see which
-            return RuntimeError, str(e)
-        except Exception as e:
-            _log.exception("rank %d: %s failed", self.rank, method)
-            return _kind(e), first_line(e)
+            match call:
+                case Load():
+                    return self._load(call)
+                case Connect(directory):
+                    self.ranks = Ranks(directory, self.rank, self.size, self.backend.device)
+                case CountBlocks():
+                    return self._count_blocks(call)
+                case Reserve(num_blocks):
+                    self.runner = RankRunner(self.backend, num_blocks, self.ranks)
+                case Step():
+                    self._step(call)
+                case _:
+                    raise TypeError(f"the call is {type(call).__name__}, which no worker knows")
+        except RunnerError as error:
+            # Another rank is the cause; rank 0 finds out which.
+            return Failure(RuntimeError, str(error))
+        except Exception as error:
+            _log.exception("rank %d: %s failed", self.rank, type(call).__name__)
+            return Failure(_kind(error), first_line(error))
+        return None
 
-    def load(
-        self,
-        directory: Path,
-        dtype: torch.dtype | None,
-        kind: str,
-        quantization: Quantization | None,
-        batch_invariant: bool,
-    ) -> int:
-        """Read this rank's share of the model -> its bytes."""
-        self.device = rank_device(kind, self.rank)
-        if kind == "cuda":
-            torch.cuda.set_device(self.device)
-        model = load_model(directory, dtype, self.device, share(self.rank, self.size))
-        self.backend = prepare_share(model, quantization, batch_invariant, self.rank, self.size)
+    def _load(self, call: Load) -> int:
+        device = rank_device(call.device_type, self.rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        model = load_model(call.directory, call.dtype, device, rank_slicer(self.rank, self.size))
+        self.backend = prepare_share(model, call.quantization, call.batch_invariant, self.rank, self.size)
         return self.backend.weight_bytes
 
-    def connect(self, meeting_place: str) -> None:
-        """Meet the other ranks in a directory."""
-        self.ranks = Ranks(meeting_place, self.rank, self.size, self.device)
-
-    def count_blocks(self, max_num_seqs: int, max_seq_len: int, memory_bytes: int | None) -> int:
-        """`kv_cache.count_blocks` of this rank."""
-        backend, limits = self.backend, (max_num_seqs, max_seq_len)
+    def _count_blocks(self, call: CountBlocks) -> int:
+        backend, limits = self.backend, (call.max_num_seqs, call.max_seq_len)
         return count_blocks(
-            backend.block_bytes, backend.block_size, *limits, self.device, memory_bytes, self.size
+            backend.block_bytes, backend.block_size, *limits, backend.device, call.memory_bytes, self.size
         )
 
-    def reserve(self, blocks: int) -> None:
-        """Make the cache."""
-        self.runner = RankRunner(self.backend, blocks, self.ranks)
-
-    def step(self, batch: StepBatch, copies: list[tuple[int, int]]) -> None:
-        """Compute this rank's part of a step; an error that all ranks have is raised, another ends the process."""
+    def _step(self, call: Step) -> None:
+        """Raise an error after which the ranks are in step; any other error ends the process."""
         try:
-            result = self.runner.compute(from_host(batch), copies)
+            result = self.runner.compute(call.batch, call.copies)
         except RunnerError:
             raise
         except Exception:
             _log.exception("rank %d is out of step and ends", self.rank)
             os._exit(1)
-        if self.device.type == "cuda":
-            # Rank 0 waits for the answer, not for its own GPU, where it could not tell whether a worker is gone.
+        if self.backend.device.type == "cuda":
+            # Rank 0 waits for the answer instead of its own GPU, so that it notices when a worker is gone.
             torch.cuda.current_stream().synchronize()
-        if isinstance(result, Exception):
-            if self.device.type == "cuda":
+        if result.error is not None:
+            if self.backend.device.type == "cuda":
                 torch.cuda.empty_cache()
-            raise result
+            raise result.error
 
 
 def work() -> None:
-    """A worker's whole life; its arguments are the socket, the engine's process, rank, ranks and threads."""
+    """Answer calls until the socket closes; sys.argv: the socket, the engine's process, rank, ranks and threads."""
     descriptor, parent, rank, size, threads = map(int, sys.argv[1:])
     threading.Thread(target=_end_with, args=(descriptor, parent), daemon=True).start()
     torch.set_num_threads(threads)
     connection, worker = Connection(descriptor), Worker(rank, size)
     try:
         while True:
-            method, args = connection.recv()
-            connection.send(worker.answer(method, args))
+            connection.send(worker.answer(connection.recv()))
     except (EOFError, OSError):
         os._exit(0)
 
@@ -122,7 +117,7 @@ def prepare_share(
 
 
 def _kind(error: Exception) -> type[Exception]:
-    """What rank 0 raises for it: the engine looks at whether memory ran out, its user at whose fault it is."""
+    """Return MemoryError, upon which the engine shrinks; ValueError, the caller's mistake; else RuntimeError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return MemoryError
     return ValueError if isinstance(error, ValueError) else RuntimeError
@@ -131,11 +126,12 @@ def _kind(error: Exception) -> type[Exception]:
 def _end_with(descriptor: int, parent: int) -> None:
     """End this process when the engine closes the socket or is gone.
 
-    Not by PR_SET_PDEATHSIG, which comes when the thread that started the worker ends. The parent is looked at too:
-    a process that it forked may hold the socket open.
+    PR_SET_PDEATHSIG would not do: it is sent when the thread that started the worker ends. The parent process is
+    watched too, because a fork of it may hold the socket open.
     """
     poll = select.poll()
-    poll.register(descriptor, 0)  # only hang-ups and errors, which are always told
+    # An empty mask still reports hang-ups and errors.
+    poll.register(descriptor, 0)
     if hasattr(os, "pidfd_open"):
         try:
             poll.register(os.pidfd_open(parent), select.POLLIN)

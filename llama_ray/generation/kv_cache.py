@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ray.generation.batch import StepBatch
-from llama_ray.generation.cpu.memory import Arena
+from llama_ray.generation.huge_pages import Arena
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import Attend
 from llama_ray.utils.integers import ceil_div

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.cpu import abi
-from llama_ray.generation.cpu.memory import Arena
 from llama_ray.generation.cpu.ops import kernels
+from llama_ray.generation.huge_pages import Arena
 from llama_ray.model.config import LlamaConfig
 from llama_ray.utils.integers import ceil_div
 

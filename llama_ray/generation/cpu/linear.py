@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ray.generation.cpu import abi
-from llama_ray.generation.cpu.memory import Arena
 from llama_ray.generation.cpu.ops import kernels
+from llama_ray.generation.huge_pages import Arena
 from llama_ray.generation.quantize import GROUP_SIZE, quantize
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]

@@ -11,7 +11,7 @@ from llama_ray.generation.backend import PostProduct, append_post_product
 from llama_ray.generation.cpu import abi, ops
 from llama_ray.generation.cpu.cache import CpuAttend
 from llama_ray.generation.cpu.linear import Format, PackedLinear, check_format
-from llama_ray.generation.cpu.memory import Arena
+from llama_ray.generation.huge_pages import Arena
 from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import Head

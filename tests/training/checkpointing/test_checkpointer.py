@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained
 from llama_ray.storage import run_directory
 from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint
-from llama_ray.training.checkpointing.checkpointer import Checkpointer, CheckpointResult
+from llama_ray.training.checkpointing.checkpointer import Checkpointer
 from llama_ray.training.checkpointing.progress import Progress, load_progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.loop import train
+from llama_ray.training.observer import Metrics
 from llama_ray.training.optimizers.build import build_optimizer
 from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, growth, in_processes, losses, losses_after
 
@@ -99,10 +101,13 @@ def _train_until_the_disk_is_full(
     config: TrainConfig, model: LlamaConfig, data: Path, run: Path
 ) -> list[str | None]:
     class FillsTheDisk(Recorder):
-        def checkpointed(self, result: CheckpointResult) -> None:
-            super().checkpointed(result)
-            # After the first checkpoint, no file may grow beyond a few bytes.
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        def logged(self, step: int, metrics: Metrics) -> None:
+            super().logged(step, metrics)
+            if step == 5:
+                while run_directory.read_marker(str(run / "step_00000004")) is None:
+                    time.sleep(0.01)
+                # After the first checkpoint, no file may grow beyond a few bytes.
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     recorder = FillsTheDisk()
     with pytest.raises(TrainingError, match=r"checkpoints? .* could not be stored"):

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from llama_ray.generation.cpu.memory import Arena
+from llama_ray.generation.huge_pages import Arena
 
 
 def test_tensors_lie_side_by_side_and_are_zeros() -> None:

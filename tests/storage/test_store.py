@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ray.storage import store
@@ -38,6 +38,7 @@ def test_name_of_gives_the_name_that_was_joined_last(location: str, names: list[
     assert store.name_of(location) == names[-1]
 
 
+@settings(deadline=None, max_examples=30)
 @given(content=st.text(st.characters(exclude_categories=["Cs"])))
 def test_text_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, content: str) -> None:
     file = f"{tmp_path_factory.getbasetemp()}/new/directory/file"

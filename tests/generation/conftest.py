@@ -6,9 +6,8 @@ import pytest
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
-from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from tests.generation.helpers import random_model
+from tests.small_models import random_model, small_config, small_tokenizer
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",
@@ -20,20 +19,12 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(iter(TEXTS * 5), 320)
+    return small_tokenizer(TEXTS, 320)
 
 
 @pytest.fixture(scope="session")
 def model(tokenizer: Tokenizer) -> Llama:
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=96,
-        max_seq_len=160,
-    )
+    config = small_config(tokenizer.vocab_size, hidden_size=48, intermediate_size=96, max_seq_len=160)
     return random_model(config)
 
 

@@ -16,22 +16,9 @@ from llama_ray.generation.sampling.constraints import Constraint
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts
 from llama_ray.generation.sampling.sampler import Sample, Sampler
-from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
 PARAMS = SamplingParams(max_tokens=40, temperature=0.9, top_p=0.95, ignore_eos=True)
-
-
-def random_model(config: LlamaConfig, seed: int = 1) -> Llama:
-    """Return a model with larger weights than training starts from, so that attention matters and logits differ."""
-    model = Llama(config, seed=seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(6)
-            else:
-                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
-    return model
 
 
 def random_prompts(model: Llama, count: int, seed: int = 0, longest: int = 100) -> list[list[int]]:

@@ -16,10 +16,10 @@ from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
-from llama_ray.model.config import LlamaConfig, RopeScaling
+from llama_ray.model.config import RopeScaling
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
-from tests.generation.helpers import random_model
+from tests.small_models import random_model, small_config
 
 PROMPTS = [
     "def",
@@ -52,15 +52,7 @@ SHAPES = {
 def test_greedy_is_transformers_greedy_alone_and_in_a_batch(
     shape: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=48,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=96,
-        max_seq_len=160,
-        **SHAPES[shape],
-    )
+    config = small_config(tokenizer.vocab_size, **{"num_kv_heads": 4, **SHAPES[shape]})
     save_pretrained(random_model(config, seed=3), tokenizer, tmp_path)
     peer: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     # Fewer slots than prompts: sequences join while others are in the middle.

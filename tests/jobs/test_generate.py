@@ -10,31 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.model.config import LlamaConfig
-from llama_ray.model.llama import Llama
-from llama_ray.pretrained import save_pretrained
+from tests.small_models import save_small_model
 
 JOB = Path(__file__).parents[2] / "jobs" / "generate.py"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = Tokenizer.train(iter(["The quick brown fox. 漢字 🙂"] * 5), 300)
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=64,
-        max_seq_len=4096,
-    )
-    save_pretrained(Llama(config), tokenizer, directory)
-    return directory
+    return save_small_model(tmp_path_factory.mktemp("checkpoint"), max_seq_len=4096)
 
 
 def run(

@@ -6,35 +6,20 @@ from typing import Any
 import mlflow.pyfunc
 import pandas as pd
 import pytest
-import torch
 from mlflow.models import Model
 
-from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.model.config import LlamaConfig
-from llama_ray.model.llama import Llama
 from llama_ray.orchestration import pyfunc_model
-from llama_ray.pretrained import save_pretrained
 from llama_ray.tracking.package import write_model
+from tests.small_models import save_small_model
 
 PROMPTS = ["The quick", "fox 🙂"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = Tokenizer.train(iter(["The quick brown fox 🙂"] * 5), 300)
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=64,
-        max_seq_len=128,
-    )
-    save_pretrained(Llama(config, dtype=torch.float32), tokenizer, directory)
-    return directory
+    return save_small_model(tmp_path_factory.mktemp("checkpoint"), max_seq_len=128)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ from pathlib import Path
 import openai
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
+from tests.small_models import small_config, small_tokenizer
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",
@@ -28,16 +27,8 @@ MAX_QUEUED = 32
 
 def save_model(directory: Path) -> None:
     """Save a random model; after an emoji, which is four tokens, it always writes another emoji."""
-    tokenizer = Tokenizer.train(iter(TEXTS * 5), 320)
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=96,
-        max_seq_len=MAX_SEQ_LEN,
-    )
+    tokenizer = small_tokenizer(TEXTS, 320)
+    config = small_config(tokenizer.vocab_size, hidden_size=48, intermediate_size=96, max_seq_len=MAX_SEQ_LEN)
     model = Llama(config, seed=1)
     _chain(model, tokenizer.encode(EMOJI))
     save_pretrained(model, tokenizer, directory)

@@ -32,7 +32,7 @@ from llama_ray.model.checkpoint import load_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
-from tests.generation.helpers import random_model
+from tests.small_models import random_model
 
 PROMPTS = [
     "def",

@@ -14,7 +14,8 @@ from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer
 from llama_ray.model.llama import Llama
-from tests.generation.helpers import random_model, random_prompts, run_together
+from tests.generation.helpers import random_prompts, run_together
+from tests.small_models import random_model
 
 GREEDY = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from types import FrameType
 from typing import TypeVar
 
@@ -75,14 +75,21 @@ def until_signal(work: Callable[[], T], stop: Callable[[], None]) -> T:
         stop()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    pool = ThreadPoolExecutor(1, thread_name_prefix="fit")
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
     try:
-        future = pool.submit(work)
+        # A daemon, unlike a thread of an executor: the second signal ends the process without waiting for the work.
+        threading.Thread(target=run, name="fit", daemon=True).start()
         while not future.done():
-            wait([future], timeout=0.5)  # in short turns: a handler runs between them
+            wait([future], timeout=0.5)  # In short turns, because handlers run between them.
         return future.result()
     finally:
-        pool.shutdown(wait=False)
         for number, handler in before.items():
             signal.signal(number, handler)
 

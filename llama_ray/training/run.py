@@ -142,7 +142,7 @@ class TrainingRun:
         loss = self.stepper.validate(batches)
         self.progress.validation_loss = loss
         metrics = {"loss/validation": loss, "validation/perplexity": perplexity(loss)}
-        self.observer.validated(step, metrics, gather_model(self.stepper.model, self.config))
+        self.observer.validated(step, metrics, gather_model(self.stepper.model))
 
     def _save(self) -> None:
         self.progress.loader = self.loader.state_dict()

@@ -53,7 +53,7 @@ def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 
         result = stepper.step(batches)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
-    plain = gather_model(replica, settings)
+    plain = gather_model(replica)
     assert plain is not None
     weights = {n: p.numpy() for n, p in plain.named_parameters()}
     return {"losses": losses, "norms": norms, "weights": weights, "exchanges": exchanges}

@@ -23,7 +23,7 @@ from llama_ray.training.parallel.tensor_parallel import apply_tensor_parallel
 from llama_ray.training.precision import DTYPES
 
 GATHER_LIMIT_BYTES = 1024**3
-"""The largest sharded model, in fp32, that `gather_model` gathers on one worker."""
+"""Default size of the largest sharded model that `gather_model` gathers on one worker."""
 
 
 def parallelize(
@@ -100,17 +100,17 @@ def micro_step(model: nn.Module, *, last: bool) -> Iterator[None]:
     yield
 
 
-def gather_model(model: nn.Module, config: TrainConfig) -> Llama | None:
+def gather_model(model: nn.Module, *, limit_bytes: int = GATHER_LIMIT_BYTES) -> Llama | None:
     """Return a plain model with the weights of `model`, which `parallelize` returned. Every worker must call it.
 
     If the model is not sharded, every worker gets one that shares its weights. If it is sharded, the first worker gets
-    a copy in host memory, and the others None; above GATHER_LIMIT_BYTES the first worker gets None as well.
+    a copy in host memory and the others None; above `limit_bytes` in fp32 the first one gets None as well.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     assert isinstance(inner, Llama)
     plain = Llama(inner.config, device="meta")
     if any(isinstance(p, DTensor) for p in inner.parameters()):
-        if 4 * inner.config.num_parameters() > GATHER_LIMIT_BYTES:
+        if 4 * inner.config.num_parameters() > limit_bytes:
             return None
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(inner, options=options)

@@ -1,12 +1,17 @@
-"""The same seed and data give the same run, however model and data are divided over the workers."""
+"""The same seed and data give the same run, however the model and the data are divided over the workers."""
 
 from __future__ import annotations
 
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -15,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-import llama_ray.training.parallel.parallelize as parallelize_module
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
@@ -27,177 +31,285 @@ from llama_ray.training.step import Stepper
 from tests.training.helpers import in_processes
 
 CPU = torch.device("cpu")
-STEPS, SEQUENCES, MICRO_STEPS = 5, 8, 2
-LOSS_TOLERANCE = 1e-4
-"""Nats per token in fp32, after five steps at a high rate; what is seen is below 2e-5."""
+STEPS, SEQUENCES, MICRO_STEPS, LENGTH = 5, 8, 2, 32
+FP32_TOLERANCE = 1e-4
+"""Nats per token after five steps at a high rate; differences that were seen are below 2e-5."""
 BF16_TOLERANCE = 2e-3
-"""The same where products, or Muon's iterations, are in bf16."""
+"""The same where matrix products, or the iterations of Muon, are in bf16."""
 
 Settings = dict[str, Any]
-DDP, FSDP, HSDP = {"parallelism": "ddp"}, {"parallelism": "fsdp"}, {"parallelism": "hsdp", "fsdp_size": 2}
+DDP: Settings = {"parallelism": "ddp"}
+FSDP: Settings = {"parallelism": "fsdp"}
+HSDP: Settings = {"parallelism": "hsdp", "fsdp_size": 2}
 TP: Settings = {"tensor_parallel": 2}
-MUON, TIED = {"optimizer": "muon"}, {"tie_embeddings": True}
+MUON: Settings = {"optimizer": "muon"}
+TIED: Settings = {"tie_embeddings": True}
+BF16: Settings = {"precision": "bf16"}
+Z_LOSS: Settings = {"z_loss": 1e-2}
+SELECTIVE: Settings = {"activation_checkpointing": "selective"}
+FULL: Settings = {"activation_checkpointing": "full"}
 
-BF16 = {"precision": "bf16"}
+# What changes the numbers, unlike a layout; each is run on one worker to compare with.
+METHODS: dict[str, Settings] = {"adamw": {}, "muon": MUON, "tied": TIED, "z-loss": Z_LOSS, "bf16": BF16}
 
-ON_ONE: list[Settings] = [{}, MUON, TIED, {"z_loss": 1e-2}, BF16]
-ON_TWO: list[Settings] = [
-    DDP,
-    FSDP,
-    TP,
-    *({**FSDP, "activation_checkpointing": mode} for mode in ("selective", "full")),
-    *({**layout, **MUON} for layout in (DDP, FSDP, TP)),
-    *({**layout, **TIED} for layout in (FSDP, TP)),
-    {**TP, "z_loss": 1e-2},
-    *({**layout, **BF16} for layout in (FSDP, TP)),
-    {**TP, "compile": True, "activation_checkpointing": "selective"},
-]
-ON_FOUR: list[Settings] = [FSDP, HSDP, {**FSDP, **TP}, {**FSDP, **TP, **MUON}]
+LAYOUTS: dict[str, tuple[int, Settings]] = {
+    "ddp": (2, DDP),
+    "fsdp": (2, FSDP),
+    "tp": (2, TP),
+    "fsdp-selective": (2, {**FSDP, **SELECTIVE}),
+    "fsdp-full": (2, {**FSDP, **FULL}),
+    "ddp-muon": (2, {**DDP, **MUON}),
+    "fsdp-muon": (2, {**FSDP, **MUON}),
+    "tp-muon": (2, {**TP, **MUON}),
+    "fsdp-tied": (2, {**FSDP, **TIED}),
+    "tp-tied": (2, {**TP, **TIED}),
+    "tp-z-loss": (2, {**TP, **Z_LOSS}),
+    "fsdp-bf16": (2, {**FSDP, **BF16}),
+    "tp-bf16": (2, {**TP, **BF16}),
+    "tp-compiled-selective": (2, {**TP, **SELECTIVE, "compile": True}),
+    "fsdp-on-4": (4, FSDP),
+    "hsdp-on-4": (4, HSDP),
+    "fsdp-tp-on-4": (4, {**FSDP, **TP}),
+    "fsdp-tp-muon-on-4": (4, {**FSDP, **TP, **MUON}),
+}
+SHARDED = [name for name, (_, settings) in LAYOUTS.items() if settings.get("parallelism") != "ddp"]
 
 
-def run_all(many: list[Settings]) -> list[dict[str, Any]]:
-    """One process group is used for several runs, since starting one takes longer than a run."""
-    return [run(settings) for settings in many]
+@dataclass(frozen=True)
+class Run:
+    """What one worker saw of a run."""
+
+    losses: list[float]
+    norms: list[float]
+    validation: float
+    first_weights: dict[str, np.ndarray]
+    """Of the gathered model; empty on a worker that gets none."""
+    last_weights: dict[str, np.ndarray]
+    held_elements: int
+    """Number of parameters that this worker holds."""
+    skips_a_nan: bool
+    """Whether a step is skipped, and changes nothing, if the gradient of one worker alone is not finite."""
+    restores_the_optimizer: bool
+    """Whether the optimizer's state is the same after a round trip through torch's distributed state dicts."""
+    gathers_above_the_limit: bool
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    told = dict(settings)
-    shape = LlamaConfig.preset("llama-tiny", max_seq_len=32, tie_embeddings=told.pop("tie_embeddings", False))
-    config = TrainConfig(
-        **{"precision": "fp32", "learning_rate": 3e-3, "max_grad_norm": 0.5, "seed": 1, "seq_len": 32, **told}
-    )
-    layout = choose_layout(shape, config, world_size()).with_mesh(CPU)
-    if config.compile:
-        # Tracing and autograd, where layouts differ, without a minute of the C++ compiler.
-        torch.compile = partial(torch.compile, backend="aot_eager")
-    model = parallelize(Llama(shape, device="meta"), config, layout, CPU, compile_blocks=bool(config.compile))
-    start = gather_model(model, config)
-    start_weights = {n: p.clone().numpy() for n, p in start.named_parameters()} if start else {}
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    optimizer = build_optimizer(model, config)
-    stepper = Stepper(model, optimizer, config, device=CPU, layout=layout)
-
-    generator = torch.Generator().manual_seed(0)
-    losses, norms = [], []
-    share = SEQUENCES // layout.data_world
-    for _ in range(STEPS):
-        tokens = torch.randint(0, shape.vocab_size, (SEQUENCES, 33), generator=generator)
-        tokens[:, ::2] = 7  # something to learn
-        inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-        targets[inputs % 5 == 0] = -100  # workers have unequal numbers of targets
-        mine = slice(layout.data_rank * share, (layout.data_rank + 1) * share)
-        size = max(share // MICRO_STEPS, 1)
-        result = stepper.step(list(zip(inputs[mine].split(size), targets[mine].split(size), strict=True)))
-        losses.append(result.loss.item())
-        norms.append(result.grad_norm.item())
-
-    # Workers have unequal shares of the validation batches; all tensor-parallel peers have the same.
-    pieces = list(zip(inputs.split(3), targets.split(3), strict=True))
-    validation = stepper.validate(pieces[layout.data_rank :: layout.data_world])
-    end = gather_model(model, config)
-    return {
-        "losses": losses,
-        "norms": norms,
-        "validation": validation,
-        "start": start_weights,
-        "end": {n: p.clone().numpy() for n, p in end.named_parameters()} if end else {},
-        "local_elements": sum(p.numel() for p in local),
-        "skip": skip(stepper, inputs[mine], targets[mine]),
-        "restored": restored(stepper),
-        "gathers_too_much": gathers_too_much(stepper),
+def run(settings: Settings) -> Run:
+    """Train with `settings` in this process group, or alone."""
+    settings = dict(settings)
+    tied = settings.pop("tie_embeddings", False)
+    shape = LlamaConfig.preset("llama-tiny", max_seq_len=LENGTH, tie_embeddings=tied)
+    defaults = {
+        "precision": "fp32",
+        "learning_rate": 3e-3,
+        "max_grad_norm": 0.5,
+        "seed": 1,
+        "seq_len": LENGTH,
     }
+    config = TrainConfig(**{**defaults, **settings})
+    layout = choose_layout(shape, config, world_size()).with_mesh(CPU)
+    with compiling_without_cpp() if config.compile else nullcontext():
+        model = parallelize(
+            Llama(shape, device="meta"), config, layout, CPU, compile_blocks=bool(config.compile)
+        )
+    stepper = Stepper(model, build_optimizer(model, config), config, device=CPU, layout=layout)
+    first_weights = weights(gather_model(model))
+
+    share = SEQUENCES // layout.data_world
+    own = slice(layout.data_rank * share, (layout.data_rank + 1) * share)
+    results = []
+    for inputs, targets in global_batches(shape.vocab_size):
+        micro_batch = max(share // MICRO_STEPS, 1)
+        micro_batches = zip(inputs[own].split(micro_batch), targets[own].split(micro_batch), strict=True)
+        results.append(stepper.step(list(micro_batches)))
+
+    # Workers have unequal shares of these batches; all tensor-parallel peers have the same.
+    validation = list(zip(inputs.split(3), targets.split(3), strict=True))
+    return Run(
+        losses=[result.loss.item() for result in results],
+        norms=[result.grad_norm.item() for result in results],
+        validation=stepper.validate(validation[layout.data_rank :: layout.data_world]),
+        first_weights=first_weights,
+        last_weights=weights(gather_model(model)),
+        held_elements=sum(local(p).numel() for p in model.parameters()),
+        skips_a_nan=skips_a_nan(stepper, inputs[own], targets[own]),
+        restores_the_optimizer=restores_the_optimizer(stepper),
+        gathers_above_the_limit=gather_model(model, limit_bytes=1000) is not None,
+    )
 
 
-def skip(stepper: Stepper, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[bool, bool]:
-    """(skipped, nothing changed) of a step in which the gradient of one worker alone is not finite."""
-    before = [t.clone() for t in tensors_of(stepper)]
+def compiling_without_cpp() -> AbstractContextManager[Any]:
+    """Compile by tracing and autograd, where layouts differ, but without a minute of the C++ compiler."""
+    return patch("torch.compile", partial(torch.compile, backend="aot_eager"))
+
+
+def global_batches(vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+    """Return inputs and targets that can be learned and of which workers have unequal numbers of targets."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(STEPS):
+        tokens = torch.randint(0, vocab_size, (SEQUENCES, LENGTH + 1), generator=generator)
+        tokens[:, ::2] = 7
+        inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+        targets[inputs % 5 == 0] = -100
+        batches.append((inputs, targets))
+    return batches
+
+
+def weights(model: Llama | None) -> dict[str, np.ndarray]:
+    return {n: p.clone().numpy() for n, p in model.named_parameters()} if model else {}
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_state(stepper: Stepper) -> list[Tensor]:
+    """Return this worker's shards of weights and optimizer state."""
+    tensors: list[Tensor] = []
+    for parameter in stepper.model.parameters():
+        state = stepper.optimizer.state[parameter]
+        tensors += [parameter, *(state[key] for key in sorted(state))]
+    return [local(tensor) for tensor in tensors]
+
+
+def is_unchanged(stepper: Stepper, before: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(held_state(stepper), before, strict=True))
+
+
+def skips_a_nan(stepper: Stepper, inputs: Tensor, targets: Tensor) -> bool:
+    before = [tensor.clone() for tensor in held_state(stepper)]
     hook = None
     if rank() == world_size() - 1:
-        inner = stepper.model.module if hasattr(stepper.model, "module") else stepper.model
-        hook = inner.layers[0].mlp.register_forward_hook(lambda module, args, out: out * float("nan"))
+        model = stepper.model.module if hasattr(stepper.model, "module") else stepper.model
+        hook = model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * float("nan"))
     skipped = bool(stepper.step([(inputs, targets)]).skipped)
     if hook:
         hook.remove()
-    return skipped, all(torch.equal(a, b) for a, b in zip(tensors_of(stepper), before, strict=True))
+    return skipped and is_unchanged(stepper, before)
 
 
-def gathers_too_much(stepper: Stepper) -> bool:
-    """Whether a sharded model above the limit is put together all the same."""
-    limit, parallelize_module.GATHER_LIMIT_BYTES = parallelize_module.GATHER_LIMIT_BYTES, 1000
-    try:
-        return stepper.layout.sharded and gather_model(stepper.model, stepper.config) is not None
-    finally:
-        parallelize_module.GATHER_LIMIT_BYTES = limit
-
-
-def tensors_of(stepper: Stepper) -> list[torch.Tensor]:
-    """This worker's part of weights and optimizer state."""
-    found: list[torch.Tensor] = []
-    for parameter in stepper.model.parameters():
-        state = stepper.optimizer.state[parameter]
-        found += [parameter, *(state[key] for key in sorted(state))]
-    return [t.to_local() if isinstance(t, DTensor) else t for t in found]
-
-
-def restored(stepper: Stepper) -> bool:
-    """Whether the optimizer's state goes through torch's distributed state dicts and back."""
+def restores_the_optimizer(stepper: Stepper) -> bool:
     options = StateDictOptions()
     assert get_model_state_dict(stepper.model, options=options)
     state = get_optimizer_state_dict(stepper.model, stepper.optimizer, options=options)
-    before = [t.clone() for t in tensors_of(stepper)]
-    fresh = build_optimizer(stepper.model, stepper.config)
-    set_optimizer_state_dict(stepper.model, fresh, state, options=options)
-    stepper.optimizer = fresh
-    return all(torch.equal(a, b) for a, b in zip(tensors_of(stepper), before, strict=True))
+    before = [tensor.clone() for tensor in held_state(stepper)]
+    stepper.optimizer = build_optimizer(stepper.model, stepper.config)
+    set_optimizer_state_dict(stepper.model, stepper.optimizer, state, options=options)
+    return is_unchanged(stepper, before)
 
 
-@pytest.fixture(scope="module")
-def alone() -> list[dict[str, Any]]:
-    return run_all(ON_ONE)
+def run_all(settings: list[Settings]) -> list[Run]:
+    return [run(each) for each in settings]
 
 
-def counterpart(settings: Settings, alone: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run on one worker that has the same model and optimizer."""
-    matters = {
-        k: v for k, v in settings.items() if k in ("optimizer", "tie_embeddings", "z_loss", "precision")
-    }
-    return alone[ON_ONE.index(matters)]
+@cache
+def runs_by_rank(workers: int) -> dict[str, list[Run]]:
+    """Train in all layouts of `workers` workers; starting a process group takes longer than a run, so one is enough."""
+    names = [name for name, (size, _) in LAYOUTS.items() if size == workers]
+    by_rank = in_processes(workers, run_all, [LAYOUTS[name][1] for name in names])
+    return {name: [runs[i] for runs in by_rank] for i, name in enumerate(names)}
 
 
-@pytest.mark.parametrize(("workers", "many"), [(2, ON_TWO), (4, ON_FOUR)], ids=["two", "four"])
-def test_every_layout_takes_the_same_steps(
-    workers: int, many: list[Settings], alone: list[dict[str, Any]]
-) -> None:
-    by_rank = in_processes(workers, run_all, many)
-    for i, settings in enumerate(many):
-        one = counterpart(settings, alone)
-        tolerance = BF16_TOLERANCE if settings.keys() & {"optimizer", "precision"} else LOSS_TOLERANCE
-        for results in by_rank:
-            ours = results[i]
-            assert ours["losses"] == pytest.approx(one["losses"], abs=tolerance), settings
-            assert ours["norms"] == pytest.approx(one["norms"], rel=10 * tolerance), settings
-            assert ours["validation"] == pytest.approx(one["validation"], abs=tolerance), settings
-            assert ours["skip"] == (True, True), settings
-            assert ours["restored"], settings
-            assert not ours["gathers_too_much"], settings
-            assert ours["losses"] == by_rank[0][i]["losses"], settings
-            assert ours["norms"] == by_rank[0][i]["norms"], settings
-            # No worker holds more than its share; the norms are too small to be split evenly.
-            whole = one["local_elements"]
-            share = workers if settings.get("parallelism", "fsdp") == "fsdp" else 2
-            if settings.get("parallelism") != "ddp":
-                assert ours["local_elements"] < 1.01 * whole / share, settings
-        gathered = by_rank[0][i]
-        assert gathered["start"].keys() == one["start"].keys()
-        for name, weight in one["start"].items():
-            assert (gathered["start"][name] == weight).all(), (settings, name)
-        if tolerance == LOSS_TOLERANCE:
-            for name, weight in one["end"].items():
-                assert abs(gathered["end"][name] - weight).max() < 2e-4, (settings, name)
+@pytest.fixture
+def parallel(layout: str) -> list[Run]:
+    """The run in `layout`, as each worker saw it."""
+    return runs_by_rank(LAYOUTS[layout][0])[layout]
 
 
-def test_one_worker_learns_skips_and_restores(alone: list[dict[str, Any]]) -> None:
-    for result in alone:
-        assert result["losses"][-1] < result["losses"][0] - 0.2
-        assert result["skip"] == (True, True)
-        assert result["restored"]
+@cache
+def run_alone(method: str) -> Run:
+    return run(METHODS[method])
+
+
+@pytest.fixture
+def alone(layout: str) -> Run:
+    """The run on one worker with the same model and optimizer."""
+    return run_alone(method_of(layout))
+
+
+def method_of(layout: str) -> str:
+    settings = LAYOUTS[layout][1]
+    [method] = [
+        name for name, method in METHODS.items() if method and method.items() <= settings.items()
+    ] or ["adamw"]
+    return method
+
+
+def tolerance(layout: str) -> float:
+    return BF16_TOLERANCE if method_of(layout) in ("muon", "bf16") else FP32_TOLERANCE
+
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@every_layout
+def test_losses_are_those_of_one_worker(layout: str, parallel: list[Run], alone: Run) -> None:
+    for seen in parallel:
+        assert seen.losses == pytest.approx(alone.losses, abs=tolerance(layout))
+
+
+@every_layout
+def test_gradient_norms_are_those_of_one_worker(layout: str, parallel: list[Run], alone: Run) -> None:
+    for seen in parallel:
+        assert seen.norms == pytest.approx(alone.norms, rel=10 * tolerance(layout))
+
+
+@every_layout
+def test_the_validation_loss_is_that_of_one_worker(layout: str, parallel: list[Run], alone: Run) -> None:
+    for seen in parallel:
+        assert seen.validation == pytest.approx(alone.validation, abs=tolerance(layout))
+
+
+@every_layout
+def test_workers_agree_on_losses_and_norms_to_the_bit(parallel: list[Run]) -> None:
+    for seen in parallel:
+        assert (seen.losses, seen.norms) == (parallel[0].losses, parallel[0].norms)
+
+
+@every_layout
+def test_a_gradient_that_is_not_finite_on_one_worker_is_skipped_by_all(parallel: list[Run]) -> None:
+    assert all(seen.skips_a_nan for seen in parallel)
+
+
+@every_layout
+def test_the_optimizer_state_survives_a_checkpoint_of_torch(parallel: list[Run]) -> None:
+    assert all(seen.restores_the_optimizer for seen in parallel)
+
+
+@every_layout
+def test_initial_weights_are_those_of_one_worker_to_the_bit(parallel: list[Run], alone: Run) -> None:
+    gathered = parallel[0].first_weights
+    assert gathered.keys() == alone.first_weights.keys()
+    for name, weight in alone.first_weights.items():
+        assert (gathered[name] == weight).all(), name
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if tolerance(name) == FP32_TOLERANCE])
+def test_final_weights_are_those_of_one_worker(parallel: list[Run], alone: Run) -> None:
+    gathered = parallel[0].last_weights
+    assert gathered.keys() == alone.last_weights.keys()
+    for name, weight in alone.last_weights.items():
+        assert abs(gathered[name] - weight).max() < 2e-4, name
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+def test_no_worker_holds_more_than_its_share(layout: str, parallel: list[Run], alone: Run) -> None:
+    workers, settings = LAYOUTS[layout]
+    shares = workers if settings.get("parallelism", "fsdp") == "fsdp" else 2
+    # Norms are too small to be divided evenly.
+    for seen in parallel:
+        assert seen.held_elements < 1.01 * alone.held_elements / shares
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+def test_a_sharded_model_above_the_limit_is_not_gathered(parallel: list[Run]) -> None:
+    assert not any(seen.gathers_above_the_limit for seen in parallel)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_worker_learns_skips_and_restores(method: str) -> None:
+    seen = run_alone(method)
+    assert seen.losses[-1] < seen.losses[0] - 0.2
+    assert seen.skips_a_nan
+    assert seen.restores_the_optimizer

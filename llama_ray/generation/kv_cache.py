@@ -1,4 +1,4 @@
-"""Keys and values in blocks, how queries look at them, and how many blocks there are to be."""
+"""The cache of keys and values in blocks, attention over it in plain torch, and the number of blocks to allocate."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from llama_ray.model.layers import Attend
 from llama_ray.utils.integers import ceil_div
 
 GPU_MEMORY_SHARE = 0.9
+"""Share of a GPU's memory that weights and cache take by default."""
 CPU_CACHE_BYTES = 4 * 2**30
-_CPU_SHARE = 0.5  # of the memory that is free, at most
+"""Default size of the cache on a CPU, unless `_CPU_SHARE` of the free memory is less."""
+_CPU_SHARE = 0.5
 
 
 class KVCache(Protocol):
-    """The blocks of one model on one device. Block 0 belongs to nobody."""
+    """The blocks of one model on one device. Block 0 is scratch space, which no sequence owns."""
 
     block_size: int
 
     def attend(self, batch: StepBatch) -> Attend:
-        """Attention for one step: new keys and values go to their slots, then each query looks at its context."""
+        """Return the attention of one step: it writes keys and values to their slots, then attends to each context."""
 
     def copy_block(self, source: int, target: int) -> None:
-        """Copy the keys and values of a block, in all layers."""
+        """Copy the keys and values of a block in all layers."""
 
 
 class TorchCache:
-    """A cache in plain torch, for any device. Keys and values of a layer: [blocks, block_size, kv_heads, head_dim]."""
+    """A cache in plain torch, for any device. Keys and values: [blocks, block_size, kv_heads, head_dim] per layer."""
 
     def __init__(
         self,
@@ -55,11 +57,11 @@ class TorchCache:
 
     @staticmethod
     def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Keys and values of a block in all layers."""
+        """Return the bytes of one block, over all layers."""
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
     def attend(self, batch: StepBatch) -> Attend:
-        """See `KVCache`. Prompts one by one; sequences with one query each together."""
+        """See `KVCache`. Steps with prompts attend one sequence at a time, decoding steps all sequences together."""
         spans = list(pairwise(batch.query_start.tolist()))
         contexts = batch.context_len.tolist()
         single = all(end - start == 1 for start, end in spans)
@@ -84,7 +86,7 @@ class TorchCache:
             tensor[target] = tensor[source]
 
     def _extend(self, layer: int, query: Tensor, table: Tensor, context: int) -> Tensor:
-        """The last queries [1, heads, n, head_dim] of one sequence of `context` tokens."""
+        """Attend with the last queries [1, heads, n, head_dim] of one sequence that has `context` tokens."""
         blocks = table[: ceil_div(context, self.block_size)].long()
         keys, values = (
             t[blocks].flatten(0, 1)[:context].transpose(0, 1)[None]
@@ -97,12 +99,12 @@ class TorchCache:
         return F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=grouped)
 
     def _decode(self, layer: int, query: Tensor, batch: StepBatch) -> Tensor:
-        """One query of each sequence: [1, heads, sequences, head_dim]."""
+        """Attend with one query of each sequence: [1, heads, sequences, head_dim]."""
         table = batch.block_table.long()
         keys, values = (t[table].flatten(1, 2) for t in (self.keys[layer], self.values[layer]))
         sequences, length, kv_heads, dim = keys.shape
         beyond = torch.arange(length, device=query.device) >= batch.context_len[:, None]
-        # What lies beyond the context is somebody else's, and 0 x NaN would still be NaN.
+        # Values beyond the context may belong to another sequence, and 0 x NaN would be NaN.
         values = values.masked_fill(beyond[:, :, None, None], 0)
         q = query[0].transpose(0, 1).reshape(sequences, kv_heads, -1, dim)
         scores = (q @ keys.permute(0, 2, 3, 1)).float() * dim**-0.5
@@ -120,12 +122,12 @@ def count_blocks(
     memory_bytes: int | None,
     processes: int = 1,
 ) -> int:
-    """How many blocks to make, the scratch block included.
+    """Return the number of blocks to allocate, including the scratch block.
 
-    `memory_bytes` None takes what is free of 90% of a GPU's memory, and on a CPU up to 4 GiB or half of what is free;
-    never more than `max_num_seqs` sequences of `max_seq_len` tokens could fill. On a CPU so many `processes` each
-    take as much, and share what is free. Raises ValueError where one such
-    sequence would not fit.
+    By default (`memory_bytes` None) the cache takes the free part of 90% of a GPU's memory; on a CPU 4 GiB, but at most
+    half of the free memory. It is never larger than `max_num_seqs` sequences of `max_seq_len` tokens can fill. On a
+    CPU, `processes` processes allocate as much each and share the free memory. Raises ValueError if one such sequence
+    does not fit.
     """
     per_sequence = ceil_div(max_seq_len, block_size)
     free = free_bytes(device) // (processes if device.type == "cpu" else 1)
@@ -133,7 +135,7 @@ def count_blocks(
         room = memory_bytes
         if room > free:
             raise ValueError(
-                f"kv_cache_memory_bytes is {_gib(room)}, but {_gib(free)} of memory are free on {device}; lower it"
+                f"kv_cache_memory_bytes is {_gib(room)}; {_gib(free)} of memory are free on {device}; lower it"
             )
     elif device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -144,15 +146,15 @@ def count_blocks(
     if blocks < 1 + per_sequence:
         needed = (1 + per_sequence) * bytes_per_block
         raise ValueError(
-            f"a sequence of max_seq_len {max_seq_len} takes {_gib(needed)} of KV cache, and there is room for "
-            f"{_gib(max(room, 0))}; lower max_seq_len"
+            f"max_seq_len is {max_seq_len}; such a sequence takes {_gib(needed)} of KV cache, and there is memory "
+            f"for {_gib(max(room, 0))}; lower max_seq_len"
             + ("" if memory_bytes is None else ", or raise kv_cache_memory_bytes")
         )
     return blocks
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on `device`."""
+    """Return the free memory of `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)

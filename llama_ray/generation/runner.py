@@ -1,4 +1,4 @@
-"""A plan -> tensors -> one forward pass -> logits."""
+"""Turn a step plan into tensors, run one forward pass, and return logits."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from llama_ray.utils.integers import ceil_div
 
 
 class RunnerError(RuntimeError):
-    """The runner cannot go on, whatever it is given to run; the message gives the cause."""
+    """The runner cannot compute any further step; the message gives the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens of one sequence to compute, from position `start` on, in its `blocks`."""
+    """Tokens of one sequence to compute, beginning at position `start`, with the sequence's cache `blocks`."""
 
     start: int
     tokens: list[int]
     blocks: list[int]
     rows: list[int]
-    """Which of the tokens to give logits for, counted from 0; one may be named several times."""
+    """Indices of the tokens to return logits for; an index may occur several times."""
 
 
 @dataclass(frozen=True)
 class StepLogits:
-    """What a step's forward pass says."""
+    """The logits of one step."""
 
     next: Tensor
-    """[rows, vocab_size], in the order of the chunks: one row for a complete one, one for each of its forks, one for
-    each token of its draft."""
+    """[rows, vocab_size], for the next tokens, in the order of the chunks: one row for each complete chunk, each of its
+    forks and each of its draft tokens."""
     prompt: Tensor
-    """[reported, vocab_size]: for prompt tokens whose probability is asked for."""
+    """[reported, vocab_size], for prompt tokens whose probability was requested."""
     reported: list[tuple[SequenceState, int]]
-    """Whose token, and which of its prompt, each row of `prompt` is about."""
+    """For each row of `prompt`: the sequence, and the index in its prompt of the token that the row predicts."""
 
 
 class Runner:
-    """A model and the cache that it reads and fills."""
+    """Runs a model on a cache of keys and values."""
 
     def __init__(self, model: Llama, cache: KVCache) -> None:
         self.model, self.cache = model, cache
@@ -55,7 +55,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
-        """Copy the blocks that the plan says, then compute its chunks."""
+        """Copy blocks and compute chunks as planned."""
         for source, target in plan.copies:
             self.cache.copy_block(source, target)
         spans = [_span(chunk) for chunk in plan.chunks]
@@ -65,14 +65,17 @@ class Runner:
         return StepLogits(logits[:split], logits[split:], reported)
 
     def forward(self, batch: StepBatch) -> Tensor:
-        """Logits [R, vocab_size] of the rows that a batch on the host asks for; keys and values go to the cache."""
+        """Return the logits [R, vocab_size] for a batch in host memory; write its keys and values to the cache."""
         batch = batch.to(self.device)
         hidden = self.model.hidden(batch.tokens[None], batch.positions, self.cache.attend(batch))
         return self.model.head(hidden[0, batch.logit_rows])
 
     def batch(self, spans: list[Span], more_rows: Sequence[int] = ()) -> StepBatch:
-        """All spans, end to end, on the host; logits for the rows of each, in order, then for `more_rows` of it all."""
-        # Plain lists: for the few numbers of a decoding step they take a third of the time of array operations.
+        """Concatenate spans, in host memory.
+
+        `logit_rows` are the rows of each span, in order, followed by `more_rows` of the whole batch.
+        """
+        # For the few numbers of a decoding step, plain lists take a third of the time of array operations.
         size = self.cache.block_size
         tokens, positions, slots = list[int](), list[int](), list[int]()
         rows, query_start, contexts = list[int](), [0], list[int]()
@@ -112,16 +115,16 @@ def _span(chunk: Chunk) -> Span:
 
 
 def _reported(chunks: list[Chunk]) -> tuple[list[int], list[tuple[SequenceState, int]]]:
-    """The rows that tell the probability of a prompt token for those who asked, and which token that is."""
+    """Return the rows whose logits predict a prompt token with a requested probability, and those tokens."""
     rows: list[int] = []
-    about: list[tuple[SequenceState, int]] = []
+    predicted: list[tuple[SequenceState, int]] = []
     start = 0
     for chunk in chunks:
         sequence = chunk.sequence
         if sequence.params.prompt_logprobs is not None and not sequence.output:
             first = sequence.computed
-            known = min(chunk.length, len(sequence.prompt) - 1 - first)
-            rows += range(start, start + known)
-            about += [(sequence, first + i + 1) for i in range(known)]
+            count = min(chunk.length, len(sequence.prompt) - 1 - first)
+            rows += range(start, start + count)
+            predicted += [(sequence, first + i + 1) for i in range(count)]
         start += chunk.length + len(chunk.draft)
-    return rows, about
+    return rows, predicted

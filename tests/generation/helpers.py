@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.quantize import QuantizedWeight
 from llama_ray.generation.sampling.constraints import Constraint
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts
@@ -48,6 +49,12 @@ def run_together(engine: Engine, prompts: list[list[int]], n: int = 1) -> list[l
             tokens[delta.request_id, delta.index] += delta.token_ids
     assert engine.stats.blocks_in_use == 0
     return [[tokens[i, c] for c in range(n)] for i in ids]
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """Return the numbers that a rounded weight represents, fp32 [out, in]."""
+    inputs_per_scale = weight.values.shape[1] // weight.scales.shape[1]
+    return weight.values * weight.scales.float().repeat_interleave(inputs_per_scale, 1)
 
 
 @dataclass

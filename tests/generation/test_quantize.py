@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llama_ray.generation.quantize import Quantization, quantize
+from tests.generation.helpers import dequantize
 
 
 def weight(rows: int = 48, columns: int = 192) -> torch.Tensor:
@@ -16,7 +17,7 @@ def test_int8_is_off_by_half_a_step_of_its_channel(dtype: torch.dtype) -> None:
     w[3] *= 100  # an outlier costs its own channel precision, no other
     result = quantize(w, "int8")
     step = w.float().abs().amax(1, keepdim=True) / 127
-    assert ((result.dequantize() - w.float()).abs() <= step * 0.501).all()
+    assert ((dequantize(result) - w.float()).abs() <= step * 0.501).all()
     assert result.values.abs().amax(1).eq(127).all()
 
 
@@ -27,7 +28,7 @@ def test_int4_is_off_by_a_step_of_its_group_at_most() -> None:
     assert result.values.max() == 7
     assert result.scales.shape == (48, 3)
     step = w.unflatten(1, (3, 64)).abs().amax(2).repeat_interleave(64, 1) / 8
-    off = (result.dequantize() - w).abs()
+    off = (dequantize(result) - w).abs()
     assert (off <= step * 1.01).all()  # what lies opposite to the furthest is cut off at 7
     assert (off <= step * 0.53).float().mean() > 0.99
 
@@ -37,7 +38,7 @@ def test_products_keep_their_precision(quantization: Quantization, noise: float)
     w = weight(256, 512)
     x = torch.randn(4, 512, generator=torch.Generator().manual_seed(1))
     exact = x @ w.T
-    off = x @ quantize(w, quantization).dequantize().T - exact
+    off = x @ dequantize(quantize(w, quantization)).T - exact
     assert off.norm() < noise * exact.norm()
 
 
@@ -45,11 +46,11 @@ def test_products_keep_their_precision(quantization: Quantization, noise: float)
 def test_zeros_stay_zeros(quantization: Quantization) -> None:
     w = weight()
     w[5] = 0
-    assert quantize(w, quantization).dequantize()[5].eq(0).all()
+    assert dequantize(quantize(w, quantization))[5].eq(0).all()
 
 
 def test_what_cannot_be_rounded_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'int3'; it must be int8, int4 or None"):
         quantize(weight(), "int3")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"between 64 inputs, and a product of this model has 100; use int8"):
+    with pytest.raises(ValueError, match=r"has 100 inputs; for int4 they must be a multiple of 64; use int8"):
         quantize(weight(8, 100), "int4")

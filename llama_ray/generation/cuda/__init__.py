@@ -1,1 +1,1 @@
-"""Generation on CUDA: kernels in Triton, a paged cache that they read, and decoding in CUDA graphs."""
+"""Generation on CUDA: Triton kernels, a paged cache, and decoding in CUDA graphs."""

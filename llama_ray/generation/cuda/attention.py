@@ -1,13 +1,12 @@
 """Attention over blocks of keys and values, for any mix of prompt chunks and decoding sequences in one launch.
 
-A program computes a tile: neighbouring queries of one sequence, with all query heads that share a kv head, so that
-what it loads serves them all. It walks over the keys in the order of their positions, always in the same steps, with a
-running maximum and sum in fp32 (Milakov and Gimelshein 2018, arXiv:1805.02867). What comes out for a query depends on
-its sequence alone: not on the number of sequences, nor on how its prompt was cut into chunks, as long as tiles are
-equally high.
+A program computes a tile: adjacent queries of one sequence, with all query heads of one key-value head, so that each
+loaded key serves them all. It goes through the keys in order of position, always in the same steps, with a running
+maximum and sum in fp32 (Milakov and Gimelshein 2018, arXiv:1805.02867). For tiles of one height, the result of a query
+depends on its sequence alone: neither on the other sequences nor on how its prompt was cut into chunks.
 
-torch's varlen_attn reads pages too, but its FlashAttention-2 takes none but those of a multiple of 256 tokens, which is
-too coarse for a prefix cache.
+torch's varlen_attn reads pages too, but its FlashAttention-2 requires pages of a multiple of 256 tokens, which is too
+coarse for a prefix cache.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 16
-"""Rows (queries x heads of a group) in the lowest tile: the least that tensor cores take."""
+"""Rows (queries x heads of a group) of the smallest tile: the least that tensor cores compute."""
 PROMPT_ROWS = 64
-"""And in those of steps with prompts."""
+"""Rows of a tile in steps with prompts."""
 KEYS = 32
-"""Keys in a step of the walk."""
+"""Keys that a program loads at a time."""
 
 _LOG2_E = 1.4426950408889634
+"""Scales scores so that exp2 computes the softmax."""
 
 
 @triton.jit(do_not_specialize=["sequences", "table_stride"])
@@ -61,8 +61,8 @@ def _attend(
         sequence = tile
         first = tile * 0
     else:
-        # Sequence s has its tiles from query_start[s] // QUERIES + s on: at least as many as it needs, found without
-        # knowing on the host which sequence has how many. Search the last that begins at or before this tile.
+        # The tiles of sequence s begin at query_start[s] // QUERIES + s, which leaves at least as many as it needs; the
+        # host need not know the number for each sequence. Search the last sequence that begins at or before this tile.
         low = tile * 0
         high = sequences - 1
         while low < high:
@@ -100,16 +100,16 @@ def _attend(
     sums = tl.zeros([ROWS, DIM_PADDED], tl.float32)
     for begin in range(0, end, KEYS):
         at = begin + tl.arange(0, KEYS)
-        there = at < end
-        block = tl.load(table + at // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-        place = block * block_stride + (at % BLOCK_SIZE) * slot_stride + kv_head * head_stride
-        # What lies beyond the end is somebody else's; zeros, since 0 x NaN would still be NaN.
-        mask = there[:, None] & (d < DIM)[None, :]
-        k = tl.load(keys + place[:, None] + d[None, :], mask=mask, other=0.0)
-        v = tl.load(values + place[:, None] + d[None, :], mask=mask, other=0.0)
+        exists = at < end
+        block = tl.load(table + at // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
+        offset = block * block_stride + (at % BLOCK_SIZE) * slot_stride + kv_head * head_stride
+        # Positions beyond the end may belong to another sequence; load zeros there, because 0 x NaN would be NaN.
+        mask = exists[:, None] & (d < DIM)[None, :]
+        k = tl.load(keys + offset[:, None] + d[None, :], mask=mask, other=0.0)
+        v = tl.load(values + offset[:, None] + d[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
-        # Key 0 is in the first step and everyone may see it, so that the maximum is never -inf from there on.
+        # Every query sees key 0, which is in the first step, so the maximum is finite from there on.
         above = tl.maximum(largest, tl.max(scores, 1))
         shrink = tl.exp2(largest - above)
         weights = tl.exp2(scores - above[:, None])
@@ -133,17 +133,18 @@ def attend(
     block_table: Tensor,
     prompt_rows: int = PROMPT_ROWS,
 ) -> Tensor:
-    """The queries of one step, each over the context up to its own position -> [tokens, heads, head_dim].
+    """Attend with each query of a step to the context up to its own position; return [tokens, heads, head_dim].
 
-    `query` [tokens, heads, head_dim], contiguous in its last dimension; `keys` and `values` of a layer
-    [blocks, block_size, kv_heads, head_dim]; the rest as in `StepBatch`. `prompt_rows` is the height of tiles in steps
-    with prompts: at ROWS, a token's result is the same as if it had been decoded.
+    `query` is [tokens, heads, head_dim], contiguous in its last dimension; `keys` and `values` of one layer are
+    [blocks, block_size, kv_heads, head_dim]; the others are as in `StepBatch`. `prompt_rows` is the number of rows of a
+    tile in steps with prompts; with ROWS, a prompt token's result is the same as if it had been decoded.
     """
     tokens, heads, dim = query.shape
     _, block_size, kv_heads, _ = keys.shape
     sequences = len(context_len)
     group = heads // kv_heads
-    decode = tokens == sequences  # each has at least one query
+    # Each sequence has at least one query.
+    decode = tokens == sequences
     rows = max(ROWS if decode else prompt_rows, triton.next_power_of_2(group))
     tiles = sequences if decode else tokens // (rows // group) + sequences
     out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)

@@ -12,10 +12,10 @@ from llama_ray.model.config import LlamaConfig
 
 
 class PagedCache:
-    """Keys and values of a layer: [blocks, block_size, kv_heads, head_dim]. See `KVCache`.
+    """A `KVCache` for Triton kernels. Keys and values: [blocks, block_size, kv_heads, head_dim] per layer.
 
-    Nothing in a step waits for the device, so that steps can be captured in a graph. With `batch_invariant` tokens of
-    prompts are attended to in the same tiles as those that are decoded, at the price of more reads.
+    A step never waits for the device, so it can be captured in a CUDA graph. With `batch_invariant` prompt tokens are
+    computed in the same tiles as decoded ones, which reads more memory.
     """
 
     def __init__(
@@ -44,28 +44,28 @@ class PagedCache:
 
 
 class PagedAttend:
-    """Attention for one step, given either what `Attend` takes or, in one go, all that was projected."""
+    """Attention for one step: of what `Attend` takes, or of joined projections that are not rotated yet."""
 
     def __init__(self, cache: PagedCache, batch: StepBatch) -> None:
         self._cache, self._batch = cache, batch
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `Attend`; the batch is one line of all tokens."""
+        """See `Attend`; the batch size is 1."""
         cache, slots = self._cache, self._batch.slots
         cache.keys[layer].flatten(0, 1)[slots] = key[0].transpose(0, 1)
         cache.values[layer].flatten(0, 1)[slots] = value[0].transpose(0, 1)
-        return self._look(layer, query[0].transpose(0, 1)).transpose(0, 1)[None]
+        return self._attend(layer, query[0].transpose(0, 1)).transpose(0, 1)[None]
 
     def projected(self, layer: int, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries, keys and values side by side [tokens, (heads + 2 kv_heads) * head_dim], not rotated yet.
+        """Rotate, write to the cache and attend, given joined queries, keys and values.
 
-        Returns [tokens, heads, head_dim].
+        `qkv` is [tokens, (heads + 2 kv_heads) * head_dim], not rotated yet. Returns [tokens, heads, head_dim].
         """
         cache = self._cache
         query = rotate_and_store(qkv, *rope, self._batch.slots, cache.keys[layer], cache.values[layer])
-        return self._look(layer, query)
+        return self._attend(layer, query)
 
-    def _look(self, layer: int, query: Tensor) -> Tensor:
+    def _attend(self, layer: int, query: Tensor) -> Tensor:
         cache, batch = self._cache, self._batch
         return attend(
             query,

@@ -1,8 +1,8 @@
-"""What happens between matrix products, a pass over memory each: norm, rotation with the write to the cache, SwiGLU.
+"""The operations between matrix products, one pass over memory each: norm, rotation and write to the cache, SwiGLU.
 
-Programs work on a row or a part of one, and never look at another: results don't depend on how many rows there are.
-Compiling the blocks with inductor would fuse a little more (the residual sums), but takes a minute before the first
-token and may reduce differently for other numbers of rows.
+A program works on one row or a part of it, so results do not depend on the number of rows. Compiling the blocks with
+inductor would fuse a little more (the residual sums), but takes a minute before the first token and may reduce in
+another order for other numbers of rows.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 _ELEMENTS = 1024
+"""Values that one program of `_swiglu` computes."""
 
 
 @triton.jit
 def _rms_norm(out, x, weight, x_stride, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, PADDED)
-    there = at < SIZE
-    value = tl.load(x + row * x_stride + at, mask=there, other=0.0)
+    valid = at < SIZE
+    value = tl.load(x + row * x_stride + at, mask=valid, other=0.0)
     h = value.to(tl.float32)
     h = h * tl.rsqrt(tl.sum(h * h, 0) / SIZE + eps)
-    # Rounded before the product with the weight, as the model does.
-    h = h.to(value.dtype) * tl.load(weight + at, mask=there, other=0.0)
-    tl.store(out + row * SIZE + at, h, mask=there)
+    # The norm is rounded before it is multiplied by the weight, as in `RMSNorm`.
+    h = h.to(value.dtype) * tl.load(weight + at, mask=valid, other=0.0)
+    tl.store(out + row * SIZE + at, h, mask=valid)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of rows [..., size], contiguous in the last dimension; sums in fp32."""
+    """Return RMSNorm of rows [..., size], contiguous in the last dimension; sums are fp32."""
     size = x.shape[-1]
     rows = x.reshape(-1, size)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -60,36 +61,36 @@ def _rotate_and_store(
     head = tl.program_id(1)
     HALF: tl.constexpr = DIM // 2
     at = tl.arange(0, HALF_PADDED)
-    there = at < HALF
+    valid = at < HALF
     source = qkv + token * qkv_stride + head * DIM
-    a = tl.load(source + at, mask=there)
-    b = tl.load(source + HALF + at, mask=there)
+    a = tl.load(source + at, mask=valid)
+    b = tl.load(source + HALF + at, mask=valid)
     slot = tl.load(slots + token)
     if head >= HEADS + KV_HEADS:
         target = values + slot * slot_stride + (head - HEADS - KV_HEADS) * DIM
-        tl.store(target + at, a, mask=there)
-        tl.store(target + HALF + at, b, mask=there)
+        tl.store(target + at, a, mask=valid)
+        tl.store(target + HALF + at, b, mask=valid)
     else:
-        c = tl.load(cos + token * HALF + at, mask=there)
-        s = tl.load(sin + token * HALF + at, mask=there)
+        c = tl.load(cos + token * HALF + at, mask=valid)
+        s = tl.load(sin + token * HALF + at, mask=valid)
         first = (a.to(tl.float32) * c - b.to(tl.float32) * s).to(a.dtype)
         second = (b.to(tl.float32) * c + a.to(tl.float32) * s).to(a.dtype)
         if head < HEADS:
             target = query + token * (HEADS * DIM) + head * DIM
         else:
             target = keys + slot * slot_stride + (head - HEADS) * DIM
-        tl.store(target + at, first, mask=there)
-        tl.store(target + HALF + at, second, mask=there)
+        tl.store(target + at, first, mask=valid)
+        tl.store(target + HALF + at, second, mask=valid)
 
 
 def rotate_and_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Turn queries and keys by their positions' angles; keys and values go to their slots of the cache.
+    """Rotate queries and keys by their positions' angles; write keys and values to their slots of the cache.
 
-    `qkv` [tokens, (heads + 2 kv_heads) * head_dim], `cos` and `sin` fp32 [tokens, head_dim / 2], `slots` int64
-    [tokens], `keys` and `values` of a layer, contiguous [blocks, block_size, kv_heads, head_dim]. Returns the queries
-    [tokens, heads, head_dim].
+    `qkv` is [tokens, (heads + 2 kv_heads) * head_dim], `cos` and `sin` are fp32 [tokens, head_dim / 2], `slots` are
+    int64 [tokens]; `keys` and `values` of one layer are contiguous [blocks, block_size, kv_heads, head_dim]. Returns
+    the queries [tokens, heads, head_dim].
     """
     tokens, width = qkv.shape
     kv_heads, dim = keys.shape[2:]
@@ -118,15 +119,15 @@ def rotate_and_store(
 def _swiglu(out, gate_up, SIZE: tl.constexpr, ELEMENTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
-    there = at < SIZE
-    gate = tl.load(gate_up + row * (2 * SIZE) + at, mask=there, other=0.0)
-    up = tl.load(gate_up + row * (2 * SIZE) + SIZE + at, mask=there, other=0.0)
+    valid = at < SIZE
+    gate = tl.load(gate_up + row * (2 * SIZE) + at, mask=valid, other=0.0)
+    up = tl.load(gate_up + row * (2 * SIZE) + SIZE + at, mask=valid, other=0.0)
     g = gate.to(tl.float32)
-    tl.store(out + row * SIZE + at, (g / (1.0 + tl.exp(-g))).to(gate.dtype) * up, mask=there)
+    tl.store(out + row * SIZE + at, (g / (1.0 + tl.exp(-g))).to(gate.dtype) * up, mask=valid)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of rows [..., 2 * size], contiguous -> [..., size]."""
+    """Return silu(gate) * up [..., size] of contiguous rows [..., 2 * size]: a gate, then an up projection."""
     size = gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype, device=gate_up.device)
     grid = (gate_up.numel() // (2 * size), triton.cdiv(size, _ELEMENTS))

@@ -1,7 +1,7 @@
-"""Decoding in CUDA graphs: what the host would launch one by one, for each of some batch sizes recorded once.
+"""Decode in CUDA graphs: the launches of a step are recorded once for each of some batch sizes, and then replayed.
 
 Only steps in which every sequence has one query are recorded; prompts take longer to compute than to launch. A graph
-reads its inputs from tensors of its own. Rows that a batch leaves over decode token 0 into the scratch block.
+reads its inputs from tensors of its own. Rows beyond the batch decode token 0 into the scratch block.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from llama_ray.model.llama import Llama
 from llama_ray.utils.integers import ceil_div
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
-"""Records a function of no arguments -> where its result will be, and what computes it anew."""
+"""Records a function without arguments; returns the tensor of its result, and a function that computes it again."""
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, and from 8 on every eighth, up to the first that holds `largest`."""
+    """Return the recorded batch sizes: 1, 2, 4, and multiples of 8 up to the first that is at least `largest`."""
     return [1, 2, 4, *range(8, largest + 8, 8)]
 
 
@@ -36,11 +36,11 @@ class Graph(NamedTuple):
     block_table: Tensor
     """int32 [rows, blocks of the longest sequence]."""
     hidden: Tensor
-    """[rows, hidden_size], after `replay`."""
+    """[rows, hidden_size], valid after `replay`."""
     replay: Callable[[], None]
 
     def fill(self, batch: StepBatch) -> None:
-        """Copy a step, which is on the host, into the first rows; the others become padding."""
+        """Copy a step from host memory into the first rows; the others become padding."""
         rows, used = self.columns.shape[1], len(batch.context_len)
         pin = self.columns.is_cuda
         columns = torch.zeros(4, rows, dtype=torch.long, pin_memory=pin)
@@ -49,7 +49,7 @@ class Graph(NamedTuple):
             columns, (batch.tokens, batch.positions, batch.slots, batch.context_len), strict=True
         ):
             column[:used] = values
-        # Nothing looks at a row's entries beyond its context, so they may be left over from another step.
+        # Entries beyond a row's context are never read, so they may be left over from another step.
         width = batch.block_table.shape[1]
         table = torch.zeros(rows, width, dtype=torch.int32, pin_memory=pin)
         table[:used] = batch.block_table
@@ -58,10 +58,10 @@ class Graph(NamedTuple):
 
 
 class GraphRunner(Runner):
-    """A runner that decodes up to `max_num_seqs` sequences of up to `max_seq_len` tokens by graphs.
+    """A runner that decodes up to `max_num_seqs` sequences of up to `max_seq_len` tokens with graphs.
 
-    A graph is recorded when its batch size comes up first, which costs a fraction of a second then. Logits are
-    computed outside: they differ in number, and no two graphs then keep tensors as large.
+    A graph is recorded when its batch size first occurs, which takes a fraction of a second. Logits are computed
+    outside the graphs: their number varies, and each graph would keep a tensor of their size.
     """
 
     def __init__(
@@ -73,21 +73,21 @@ class GraphRunner(Runner):
         capture: Capture | None = None,
     ) -> None:
         super().__init__(model, cache)
-        self._sizes = batch_sizes(max_num_seqs)
+        self.batch_sizes = batch_sizes(max_num_seqs)
         self._width = ceil_div(max_seq_len, cache.block_size)
         self._capture = capture or CudaCapture()
-        self._graphs: dict[int, Graph] = {}
+        self.graphs: dict[int, Graph] = {}
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
         """See `Runner`."""
         sequences = len(batch.context_len)
-        if len(batch.tokens) != sequences or sequences > self._sizes[-1]:
+        if len(batch.tokens) != sequences or sequences > self.batch_sizes[-1]:
             return super().forward(batch)
-        size = self._sizes[bisect_left(self._sizes, sequences)]
-        graph = self._graphs.get(size)
+        size = self.batch_sizes[bisect_left(self.batch_sizes, sequences)]
+        graph = self.graphs.get(size)
         if graph is None:
-            graph = self._graphs[size] = self._record(size)
+            graph = self.graphs[size] = self._record(size)
         rows = to_device(batch.logit_rows, self.device)
         graph.fill(batch)
         graph.replay()
@@ -110,7 +110,7 @@ class GraphRunner(Runner):
 
 
 class CudaCapture:
-    """Records into CUDA graphs that share their memory, so that only one may be replayed at a time."""
+    """Records CUDA graphs that share one memory pool, so only one may be replayed at a time."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -119,11 +119,12 @@ class CudaCapture:
         """See `Capture`."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries take their workspaces
+        # The first run compiles kernels and lets libraries allocate their workspaces.
+        with torch.cuda.stream(stream):
             function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
+        # Other threads may use the device during the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             result = function()
         self._pool = graph.pool()

@@ -1,7 +1,4 @@
-"""The parts of a block as CUDA likes them: joined projections, and one kernel for what stood between them.
-
-`Llama` and `Block` stay what they are; `accelerate` changes what they consist of.
-"""
+"""The layers that `accelerate` puts in a `Llama` on CUDA: joined projections with fused kernels between them."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ class FusedNorm(nn.Module):
         self.weight, self.eps = norm.weight, norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape with the norm's size last."""
+        """[..., size] -> [..., size]."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -44,7 +41,7 @@ class FusedAttention(nn.Module):
         self.o_proj = Product(attention.o_proj.weight, quantization, batch_invariant)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """[batch, seq, hidden] -> [batch, seq, hidden]; a batch of 1 where `attend` reads a paged cache."""
+        """[batch, seq, hidden] -> [batch, seq, hidden]; on a paged cache the batch size is 1."""
         qkv = self.qkv_proj(x)
         if isinstance(attend, PagedAttend):
             out = attend.projected(self.layer, qkv[0], rope)
@@ -57,7 +54,7 @@ class FusedAttention(nn.Module):
 
 
 class FusedSwiGLU(nn.Module):
-    """One product for gate and up, one pass for what becomes of them."""
+    """One product for gate and up, one pass for silu(gate) * up."""
 
     def __init__(self, mlp: SwiGLU, quantization: Quantization | None, batch_invariant: bool) -> None:
         super().__init__()
@@ -71,11 +68,11 @@ class FusedSwiGLU(nn.Module):
 
 @torch.no_grad()
 def accelerate(model: Llama, quantization: Quantization | None, batch_invariant: bool) -> Llama:
-    """Change a model in place, a block at a time: besides the weights there is room for those of one block.
+    """Replace the layers of a model in place, one block at a time, so that only one block is in memory twice.
 
-    `quantization` rounds the weights of all products; the head is int8 where the rest is int4, which would harm it
-    most. Embeddings and norms keep their dtype. With `batch_invariant` all products go through fixed tiles. Raises
-    ValueError for a shape that the format cannot have.
+    `quantization` rounds the weights of all products; with int4 the head is int8, because int4 costs it the most
+    quality. Embeddings and norms keep their dtype. With `batch_invariant` all products are computed in fixed tiles.
+    Raises ValueError for a shape that the format does not support.
     """
     model.requires_grad_(False)
     for layer in model.layers:
@@ -85,10 +82,11 @@ def accelerate(model: Llama, quantization: Quantization | None, batch_invariant:
         block.post_attention_layernorm = FusedNorm(block.post_attention_layernorm)  # type: ignore[assignment]
         block.mlp = FusedSwiGLU(block.mlp, quantization, batch_invariant)  # type: ignore[assignment]
     model.norm = FusedNorm(model.norm)  # type: ignore[assignment]
-    for_head: Quantization | None = "int8" if quantization == "int4" else quantization
-    model.lm_head = Product(model.lm_head.weight, for_head, batch_invariant)  # type: ignore[assignment]
+    head_quantization: Quantization | None = "int8" if quantization == "int4" else quantization
+    model.lm_head = Product(model.lm_head.weight, head_quantization, batch_invariant)  # type: ignore[assignment]
     if model.embed_tokens.weight.is_cuda:
-        torch.cuda.empty_cache()  # what the old weights took, the cache may take
+        # The KV cache may take the memory of the old weights.
+        torch.cuda.empty_cache()
     return model
 
 

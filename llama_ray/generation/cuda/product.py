@@ -1,4 +1,4 @@
-"""Matrix products with weights as they are, in int8 or in int4; on request the same bits for any number of rows."""
+"""Matrix products with plain, int8 or int4 weights; on request with the same bits for any number of rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from llama_ray.generation.quantize import GROUP_SIZE, Quantization, quantize
 
 _UNIT = 2 * GROUP_SIZE
-"""Inputs whose int4 values lie in GROUP_SIZE bytes: those of the first group in the low halves."""
+"""Inputs of two groups, whose int4 values share GROUP_SIZE bytes: the first group is in the low halves."""
 _SHARED_BYTES = 96 * 1024
-"""Shared memory that every GPU since Ampere has for a program."""
+"""Shared memory that a program can use on every GPU since Ampere."""
+_TILE_OUTPUTS = ((6144, 32), (12288, 64))
+"""(limit, tile): weights with fewer than `limit` outputs are divided into tiles of `tile` outputs, so that each
+processor of a large GPU gets about one tile, or several."""
+_LARGEST_TILE_OUTPUTS = 128
+_PLAIN_STEP = 64
+"""Inputs that a program multiplies at a time with plain weights; `_UNIT` with quantised ones."""
+FEW_ROWS, MANY_ROWS = 16, 64
+"""Rows of a tile: for decoding steps, and for all others."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -34,7 +42,7 @@ def _multiply(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Weights are the left factor: tensor cores want 16 rows of that, and as few as 8 columns of the other.
+    # Weights are the left factor: tensor cores need 16 rows of it, but only 8 columns of the right factor.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * OUT + tl.arange(0, OUT)
     x_rows = x + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * x_stride
@@ -67,9 +75,9 @@ def _multiply(
                 w = tl.load(weights + (start + k)[None, :])
                 part = tl.load(x_rows + (start + k)[:, None])
             else:
-                there = start + k < inputs
-                w = tl.load(weights + (start + k)[None, :], mask=there[None, :], other=0)
-                part = tl.load(x_rows + (start + k)[:, None], mask=there[:, None], other=0.0)
+                exists = start + k < inputs
+                w = tl.load(weights + (start + k)[None, :], mask=exists[None, :], other=0)
+                part = tl.load(x_rows + (start + k)[:, None], mask=exists[:, None], other=0.0)
             sums = tl.dot(w.to(part.dtype), part, sums, input_precision=PRECISION)
         if BITS == 8:
             sums *= tl.load(scales + known)[:, None]
@@ -81,18 +89,17 @@ def _multiply(
 
 
 def multiply(x: Tensor, weight: Tensor, scales: Tensor | None = None, *, rows_in_tile: int) -> Tensor:
-    """`x` [rows, inputs] @ weight.T -> [rows, outputs], rounded once from fp32 sums.
+    """Return `x` [rows, inputs] @ weight.T [rows, outputs], rounded once from fp32 sums.
 
-    `weight` is [outputs, inputs] in the dtype of x; int8 with `scales` fp32 [outputs]; or uint8 as `pack` gives it
-    with `scales` [groups, outputs]. Sums run over the inputs in one order, in tiles whose shape depends on the weight
-    and on `rows_in_tile` alone: with the same one, a row's result does not depend on the other rows.
+    `weight` is [outputs, inputs] in the dtype of x; int8 with `scales` fp32 [outputs]; or uint8 from `pack` with
+    `scales` [groups, outputs]. Inputs are summed in one order, in tiles whose shape depends only on the weight and on
+    `rows_in_tile`: for one value of it, a row's result does not depend on the other rows.
     """
     rows, inputs = x.shape
     outputs = len(weight)
     bits = {torch.int8: 8, torch.uint8: 4}.get(weight.dtype, 16)
-    # About one tile for each of a large GPU's processors, or several. In fp32, without tensor cores, tiles are small.
-    height = 32 if outputs < 6144 or x.dtype is torch.float32 else 64 if outputs < 12288 else 128
-    step = _UNIT if bits < 16 else 64
+    height = _tile_outputs(outputs, x.dtype)
+    step = _UNIT if bits < 16 else _PLAIN_STEP
     stage = height * step * (weight.itemsize if bits > 4 else 1) + rows_in_tile * step * x.itemsize
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     _multiply[(triton.cdiv(rows, rows_in_tile), triton.cdiv(outputs, height))](
@@ -117,10 +124,17 @@ def multiply(x: Tensor, weight: Tensor, scales: Tensor | None = None, *, rows_in
     return out
 
 
-def pack(values: Tensor) -> Tensor:
-    """int4 values, int8 [outputs, inputs] -> uint8 [outputs, inputs / 2], inputs made up to a multiple of 128.
+def _tile_outputs(outputs: int, dtype: torch.dtype) -> int:
+    if dtype is torch.float32:
+        # Without tensor cores, small tiles are faster.
+        return _TILE_OUTPUTS[0][1]
+    return next((tile for limit, tile in _TILE_OUTPUTS if outputs < limit), _LARGEST_TILE_OUTPUTS)
 
-    Each 64 bytes hold 128 inputs of a channel: input i of them, plus 8, in the low half of byte i, input 64 + i in
+
+def pack(values: Tensor) -> Tensor:
+    """Pack int4 values, int8 [outputs, inputs], in uint8 [outputs, inputs / 2]; pad inputs to a multiple of 128.
+
+    Each 64 bytes hold 128 inputs of a channel, 8 added to each: input i is in the low half of byte i, input 64 + i in
     the high half.
     """
     padded = F.pad(values, (0, -values.shape[1] % _UNIT)) + 8
@@ -129,7 +143,7 @@ def pack(values: Tensor) -> Tensor:
 
 
 class Product(nn.Module):
-    """x @ weight.T. Takes the place of a Linear without bias; several may be joined by their outputs."""
+    """x @ weight.T, in place of a Linear without bias, or of several that are joined by their outputs."""
 
     def __init__(self, weight: Tensor, quantization: Quantization | None, batch_invariant: bool) -> None:
         super().__init__()
@@ -146,14 +160,14 @@ class Product(nn.Module):
                 )
             scales = nn.Parameter(scales.contiguous(), requires_grad=False)
         self.scales = scales
-        # A parameter stays the same one: a tied head and the embedding share it.
-        same = isinstance(weight, nn.Parameter)
-        self.weight = weight if same else nn.Parameter(weight, requires_grad=False)
+        # An existing parameter is kept, because a tied head shares it with the embedding.
+        is_parameter = isinstance(weight, nn.Parameter)
+        self.weight = weight if is_parameter else nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
         if self.scales is None and not self.batch_invariant:
             return F.linear(x, self.weight)
         rows = x.reshape(-1, x.shape[-1])
-        rows_in_tile = 16 if len(rows) <= 16 and not self.batch_invariant else 64
+        rows_in_tile = FEW_ROWS if len(rows) <= FEW_ROWS and not self.batch_invariant else MANY_ROWS
         return multiply(rows, self.weight, self.scales, rows_in_tile=rows_in_tile).view(*x.shape[:-1], -1)

@@ -14,6 +14,7 @@ from llama_ray.generation.cpu.modules import accelerate
 from llama_ray.generation.quantize import GROUP_SIZE, Quantization, quantize
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from tests.generation.helpers import dequantize
 
 CONFIGS = {
     "multi-head": {"num_heads": 4},
@@ -80,7 +81,7 @@ def test_quantised_logits_are_those_of_rounded_weights(
     for name, weight in rounded.named_parameters():
         if "proj" in name or "head" in name:
             padded = F.pad(weight, (0, -weight.shape[1] % GROUP_SIZE))
-            values = quantize(padded, "int8" if "head" in name else format).dequantize()
+            values = dequantize(quantize(padded, "int8" if "head" in name else format))
             weight.copy_(values[:, : weight.shape[1]])
     ids = tokens(2, 50)
     expected = logits(rounded, ids).float()

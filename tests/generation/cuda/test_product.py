@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="Triton is not installed (the CPU build of 
 
 from llama_ray.generation.cuda.product import Product, multiply
 from llama_ray.generation.quantize import Quantization, quantize
+from tests.generation.helpers import dequantize
 
 
 def weight(outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
@@ -26,7 +27,7 @@ def test_products_are_those_of_the_rounded_weight(
     quantization: Quantization | None, rows: int, outputs: int, width: int, device: torch.device
 ) -> None:
     w, x = weight(outputs, width, device, torch.float32), inputs(rows, width, device, torch.float32)
-    rounded = w if quantization is None else quantize(w, quantization).dequantize()
+    rounded = w if quantization is None else dequantize(quantize(w, quantization))
     expected = x.double() @ rounded.double().T
     for invariant in (False, True):
         got = Product(w, quantization, invariant)(x[None])[0]
@@ -36,7 +37,7 @@ def test_products_are_those_of_the_rounded_weight(
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_half_precision(quantization: Quantization, device: torch.device, half: torch.dtype) -> None:
     w, x = weight(64, 256, device, half), inputs(5, 256, device, half)
-    expected = x.double() @ quantize(w, quantization).dequantize().double().T
+    expected = x.double() @ dequantize(quantize(w, quantization)).double().T
     torch.testing.assert_close(Product(w, quantization, False)(x).double(), expected, atol=5e-3, rtol=0.01)
 
 

@@ -40,7 +40,13 @@ def served(ray_cluster: str, model_dir: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = ServeArgs(
-        model=str(model_dir), num_cpus=0.5, max_replicas=1, max_num_seqs=8, max_queued_requests=MAX_QUEUED
+        model=str(model_dir),
+        num_cpus=0.5,
+        max_replicas=1,
+        max_num_seqs=8,
+        max_queued_requests=MAX_QUEUED,
+        # Nothing is left to drain at the end of the tests.
+        graceful_shutdown_timeout_s=0.1,
     )
     serve.run(build(args), name="llama-ray", route_prefix="/")
     yield f"http://127.0.0.1:{port}"

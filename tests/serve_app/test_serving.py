@@ -14,7 +14,7 @@ from openai.types import Completion as Response
 
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.stats import EngineStats
-from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN, expected, stream_text
+from tests.serve_app.helpers import EMOJI, MAX_QUEUED, MAX_SEQ_LEN, expected, stream_text
 
 PROMPTS = ["The quick", "def add(", "Zwölf", "dog", "return a", "jumps over", "a + b", "lazy dog, and"]
 
@@ -244,12 +244,13 @@ def test_an_overloaded_server_says_so_and_is_still_healthy(
     async def overload() -> tuple[httpx.Response, httpx.Response]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=served, timeout=None, limits=limits) as http:
-            held: set[asyncio.Task[httpx.Response]] = set()
+            held = {asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(MAX_QUEUED)}
             refused = None
-            while refused is None:  # one more each time, until the queue is full
+            # One more each time, until the queue is full.
+            while refused is None:
                 held.add(asyncio.create_task(http.post("/v1/completions", json=body)))
                 done, held = await asyncio.wait(held, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
-                refused = next((r for t in done if (r := t.result()).status_code != 200), None)
+                refused = next((r for task in done if (r := task.result()).status_code != 200), None)
             health = await http.get("/health")
             for request in held:
                 request.cancel()

@@ -83,10 +83,8 @@ class LlamaReplica:
 
     async def check_health(self) -> None:
         """Raise GenerationError if the engine has ended; Serve calls this and replaces such a replica."""
-        try:
-            await anext(self._engine.stream([]))
-        except ValueError:  # A running engine refuses an empty prompt, without any work.
-            return
+        if self._engine.ended is not None:
+            raise GenerationError(self._engine.ended)
 
     def stop(self) -> None:
         """End the engine; requests in progress fail."""

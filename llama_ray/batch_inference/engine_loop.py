@@ -1,109 +1,89 @@
-"""An engine that many threads put requests into, run by a thread of its own and made anew when it crashes."""
+"""An engine that answers requests of many threads, and is replaced by a new one when it crashes."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
+from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine, Prompt
-from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
-from llama_ray.generation.scheduling.sequence import Delta, FinishReason
+from llama_ray.generation.engine_thread import EngineThread, Item
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.scheduling.sequence import Delta
 
 
 class EngineCrashed(RuntimeError):
-    """The engine's step raised something: every request that it had is lost, whichever of them was the cause."""
+    """The engine's step raised an error: all of its requests are lost, whichever of them was the cause."""
 
 
 class EngineLost(RuntimeError):
-    """After a crash no new engine could be made in this process."""
-
-
-@dataclass
-class Candidate:
-    """One completion as it grows. `error` is set, with `finish_reason` "error", where it could not be finished."""
-
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] | None = None
-    finish_reason: FinishReason | None = None
-    error: str | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Take what a step gave."""
-        self.text.append(delta.text)
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs or ()
-        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
-        self.finish_reason, self.error = delta.finish_reason, delta.error
-
-
-@dataclass
-class _Request:
-    candidates: list[Candidate]
-    future: Future[list[Candidate]]
+    """After a crash, no new engine could be made in this process."""
 
 
 class EngineLoop:
-    """Steps an engine while it has work. A crash fails the requests in flight; the next one finds a new engine.
+    """Runs an engine while it has work. A crash fails the requests in flight, and the next request gets a new engine.
 
-    `load` makes an engine; what it raises at first is raised here.
+    `load` makes an engine; the constructor raises what its first call raises.
     """
 
     def __init__(self, load: Callable[[], Engine]) -> None:
         self._load = load
-        self._engine: Engine | None = load()
-        self._requests: dict[int, _Request] = {}
-        self._wake = threading.Condition()  # guards the two above
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self._thread: EngineThread[_Answer] | None = EngineThread(load(), _deliver)
+        # Guards _thread.
+        self._lock = threading.Lock()
 
-    def submit(self, prompt: Prompt, params: SamplingParams) -> tuple[int, Future[list[Candidate]]]:
-        """(tokens of the prompt, the future of its `n` candidates); the future may raise EngineCrashed.
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams) -> tuple[int, Future[list[Delta]]]:
+        """Queue a request; return the number of its prompt tokens and the future of its `n` candidates.
 
-        Raises ValueError for a request that cannot be served, and EngineLost.
+        Each candidate is all of its deltas joined; `error` is set if it could not be finished. The future raises
+        EngineCrashed. Raises ValueError for a request that cannot be served, and EngineLost.
         """
-        with self._wake:
-            if self._engine is None:
-                try:
-                    self._engine = self._load()
-                except Exception as error:
-                    raise EngineLost(f"{type(error).__name__}: {error}") from error
-            ids = self._engine.encode(prompt)
-            request_id = self._engine.submit(ids, params)
-            request = _Request([Candidate() for _ in range(params.n)], Future())
-            self._requests[request_id] = request
-            self._wake.notify()
-        return len(ids), request.future
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._requests)
-                engine = self._engine
-            assert engine is not None  # there are requests only where there is an engine
+        answer = _Answer(sampling_params.n)
+        with self._lock:
+            thread = self._running_thread()
+            ids = thread.engine.encode(prompt)
             try:
-                deltas = engine.step()
+                thread.submit(ids, sampling_params, answer)
+            except GenerationError as error:
+                # The engine has crashed since `_running_thread` looked.
+                answer.receive(error)
+        return len(ids), answer.future
+
+    def _running_thread(self) -> EngineThread[_Answer]:
+        """Return the engine's thread, after a crash one with a new engine."""
+        if self._thread is not None and self._thread.ended is not None:
+            self._thread.stop()
+            # Before a new engine is loaded the old one's memory must be free.
+            self._thread = None
+        if self._thread is None:
+            try:
+                self._thread = EngineThread(self._load(), _deliver)
             except Exception as error:
-                del engine
-                self._fail(EngineCrashed(f"the engine crashed: {type(error).__name__}: {error}"))
-                continue
-            with self._wake:
-                done = [request for delta in deltas if (request := self._take(delta))]
-            for request in done:
-                request.future.set_result(request.candidates)
+                raise EngineLost(f"{type(error).__name__}: {error}") from error
+        return self._thread
 
-    def _take(self, delta: Delta) -> _Request | None:
-        """The request, where this delta was its last."""
-        request = self._requests[delta.request_id]
-        request.candidates[delta.index].add(delta)
-        if delta.finish_reason is None or any(c.finish_reason is None for c in request.candidates):
-            return None
-        return self._requests.pop(delta.request_id)
 
-    def _fail(self, error: EngineCrashed) -> None:
-        with self._wake:
-            lost, self._requests, self._engine = self._requests, {}, None
-        for request in lost.values():
-            request.future.set_exception(error)
+class _Answer:
+    """Collects the deltas of a request's `n` candidates."""
+
+    def __init__(self, n: int) -> None:
+        self.future: Future[list[Delta]] = Future()
+        self._deltas: list[list[Delta]] = [[] for _ in range(n)]
+        self._unfinished = n
+
+    def receive(self, item: Item) -> None:
+        """Take what a step gave, or the error that ended the engine."""
+        if isinstance(item, GenerationError):
+            self.future.set_exception(EngineCrashed(str(item)))
+            return
+        for delta in item:
+            self._deltas[delta.index].append(delta)
+            self._unfinished -= delta.finish_reason is not None
+        if not self._unfinished:
+            self.future.set_result([Delta.joined(deltas) for deltas in self._deltas])
+
+
+def _deliver(items: list[tuple[_Answer, Item]]) -> None:
+    for answer, item in items:
+        answer.receive(item)

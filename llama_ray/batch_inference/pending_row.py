@@ -7,10 +7,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from llama_ray.batch_inference.engine_loop import Candidate
 from llama_ray.batch_inference.partitions import Line
 from llama_ray.batch_inference.rows import RowError, params_of, parse, prompt_of
 from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
+from llama_ray.generation.scheduling.sequence import Delta
 
 _OUTPUT_FIELDS = ("row", "completions", "error")
 """What the output has beside the fields of the input; the input's own fields of these names, as an earlier output has
@@ -26,7 +26,7 @@ class PendingRow:
     params: SamplingParams | None = None
     prompt: str | list[int] = ""
     prompt_tokens: int = 0
-    answer: Future[list[Candidate]] | None = None
+    answer: Future[list[Delta]] | None = None
     error: str = ""
 
     @classmethod
@@ -54,14 +54,14 @@ class PendingRow:
         return result | {"completions": completions}
 
 
-def _completion(candidate: Candidate, *, with_logprobs: bool) -> dict[str, Any]:
+def _completion(candidate: Delta, *, with_logprobs: bool) -> dict[str, Any]:
     completion: dict[str, Any] = {
-        "text": "".join(candidate.text),
+        "text": candidate.text,
         "finish_reason": candidate.finish_reason,
         "token_ids": candidate.token_ids,
     }
     if with_logprobs:
-        completion["logprobs"] = _logprobs(candidate.logprobs)
+        completion["logprobs"] = _logprobs(candidate.logprobs or ())
     if candidate.prompt_logprobs is not None:
         completion["prompt_logprobs"] = _logprobs(candidate.prompt_logprobs)
     return completion

@@ -149,7 +149,9 @@ def test_stop_ends_open_streams(running: AsyncEngine) -> None:
     async def stop() -> None:
         deltas = running.stream("a", LONG)
         await anext(deltas)
+        assert running.ended is None
         running.stop()
+        assert running.ended == "the engine was stopped"
         with pytest.raises(GenerationError, match="the engine was stopped"):
             await anext(d async for d in deltas if d.finish_reason)
 

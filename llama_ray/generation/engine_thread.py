@@ -1,0 +1,120 @@
+"""An engine that a thread of its own runs, for callers that wait in other threads or in an event loop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from llama_ray.generation.completion import GenerationError
+from llama_ray.generation.engine import Engine, Prompt
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.scheduling.sequence import Delta
+
+_log = logging.getLogger(__name__)
+
+Receiver = TypeVar("Receiver")
+Item = list[Delta] | GenerationError
+"""What one step gave a request, or why the engine has ended."""
+Deliver = Callable[[list[tuple[Receiver, Item]]], None]
+
+
+@dataclass
+class _Request(Generic[Receiver]):
+    receiver: Receiver
+    unfinished: int
+    """Candidates that have not finished."""
+
+
+class EngineThread(Generic[Receiver]):
+    """Runs an engine's steps while there is work, and sleeps while there is none.
+
+    After each step `deliver` is called, in the thread, with what the step gave to the receivers of all requests. When
+    the engine ends, each receiver with an unfinished request gets a GenerationError. From now on the engine belongs to
+    this object: nothing else may call its `step` or `generate`.
+    """
+
+    def __init__(self, engine: Engine, deliver: Deliver[Receiver]) -> None:
+        self.engine = engine
+        self._deliver = deliver
+        self._requests: dict[int, _Request[Receiver]] = {}
+        self._ended: str | None = None
+        # Guards _requests and _ended.
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def ended(self) -> str | None:
+        """Why the engine has ended, by a crash or by `stop`; None while it runs."""
+        return self._ended
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams, receiver: Receiver) -> int:
+        """Queue a request; return its id.
+
+        Raises ValueError if it cannot be served, and GenerationError if the engine has ended.
+        """
+        with self._wake:
+            if self._ended is not None:
+                raise GenerationError(self._ended)
+            request_id = self.engine.submit(prompt, sampling_params)
+            self._requests[request_id] = _Request(receiver, sampling_params.n)
+            self._wake.notify()
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request, whose receiver gets nothing more; do nothing if it is finished or unknown."""
+        self.engine.abort(request_id)
+        with self._wake:
+            self._requests.pop(request_id, None)
+
+    def stop(self) -> None:
+        """End the thread after its current step, and close the engine."""
+        self._end("the engine was stopped")
+        self._thread.join()
+        self.engine.close()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                by_request: dict[int, list[Delta]] = defaultdict(list)
+                for delta in self.engine.step():
+                    by_request[delta.request_id].append(delta)
+                with self._wake:
+                    self._deliver(
+                        [
+                            (request.receiver, deltas)
+                            for request_id, deltas in by_request.items()
+                            if (request := self._take(request_id, deltas)) is not None
+                        ]
+                    )
+        except Exception as error:
+            # Whatever it was, the receivers must hear of it.
+            _log.exception("the engine's thread ends")
+            self._end(f"the engine crashed: {type(error).__name__}: {error}")
+
+    def _take(self, request_id: int, deltas: list[Delta]) -> _Request[Receiver] | None:
+        """Return the request of deltas, and forget it if they are its last; None if it was aborted."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+            if not request.unfinished:
+                del self._requests[request_id]
+        return request
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is work (True) or the engine has ended (False)."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._ended is not None or self.engine.has_work)
+            return self._ended is None
+
+    def _end(self, reason: str) -> None:
+        with self._wake:
+            self._ended = self._ended or reason
+            requests, self._requests = self._requests, {}
+            error = GenerationError(self._ended)
+            self._deliver([(request.receiver, error) for request in requests.values()])
+            self._wake.notify()

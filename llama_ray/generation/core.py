@@ -1,4 +1,4 @@
-"""One step of the engine, from the schedule to the new tokens; and what becomes of a step that fails."""
+"""One step of the engine, from the plan to the new tokens, and how a step that fails is retried."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,14 +28,38 @@ from llama_ray.utils.memory import is_out_of_memory
 _log = logging.getLogger(__name__)
 
 COUNTS = (
-    "steps", "prompt_tokens", "reused_tokens", "generated_tokens", "draft_tokens", "accepted_tokens"
-)  # fmt: skip
+    "steps",
+    "prompt_tokens",
+    "reused_tokens",
+    "generated_tokens",
+    "draft_tokens",
+    "accepted_tokens",
+)
 
-Computed = tuple[StepPlan, StepLogits, list[Sample]]
+
+@dataclass(slots=True)
+class _Computed:
+    """A plan with its logits, and the samples of its complete chunks."""
+
+    plan: StepPlan
+    logits: StepLogits
+    samples: list[Sample]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What came of a plan, which a failure splits into one plan for each sequence."""
+
+    computed: list[_Computed]
+    failed: list[tuple[SequenceState, str]] = field(default_factory=list)
+    """Sequences that could not be computed even alone, and why."""
 
 
 class Core:
-    """Runs the scheduler's plans. `lock` is held whenever scheduler or sequences change, never while computing."""
+    """Runs the scheduler's plans.
+
+    `lock` is held whenever scheduler or sequences change, and never during a forward pass.
+    """
 
     def __init__(
         self,
@@ -55,42 +80,44 @@ class Core:
         """See `Engine.step`."""
         start = time.monotonic()
         while True:
-            with self._lock:
-                plan = self._scheduler.schedule(self._num_draft_tokens)
-                for chunk in plan.chunks:
-                    for sequence in (chunk.sequence, *chunk.forks):
-                        if sequence.stats.started is None:
-                            sequence.stats.started = start
-                            self.counts["reused_tokens"] += min(sequence.reused, len(sequence.prompt))
+            plan = self._schedule(start)
             if not plan.chunks:
                 return []
-            failed: list[tuple[SequenceState, str]] = []
-            try:
-                done = [self._compute(plan)]
-            except RunnerError:
-                raise
-            except Exception as e:
-                with self._lock:
-                    self._scheduler.undo(plan)
-                    smaller = is_out_of_memory(e) and self._scheduler.shrink()
-                if smaller:
-                    _log.warning("a step ran out of memory and is tried with less: %s", first_line(e))
-                    _release_memory()
-                    continue
-                done, failed = self._compute_each(plan)
-            with self._lock:
-                before = self.counts.copy()
-                deltas = [delta for computed in done for delta in self._apply(*computed)]
-                for sequence, reason in failed:
-                    if self._scheduler.knows(sequence):
-                        self._scheduler.finish(sequence)
-                        deltas.append(sequence.fail(reason))
-                self._scheduler.succeeded()
-                self.counts["steps"] += 1
-                self.last_step = self._stats(before, len(plan.chunks), time.monotonic() - start)
-            return deltas
+            outcome = self._attempt(plan)
+            if outcome is not None:
+                return self._record(outcome, len(plan.chunks), start)
 
-    def _compute(self, plan: StepPlan) -> Computed:
+    def _schedule(self, now: float) -> StepPlan:
+        with self._lock:
+            plan = self._scheduler.schedule(self._num_draft_tokens)
+            for chunk in plan.chunks:
+                for sequence in (chunk.sequence, *chunk.forks):
+                    if sequence.stats.started is None:
+                        sequence.stats.started = now
+                        self.counts["reused_tokens"] += min(sequence.reused, len(sequence.prompt))
+        return plan
+
+    def _attempt(self, plan: StepPlan) -> _Outcome | None:
+        """Compute a plan, after an error each of its sequences alone.
+
+        Return None if memory ran out and the scheduler has lowered its limits for another plan.
+        """
+        try:
+            return _Outcome([self._compute(plan)])
+        except RunnerError:
+            raise
+        except Exception as error:
+            with self._lock:
+                self._scheduler.undo(plan)
+                shrunk = is_out_of_memory(error) and self._scheduler.shrink()
+            if not shrunk:
+                return self._compute_each(plan)
+            _log.warning("a step ran out of memory and is repeated with less: %s", first_line(error))
+        # The failed step's tensors are free only now that its traceback is gone.
+        _release_memory()
+        return None
+
+    def _compute(self, plan: StepPlan) -> _Computed:
         if self._proposer is not None:
             self._proposer.propose(plan)
         logits = self._runner.run(plan)
@@ -99,62 +126,71 @@ class Core:
             if chunk.complete:
                 rows += (chunk.sequence, *chunk.forks)
                 rows += [DraftRow(chunk.sequence, chunk.draft[:n]) for n in range(1, len(chunk.draft) + 1)]
-        return plan, logits, self._sampler.sample(logits.next, rows) if rows else []
+        return _Computed(plan, logits, self._sampler.sample(logits.next, rows) if rows else [])
 
-    def _compute_each(self, plan: StepPlan) -> tuple[list[Computed], list[tuple[SequenceState, str]]]:
-        """A step failed: each of its sequences alone, so that whichever is the cause fails alone."""
-        done, failed = [], []
+    def _compute_each(self, plan: StepPlan) -> _Outcome:
+        """Compute the sequences of a failed plan one at a time, so that only the cause of the error fails."""
+        outcome = _Outcome([])
         for chunk in plan.chunks:
             try:
-                done.append(self._compute(StepPlan([Chunk(chunk.sequence, chunk.length)])))
+                outcome.computed.append(self._compute(StepPlan([Chunk(chunk.sequence, chunk.length)])))
             except RunnerError:
                 raise
-            except Exception as e:
+            except Exception as error:
                 _log.exception("request %d fails", chunk.sequence.request_id)
-                failed.append((chunk.sequence, f"{type(e).__name__}: {first_line(e)}"))
-        return done, failed
+                outcome.failed.append((chunk.sequence, f"{type(error).__name__}: {first_line(error)}"))
+        return outcome
 
-    def _apply(self, plan: StepPlan, logits: StepLogits, samples: Sequence[Sample]) -> list[Delta]:
-        """Give the sequences what was computed for them; those aborted meanwhile get nothing."""
-        deltas: list[Delta] = []
-        if logits.reported:
-            self._report_prompts(logits)
-        remaining = iter(samples)
-        for chunk in plan.chunks:
+    def _record(self, outcome: _Outcome, num_sequences: int, start: float) -> list[Delta]:
+        """Update sequences, scheduler and counters; return the step's deltas."""
+        with self._lock:
+            before = self.counts.copy()
+            deltas: list[Delta] = []
+            for computed in outcome.computed:
+                self._apply(computed, deltas)
+            for sequence, reason in outcome.failed:
+                if self._scheduler.knows(sequence):
+                    self._scheduler.finish(sequence)
+                    deltas.append(sequence.fail(reason))
+            self._scheduler.succeeded()
+            self.counts["steps"] += 1
+            self.last_step = self._stats(before, num_sequences, time.monotonic() - start)
+        return deltas
+
+    def _apply(self, computed: _Computed, deltas: list[Delta]) -> None:
+        """Give each sequence what was computed for it, unless it was aborted meanwhile."""
+        if computed.logits.reported:
+            _report_prompts(computed.logits)
+        remaining = iter(computed.samples)
+        for chunk in computed.plan.chunks:
             sequence, complete = chunk.sequence, chunk.complete
-            computed = sequence.computed + chunk.length
+            end = sequence.computed + chunk.length
             prompt_tokens = min(chunk.length, len(sequence.prompt) - sequence.computed)
             self.counts["prompt_tokens"] += max(prompt_tokens, 0)
             if not complete:
-                self._advance(sequence, computed)
+                self._advance(sequence, end)
                 continue
             first = next(remaining)
             forks = [(fork, next(remaining)) for fork in chunk.forks]
-            taken = accepted(chunk.draft, [first, *itertools.islice(remaining, len(chunk.draft))])
+            samples = accepted(chunk.draft, [first, *itertools.islice(remaining, len(chunk.draft))])
             self.counts["draft_tokens"] += len(chunk.draft)
-            self.counts["accepted_tokens"] += len(taken) - 1
-            self._give(sequence, computed, taken, deltas)
-            for fork, own in forks:
-                self._give(fork, computed, [own], deltas)
-        return deltas
+            self.counts["accepted_tokens"] += len(samples) - 1
+            self._append(sequence, end, samples, deltas)
+            for fork, sample in forks:
+                self._append(fork, end, [sample], deltas)
 
-    def _report_prompts(self, logits: StepLogits) -> None:
-        tokens = [sequence.prompt[position] for sequence, position in logits.reported]
-        numbers = [sequence.params.prompt_logprobs or 0 for sequence, _ in logits.reported]
-        reports = token_logprobs(logits.prompt, tokens, numbers)
-        for (sequence, _), report in zip(logits.reported, reports, strict=True):
-            sequence.prompt_logprobs.append(report)
-
-    def _give(
+    def _append(
         self, sequence: SequenceState, computed: int, samples: Sequence[Sample], deltas: list[Delta]
     ) -> None:
+        """Append sampled tokens to a sequence of which `computed` tokens are in the cache."""
         if not self._scheduler.knows(sequence):
             return
         try:
             delta = sequence.append(samples)
-        except Exception as e:  # text that cannot be made of its tokens, or a grammar that refuses them
+        except Exception as error:
+            # Its tokens give no text, or its grammar refuses them.
             _log.exception("request %d fails", sequence.request_id)
-            delta = sequence.fail(f"{type(e).__name__}: {first_line(e)}")
+            delta = sequence.fail(f"{type(error).__name__}: {first_line(error)}")
         self.counts["generated_tokens"] += len(delta.token_ids)
         if delta.error is None:
             # The last token was sampled, not computed.
@@ -164,7 +200,7 @@ class Core:
         deltas.append(delta)
 
     def _advance(self, sequence: SequenceState, computed: int) -> None:
-        """Keys and values of the first `computed` tokens are there: let others find the blocks that are full."""
+        """Record that keys and values of `computed` tokens are in the cache, and publish full blocks for reuse."""
         if not self._scheduler.knows(sequence):
             return
         sequence.computed = computed
@@ -176,16 +212,24 @@ class Core:
                 pool.publish(sequence.blocks[len(digests)], parent, sequence.tokens[end - size : end])
             )
 
-    def _stats(self, before: Counter[str], sequences: int, seconds: float) -> StepStats:
+    def _stats(self, before: Counter[str], num_sequences: int, seconds: float) -> StepStats:
         now = self.counts - before
         return StepStats(
             seconds=seconds,
-            sequences=sequences,
+            sequences=num_sequences,
             prompt_tokens=now["prompt_tokens"],
             generated_tokens=now["generated_tokens"],
             draft_tokens=now["draft_tokens"],
             accepted_tokens=now["accepted_tokens"],
         )
+
+
+def _report_prompts(logits: StepLogits) -> None:
+    tokens = [sequence.prompt[position] for sequence, position in logits.reported]
+    numbers = [sequence.params.prompt_logprobs or 0 for sequence, _ in logits.reported]
+    reports = token_logprobs(logits.prompt, tokens, numbers)
+    for (sequence, _), report in zip(logits.reported, reports, strict=True):
+        sequence.prompt_logprobs.append(report)
 
 
 def _release_memory() -> None:

@@ -1,7 +1,8 @@
-"""Guesses by a smaller model of the same vocabulary (Leviathan et al. 2022, arXiv:2211.17192)."""
+"""Draft tokens from a smaller model of the same vocabulary (Leviathan et al. 2022, arXiv:2211.17192)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,20 +16,29 @@ from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
 from llama_ray.model.llama import Llama
 
 _CATCH_UP_TOKENS = 256
+"""Tokens of text without draft keys and values that one step computes."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The last draft of a sequence, which had `length` tokens then."""
+
+    length: int
+    tokens: list[int]
 
 
 class DraftModel:
-    """Samples its guesses with the noise that the large model will use, so that equal opinions give equal tokens.
+    """Samples draft tokens with the noise that the large model will use, so that similar logits give the same token.
 
-    It keeps keys and values of its own under the same block numbers. It reads prompts when their sequence begins to
-    generate, in chunks, and guesses nothing for those that it has not caught up with.
+    Its keys and values are in a cache of its own, under the block numbers of the large model's. It reads a prompt in
+    chunks when its sequence starts to generate, and drafts once it has caught up.
     """
 
     def __init__(self, model: Llama | Backend) -> None:
         self._backend = as_backend(model)
         self._runner: Runner | None = None
         self._sampler = self._backend.make_sampler()
-        self._guessed: WeakKeyDictionary[SequenceState, tuple[int, list[int]]] = WeakKeyDictionary()
+        self._drafts: WeakKeyDictionary[SequenceState, _Draft] = WeakKeyDictionary()
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """See `Proposer`."""
@@ -59,33 +69,33 @@ class DraftModel:
         assert self._runner is not None, "reserve comes first"
         for source, target in plan.copies:
             self._runner.cache.copy_block(source, target)
-        guessing = self._caught_up([c for c in plan.chunks if c.draft_room])
-        known = {id(c): len(c.sequence.tokens) for c in guessing}
-        while guessing:
-            spans = [self._span(c) for c in guessing]
+        drafting = self._catch_up([chunk for chunk in plan.chunks if chunk.draft_room])
+        for chunk in drafting:
+            self._drafts[chunk.sequence] = _Draft(len(chunk.sequence.tokens), chunk.draft)
+        while drafting:
+            spans = [self._span(chunk) for chunk in drafting]
             logits = self._runner.forward(self._runner.batch(spans))
-            samples = self._sampler.sample(logits, [DraftRow(c.sequence, list(c.draft)) for c in guessing])
-            for chunk, span, one in zip(guessing, spans, samples, strict=True):
+            rows = [DraftRow(chunk.sequence, list(chunk.draft)) for chunk in drafting]
+            longer: list[Chunk] = []
+            for chunk, span, sample in zip(drafting, spans, self._sampler.sample(logits, rows), strict=True):
                 chunk.sequence.draft_computed = span.start + len(span.tokens)
-                if one.token_id is not None:
-                    chunk.draft.append(one.token_id)
-                self._guessed[chunk.sequence] = (known[id(chunk)], chunk.draft)
-            guessing = [
-                c
-                for c, one in zip(guessing, samples, strict=True)
-                if one.token_id is not None and len(c.draft) < c.draft_room
-            ]
+                if sample.token_id is None:
+                    continue
+                chunk.draft.append(sample.token_id)
+                if len(chunk.draft) < chunk.draft_room:
+                    longer.append(chunk)
+            drafting = longer
 
-    def _caught_up(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Bring the cache nearer to the sequences' ends; those that a last short pass will bring there."""
+    def _catch_up(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Compute text that the draft's cache lacks; return the chunks for which little enough is left to draft now."""
         budget = _CATCH_UP_TOKENS
         near: list[Chunk] = []
         behind: list[Span] = []
         for chunk in chunks:
             sequence = chunk.sequence
-            self._keep_what_held(sequence)
+            self._roll_back(sequence)
             start, missing = sequence.draft_computed, len(sequence.tokens) - sequence.draft_computed
-            if missing <= min(budget, _CATCH_UP_TOKENS):
+            if missing <= budget:
                 near.append(chunk)
                 budget -= missing
             elif budget > 0:
@@ -98,17 +108,18 @@ class DraftModel:
             self._runner.forward(self._runner.batch(behind))
         return near
 
-    def _keep_what_held(self, sequence: SequenceState) -> None:
-        """Of the last guesses, those that came true are in the cache already, the others never were."""
-        length, draft = self._guessed.pop(sequence, (0, []))
-        if sequence.draft_computed <= length:  # it lost its blocks since
+    def _roll_back(self, sequence: SequenceState) -> None:
+        """Set `draft_computed` back to the last draft token that was accepted."""
+        draft = self._drafts.pop(sequence, None)
+        # Otherwise the cache holds none of the draft, such as after preemption.
+        if draft is None or sequence.draft_computed <= draft.length:
             return
-        right = 0
-        for guess, token in zip(draft, sequence.tokens[length:], strict=False):
-            if guess != token:
+        accepted = 0
+        for draft_token, token in zip(draft.tokens, sequence.tokens[draft.length :], strict=False):
+            if draft_token != token:
                 break
-            right += 1
-        sequence.draft_computed = min(sequence.draft_computed, length + right)
+            accepted += 1
+        sequence.draft_computed = min(sequence.draft_computed, draft.length + accepted)
 
     def _span(self, chunk: Chunk) -> Span:
         sequence = chunk.sequence

@@ -1,4 +1,4 @@
-"""Guesses from the text itself: what followed these words before."""
+"""Draft tokens from the text itself: those that followed the same words before."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from llama_ray.generation.scheduling.step_plan import StepPlan
 
 
 class PromptLookup:
-    """Guesses that what followed the last few tokens before will follow them again (Saxena 2023, prompt lookup).
+    """Drafts the tokens that followed the last n-gram when it occurred before (Saxena 2023, prompt lookup decoding).
 
-    The longest of the last `longest` to `shortest` tokens that occurred before counts, where it did so last.
+    Tries n from `longest` to `shortest`, and of several occurrences takes the last one.
     """
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         if not 1 <= shortest <= longest:
             raise ValueError(
-                f"shortest is {shortest} and longest is {longest}; 1 <= shortest <= longest must hold"
+                f"shortest is {shortest} and longest is {longest}; they must be 1 <= shortest <= longest"
             )
         self._widths = range(longest, shortest - 1, -1)
-        self._seen: WeakKeyDictionary[SequenceState, _Seen] = WeakKeyDictionary()
+        self._indices: WeakKeyDictionary[SequenceState, _NgramIndex] = WeakKeyDictionary()
 
     def propose(self, plan: StepPlan) -> None:
         """See `Proposer`."""
@@ -29,7 +29,7 @@ class PromptLookup:
                 chunk.draft = self._continuation(chunk.sequence, chunk.draft_room)
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
-        """See `Proposer`: it can for any."""
+        """See `Proposer`; any model will do."""
 
     @property
     def block_bytes(self) -> int:
@@ -37,27 +37,27 @@ class PromptLookup:
         return 0
 
     def reserve(self, num_blocks: int, max_num_seqs: int, max_seq_len: int) -> None:
-        """See `Proposer`."""
+        """See `Proposer`; there is no cache."""
 
     def _continuation(self, sequence: SequenceState, room: int) -> list[int]:
         tokens = sequence.tokens
-        seen = self._seen.setdefault(sequence, _Seen())
-        for end in range(seen.length, len(tokens)):
+        index = self._indices.setdefault(sequence, _NgramIndex())
+        for end in range(index.length, len(tokens)):
             for width in self._widths:
                 if width <= end:
-                    seen.ends[tuple(tokens[end - width : end])] = end
-        seen.length = len(tokens)
+                    index.ends[tuple(tokens[end - width : end])] = end
+        index.length = len(tokens)
         for width in self._widths:
-            found = seen.ends.get(tuple(tokens[-width:]))
+            found = index.ends.get(tuple(tokens[-width:]))
             if found is not None:
-                guess = tokens[found : found + room]
-                # Where that is all there is, it repeats itself.
-                return (guess * (room // len(guess) + 1))[:room]
+                draft = tokens[found : found + room]
+                # A continuation shorter than the room is repeated.
+                return (draft * (room // len(draft) + 1))[:room]
         return []
 
 
-class _Seen:
-    """Where each n-gram of a sequence ended last, for those among its first `length` tokens that something follows."""
+class _NgramIndex:
+    """The end of each n-gram's last occurrence, for n-grams before the last of a sequence's first `length` tokens."""
 
     def __init__(self) -> None:
         self.length = 1

@@ -1,13 +1,13 @@
-"""Guessing tokens ahead, and how many of the guesses hold.
+"""Drafting tokens ahead, and how many of the draft tokens are accepted.
 
-A step computes the guesses together with the token before them, and samples at each as if the ones before it were
-right. Noise belongs to a position, so what is sampled there is what would have been sampled without any guess: a guess
-that equals it saves a step, one that does not is dropped, and no token that comes out is ever another.
+A step computes draft tokens together with the token before them, and samples at each one as if those before it were
+right. Noise is keyed by position, so each sample is the token that would have been sampled without a draft: a draft
+token that equals it saves a step, one that differs is dropped, and the output never changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from typing import Protocol
 
 from llama_ray.generation.sampling.sampler import Sample
@@ -15,27 +15,30 @@ from llama_ray.generation.scheduling.step_plan import StepPlan
 
 
 class Proposer(Protocol):
-    """Something that guesses."""
+    """Proposes draft tokens."""
 
     def propose(self, plan: StepPlan) -> None:
-        """Fill `draft` of the chunks that have `draft_room`, with at most so many tokens."""
+        """Fill `draft` of the chunks with `draft_room`, with at most that many tokens."""
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
-        """Raise ValueError where it cannot guess for a model of this vocabulary and length."""
+        """Raise ValueError if this cannot draft for a model with this vocabulary and sequence length."""
 
     @property
     def block_bytes(self) -> int:
-        """What it wants beside each block of the cache."""
+        """Bytes that this needs for each block of the model's cache."""
 
     def reserve(self, num_blocks: int, max_num_seqs: int, max_seq_len: int) -> None:
-        """Take memory for so many."""
+        """Allocate a cache of `num_blocks` blocks."""
 
 
-def accepted(draft: Many[int], samples: Many[Sample]) -> list[Sample]:
-    """Of the samples before each guess and after the last, those that hold: up to the first that no guess foresaw."""
+def accepted(draft: Sequence[int], samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples that count: the first one, and each further one while the draft token before it was sampled.
+
+    `samples[i]` was sampled before `draft[i]`, and the last one after the whole draft.
+    """
     taken = [samples[0]]
-    for guess, following in zip(draft, samples[1:], strict=True):
-        if taken[-1].token_id != guess:
+    for draft_token, following in zip(draft, samples[1:], strict=True):
+        if taken[-1].token_id != draft_token:
             break
         taken.append(following)
     return taken

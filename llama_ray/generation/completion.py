@@ -1,4 +1,4 @@
-"""What `Engine.generate` returns."""
+"""The results of `Engine.generate`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from llama_ray.generation.stats import RequestStats
 
 
 class GenerationError(RuntimeError):
-    """A request that was accepted but could not be finished; the message gives the cause."""
+    """An accepted request could not be finished; the message gives the cause."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One candidate, finished: `finish_reason` is "stop" (end-of-text token or stop string) or "length".
+    """One finished candidate; `finish_reason` is "stop" (end-of-text or stop token, stop string) or "length".
 
-    `token_ids` include the end-of-text token or the stop string's tokens, though `text` does not. `logprobs` has an
-    entry for each of them, or is None where the request did not ask; so has `prompt_logprobs` for each token of the
-    prompt but the first.
+    `token_ids` include the end-of-text token or the stop string's tokens, which `text` leaves out. `logprobs` has an
+    entry for each of them, and `prompt_logprobs` for each prompt token but the first; each is None if the request did
+    not ask for it.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Completion:
 
     @classmethod
     def of(cls, deltas: Sequence[Delta], prompt: list[int]) -> Self:
-        """All deltas of one candidate, in order, as one. Raises GenerationError where they do not end well."""
+        """Merge all deltas of one candidate. Raises GenerationError if they end with an error or are incomplete."""
         whole = Delta.joined(deltas) if deltas else None
         if whole is None or whole.finish_reason is None or whole.error is not None:
             raise GenerationError(whole.error if whole and whole.error else "the request was aborted")

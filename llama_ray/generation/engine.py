@@ -24,7 +24,7 @@ from llama_ray.generation.limits import Limits
 from llama_ray.generation.options import EngineOptions, RunOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.prepare import as_backend, prepare
-from llama_ray.generation.progress import Progress
+from llama_ray.generation.progress import ProgressBar
 from llama_ray.generation.runner import RunnerError
 from llama_ray.generation.sampling.constraints import Grammars
 from llama_ray.generation.sampling.params import SamplingParams
@@ -178,7 +178,7 @@ class Engine:
         try:
             for prompt, params in requests:
                 request_ids.append(self.submit(prompt, params))
-            with Progress(sum(params.n for _, params in requests), shown=progress) as bar:
+            with ProgressBar(sum(params.n for _, params in requests), shown=progress) as bar:
                 while self.has_work:
                     new = self.step()
                     bar.count(new)

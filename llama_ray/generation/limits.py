@@ -1,4 +1,4 @@
-"""What a request may ask of a model."""
+"""What a request may ask of an engine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from llama_ray.generation.sampling.params import SamplingParams
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one engine: token ids from 0 to `vocab_size` - 1, and up to `max_seq_len` of prompt and output together."""
+    """One engine's limits: token ids below `vocab_size`, and `max_seq_len` tokens of prompt and output together."""
 
     vocab_size: int
     max_seq_len: int
     has_tokenizer: bool = field(kw_only=True)
 
     def check(self, ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise ValueError for a prompt or parameters that cannot be served."""
+        """Raise ValueError if the prompt or the parameters exceed the limits."""
         vocab_size = self.vocab_size
         if not ids:
             raise ValueError(

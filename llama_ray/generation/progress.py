@@ -1,4 +1,4 @@
-"""How far a batch of prompts is, for somebody who waits for it."""
+"""A progress bar for `Engine.generate`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tqdm import tqdm
 from llama_ray.generation.scheduling.sequence import Delta
 
 
-class Progress:
-    """A bar of finished completions on stderr, with the tokens so far and their rate; nothing unless `shown`."""
+class ProgressBar:
+    """Shows finished completions, tokens and tokens per second on stderr, if `shown`."""
 
     def __init__(self, completions: int, *, shown: bool) -> None:
-        # miniters 0: long completions move the count of tokens for a while before they move the bar
+        # With miniters 0 the count of tokens is redrawn while no completion finishes.
         self._bar = tqdm(total=completions, unit="completion", miniters=0, disable=not shown)
         self._start, self._tokens = time.perf_counter(), 0
 
@@ -26,7 +26,7 @@ class Progress:
         self._bar.close()
 
     def count(self, deltas: Sequence[Delta]) -> None:
-        """Take note of what a step gave."""
+        """Add the deltas of a step."""
         self._tokens += sum(len(delta.token_ids) for delta in deltas)
         rate = self._tokens / (time.perf_counter() - self._start)
         self._bar.set_postfix_str(f"{self._tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)

@@ -1,1 +1,1 @@
-"""Which sequences compute which tokens in a step, and in which blocks of the KV cache."""
+"""What each step computes: sequences, their tokens, and their blocks of the KV cache."""

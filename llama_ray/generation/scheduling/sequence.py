@@ -1,4 +1,4 @@
-"""One candidate completion on its way: its tokens, its text, its blocks, and when it ends."""
+"""The state of one candidate completion while it is generated, and the deltas that report its progress."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ FinishReason = Literal["stop", "length", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step, or several that were taken together, added to candidate `index` of a request.
+    """What one step, or several merged ones, added to candidate `index` of a request.
 
-    `text` may be empty although there are tokens: bytes of a character, or the beginning of a stop string, wait for
-    what follows. All texts of a candidate together are its completion's text. `token_ids` include an end-of-text
-    token and those of a stop string, though the text does not. `logprobs` has an entry for each token, or is
-    None where the request did not ask; `prompt_logprobs`, for each prompt token but the first, comes with the first
-    delta. `finish_reason` is set on the last delta of the candidate, with its `stats`: "stop" (end-of-text or stop
-    token, stop string, or the end of what `regex` or `json_schema` allow), "length" (`max_tokens`), or "error" with
-    the cause in `error`.
+    `text` may be empty although there are tokens: incomplete characters and possible beginnings of a stop string are
+    held back. The texts of all deltas together are the completion's text. `token_ids` include an end-of-text token and
+    the tokens of a stop string, which the text leaves out. `logprobs` has an entry for each token, or is None if the
+    request did not ask for them; `prompt_logprobs`, for each prompt token but the first, comes with the first delta.
+    `finish_reason` is set on the candidate's last delta, with its `stats`: "stop" (end-of-text or stop token, stop
+    string, or a complete match of `regex` or `json_schema`), "length" (`max_tokens`), or "error" with the cause in
+    `error`.
     """
 
     request_id: int
@@ -42,7 +42,7 @@ class Delta:
 
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
-        """Deltas of one candidate, in order, as one."""
+        """Merge deltas of one candidate, which are in order."""
         first, last = deltas[0], deltas[-1]
         logprobs = None if first.logprobs is None else [p for d in deltas for p in d.logprobs or ()]
         return cls(
@@ -58,19 +58,20 @@ class Delta:
         )
 
     def __add__(self, later: Delta) -> Delta:
-        """Both deltas of one candidate as one."""
+        """Merge with a later delta of the same candidate."""
         return Delta.joined((self, later))
 
 
 class SequenceState:
-    """The state of one candidate.
+    """One candidate: its tokens, its text, its blocks, and when it ends.
 
-    `tokens` are those of prompt and output; keys and values of the first `computed` of them are in `blocks`. A
-    candidate with a `leader` starts where that one's prompt has been computed, if it can.
+    `tokens` are prompt and output; keys and values of the first `computed` tokens are in `blocks`, of which `reused`
+    tokens were taken from other sequences. A candidate with a `leader` starts from the leader's computed prompt if
+    `max_num_seqs` allows it; until then it is one of the leader's `followers`.
     """
 
     draft: Sequence[int] = ()
-    """See `sampler.Row`: a sequence itself assumes none."""
+    """See `row.Row`: a sequence itself has no draft tokens."""
 
     def __init__(
         self,
@@ -92,7 +93,8 @@ class SequenceState:
         self.arrival = 0
         self.running = False
         self.blocks: list[int] = []
-        self.digests: list[bytes] = []  # of the blocks that are full, as far as they were published
+        # Of the full blocks that were published.
+        self.digests: list[bytes] = []
         self.computed = self.reused = self.draft_computed = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         self.stats = RequestStats(arrived=time.monotonic(), prompt_tokens=len(prompt))
@@ -103,24 +105,21 @@ class SequenceState:
 
     @property
     def remaining(self) -> int:
-        """Tokens to compute before the next one can be sampled."""
+        """Number of tokens to compute before the next one can be sampled."""
         return len(self.tokens) - self.computed
 
     @property
     def tokens_left(self) -> int:
-        """How many more it may generate."""
+        """Number of tokens that may still be generated."""
         return self.params.max_tokens - len(self.output)
 
     @property
     def may_reuse(self) -> bool:
-        """Whether blocks that others computed will do: reports on the prompt need all of its logits."""
+        """Whether cached blocks may be used; log-probabilities of the prompt need all of its logits."""
         return self.params.prompt_logprobs is None or bool(self.output)
 
     def append(self, samples: Sequence[Sample]) -> Delta:
-        """Take the tokens that were sampled, in order, as far as the sequence goes on.
-
-        Where one could not be sampled it ends with an error.
-        """
+        """Append sampled tokens, in order, until the sequence ends; a sample without a token ends it with an error."""
         texts: list[str] = []
         token_ids: list[int] = []
         logprobs: list[TokenLogprob] | None = None if self.params.logprobs is None else []
@@ -139,7 +138,7 @@ class SequenceState:
         return self._delta("".join(texts), token_ids, logprobs, finish)
 
     def fail(self, reason: str) -> Delta:
-        """End with an error."""
+        """End the sequence with an error."""
         return self._delta("", [], [] if self.params.logprobs is not None else None, "error", reason)
 
     def _take(self, token: int) -> tuple[str, FinishReason | None]:

@@ -1,4 +1,4 @@
-"""Tokens that arrive one by one -> text that can be shown: whole characters, cut before a stop string."""
+"""Turns tokens into text as they arrive: whole characters, cut before a stop string."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from llama_ray.data.text_stream import TextStream
 
 
 class StopMatcher:
-    """Passes text on piece by piece, up to the first stop string.
+    """Passes text on as it arrives, up to the first stop string.
 
-    Of several stop strings the one that is complete first counts, and of those that are complete at the same
-    character the longest: where the text is cut does not depend on how it came in pieces.
+    Of several stop strings the first one to be complete counts, and the longest of those complete at the same
+    character, so the cut does not depend on how the text is divided into pieces.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
         self._held = ""
-        self._passed = 0  # characters of the held text in which no stop string may end
+        # Leading characters of the held text in which no stop string may end.
+        self._passed = 0
 
     def push(self, piece: str, may_stop: bool = True) -> tuple[str, bool]:
-        """The text that may be shown now, and whether a stop string was found (then this was the last of it).
+        """Return the text that may be shown now, and whether a stop string ends it.
 
-        An end that a stop string could begin with is held back. Stop strings that are complete with a piece that
-        `may_stop` excludes are text like any other.
+        An end of the text that could begin a stop string is held back. With `may_stop` False a stop string that this
+        piece completes is text like any other.
         """
         self._held += piece
         if may_stop:
@@ -39,7 +40,7 @@ class StopMatcher:
         return shown, False
 
     def flush(self) -> str:
-        """What is still held back, at the end of the text."""
+        """Return what is still held back, at the end of the text."""
         shown, self._held = self._held, ""
         return shown
 
@@ -47,15 +48,15 @@ class StopMatcher:
         return self._held.find(stop, max(self._passed - len(stop) + 1, 0))
 
     def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that is a true beginning of `stop`."""
+        """Return the length of the longest end of the held text that is a proper prefix of `stop`."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
 class TextOutput:
-    """The text of one sequence as it grows; without a tokenizer (`stream` None) it stays empty.
+    """The growing text of one sequence; without a tokenizer (`stream` None) it stays empty.
 
-    Stop strings count from the token on with which there are `min_tokens`.
+    Stop strings count from token number `min_tokens` on.
     """
 
     def __init__(self, stream: TextStream | None, stop: tuple[str, ...], min_tokens: int = 0) -> None:
@@ -64,14 +65,14 @@ class TextOutput:
         self._before_stop = min_tokens
 
     def push(self, token_id: int) -> tuple[str, bool]:
-        """The text that became certain with this token, and whether it met a stop string."""
+        """Return the text that this token made certain, and whether a stop string ends it."""
         self._before_stop -= 1
         if self._stream is None:
             return "", False
         return self._matcher.push(self._stream.push(token_id), may_stop=self._before_stop <= 0)
 
     def finish(self) -> tuple[str, bool]:
-        """The rest, when no token follows; its last bytes may complete a stop string."""
+        """Return the rest when no token follows, and whether a stop string ends it: the last bytes may complete one."""
         if self._stream is None:
             return "", False
         shown, stopped = self._matcher.push(self._stream.flush())

@@ -1,1 +1,1 @@
-"""Proposers of draft tokens, and the rule that accepts them."""
+"""Speculative decoding: proposers of draft tokens, and the rule that accepts them."""

@@ -12,7 +12,7 @@ IGNORE_INDEX = -100
 """Target of a position that has no loss."""
 
 CHUNK_BYTES = 16 * 1024**2
-"""Lower limit for the fp32 logits that are in memory at once; see `_chunk_tokens`."""
+"""fp32 logits of a chunk of tokens; more where `hidden_size` tokens need more, see `_chunk_tokens`."""
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class _HeadLoss(torch.autograd.Function):
                     grad_weight = product.to(grad_dtype) if grad_weight is None else grad_weight.add_(product)
             ctx.scale = scale
             if grad_hidden is not None:
-                # Without any tokens there is no chunk.
+                # Without tokens no chunk has set it.
                 grad_weight = (
                     torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
                 )

@@ -11,6 +11,7 @@ from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
 from llama_ray.generation.scheduling.text import TextOutput
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.utils.integers import ceil_div
 
 SIZE = 8
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def test_logits_are_those_of_the_whole_sequence_however_it_is_cut(model: Llama) 
     order = (1 + torch.randperm(39, generator=generator)).tolist()
     sequences = []
     for text in texts:
-        sequences.append(placed(text, [order.pop() for _ in range(-(-len(text) // SIZE))]))
+        sequences.append(placed(text, [order.pop() for _ in range(ceil_div(len(text), SIZE))]))
     runner = make(model)
     a, b, c = sequences
     assert len(run(runner, [(a, 20), (b, 3)])) == 0

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.storage.paths import absolute, existing, workspace
+from llama_ray.storage.paths import absolute, existing, existing_ref, is_model_ref, is_uri, workspace
 
 
 @pytest.fixture
 def job_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Inside what `ray job submit --working-dir .` makes."""
+    """The current directory, which is a temporary copy as `ray job submit --working-dir .` makes it."""
     copy = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
@@ -17,7 +17,7 @@ def job_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
-def test_relative_paths_are_the_users_own(
+def test_relative_paths_start_at_the_current_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -29,7 +29,7 @@ def test_relative_paths_are_the_users_own(
     assert capsys.readouterr().err == ""
 
 
-def test_outputs_of_a_ray_job_do_not_land_in_its_temporary_copy(
+def test_outputs_of_a_ray_job_are_kept_outside_its_temporary_copy(
     job_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = tmp_path / "home" / "llama_ray"
@@ -42,7 +42,34 @@ def test_outputs_of_a_ray_job_do_not_land_in_its_temporary_copy(
     assert capsys.readouterr().err == ""
 
 
-def test_inputs_of_a_ray_job_may_come_with_its_copy(job_copy: Path, tmp_path: Path) -> None:
+def test_inputs_of_a_ray_job_may_be_in_its_temporary_copy(job_copy: Path, tmp_path: Path) -> None:
     (job_copy / "corpus").mkdir()
     assert existing("corpus") == str(job_copy / "corpus")
     assert existing("elsewhere") == str(tmp_path / "home" / "llama_ray" / "elsewhere")
+
+
+@pytest.mark.parametrize("ref", ["models:/tiny/3", "models:/tiny@champion"])
+def test_references_to_the_model_registry_are_no_paths(ref: str) -> None:
+    assert is_model_ref(ref)
+    assert existing_ref(ref) == ref
+
+
+def test_other_references_are_paths_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not is_model_ref("models/tiny")
+    assert existing_ref("models/tiny") == str(tmp_path / "models" / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("s3://bucket/a", True),
+        ("file:///a", True),
+        ("/a/b", False),
+        ("a://b/c", True),
+        ("://a", False),
+        ("", False),
+    ],
+)
+def test_a_uri_begins_with_a_scheme(path: str, expected: bool) -> None:
+    assert is_uri(path) == expected

@@ -15,6 +15,7 @@ from llama_ray.generation.batch import StepBatch
 from llama_ray.generation.cpu.cache import CpuCache
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import causal_attention
+from llama_ray.utils.integers import ceil_div
 
 BLOCKS = 40
 SHAPES = [(4, 4, 64), (8, 2, 32), (3, 1, 14), (12, 4, 80)]  # heads, key-value heads, head_dim
@@ -85,7 +86,7 @@ def run(cache: CpuCache, layer: int, parts: list[tuple[Text, int, int]]) -> list
 def give_blocks(texts: list[Text], size: int, seed: int) -> None:
     free = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(seed)).tolist()
     for text in texts:
-        text.blocks = [free.pop() for _ in range(-(-text.query.shape[2] // size))]
+        text.blocks = [free.pop() for _ in range(ceil_div(text.query.shape[2], size))]
 
 
 @pytest.mark.parametrize("numbers", SHAPES)

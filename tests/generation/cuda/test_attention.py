@@ -13,6 +13,7 @@ from llama_ray.generation.cuda.cache import PagedCache
 from llama_ray.generation.kv_cache import TorchCache
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import rotate
+from llama_ray.utils.integers import ceil_div
 
 BLOCK_SIZE = 16
 CHUNKS = [(40, 40), (1, 70), (1, 1), (5, 48), (17, 33), (1, 32), (64, 64)]
@@ -35,12 +36,12 @@ def step(chunks: list[tuple[int, int]], device: torch.device, seed: int = 0) -> 
     """Sequences with blocks scattered over a cache of 64; the table has a column to spare."""
     generator = torch.Generator().manual_seed(seed)
     free = (torch.randperm(63, generator=generator) + 1).tolist()
-    width = max(-(-context // BLOCK_SIZE) for _, context in chunks) + 1
+    width = max(ceil_div(context, BLOCK_SIZE) for _, context in chunks) + 1
     table = torch.zeros(len(chunks), width, dtype=torch.int32)
     positions = [torch.arange(context - queries, context) for queries, context in chunks]
     slots = []
     for row, (_, context), at in zip(table, chunks, positions, strict=True):
-        count = -(-context // BLOCK_SIZE)
+        count = ceil_div(context, BLOCK_SIZE)
         row[:count] = torch.tensor([free.pop() for _ in range(count)])
         slots.append(row[at // BLOCK_SIZE].long() * BLOCK_SIZE + at % BLOCK_SIZE)
     starts = torch.tensor([0, *(queries for queries, _ in chunks)]).cumsum(0).int()

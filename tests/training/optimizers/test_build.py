@@ -10,7 +10,7 @@ from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer, learning_rate, set_learning_rate
 
 
-def test_the_rate_follows_the_warmup_and_cosine_of_transformers() -> None:
+def test_warmup_and_cosine_are_those_of_transformers() -> None:
     config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=2e-3)
     schedule = Schedule.of(config, batches_per_epoch=40)
     dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
@@ -21,7 +21,7 @@ def test_the_rate_follows_the_warmup_and_cosine_of_transformers() -> None:
         assert learning_rate(step, config, schedule) == pytest.approx(peer.get_last_lr()[0])
 
 
-def test_a_line_falls_evenly_to_the_least_rate() -> None:
+def test_a_linear_schedule_falls_evenly_to_the_lowest_rate() -> None:
     config = TrainConfig(max_steps=110, warmup_steps=10, learning_rate=1.0, schedule="linear")
     schedule = Schedule.of(config, batches_per_epoch=40)
     rates = [learning_rate(step, config, schedule) for step in range(10, 111)]
@@ -30,37 +30,41 @@ def test_a_line_falls_evenly_to_the_least_rate() -> None:
     assert {round(a - b, 9) for a, b in itertools.pairwise(rates)} == {0.009}
 
 
-def test_wsd_stays_and_then_decays() -> None:
-    config = TrainConfig(
-        max_steps=100,
-        warmup_steps=10,
-        learning_rate=2.0,
-        schedule="wsd",
-        decay_fraction=0.25,
-        min_learning_rate_ratio=0.0,
-    )
-    schedule = Schedule.of(config, batches_per_epoch=40)
-    rates = {step: learning_rate(step, config, schedule) for step in range(1, 101)}
+WSD = TrainConfig(
+    max_steps=100,
+    warmup_steps=10,
+    learning_rate=2.0,
+    schedule="wsd",
+    decay_fraction=0.25,
+    min_learning_rate_ratio=0.0,
+)
+
+
+def test_wsd_is_constant_and_then_decays() -> None:
+    schedule = Schedule.of(WSD, batches_per_epoch=40)
+    rates = {step: learning_rate(step, WSD, schedule) for step in range(1, 101)}
     assert rates[5] == 1.0
     assert {rates[step] for step in range(10, 76)} == {2.0}
     assert rates[76] < 2.0
     assert rates[88] == pytest.approx(2.0 * 12 / 25)
     assert rates[100] == pytest.approx(0.0)
-    # Where nothing is left of the stable part, the decay begins after the warm-up.
+
+
+def test_wsd_with_a_long_warmup_decays_right_after_it() -> None:
     late = Schedule.of(TrainConfig(max_steps=100, warmup_steps=90), batches_per_epoch=40)
-    assert learning_rate(90, config, late) == 2.0
-    assert learning_rate(95, config, late) == pytest.approx(1.0)
+    assert learning_rate(90, WSD, late) == 2.0
+    assert learning_rate(95, WSD, late) == pytest.approx(1.0)
 
 
-def test_muon_is_for_the_matrices_of_the_blocks() -> None:
+def test_muon_takes_the_matrices_of_the_blocks() -> None:
     model = Llama(LlamaConfig.preset("llama-tiny"))
     optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
-    turned = {id(p) for g in optimizer.param_groups if g["muon"] for p in g["params"]}
+    orthogonalised = {id(p) for g in optimizer.param_groups if g["muon"] for p in g["params"]}
     for name, p in model.named_parameters():
-        assert (id(p) in turned) == (name.startswith("layers.") and "norm" not in name), name
+        assert (id(p) in orthogonalised) == (name.startswith("layers.") and "norm" not in name), name
 
 
-def test_decay_is_for_matrices_only() -> None:
+def test_weight_decay_is_for_matrices_only() -> None:
     model = Llama(LlamaConfig.preset("llama-tiny", tie_embeddings=True))
     optimizer = build_optimizer(model, TrainConfig(weight_decay=0.5))
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.5 for p in g["params"]}
@@ -68,5 +72,9 @@ def test_decay_is_for_matrices_only() -> None:
     for name, p in model.named_parameters():
         assert id(p) in (plain if "norm" in name else decayed), name
     assert len(decayed) + len(plain) == len(list(model.parameters()))
+
+
+def test_a_learning_rate_is_set_in_all_groups() -> None:
+    optimizer = build_optimizer(Llama(LlamaConfig.preset("llama-tiny")), TrainConfig(optimizer="muon"))
     set_learning_rate(optimizer, 0.25)
     assert {g["lr"] for g in optimizer.param_groups} == {0.25}

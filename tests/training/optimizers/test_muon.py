@@ -14,7 +14,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int,
     values = torch.linalg.svdvals(orthogonalize(matrix).float())
     assert values.max() < 1.3
     assert values.median() > 0.6
-    # The directions are those of the matrix: U V^T of its singular value decomposition.
+    # The exact result is U V^T of the singular value decomposition.
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     exact = u @ vh
     found = orthogonalize(matrix).float()
@@ -50,5 +50,5 @@ def test_updates_are_those_of_torch_and_of_adamw() -> None:
     before = dict(Llama(config, seed=1).named_parameters())
     for name, parameter in ours.named_parameters():
         moved, expected = parameter - before[name], named[name] - before[name]
-        # Of bf16 rounding in the iteration, where torch works in the same precision in another order.
+        # torch iterates in bf16 too, but in another order, so the two round differently.
         assert (moved - expected).norm() < 0.02 * expected.norm(), name

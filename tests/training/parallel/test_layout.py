@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.parallel.layout import GIB, Layout, activation_bytes, choose_layout, state_bytes
 
@@ -34,7 +35,7 @@ def test_auto_picks_what_fits_an_80_gib_gpu_and_says_why(
     assert layout.data_world == workers
 
 
-def test_auto_divides_activations_where_they_are_what_is_too_large() -> None:
+def test_auto_adds_tensor_parallelism_if_activations_alone_are_too_large() -> None:
     model = LlamaConfig.preset("llama-7b", max_seq_len=16384)
     config = TrainConfig(batch_size=1)
     assert activation_bytes(model, config) > 80 * GIB
@@ -44,13 +45,13 @@ def test_auto_divides_activations_where_they_are_what_is_too_large() -> None:
     assert layout.data_world == 32
 
 
-def test_auto_says_where_nothing_fits() -> None:
+def test_auto_warns_if_no_layout_fits() -> None:
     layout = choose_layout(LlamaConfig.preset("llama-65b"), TrainConfig(), 2, memory_bytes=8 * GIB)
     assert sizes(layout) == (1, 2, 1)
     assert "may not fit" in layout.reason
 
 
-def test_states_are_sixteen_bytes_a_parameter() -> None:
+def test_training_state_takes_16_bytes_per_parameter() -> None:
     assert state_bytes(LlamaConfig.preset("llama-7b")) == 16 * 6_738_415_616
 
 
@@ -65,7 +66,7 @@ def test_states_are_sixteen_bytes_a_parameter() -> None:
         ({"parallelism": "hsdp", "tensor_parallel": 2}, 4, (2, 2, 2)),
     ],
 )
-def test_what_is_asked_for_is_done(settings: dict, node: int, expected: tuple[int, int, int]) -> None:
+def test_a_requested_layout_is_used(settings: dict, node: int, expected: tuple[int, int, int]) -> None:
     layout = choose_layout(TINY, TrainConfig(**settings), 8, node_size=node)
     assert sizes(layout) == expected
     assert layout.world_size == 8
@@ -93,29 +94,27 @@ def test_what_is_asked_for_is_done(settings: dict, node: int, expected: tuple[in
         ),
     ],
 )
-def test_what_does_not_divide_is_refused(settings: dict, workers: int, message: str) -> None:
+def test_sizes_that_do_not_divide_are_refused(settings: dict, workers: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_layout(TINY, TrainConfig(**settings), workers)
 
 
-def test_the_estimate_of_activations_is_near_what_autograd_keeps() -> None:
-    from llama_ray.model.llama import Llama
-
+def test_the_estimate_of_activations_is_near_what_autograd_saves() -> None:
     model = LlamaConfig.preset("llama-30m", num_layers=4, vocab_size=512, max_seq_len=256)
     config = TrainConfig(batch_size=2, precision="bf16")
     llama = Llama(model)
     weights = {p.untyped_storage().data_ptr() for p in llama.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     tokens = torch.zeros(2, 256, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
         llama(tokens, targets=tokens)
-    # bf16 copies of the weights, which autocast makes and the hooks see, are no activations.
-    seen = sum(kept.values()) - 2 * model.num_parameters()
+    # The hooks also see the bf16 copies of the weights that autocast makes; these are not activations.
+    seen = sum(saved.values()) - 2 * model.num_parameters()
     assert 0.6 * seen < activation_bytes(model, config) < 1.7 * seen

@@ -13,7 +13,7 @@ TOKENS = torch.randint(0, 512, (2, 65), generator=torch.Generator().manual_seed(
 
 
 def backward(mode: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """Gradients by name, and the floating point operations that they took."""
+    """Return gradients by name, and the number of floating point operations that they took."""
     model = Llama(CONFIG)
     for block in model.layers:
         checkpoint_block(block, mode)
@@ -27,15 +27,16 @@ def test_gradients_are_the_same_to_the_bit(mode: str) -> None:
     torch.testing.assert_close(backward(mode)[0], backward("none")[0], atol=0, rtol=0)
 
 
-def test_selective_computes_again_less_than_full() -> None:
+def test_selective_recomputes_less_than_full() -> None:
     none, selective, full = (backward(mode)[1] for mode in ("none", "selective", "full"))
-    blocks = full - none  # one forward pass through all blocks
+    # One forward pass through all blocks.
+    blocks = full - none
     assert blocks > 0.2 * none
-    # Half of the matrix products, none of the attention.
+    # Selective recomputes half of the matrix products and no attention.
     assert 0.2 * blocks < selective - none < 0.6 * blocks
 
 
-def test_names_do_not_change_and_nothing_is_kept_in_evaluation() -> None:
+def test_names_of_parameters_and_evaluation_do_not_change() -> None:
     model = Llama(CONFIG)
     names = list(model.state_dict())
     with torch.no_grad():

@@ -35,16 +35,16 @@ def describe_run(model: LlamaConfig, config: TrainConfig, info: DatasetInfo, wor
 def describe_version(model: LlamaConfig, info: DatasetInfo, progress: Progress) -> str:
     """Return how good the version is, and what it was trained on.
 
-    The registry's list shows the first line alone, as plain text.
+    The registry's list shows the beginning of the first line, as plain text.
     """
     loss = math.nan if progress.validation_loss is None else progress.validation_loss
     return _sentence_and_list(
-        f"Validation loss {loss:.4f} (perplexity {perplexity(loss):.2f}) after {progress.tokens:,} tokens "
+        f"Loss {loss:.4f} on held-out text (perplexity {perplexity(loss):.2f}) after {progress.tokens:,} tokens "
         f"of `{info.source}`.",
         {
             "Model": _shape(model),
             "Training": f"{progress.step:,} steps, {progress.tokens:,} tokens",
-            "Validation": "mean cross-entropy in nats per token on the held-out split",
+            "Loss": "mean cross-entropy in nats per token on the validation split",
         },
     )
 

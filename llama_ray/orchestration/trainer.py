@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from llama_ray.data.shards import DatasetInfo, read_info
+from llama_ray.data.shards import SPLITS, DatasetInfo, read_info
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
 from llama_ray.orchestration.launch import LaunchConfig
@@ -159,6 +159,12 @@ def _new_run(job: _Job) -> Run:
         params=settings | {"world_size": job.launch.world_size},
         tags=standard_tags(world_size=most, device="gpu" if job.gpu else "cpu"),
         description=describe_run(job.model, job.config, job.info, most),
+    )
+    run.log_dataset(
+        job.info.source,
+        fingerprint=job.info.fingerprint,
+        source=job.data,
+        sizes={f"{split}_tokens": job.info.tokens(split) for split in SPLITS},
     )
     record = {"run_id": run.run_id, "tracking_uri": run.uri}
     store.write_text(store.join(job.directory, _RUN_FILE), json.dumps(record))

@@ -1,1 +1,1 @@
-"""MLflow's side of a training run: the run it logs to, and the registry that its checkpoints end in."""
+"""MLflow: the run that training logs to, and the registry of finished models."""

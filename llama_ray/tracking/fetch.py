@@ -1,4 +1,4 @@
-"""The weights of a registered version, brought to this machine once."""
+"""Download the weights of a registered version to this machine, once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CACHE = Path("~/.cache/llama_ray/models")
 
 
 def fetch(client: MlflowClient, name: str, version: int, cache_dir: Path | None = None) -> Path:
-    """The local Hugging Face directory of a version that exists; see `registry.download`."""
+    """Return the local Hugging Face directory of a version that exists; see `registry.download`."""
     uri = str(client.tracking_uri)
     location = client.get_model_version_download_uri(name, str(version))
     artifact = f"{location.rstrip('/')}/{CHECKPOINT_PATH}"
     parts = urlsplit(artifact)
     if parts.scheme in ("", "file"):
         return _local(Path(url2pathname(parts.path)), name, version)
-    # A new database starts again at version 1; the location holds a random id, so its key differs.
+    # A new database starts again at version 1. The location contains a random id, so its key differs.
     key = hashlib.sha256("\n".join((uri, name, str(version), location)).encode()).hexdigest()[:12]
     folder = (cache_dir or CACHE).expanduser() / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,8 @@ def fetch(client: MlflowClient, name: str, version: int, cache_dir: Path | None 
         if target.is_dir():
             return target
         partial = folder / f".{target.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # a process that was killed left it
+        # A killed process may have left it.
+        shutil.rmtree(partial, ignore_errors=True)
         try:
             files = mlflow.artifacts.download_artifacts(
                 artifact_uri=artifact, dst_path=str(partial), tracking_uri=uri
@@ -48,7 +49,7 @@ def fetch(client: MlflowClient, name: str, version: int, cache_dir: Path | None 
             shutil.rmtree(partial, ignore_errors=True)
             reason = first_line(error)
             raise TrackingError(
-                f"models:/{name}/{version} could not be fetched from {artifact}: {reason}"
+                f"models:/{name}/{version} cannot be downloaded from {artifact}: {reason}"
             ) from error
         if not (Path(files) / "config.json").is_file():
             shutil.rmtree(partial)
@@ -64,12 +65,12 @@ def _local(directory: Path, name: str, version: int) -> Path:
     if directory.parent.parent.is_dir():
         raise _not_ours(name, version)
     raise TrackingError(
-        f"models:/{name}/{version} is stored at {directory}, which this machine does not see; "
-        "share that folder, or track to an MLflow server (MLFLOW_TRACKING_URI=http://HOST:PORT)"
+        f"models:/{name}/{version} is stored at {directory}, which does not exist on this machine; "
+        "share that folder, or use an MLflow server (MLFLOW_TRACKING_URI=http://HOST:PORT)"
     )
 
 
 def _not_ours(name: str, version: int) -> TrackingError:
     return TrackingError(
-        f"models:/{name}/{version} holds no {CHECKPOINT_PATH}; give a version that jobs/train.py registered"
+        f"models:/{name}/{version} has no {CHECKPOINT_PATH}; give a version that jobs/train.py registered"
     )

@@ -1,4 +1,4 @@
-"""Pictures of a run. Drawn with Matplotlib's object interface, so that no global state is left in the process."""
+"""Figures of a run, drawn with Matplotlib's object interface, which leaves no global state in the process."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-_SMOOTH_FROM = 100  # points; shorter curves are drawn as they are
-_WINDOWS = 50  # a smoothed curve averages over 1/50 of the run
+_SMOOTH_FROM = 100
+"""Points; shorter curves are not smoothed."""
+_WINDOWS = 50
+"""The running mean covers 1/50 of the run."""
 
 
 def loss_curve(
@@ -18,11 +20,10 @@ def loss_curve(
     validation: Mapping[float, float],
     *,
     x_label: str = "steps",
-    title: str = "",
 ) -> Figure:
-    """Training and validation loss (nats per token) against `x_label` (position -> loss); NaN leaves a gap.
+    """Plot training and validation loss in nats per token; both map a position in units of `x_label` to a loss.
 
-    A long training curve is drawn faintly with its running mean in front, as single steps are noisy.
+    NaN leaves a gap. A long training curve is noisy: it is drawn faintly, and its running mean in front of it.
     """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -35,7 +36,7 @@ def loss_curve(
         axes.plot(x, y, color="C0", label="train")
     if validation:
         axes.plot(*_columns(validation), color="C1", marker="o", markersize=4, label="validation")
-    axes.set(xlabel=x_label, ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel=x_label, ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     if train or validation:
@@ -53,5 +54,6 @@ def _running_mean(x: np.ndarray, y: np.ndarray, width: int) -> tuple[np.ndarray,
     keep = np.isfinite(y)
     sums = np.cumsum(np.concatenate([[0.0], y[keep]]))
     last = np.arange(1, keep.sum() + 1)
-    first = np.maximum(last - width, 0)  # trailing, so that the end of the curve is the latest news
+    # The window ends at each point, so the end of the curve includes the latest losses.
+    first = np.maximum(last - width, 0)
     return x[keep], (sums[last] - sums[first]) / (last - first)

@@ -1,4 +1,4 @@
-"""One process of this machine at a time."""
+"""Mutual exclusion between the processes of a machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of the file `path`; the system releases it with the process, even when that is killed."""
+    """Hold an exclusive lock on the file `path`; the system releases it if the process is killed."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

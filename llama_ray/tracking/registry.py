@@ -1,4 +1,4 @@
-"""Registered checkpoints: put one in, find one by reference, and decide which one is the champion."""
+"""The model registry: register a checkpoint, find a version by reference, and decide which one is the champion."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import mlflow
+from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from llama_ray.tracking.fetch import fetch
-from llama_ray.tracking.package import check_checkpoint, requirements, write_model
+from llama_ray.tracking.package import check_checkpoint, write_model
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.uri import TrackingError, connect
 from llama_ray.tracking.versions import (
     Version,
+    alias_holder,
     check_name,
     find,
     from_mlflow,
-    holder,
     latest_version,
     resolve_version,
 )
@@ -52,7 +53,7 @@ Policy = Literal["if_better", "always", "never"]
 
 @dataclass(frozen=True)
 class PromotionDecision:
-    """Whether the alias moved, and why or why not."""
+    """Whether the alias moved, and the reason."""
 
     promoted: bool
     reason: str
@@ -68,38 +69,81 @@ def register(
     data_fingerprint: str,
     tags: Mapping[str, str],
     description: str,
-    pip_requirements: Sequence[str] | None = None,
 ) -> Version:
     """Register the Hugging Face directory `checkpoint` as the next version of the model `name`.
 
-    `python_model` is a file that defines an `mlflow.pyfunc.PythonModel` and calls `mlflow.models.set_model`; MLflow
-    stores its source (nothing is pickled) and runs it once here to check it. The model finds the checkpoint at
-    `context.artifacts["checkpoint"]`; annotated `model_input: list[str]`, its `predict` gets just that, whether
-    the caller gave strings or a data frame. The run's status is left as it is. Raises ValueError for a bad name
-    or directory before anything is uploaded.
+    `python_model` is a file that defines an `mlflow.pyfunc.PythonModel` and calls `mlflow.models.set_model`. MLflow
+    stores its source, so nothing is pickled, and runs it once here as a check. The model finds the checkpoint at
+    `context.artifacts["checkpoint"]`; if its `predict` declares `model_input: list[str]`, it receives a list, whether
+    the caller passed strings or a data frame. The status of the run does not change. Raises ValueError for an invalid
+    name or directory, before anything is uploaded.
     """
     check_name(name)
     check_checkpoint(checkpoint)
     client = connect(run.uri)
+    _create_registered_model(client, name)
+    model_id, location = _log_model(
+        client,
+        run,
+        name=name,
+        tags=tags,
+        measured=_last_validation(run, validation_loss),
+        checkpoint=checkpoint,
+        python_model=python_model,
+    )
+    ours = {"validation_loss": repr(float(validation_loss)), "data_fingerprint": data_fingerprint}
+    with _default_uri(run.uri):
+        # The UI links a version to its model by a source of this form. With a database URI, MLflow looks it up at the
+        # default tracking URI, which set_tracking_uri may have pointed elsewhere.
+        linkable = run.uri.startswith("http") or mlflow.get_tracking_uri() == run.uri
+        created = client.create_model_version(
+            name,
+            source=f"models:/{model_id}" if linkable else location,
+            run_id=run.run_id,
+            tags=ours | dict(tags),
+            description=description,
+            model_id=model_id,
+        )
+    return from_mlflow(created)
+
+
+def _create_registered_model(client: MlflowClient, name: str) -> None:
     try:
         client.create_registered_model(name, description=_MODEL_DESCRIPTION)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    measured = next(
-        (p for p in reversed(run.history("loss/validation")) if math.isclose(p.value, validation_loss)), None
-    )
-    step = measured.step if measured else 0
+
+
+def _last_validation(run: Run, loss: float) -> Metric | None:
+    """Return the last point of the run's validation loss that has this value."""
+    points = reversed(run.history("loss/validation"))
+    return next((point for point in points if math.isclose(point.value, loss)), None)
+
+
+def _log_model(
+    client: MlflowClient,
+    run: Run,
+    *,
+    name: str,
+    tags: Mapping[str, str],
+    measured: Metric | None,
+    checkpoint: Path,
+    python_model: Path,
+) -> tuple[str, str]:
+    """Upload an MLflow model as an output of `run`; return its id and where its artifacts are."""
     logged = client.create_logged_model(
         run.experiment_id,
         name=re.sub(r"[.%\"']", "-", name),
         source_run_id=run.run_id,
         params=dict(client.get_run(run.run_id).data.params),
-        tags={key: str(value) for key, value in tags.items()},
+        tags=dict(tags),
     )
     try:
+        step = measured.step if measured else 0
         client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=step)])
-        if measured:  # the same point again, now tied to the model: the UI shows it beside the model's name
+        if measured:
+            # The same point again, now tied to the model: the UI shows the loss beside the model's name.
             client.log_batch(run.run_id, metrics=[_of_model(measured, logged.model_id)])
         model = Model(
             artifact_path=logged.artifact_location,
@@ -109,45 +153,26 @@ def register(
         )
         with tempfile.TemporaryDirectory() as staging:
             directory = Path(staging, "model")
-            write_model(
-                directory,
-                model,
-                checkpoint=checkpoint,
-                python_model=python_model,
-                pip_requirements=requirements() if pip_requirements is None else pip_requirements,
-            )
+            write_model(directory, model, checkpoint=checkpoint, python_model=python_model)
             client.log_model_artifacts(logged.model_id, str(directory))
     except BaseException:
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
         raise
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    ours = {"validation_loss": repr(float(validation_loss)), "data_fingerprint": data_fingerprint}
-    with _default_uri(run.uri):
-        # The UI links a version to its model by this form of the source. Behind a database URI MLflow looks it
-        # up at the default tracking URI, which set_tracking_uri may have pointed elsewhere.
-        here = run.uri.startswith("http") or mlflow.get_tracking_uri() == run.uri
-        created = client.create_model_version(
-            name,
-            source=f"models:/{logged.model_id}" if here else logged.artifact_location,
-            run_id=run.run_id,
-            tags={key: str(value) for key, value in tags.items()} | ours,
-            description=description,
-            model_id=logged.model_id,
-        )
-    return from_mlflow(created)
+    return logged.model_id, logged.artifact_location
 
 
 def promote(
     name: str, version: int, *, policy: Policy, uri: str | None = None, alias: str = CHAMPION
 ) -> PromotionDecision:
-    """Point `alias` at `version` where `policy` says so.
+    """Point `alias` at `version` if `policy` allows it.
 
-    `if_better` wants a validation loss below the current holder's, measured on the same data; with no holder
-    the version takes the alias. A loss that is not finite never does, under no policy.
+    `if_better` requires a validation loss below that of the alias' current version, measured on the same data; if no
+    version has the alias, the new one takes it. A version without a finite loss never takes it, under no policy.
     """
     client = connect(uri)
     new = find(client, f"models:/{name}/{version}")
-    old = holder(client, name, alias)
+    old = alias_holder(client, name, alias)
     promoted, reason = _decide(new, old, policy, alias)
     if promoted:
         client.set_registered_model_alias(name, alias, str(version))
@@ -155,10 +180,11 @@ def promote(
 
 
 def download(ref: str, uri: str | None = None, cache_dir: Path | None = None) -> Path:
-    """The Hugging Face directory of `models:/name/7` or `models:/name@alias` on this machine; no model code runs.
+    """Return the Hugging Face directory of `models:/name/7` or `models:/name@alias` on this machine.
 
-    Fetched once into `cache_dir` (default `~/.cache/llama_ray/models`), safely when several processes ask at
-    once; where the artifact store is a local folder, that folder itself, to be read only. Raises TrackingError.
+    It is fetched once into `cache_dir` (by default `~/.cache/llama_ray/models`), also if several processes ask at the
+    same time. If the artifact store is a local folder, that folder itself is returned: do not write to it. No code of
+    the model runs. Raises TrackingError.
     """
     client = connect(uri)
     version = find(client, ref)
@@ -181,7 +207,7 @@ def _decide(new: Version, old: Version | None, policy: Policy, alias: str) -> tu
     versus = f"{loss:.4f} against {best:.4f} of version {old.version}"
     if old.data_fingerprint != new.data_fingerprint or not new.data_fingerprint:
         return False, (
-            f"{label} was validated on other data than version {old.version}, the {alias}, so their losses "
+            f"{label} and version {old.version}, the {alias}, were validated on different data, so their losses "
             "do not compare; --promote always moves the alias anyway"
         )
     if loss < best or math.isnan(best):
@@ -195,7 +221,7 @@ def _of_model(point: Metric, model_id: str) -> Metric:
 
 @contextmanager
 def _default_uri(uri: str) -> Iterator[None]:
-    # mlflow.set_tracking_uri cannot be undone: it leaves the variable set, or deletes the caller's.
+    # mlflow.set_tracking_uri cannot be undone: it leaves the variable set, or deletes the one of the caller.
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = uri
     try:

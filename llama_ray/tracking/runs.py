@@ -1,11 +1,12 @@
 """One MLflow run for one training run.
 
-The driver creates the run and hands `run_id` and `uri` down; the process that trains attaches to it by id. All calls
-go through MlflowClient: there is no active run and no other global state, so nothing ends the run by accident.
+The driver creates the run; the process that trains attaches to it by `run_id` and `uri`. All calls use MlflowClient:
+there is no active run and no other global state, so nothing can end the run by accident.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -17,10 +18,16 @@ from typing import Any, Literal
 import yaml
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.validation import (
+    MAX_DATASET_DIGEST_SIZE,
+    MAX_METRICS_PER_BATCH,
+    MAX_PARAM_VAL_LENGTH,
+    MAX_PARAMS_TAGS_PER_BATCH,
+)
 
 from llama_ray.tracking.figures import loss_curve
 from llama_ray.tracking.uri import TrackingError, artifact_location, connect, tracking_uri
@@ -29,11 +36,11 @@ from llama_ray.utils.errors import first_line
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 Point = tuple[int, int, dict[str, float]]
-"""(step, time in ms, metrics)."""
+"""(step, time in ms since 1970, metrics)."""
 
 
 class Run:
-    """A run by its id. Make one with `Run.create` or `Run.attach`."""
+    """An MLflow run. `Run.create` starts one, `Run.attach` finds one."""
 
     def __init__(self, client: MlflowClient, run_id: str, experiment_id: str) -> None:
         self._client = client
@@ -51,10 +58,10 @@ class Run:
         description: str,
         uri: str | None = None,
     ) -> Run:
-        """Start a run, and its experiment where it is new. Nested `params` become `outer.inner`.
+        """Start a run, and create its experiment if it is new. Nested `params` become `outer.inner`.
 
-        `description` is Markdown, shown at the top of the run's page. A parameter longer than MLflow takes is
-        cut there; `log_config` keeps it whole. Raises TrackingError, within seconds, if nothing answers at `uri`.
+        `description` is Markdown for the run's page. A parameter above MLflow's limit of length is cut; `log_config`
+        keeps it whole. Raises TrackingError, within seconds, if no server answers at `uri`.
         """
         uri = uri or tracking_uri()
         client = connect(uri)
@@ -70,9 +77,9 @@ class Run:
 
     @classmethod
     def attach(cls, run_id: str, uri: str | None = None) -> Run:
-        """The run with this id, to log more to it. Raises TrackingError if it does not exist or was deleted.
+        """Return the run with this id. Raises TrackingError if it does not exist or was deleted.
 
-        Unlike `create` this waits, as MLflow does, for a server that is away: a restarted worker can afford it.
+        Unlike `create`, this retries an unreachable server for minutes, as MLflow does.
         """
         client = connect(uri, patient=True)
         try:
@@ -103,14 +110,14 @@ class Run:
         return f"{page}?workflowType=machine_learning"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log all `metrics` for one step in one request. Infinities become NaN, a gap in the chart.
+        """Log all `metrics` of one step in one request. Infinities become NaN, which is a gap in the chart.
 
-        SQL stores would turn an infinity into 1.8e308, which flattens everything else in the chart.
+        SQL stores would turn an infinity into 1.8e308, which flattens the rest of the chart.
         """
         self.log_points([(step, int(time.time() * 1000), dict(metrics))])
 
     def log_points(self, points: Iterable[Point]) -> None:
-        """Log the metrics of several steps, in as few requests as MLflow takes them in."""
+        """Log the metrics of several steps in as few requests as MLflow allows."""
         entries = [
             Metric(name, _finite(value), at, step)
             for step, at, metrics in points
@@ -120,42 +127,44 @@ class Run:
             self._client.log_batch(self.run_id, metrics=entries[start : start + MAX_METRICS_PER_BATCH])
 
     def last_steps(self) -> dict[str, int]:
-        """The largest step that each metric was logged at. A resumed run goes on after it."""
-        # `data.metrics` drops the step and the public history reads every point: MLflow itself reads this list.
+        """Return the largest step of each metric. A resumed run continues after it."""
+        # `data.metrics` has no steps, and the public history returns every point. MLflow reads this list itself.
         points: list[Metric] = self._client.get_run(self.run_id).data._metric_objs
         return {point.key: int(point.step) for point in points}
 
-    @property
-    def tags(self) -> dict[str, str]:
-        """As they are now."""
-        return dict(self._client.get_run(self.run_id).data.tags)
-
     def history(self, metric: str) -> list[Metric]:
-        """Every point of `metric` (`.step`, `.value`, `.timestamp` in ms), by step, the latest of each step."""
+        """Return the latest point of each step of `metric` (`.step`, `.value`, `.timestamp` in ms), by step."""
         points = self._client.get_metric_history(self.run_id, metric)
         by_step = {point.step: point for point in sorted(points, key=lambda p: (p.step, p.timestamp))}
         return list(by_step.values())
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Keep the resolved configuration as the artifact `config.yaml`, in the given order."""
+        """Store the configuration as the artifact `config.yaml`, in the given order."""
         self.log_text(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True), "config.yaml")
 
+    def log_dataset(self, name: str, *, fingerprint: str, source: str, sizes: Mapping[str, int]) -> None:
+        """Link the training data to the run: the UI shows it on the run's page and in the list of runs."""
+        digest = fingerprint[:MAX_DATASET_DIGEST_SIZE]
+        dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(dict(sizes)))
+        context = InputTag(MLFLOW_DATASET_CONTEXT, "training")
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [context])])
+
     def log_text(self, text: str, path: str) -> None:
-        """Keep `text` as the artifact `path`, replacing one of that name."""
+        """Store `text` as the artifact `path`; replaces an existing one."""
         self._client.log_text(self.run_id, text, path)
 
     def log_file(self, file: Path, directory: str) -> None:
-        """Keep a local file as an artifact of its name in `directory`."""
+        """Store a local file as an artifact of the same name in `directory`."""
         self._client.log_artifact(self.run_id, str(file), directory)
 
     def log_figure(self, figure: Figure, path: str) -> None:
-        """Keep a Matplotlib figure as the artifact `path`; its suffix gives the format."""
+        """Store a Matplotlib figure as the artifact `path`, whose suffix gives the format."""
         self._client.log_figure(self.run_id, figure, path)
 
     def log_loss_curve(self, path: str = "loss_curve.png") -> None:
-        """Draw what was logged as `loss/train` and `loss/validation`, over `progress/tokens` where that is there.
+        """Plot `loss/train` and `loss/validation` against `progress/tokens`, or against steps if tokens are missing.
 
-        Reads the points back from MLflow, so that a resumed run shows its whole life.
+        Reads the points from MLflow, so a resumed run shows its whole history.
         """
         tokens = {point.step: point.value for point in self.history("progress/tokens")}
         train, validation = self.history("loss/train"), self.history("loss/validation")
@@ -169,7 +178,7 @@ class Run:
         self.log_figure(figure, path)
 
     def log_samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
-        """Keep (prompt, continuation) pairs of one validation as the Markdown artifact `samples/step_000100.md`."""
+        """Store (prompt, continuation) pairs of a validation as the Markdown artifact `samples/step_000100.md`."""
         parts = [f"# Samples at step {step}"]
         for prompt, continuation in samples:
             ticks = re.findall("`+", prompt + continuation)
@@ -185,10 +194,10 @@ class Run:
 
     @contextmanager
     def system_metrics(self, interval_s: float = 10.0) -> Iterator[None]:
-        """Log this machine's `system/*` metrics (CPU, memory, disk, network, GPUs) from a thread meanwhile.
+        """Log `system/*` metrics of this machine (CPU, memory, disk, network, GPUs) from a thread, until the exit.
 
-        After a restart it goes on behind the steps already there. MLflow's thread stops by itself once the run
-        is not RUNNING, so call `reopen` first on a run that had ended.
+        After a restart their steps continue. MLflow's thread stops when the run is not RUNNING, so call `reopen` first
+        on a run that had ended.
         """
         monitor: Any = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
             self.run_id, sampling_interval=interval_s, resume_logging=True, tracking_uri=self.uri
@@ -200,16 +209,16 @@ class Run:
             monitor.finish()
 
     def reopen(self) -> None:
-        """Mark a run that had ended as RUNNING again, for a resume."""
+        """Mark a run that had ended as RUNNING, before it is resumed."""
         self._client.update_run(self.run_id, status="RUNNING")
 
     def finish(self, status: Status) -> None:
-        """End the run, now."""
+        """End the run with this status."""
         self._client.set_terminated(self.run_id, status)
 
 
 def _experiment(client: MlflowClient, name: str, uri: str) -> str:
-    """The id of the experiment, created with our artifact location where it is new."""
+    """Return the id of the experiment, created with our artifact location if it is new."""
     found = client.get_experiment_by_name(name)
     if found is None:
         # Older UIs open an experiment with this tag on its runs instead of GenAI traces; for 3.17 see `Run.url`.
@@ -217,7 +226,8 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
         try:
             return str(client.create_experiment(name, artifact_location=artifact_location(uri), tags=tags))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # another process may have been quicker
+            # Another process may have created it meanwhile.
+            found = client.get_experiment_by_name(name)
             if found is None:
                 raise
     experiment: Experiment = found
@@ -246,7 +256,7 @@ def _finite(value: float) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in types that YAML has: mappings, lists, strings, numbers, booleans and null."""
+    """Convert `value` to types that YAML has: mappings, lists, strings, numbers, booleans and null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,4 +1,4 @@
-"""The tags that every run carries: who started what, on which code, with which resources."""
+"""The tags of every run: who started it, from which commit, on which hardware."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SOURCE = Path(__file__).resolve().parents[2]
 
 
 def standard_tags(*, world_size: int, device: str) -> dict[str, str]:
-    """Tags that MLflow's UI gives columns and links to (user, source, commit), then the run's resources."""
+    """Return the tags that MLflow's UI has columns and links for (user, source, commit), and the run's resources."""
     tags = {
         "mlflow.source.name": Path(sys.argv[0] or sys.executable).name,
         "mlflow.source.type": "LOCAL",
@@ -27,16 +27,17 @@ def standard_tags(*, world_size: int, device: str) -> dict[str, str]:
         "host": socket.gethostname(),
         "torch": importlib.metadata.version("torch"),
     }
-    with contextlib.suppress(KeyError, OSError):  # a container's user id may have no name
+    # The user id of a container may have no name.
+    with contextlib.suppress(KeyError, OSError):
         tags["mlflow.user"] = getpass.getuser()
     return tags | git_tags(_SOURCE, _editable_install())
 
 
 def git_tags(source: Path, installed: Path | None = None) -> dict[str, str]:
-    """The commit that the code in `source` was taken from, and whether it differs from it; {} when unknown.
+    """Return the commit of the code in `source`, and whether the code differs from it; {} if unknown.
 
-    A Ray job runs from a copy of the tree that has no `.git`: then the commit is that of `installed`, the
-    repository of an editable install, and git compares the copy with it.
+    A Ray job runs from a copy of the tree without `.git`. The commit is then that of `installed`, the repository of an
+    editable install, and git compares the copy with it.
     """
     repository = source if (source / ".git").exists() else installed
     if repository is None or not (repository / ".git").exists():
@@ -62,7 +63,7 @@ def _editable_install() -> Path | None:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:
-    # Without optional locks git leaves the repository's index as it is while it looks at another tree.
+    # Without optional locks git does not write the repository's index when it compares another tree.
     try:
         return subprocess.run(
             command,

@@ -1,4 +1,4 @@
-"""Where MLflow keeps things: the tracking URI, checked before anything depends on it."""
+"""The tracking URI: where it comes from, and whether MLflow answers there."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _REACH_TIMEOUT_S = 10.0
 
 
 class TrackingError(ValueError):
-    """A tracking server, run, model or reference that is not there or cannot be used, in one line."""
+    """A tracking server, run, model or reference that does not exist or cannot be used; one line."""
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI where it is set, else an SQLite file `mlflow.db` in the workspace.
+    """Return MLFLOW_TRACKING_URI if it is set, else the URI of an SQLite file `mlflow.db` in the workspace.
 
-    The path of an SQLite URI is absolute in the result, so that it means the same file in every process.
+    The path of an SQLite URI is made absolute, so that it means the same file in every process.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     path = sqlite_path(uri)
@@ -32,7 +32,7 @@ def tracking_uri() -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The absolute path of the database file behind an SQLite URI; None for any other URI."""
+    """Return the absolute path of the database file of an SQLite URI; None for any other URI."""
     parts = urlsplit(uri)
     if parts.scheme.partition("+")[0] != "sqlite":
         return None
@@ -40,7 +40,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def artifact_location(uri: str) -> str | None:
-    """The file URI that a new experiment keeps its artifacts under; None where a server decides that itself."""
+    """Return the file URI of a new experiment's artifacts; None if a server decides that itself."""
     if urlsplit(uri).scheme.partition("+")[0] not in _DATABASES:
         return None
     database = sqlite_path(uri)
@@ -48,10 +48,10 @@ def artifact_location(uri: str) -> str | None:
 
 
 def connect(uri: str | None = None, *, patient: bool = False) -> MlflowClient:
-    """A client for `uri` (default: `tracking_uri()`), after one quick look whether anything answers there.
+    """Return a client for `uri` (default: `tracking_uri()`) after a quick check that a server answers there.
 
-    MLflow itself retries an unreachable server for minutes before it says so; `patient` leaves it at that.
-    Raises TrackingError.
+    MLflow retries an unreachable server for minutes before it raises; with `patient` there is no check, so the first
+    call waits that long. Raises TrackingError.
     """
     uri = uri or tracking_uri()
     scheme = urlsplit(uri).scheme.partition("+")[0]
@@ -62,8 +62,7 @@ def connect(uri: str | None = None, *, patient: bool = False) -> MlflowClient:
             _check_server(uri)
     elif scheme not in _DATABASES and not uri.startswith("databricks"):
         raise TrackingError(
-            f"MLFLOW_TRACKING_URI={uri} is none that MLflow can track to; "
-            "give http://HOST:PORT of a server, or sqlite:////absolute/path/mlflow.db"
+            f"MLFLOW_TRACKING_URI={uri} is not a tracking URI; give http://HOST:PORT of a server, or sqlite:////absolute/path/mlflow.db"
         )
     return MlflowClient(tracking_uri=uri)
 
@@ -74,9 +73,9 @@ def _open_database(uri: str, database: Path) -> MlflowClient:
         folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise TrackingError(
-            f"{folder} is no writable directory for {database.name}; correct MLFLOW_TRACKING_URI"
+            f"{folder} is not a writable directory, so {database.name} cannot be opened; correct MLFLOW_TRACKING_URI"
         )
-    # MLflow creates the schema along with the client, and two processes at once break each other's migration.
+    # The client creates the schema, and two processes that do so at once break each other's migration.
     with locked(folder / f"{database.name}.lock"):
         return MlflowClient(tracking_uri=uri)
 
@@ -86,7 +85,8 @@ def _check_server(uri: str) -> None:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_REACH_TIMEOUT_S):
             return
     except urllib.error.HTTPError as error:
-        if error.code < 500:  # somebody answers; what it refuses, MLflow's own client reports better
+        if error.code < 500:
+            # A server answers; MLflow's client reports better why it refuses.
             return
         reason = f"HTTP {error.code}"
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Versions of registered models: what one is, and how a reference such as `models:/name@champion` finds it."""
+"""Versions of registered models, and how a reference such as `models:/name@champion` finds one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from mlflow.exceptions import MlflowException
 from llama_ray.tracking.uri import TrackingError, connect
 
 _REF = re.compile(r"models:/(?P<name>[^/:@'\"]+)(?:/(?P<version>[1-9][0-9]*)|@(?P<alias>[\w-]+))")
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that is not set
-_LISTED = 10  # names or versions that an error message spells out
+_NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""Error codes of MLflow; the latter is for an alias that is not set."""
+_LISTED = 10
+"""Names or versions that an error message lists."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One registered version of a model, with its tags as they were when it was looked up."""
+    """A registered version of a model, with its tags at the time of the look-up."""
 
     name: str
     version: int
@@ -30,12 +32,12 @@ class Version:
 
     @property
     def uri(self) -> str:
-        """The reference that stays with this version: `models:/name/7`."""
+        """The reference that always means this version: `models:/name/7`."""
         return f"models:/{self.name}/{self.version}"
 
     @property
     def validation_loss(self) -> float:
-        """Nats per token, on the data of `data_fingerprint`; NaN where no loss is recorded."""
+        """Nats per token on the data of `data_fingerprint`; NaN if no loss is recorded."""
         try:
             return float(self.tags.get("validation_loss", "nan"))
         except ValueError:
@@ -43,7 +45,7 @@ class Version:
 
     @property
     def data_fingerprint(self) -> str:
-        """Identifies the validation data and its tokenizer; empty where none is recorded."""
+        """Identifies the validation data and its tokenizer; empty if none is recorded."""
         return self.tags.get("data_fingerprint", "")
 
 
@@ -54,47 +56,49 @@ def check_name(name: str) -> None:
 
 
 def resolve_version(ref: str, uri: str | None = None) -> Version:
-    """The version that `models:/name/7` or `models:/name@alias` stands for now.
+    """Return the version that `models:/name/7` or `models:/name@alias` refers to now.
 
-    Raises TrackingError (a ValueError) for a malformed reference, a name, version or alias that is not there
-    (it lists those that are), or a server that does not answer.
+    Raises TrackingError (a ValueError) for a malformed reference, for a name, version or alias that does not exist (it
+    lists those that do), and for a server that does not answer.
     """
     return find(connect(uri), ref)
 
 
 def latest_version(name: str, uri: str | None = None) -> Version | None:
-    """The version of `name` with the highest number; None if it has none or there is no such model."""
+    """Return the version of `name` with the highest number; None if it has none or the model does not exist."""
     return max(_versions(connect(uri), name), key=lambda version: version.version, default=None)
 
 
 def find(client: MlflowClient, ref: str) -> Version:
-    """`resolve_version` through a client that is there already."""
+    """Do what `resolve_version` does, with an existing client."""
     match = _REF.fullmatch(ref)
     if match is None:
-        raise TrackingError(f"{ref!r} is no model reference; give models:/NAME/VERSION or models:/NAME@ALIAS")
+        raise TrackingError(
+            f"{ref!r} is not a model reference; give models:/NAME/VERSION or models:/NAME@ALIAS"
+        )
     name, number, alias = match["name"], match["version"], match["alias"]
     try:
         if alias is not None:
             return from_mlflow(client.get_model_version_by_alias(name, alias))
         return from_mlflow(client.get_model_version(name, number))
     except MlflowException as error:
-        if error.error_code not in _ABSENT:
+        if error.error_code not in _NOT_FOUND:
             raise
-        raise TrackingError(f"{ref}: {_what_there_is(client, name, alias)}") from error
+        raise TrackingError(f"{ref}: {_existing_names(client, name, alias)}") from error
 
 
-def holder(client: MlflowClient, name: str, alias: str) -> Version | None:
-    """The version that holds `alias` now; None if nobody does."""
+def alias_holder(client: MlflowClient, name: str, alias: str) -> Version | None:
+    """Return the version that has `alias` now; None if no version has it."""
     try:
         return from_mlflow(client.get_model_version_by_alias(name, alias))
     except MlflowException as error:
-        if error.error_code in _ABSENT:
+        if error.error_code in _NOT_FOUND:
             return None
         raise
 
 
 def from_mlflow(found: ModelVersion) -> Version:
-    """MLflow's record as ours; SQL stores give the number as int, servers as str."""
+    """Convert MLflow's record; SQL stores give the number as int, servers as str."""
     return Version(
         found.name, int(found.version), found.run_id or "", dict(found.tags), found.description or ""
     )
@@ -104,7 +108,7 @@ def _versions(client: MlflowClient, name: str) -> list[Version]:
     return [from_mlflow(found) for found in client.search_model_versions(f"name='{name}'")]
 
 
-def _what_there_is(client: MlflowClient, name: str, alias: str | None) -> str:
+def _existing_names(client: MlflowClient, name: str, alias: str | None) -> str:
     try:
         aliases = sorted(client.get_registered_model(name).aliases)
     except MlflowException as error:

@@ -30,7 +30,6 @@ def loaded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         Model(),
         checkpoint=checkpoint,
         python_model=Path(pyfunc_model.__file__),
-        pip_requirements=[],
     )
     return mlflow.pyfunc.load_model(str(path))
 
@@ -40,7 +39,7 @@ def loaded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     [PROMPTS, pd.DataFrame({"prompt": PROMPTS}), pd.DataFrame({"text": PROMPTS})],
     ids=["list", "column prompt", "only column"],
 )
-def test_predict_is_what_the_engine_generates(loaded: Any, checkpoint: Path, model_input: Any) -> None:
+def test_predict_returns_what_the_engine_generates(loaded: Any, checkpoint: Path, model_input: Any) -> None:
     engine = Engine.from_pretrained(checkpoint)
     got = loaded.predict(
         model_input, params={"max_tokens": 12, "temperature": 0.7, "top_k": 30, "top_p": 0.8, "seed": 3}

@@ -23,7 +23,7 @@ DATA = DatasetInfo(
 def test_a_version_is_described_by_a_sentence_before_the_details() -> None:
     text = describe_version(MODEL, DATA, Progress(step=10, tokens=2560, validation_loss=2.0))
     first, empty, *details = text.splitlines()
-    assert first == "Validation loss 2.0000 (perplexity 7.39) after 2,560 tokens of `books/**/*.txt`."
+    assert first == "Loss 2.0000 on held-out text (perplexity 7.39) after 2,560 tokens of `books/**/*.txt`."
     assert empty == ""
     assert all(line.startswith("- **") for line in details)
 

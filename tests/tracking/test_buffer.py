@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from mlflow import MlflowClient
 
 from llama_ray.tracking.buffer import BufferedRun
@@ -19,28 +18,26 @@ def points(run: Run) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in sorted(history, key=lambda p: p.timestamp)]
 
 
-def test_what_is_logged_arrives_in_order_and_once(new_run: Callable[..., Run]) -> None:
+def test_points_arrive_in_order_and_once(new_run: Callable[..., Run]) -> None:
     run = new_run()
     first = BufferedRun(run.run_id, run.uri)
     for step in range(1, 6):
         first.log_metrics({"loss": step / 2}, step)
     assert first.close()
-    again = BufferedRun(run.run_id, run.uri)  # a restart from step 3 logs 4 and 5 a second time
+    # A restart from step 3 logs steps 4 and 5 a second time.
+    again = BufferedRun(run.run_id, run.uri)
     for step in range(4, 9):
         again.log_metrics({"loss": step / 2}, step)
     assert again.close()
     assert points(run) == [(step, step / 2) for step in range(1, 9)]
 
 
-def test_an_outage_delays_points_and_stops_nobody(
-    new_run: Callable[..., Run], store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outage_delays_points_and_never_blocks_logging(new_run: Callable[..., Run], store: str) -> None:
     run = new_run()
-    buffered = BufferedRun(run.run_id, run.uri)
+    buffered = BufferedRun(run.run_id, run.uri, retry_s=(0.05, 0.1))
     buffered.log_metrics({"loss": 1.0}, 1)
     while buffered.unsent():
         time.sleep(0.01)
-    monkeypatch.setattr("llama_ray.tracking.buffer._RETRY_S", (0.05, 0.1))
     database = Path(store.removeprefix("sqlite:///"))
     with sqlite3.connect(database) as outage:
         outage.execute("ALTER TABLE metrics RENAME TO away")
@@ -56,7 +53,7 @@ def test_an_outage_delays_points_and_stops_nobody(
     assert points(run) == [(step, float(step)) for step in range(1, 500)]
 
 
-def test_what_a_checkpoint_kept_is_logged_after_a_crash(new_run: Callable[..., Run]) -> None:
+def test_points_kept_in_a_checkpoint_are_logged_after_a_crash(new_run: Callable[..., Run]) -> None:
     run = new_run()
     run.log_metrics({"loss": 1.0}, 1)
     after = BufferedRun(run.run_id, run.uri)
@@ -68,7 +65,7 @@ def test_what_a_checkpoint_kept_is_logged_after_a_crash(new_run: Callable[..., R
     assert history[2].timestamp == 2000
 
 
-def test_artifacts_follow_the_points_they_show(new_run: Callable[..., Run]) -> None:
+def test_an_action_sees_the_points_logged_before_it(new_run: Callable[..., Run]) -> None:
     run = new_run()
     buffered = BufferedRun(run.run_id, run.uri)
     seen: list[int] = []

@@ -68,7 +68,7 @@ def test_a_registered_version_predicts_with_parameters(
     assert (weights / "model-00002-of-00002.safetensors").is_file()
 
 
-def test_a_version_is_tied_to_its_run_whose_state_stays(
+def test_a_version_is_tied_to_its_run_and_the_run_keeps_its_status(
     add: Callable[..., Version], new_run: Callable[..., Run], store: str
 ) -> None:
     run = new_run(params={"hidden_size": 64})
@@ -102,7 +102,7 @@ def test_a_version_is_tied_to_its_run_whose_state_stays(
     assert client.get_model_version("tied.1", "1").source == f"models:/{logged.model_id}"
 
 
-def test_no_pickle_is_stored_and_no_link_either(add: Callable[..., Version], store: str) -> None:
+def test_neither_pickles_nor_links_are_stored(add: Callable[..., Version], store: str) -> None:
     version = add("plain")
     folder = download(version.uri, store).parents[1]
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -142,7 +142,7 @@ def test_only_a_better_loss_on_the_same_data_takes_the_alias(add: Callable[..., 
     )
     promoted, reason = try_promote(1.0, data="news")
     assert not promoted
-    assert "other data" in reason
+    assert "different data" in reason
     assert "--promote always" in reason
     assert try_promote(math.inf)[0] is False
     assert try_promote(0.5, policy="never")[0] is False
@@ -168,12 +168,12 @@ def test_references_resolve_and_follow_the_alias(add: Callable[..., Version], st
         ("models:/unknown/1", r"no model 'unknown' is registered at sqlite:.*registered: .*known"),
         ("models:/unknown@champion", r"no model 'unknown' is registered"),
         ("models:/known", r"give models:/NAME/VERSION or models:/NAME@ALIAS"),
-        ("models:/known/latest", r"is no model reference"),
-        ("models:/known@champion/extra", r"is no model reference"),
-        ("runs:/known/1", r"is no model reference"),
+        ("models:/known/latest", r"is not a model reference"),
+        ("models:/known@champion/extra", r"is not a model reference"),
+        ("runs:/known/1", r"is not a model reference"),
     ],
 )
-def test_wrong_references_list_what_there_is(
+def test_a_wrong_reference_lists_the_existing_names(
     add: Callable[..., Version], store: str, ref: str, message: str
 ) -> None:
     if latest_version("known", store) is None:
@@ -184,17 +184,17 @@ def test_wrong_references_list_what_there_is(
         assert "\n" not in str(error.value)
 
 
-def test_a_version_that_others_registered_is_refused(new_run: Callable[..., Run], store: str) -> None:
+def test_a_version_without_a_checkpoint_is_refused(new_run: Callable[..., Run], store: str) -> None:
     run = new_run()
     run.log_text("x", "model/other.txt")
     client = MlflowClient(store)
     client.create_registered_model("foreign")
     location = client.get_run(run.run_id).info.artifact_uri + "/model"
     client.create_model_version("foreign", location, run.run_id)
-    with pytest.raises(TrackingError, match="holds no artifacts/checkpoint"):
+    with pytest.raises(TrackingError, match="has no artifacts/checkpoint"):
         download("models:/foreign/1", store)
     client.create_model_version("foreign", "file:///on/another/machine", run.run_id)
-    with pytest.raises(TrackingError, match="this machine does not see"):
+    with pytest.raises(TrackingError, match="does not exist on this machine"):
         download("models:/foreign/2", store)
 
 
@@ -208,7 +208,7 @@ def test_incomplete_checkpoints_are_refused_before_anything_is_stored(
     new_run: Callable[..., Run], echo_model: Path, tmp_path: Path, store: str
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    for folder, message in ((tmp_path, "no tokenizer.json and no"), (tmp_path / "no", "is no directory")):
+    for folder, message in ((tmp_path, "no tokenizer.json and no"), (tmp_path / "no", "is not a directory")):
         with pytest.raises(ValueError, match=message):
             register(
                 new_run(),

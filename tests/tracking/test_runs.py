@@ -26,7 +26,7 @@ def data(run: Run) -> mlflow.entities.RunData:
     return MlflowClient(run.uri).get_run(run.run_id).data
 
 
-def test_a_run_carries_name_tags_description_and_all_parameters(new_run: Callable[..., Run]) -> None:
+def test_a_run_has_its_name_tags_description_and_all_parameters(new_run: Callable[..., Run]) -> None:
     many = {f"p{i}": i for i in range(250)}
     run = new_run(
         name="tiny on books",
@@ -45,7 +45,17 @@ def test_a_run_carries_name_tags_description_and_all_parameters(new_run: Callabl
     assert len(found.params) == 253
 
 
-def test_nothing_global_is_left_behind(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_shows_the_data_it_was_trained_on(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run.log_dataset("books", fingerprint="f" * 64, source="/data/books", sizes={"train_tokens": 9})
+    [shown] = MlflowClient(run.uri).get_run(run.run_id).inputs.dataset_inputs
+    assert (shown.dataset.name, shown.dataset.digest) == ("books", "f" * 36)
+    assert "/data/books" in shown.dataset.source
+    assert "9" in shown.dataset.profile
+    assert [(tag.key, tag.value) for tag in shown.tags] == [("mlflow.data.context", "training")]
+
+
+def test_no_global_state_is_left(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     before = mlflow.get_tracking_uri()
     run = new_run()
     run.log_metrics({"loss/train": 1.0}, step=1)
@@ -53,14 +63,14 @@ def test_nothing_global_is_left_behind(new_run: Callable[..., Run], monkeypatch:
     assert mlflow.get_tracking_uri() == before
 
 
-def test_artifacts_lie_beside_the_database(new_run: Callable[..., Run], store: str) -> None:
+def test_artifacts_are_stored_beside_the_database(new_run: Callable[..., Run], store: str) -> None:
     run = new_run()
     run.log_text("hello", "notes/a.txt")
     folder = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts" / run.run_id / "artifacts"
     assert (folder / "notes" / "a.txt").read_text() == "hello"
 
 
-def test_another_process_goes_on_after_the_last_step(new_run: Callable[..., Run]) -> None:
+def test_another_process_continues_after_the_last_step(new_run: Callable[..., Run]) -> None:
     run = new_run()
     assert run.last_steps().get("loss/train") is None
     code = (
@@ -84,7 +94,7 @@ def test_values_that_are_not_finite_become_gaps_and_count_as_steps(new_run: Call
     assert run.last_steps().get("loss/train") == 3
 
 
-def test_more_metrics_than_mlflow_takes_in_one_request(new_run: Callable[..., Run]) -> None:
+def test_more_metrics_than_mlflow_accepts_in_one_request(new_run: Callable[..., Run]) -> None:
     run = new_run()
     run.log_metrics({f"m/{i}": i for i in range(1500)}, step=1)
     assert len(data(run).metrics) == 1500
@@ -110,14 +120,14 @@ def test_loss_curve_is_drawn_from_what_was_logged(new_run: Callable[..., Run]) -
     assert artifact(run, "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_samples_are_markdown_even_when_the_text_is_too(new_run: Callable[..., Run]) -> None:
+def test_samples_that_contain_markdown_are_fenced(new_run: Callable[..., Run]) -> None:
     run = new_run()
     run.log_samples([("def f():", "\n```python\nreturn 1\n```")], step=100)
     text = artifact(run, "samples/step_000100.md").read_text()
     assert "````text\n\n```python\nreturn 1\n```\n````" in text
 
 
-def test_finish_and_reopen(new_run: Callable[..., Run]) -> None:
+def test_a_finished_run_can_be_reopened(new_run: Callable[..., Run]) -> None:
     run = new_run()
     run.finish("FAILED")
     client = MlflowClient(run.uri)
@@ -126,7 +136,7 @@ def test_finish_and_reopen(new_run: Callable[..., Run]) -> None:
     assert client.get_run(run.run_id).info.status == "RUNNING"
 
 
-def test_system_metrics_go_on_after_a_restart(new_run: Callable[..., Run]) -> None:
+def test_system_metrics_continue_after_a_restart(new_run: Callable[..., Run]) -> None:
     run = new_run()
     name = "system/cpu_utilization_percentage"
     for restart in range(2):
@@ -141,7 +151,7 @@ def test_system_metrics_go_on_after_a_restart(new_run: Callable[..., Run]) -> No
     assert len(steps) == len(set(steps)) >= 2
 
 
-def test_a_run_or_experiment_that_is_gone_says_how_to_go_on(new_run: Callable[..., Run], store: str) -> None:
+def test_a_deleted_run_or_experiment_says_how_to_restore_it(new_run: Callable[..., Run], store: str) -> None:
     with pytest.raises(TrackingError, match="no run 0123abc at sqlite"):
         Run.attach("0123abc", store)
     run = new_run(experiment="gone")

@@ -1,4 +1,4 @@
-"""The same through a real MLflow server: metrics, artifacts and weights travel over HTTP."""
+"""Runs and versions through a real MLflow server: metrics, artifacts and weights go over HTTP."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def version(run: Run, checkpoint: Path, echo_model: Path) -> Version:
     )
 
 
-def test_a_worker_attaches_and_goes_on(run: Run, server: str) -> None:
+def test_a_worker_attaches_and_continues(run: Run, server: str) -> None:
     attached = Run.attach(run.run_id, server)
     assert attached.last_steps().get("loss/train") == 7
     assert attached.last_steps().get("loss/validation") == 7
@@ -73,7 +73,9 @@ def test_a_version_is_fetched_once_by_several_processes(
     assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
 
 
-def test_what_a_killed_download_left_is_replaced(version: Version, server: str, tmp_path: Path) -> None:
+def test_a_partial_download_of_a_killed_process_is_replaced(
+    version: Version, server: str, tmp_path: Path
+) -> None:
     folder = download(version.uri, server, tmp_path)
     (folder / "config.json").unlink()
     (folder / "half").touch()

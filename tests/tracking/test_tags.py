@@ -52,7 +52,7 @@ def test_without_git_there_is_no_commit(
     assert git_tags(repository) == {}
 
 
-def test_standard_tags_name_who_what_and_with_which_resources() -> None:
+def test_standard_tags_name_the_script_and_the_resources() -> None:
     found = standard_tags(world_size=4, device="NVIDIA H100")
     assert found["world_size"] == "4"
     assert found["device"] == "NVIDIA H100"

@@ -10,7 +10,7 @@ import pytest
 from llama_ray.tracking.uri import TrackingError, artifact_location, connect, tracking_uri
 
 
-def test_default_is_an_absolute_sqlite_file_with_artifacts_beside_it(
+def test_the_default_is_an_absolute_sqlite_file_with_artifacts_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -51,9 +51,9 @@ class EngineOptions(RunOptions):
 
     Args:
         quantization: int8 or int4 rounds the weights of matrix products as they are loaded; None keeps them.
-        batch_invariant: On CUDA, tokens do not depend on the other requests in a batch, at a price in speed. On a CPU
-            they never do.
-        draft_model: Drafts tokens with this small model of the same tokenizer; the output does not change.
+        batch_invariant: On CUDA, make tokens independent of the other requests in a batch, at a price in speed; the CPU
+            kernels always do.
+        draft_model: Draft tokens with this small model of the same tokenizer; the output does not change.
         prompt_lookup: Draft tokens from the text itself; the output does not change.
         tensor_parallel: GPUs of one machine that share the model; on a CPU, processes.
     """

@@ -40,9 +40,7 @@ async def until_idle(running: AsyncEngine) -> None:
         await asyncio.sleep(0)
 
 
-def test_concurrent_streams_get_what_generate_gives(
-    running: AsyncEngine, model: Llama, tokenizer: Tokenizer
-) -> None:
+def test_concurrent_streams_equal_generate(running: AsyncEngine, model: Llama, tokenizer: Tokenizer) -> None:
     params = dataclasses.replace(PARAMS, n=2)
     expected = iter(Engine(model, tokenizer).generate(PROMPTS, params))
 
@@ -61,7 +59,7 @@ def test_concurrent_streams_get_what_generate_gives(
             assert [r.token_id for r in got.logprobs] == got.token_ids
 
 
-def test_the_thread_wakes_again_after_it_was_idle(running: AsyncEngine) -> None:
+def test_an_idle_engine_wakes_for_the_next_request(running: AsyncEngine) -> None:
     async def twice() -> tuple[dict[int, Delta], dict[int, Delta]]:
         first = await collect(running, "a", PARAMS)
         await until_idle(running)
@@ -102,7 +100,7 @@ def test_closing_the_iterator_frees_the_engine(running: AsyncEngine) -> None:
     asyncio.run(close_early())
 
 
-def test_a_slow_reader_gets_everything_in_fewer_deltas(running: AsyncEngine) -> None:
+def test_a_slow_reader_gets_all_tokens_in_fewer_deltas(running: AsyncEngine) -> None:
     async def read_late() -> list[Delta]:
         deltas = running.stream("a", PARAMS)
         got = [await anext(deltas)]
@@ -115,7 +113,7 @@ def test_a_slow_reader_gets_everything_in_fewer_deltas(running: AsyncEngine) -> 
     assert got[-1].finish_reason == "length"
 
 
-def test_a_bad_request_raises_at_once_and_others_go_on(running: AsyncEngine) -> None:
+def test_a_bad_request_raises_at_once_and_others_continue(running: AsyncEngine) -> None:
     async def both() -> dict[int, Delta]:
         good = asyncio.create_task(collect(running, "a", PARAMS))
         with pytest.raises(ValueError, match="the prompt is empty"):
@@ -125,13 +123,14 @@ def test_a_bad_request_raises_at_once_and_others_go_on(running: AsyncEngine) -> 
     assert len(asyncio.run(both())[0].token_ids) == 20
 
 
-def test_a_model_that_breaks_fails_the_streams_it_has_and_not_those_after_it(model: Llama) -> None:
+def test_a_failing_model_fails_open_streams_and_not_later_ones(model: Llama) -> None:
     doomed = Llama(model.config)
     running = AsyncEngine(Engine(doomed, None, max_num_seqs=2))
     whole = doomed.lm_head.weight
 
     async def crash() -> None:
-        streams = [asyncio.create_task(collect(running, [1], LONG)) for _ in range(3)]  # the last one waits
+        # The last one waits.
+        streams = [asyncio.create_task(collect(running, [1], LONG)) for _ in range(3)]
         while running.engine.stats.running < 2:
             await asyncio.sleep(0)
         doomed.lm_head.weight = torch.nn.Parameter(torch.zeros(1, 1))
@@ -145,7 +144,7 @@ def test_a_model_that_breaks_fails_the_streams_it_has_and_not_those_after_it(mod
     running.stop()
 
 
-def test_stop_ends_open_streams(running: AsyncEngine) -> None:
+def test_stop_ends_open_streams_with_the_reason(running: AsyncEngine) -> None:
     async def stop() -> None:
         deltas = running.stream("a", LONG)
         await anext(deltas)

@@ -1,4 +1,4 @@
-"""What the engine does with blocks, time and accidents; that tokens never depend on it."""
+"""Blocks, memory and failures: none of them changes a sequence's tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache_of(model: Llama, blocks: int) -> int:
 
 @pytest.fixture(scope="module")
 def expected(model: Llama, tokenizer: Tokenizer) -> list[list[list[int]]]:
-    """One request at a time, nothing shared, whole prompts."""
+    """Tokens of each request computed alone, without sharing or chunks."""
     alone = Engine(model, tokenizer, max_num_seqs=1, max_num_batched_tokens=1000, enable_prefix_caching=False)
     return [
         [c.token_ids for c in alone.generate([p], numbered_params(i, n=3))]
@@ -43,7 +43,7 @@ def first_candidates(expected: list[list[list[int]]]) -> list[list[list[int]]]:
     return [[candidates[0]] for candidates in expected]
 
 
-def test_prompts_in_small_chunks_beside_others(
+def test_tokens_do_not_depend_on_small_chunks_and_other_requests(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]]
 ) -> None:
     engine = Engine(model, tokenizer, max_num_seqs=7, max_num_batched_tokens=9, enable_prefix_caching=False)
@@ -51,7 +51,7 @@ def test_prompts_in_small_chunks_beside_others(
     assert engine.stats.prompt_tokens == sum(map(len, random_prompts(model, 24)))
 
 
-def test_a_cache_for_two_sequences_is_enough_for_all(
+def test_tokens_do_not_depend_on_preemption_in_a_small_cache(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]]
 ) -> None:
     engine = Engine(
@@ -68,7 +68,7 @@ def test_a_cache_for_two_sequences_is_enough_for_all(
     assert stats.evictions > 0
 
 
-def test_a_beginning_that_is_known_is_not_computed_again(
+def test_a_cached_prefix_is_not_computed_again(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]]
 ) -> None:
     engine = Engine(model, tokenizer)
@@ -88,7 +88,7 @@ def test_candidates_share_their_prompt(
     engine = Engine(model, tokenizer, max_num_seqs=8, enable_prefix_caching=False)
     many = random_prompts(model, 24)
     assert run_together(engine, many, n=3) == expected
-    # Fewer max_num_seqs than candidates: some begin on their own, and still nothing is shared wrongly.
+    # With fewer max_num_seqs than candidates, some candidates start on their own.
     few = Engine(model, tokenizer, max_num_seqs=2, kv_cache_memory_bytes=cache_of(model, 6))
     assert run_together(few, many, n=3) == expected
     wide = Engine(model, tokenizer, max_num_seqs=8, enable_prefix_caching=False)
@@ -96,8 +96,10 @@ def test_candidates_share_their_prompt(
     assert wide.stats.prompt_tokens == len(many[0])
 
 
-def test_thousands_of_requests_in_random_company(model: Llama, tokenizer: Tokenizer) -> None:
-    """Some abort, some ask twice, caches fill and empty: for one seed the tokens are always the same."""
+def test_tokens_depend_on_the_seed_alone_among_a_thousand_random_requests(
+    model: Llama, tokenizer: Tokenizer
+) -> None:
+    """Requests repeat and abort, and caches fill and empty; tokens of one seed are always the same."""
     rng = random.Random(1)
     many = random_prompts(model, 60, seed=5)
     known: dict[int, list[int]] = {}
@@ -132,7 +134,7 @@ def test_thousands_of_requests_in_random_company(model: Llama, tokenizer: Tokeni
     assert asked == 1200
 
 
-def test_nothing_is_left_behind_by_thousands_of_requests(tokenizer: Tokenizer) -> None:
+def test_thousands_of_requests_leave_no_blocks_or_memory_behind(tokenizer: Tokenizer) -> None:
     config = LlamaConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=8,
@@ -150,7 +152,8 @@ def test_nothing_is_left_behind_by_thousands_of_requests(tokenizer: Tokenizer) -
             request_id = engine.submit([rng.randrange(300) for _ in range(1 + i % 40)], params)
             if i % 10 == 0:
                 engine.abort(request_id)
-            if i % 256 == 0:  # the queue never gets long
+            # Keep the queue short.
+            if i % 256 == 0:
                 while engine.stats.waiting > 20:
                     engine.step()
         while engine.has_work:
@@ -159,14 +162,15 @@ def test_nothing_is_left_behind_by_thousands_of_requests(tokenizer: Tokenizer) -
         assert (engine.stats.blocks_in_use, engine.stats.waiting, engine.stats.running) == (0, 0, 0)
         return int(psutil.Process().memory_info().rss)
 
-    before = serve(6000)  # the prefix cache is full by then
+    # The prefix cache is full after these.
+    before = serve(6000)
     after = serve(15000)
     assert after - before < 8 * 2**20
 
 
 @contextmanager
 def failing(model: Llama, fails: Callable[[torch.Tensor], Exception | None]) -> Iterator[list[int]]:
-    """The model raises what `fails` makes of its input; gives the sizes of the forward passes that were tried."""
+    """Make the model raise what `fails` returns for its input; yield the sizes of the attempted forward passes."""
     sizes: list[int] = []
 
     def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -189,7 +193,7 @@ def failing(model: Llama, fails: Callable[[torch.Tensor], Exception | None]) -> 
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_a_step_that_runs_out_of_memory_is_done_in_smaller_ones(
+def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_ones(
     model: Llama, tokenizer: Tokenizer, expected: list[list[list[int]]], error: Exception
 ) -> None:
     engine = Engine(model, tokenizer, max_num_seqs=24, max_num_batched_tokens=256)
@@ -198,7 +202,7 @@ def test_a_step_that_runs_out_of_memory_is_done_in_smaller_ones(
     assert max(sizes) > 40
 
 
-def test_one_token_that_does_not_fit_fails_its_request(model: Llama, tokenizer: Tokenizer) -> None:
+def test_a_single_token_that_runs_out_of_memory_fails_its_request(model: Llama, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer)
     with (
         failing(model, lambda tokens: torch.OutOfMemoryError("CUDA out of memory")),
@@ -209,7 +213,7 @@ def test_one_token_that_does_not_fit_fails_its_request(model: Llama, tokenizer: 
     assert len(engine.generate([[1, 2]], PARAMS)[0].token_ids) == 40
 
 
-def test_whoever_breaks_a_step_fails_alone(model: Llama, tokenizer: Tokenizer) -> None:
+def test_only_the_request_that_breaks_a_step_fails(model: Llama, tokenizer: Tokenizer) -> None:
     params = dataclasses.replace(PARAMS, seed=4, logit_bias={17: -100.0})
     good = Engine(model, tokenizer).generate([[1, 2, 3], [5]], params)
     engine = Engine(model, tokenizer)
@@ -237,7 +241,7 @@ def test_abort_frees_blocks_at_once(model: Llama, tokenizer: Tokenizer) -> None:
     assert (engine.stats.running, engine.stats.blocks_in_use) == (0, 0)
 
 
-def test_a_request_knows_how_long_it_took(engine: Engine) -> None:
+def test_request_stats_hold_times_in_order(engine: Engine) -> None:
     [first, second] = engine.generate([[1] * 80] * 2, dataclasses.replace(PARAMS, seed=1))
     assert isinstance(first, Completion)
     stats = first.stats

@@ -1,4 +1,4 @@
-"""How a completion ends, seen through the engine: end-of-text and stop tokens, min_tokens, constraints."""
+"""How the engine ends a completion: end-of-text and stop tokens, min_tokens, constraints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_stop_token_ends_the_text_before_it(engine: Engine, tokenizer: Tokeniz
         engine.generate("The", SamplingParams(stop_token_ids=(320,)))
 
 
-def test_nothing_ends_before_min_tokens(engine: Engine, tokenizer: Tokenizer) -> None:
+def test_no_completion_ends_before_min_tokens(engine: Engine, tokenizer: Tokenizer) -> None:
     eos = tokenizer.eos_id
     assert eos is not None
     eager = {eos: 60.0}

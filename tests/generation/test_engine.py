@@ -49,13 +49,13 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_is_transformers_greedy_alone_and_in_a_batch(
+def test_greedy_tokens_equal_those_of_transformers_alone_and_in_a_batch(
     shape: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = small_config(tokenizer.vocab_size, **{"num_kv_heads": 4, **SHAPES[shape]})
     save_pretrained(random_model(config, seed=3), tokenizer, tmp_path)
     peer: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    # Fewer slots than prompts: sequences join while others are in the middle.
+    # With fewer max_num_seqs than prompts, sequences join while others generate.
     engine = Engine.from_pretrained(tmp_path, device="cpu", max_num_seqs=3)
     params = SamplingParams(max_tokens=70, temperature=0)
     batched = engine.generate(PROMPTS, params)
@@ -74,11 +74,11 @@ def test_greedy_is_transformers_greedy_alone_and_in_a_batch(
         assert engine.generate([prompt], params)[0] == completion
 
 
-def test_a_seed_gives_the_same_tokens_in_any_company(model: Llama, tokenizer: Tokenizer) -> None:
+def test_a_seed_gives_the_same_tokens_in_any_batch(model: Llama, tokenizer: Tokenizer) -> None:
     alone = Engine(model, tokenizer, max_num_seqs=1).generate(PROMPTS, VARIED)
     engine = Engine(model, tokenizer, max_num_seqs=8)
     assert engine.generate(PROMPTS, VARIED) == alone
-    # Again, joining one by one a batch of strangers with other parameters.
+    # Again, joining one by one a batch of requests with other parameters.
     ids, tokens = [], defaultdict(list)
     for i in range(40):
         if i < len(PROMPTS):
@@ -90,7 +90,7 @@ def test_a_seed_gives_the_same_tokens_in_any_company(model: Llama, tokenizer: To
     assert [tokens[i] for i in ids] == [c.token_ids for c in alone]
 
 
-def test_other_seeds_and_candidates_differ_and_the_first_candidate_is_that_of_n_1(engine: Engine) -> None:
+def test_seeds_and_candidates_differ_and_the_first_candidate_equals_that_of_n_1(engine: Engine) -> None:
     one = engine.generate(["The"], VARIED)
     four = engine.generate(["The"], dataclasses.replace(VARIED, n=4))
     assert four[0] == one[0]
@@ -112,7 +112,7 @@ def test_n_gives_candidates_in_the_order_of_the_prompts(engine: Engine) -> None:
     assert [c.prompt_token_ids for c in got] == expected
 
 
-def test_many_more_requests_than_slots_all_finish(engine: Engine) -> None:
+def test_more_requests_than_max_num_seqs_all_finish(engine: Engine) -> None:
     lengths = [1 + i * 7 % 40 for i in range(60)]
     ids = [
         engine.submit([1 + i, 2, 3][: 1 + i % 3], SamplingParams(max_tokens=n, ignore_eos=True))
@@ -128,7 +128,7 @@ def test_many_more_requests_than_slots_all_finish(engine: Engine) -> None:
     assert stats.prompt_tokens == sum(1 + i % 3 for i in range(60))
 
 
-def test_every_step_gives_every_running_sequence_a_token(engine: Engine) -> None:
+def test_each_step_gives_each_running_sequence_a_token(engine: Engine) -> None:
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     first = engine.submit("a", params)
     assert [d.request_id for d in engine.step()] == [first]
@@ -154,7 +154,9 @@ def test_end_of_text_stops_unless_ignored(model: Llama, tokenizer: Tokenizer) ->
     assert Engine(model, tokenizer).generate(["x"], at_once)[0].token_ids == [eos]
 
 
-def test_eos_of_generation_config_counts_too(model: Llama, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_eos_ids_of_generation_config_end_a_completion_too(
+    model: Llama, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     save_pretrained(model, tokenizer, tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     assert Engine.from_pretrained(tmp_path, device="cpu").eos_ids == {7, 9, tokenizer.eos_id}
@@ -164,7 +166,7 @@ def test_eos_of_generation_config_counts_too(model: Llama, tokenizer: Tokenizer,
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_stop_strings_cut_the_text_also_across_tokens(engine: Engine, length: int) -> None:
+def test_stop_strings_cut_the_text_across_tokens(engine: Engine, length: int) -> None:
     params = dataclasses.replace(VARIED, max_tokens=60)
     whole = engine.generate(["The quick"], params)[0].text
     for start in range(2, len(whole) - length, 3):
@@ -176,7 +178,7 @@ def test_stop_strings_cut_the_text_also_across_tokens(engine: Engine, length: in
 
 
 def test_streams_hold_whole_characters_and_add_up_to_the_text(engine: Engine, tokenizer: Tokenizer) -> None:
-    # A model that can only spell 🙂, é and a, bytes of one another mixed in.
+    # The bias leaves only tokens of 🙂, é and a, so that their bytes mix.
     spelled = set(tokenizer.encode("🙂é a"))
     bias = dict.fromkeys(spelled, 100.0)
     params = SamplingParams(max_tokens=60, seed=5, logit_bias=bias, n=3)
@@ -188,14 +190,15 @@ def test_streams_hold_whole_characters_and_add_up_to_the_text(engine: Engine, to
         assert "".join(pieces) == completion.text == tokenizer.decode(completion.token_ids)
         assert len(pieces) == 60
     prompt = tokenizer.encode("漢🙂")
-    forced = []  # one token after another is made certain, so the output is the bytes of whole characters
+    # Each token is forced in turn, so the output is the bytes of whole characters.
+    forced = []
     for token in prompt:
         request_id = engine.submit([1], SamplingParams(max_tokens=1, temperature=0, logit_bias={token: 1e4}))
         forced.append(drain(engine)[request_id, 0][0].token_ids[0])
     assert forced == prompt
 
 
-def test_logprobs_are_those_of_transformers(
+def test_logprobs_equal_those_of_transformers(
     engine: Engine, model: Llama, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     save_pretrained(model, tokenizer, tmp_path)
@@ -213,7 +216,7 @@ def test_logprobs_are_those_of_transformers(
     assert engine.generate(["a"])[0].logprobs is None
 
 
-def test_abort_frees_the_slot_at_once(model: Llama, tokenizer: Tokenizer) -> None:
+def test_abort_lets_a_waiting_request_start_at_once(model: Llama, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, max_num_seqs=1)
     long = SamplingParams(max_tokens=100, ignore_eos=True)
     running, waiting, third = (engine.submit("a", long) for _ in range(3))
@@ -228,7 +231,7 @@ def test_abort_frees_the_slot_at_once(model: Llama, tokenizer: Tokenizer) -> Non
     assert engine.step() == []
 
 
-def test_an_abort_while_the_model_runs_leaves_no_delta(engine: Engine, model: Llama) -> None:
+def test_an_abort_during_a_step_leaves_no_delta(engine: Engine, model: Llama) -> None:
     kept, dropped = engine.submit("a", VARIED), engine.submit("b", VARIED)
     hook = model.norm.register_forward_hook(lambda *_: engine.abort(dropped))
     try:
@@ -257,7 +260,7 @@ def test_an_abort_while_the_model_runs_leaves_no_delta(engine: Engine, model: Ll
         ("\ud800", {}, "lone surrogate"),
     ],
 )
-def test_a_bad_request_is_refused_and_leaves_the_others_going(
+def test_a_bad_request_is_refused_and_others_continue(
     engine: Engine, prompt: object, values: dict[str, object], message: str
 ) -> None:
     expected = engine.generate(["The quick"], VARIED)[0]
@@ -267,19 +270,19 @@ def test_a_bad_request_is_refused_and_leaves_the_others_going(
         engine.submit(prompt, SamplingParams(**values))  # type: ignore[arg-type]
     rest = drain(engine)[request_id, 0]
     assert [t for d in rest for t in d.token_ids] == expected.token_ids[1:]
-    # As a prompt of several it stops the call before anything runs, and nothing stays behind.
+    # Among several prompts it stops `generate` before anything runs, and leaves no request behind.
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         engine.generate(["a", prompt], SamplingParams(**values))  # type: ignore[arg-type, list-item]
     assert not engine.has_work
 
 
-def test_a_request_to_the_last_position_of_the_context(engine: Engine) -> None:
+def test_a_request_may_reach_the_last_position_of_the_context(engine: Engine) -> None:
     done = engine.generate([[1] * 150], SamplingParams(max_tokens=10, ignore_eos=True))[0]
     assert len(done.token_ids) == 10
     assert done.finish_reason == "length"
 
 
-def test_without_a_tokenizer_ids_work_and_text_is_refused(model: Llama, engine: Engine) -> None:
+def test_without_a_tokenizer_token_ids_work_and_text_is_refused(model: Llama, engine: Engine) -> None:
     bare = Engine(model, None)
     got = bare.generate([[4, 5, 6]], VARIED)[0]
     assert got.token_ids == engine.generate([[4, 5, 6]], VARIED)[0].token_ids
@@ -319,14 +322,14 @@ def test_progress_counts_completions_and_tokens_and_is_off_by_default(
     assert "60 tokens, " in last
 
 
-def test_generate_refuses_to_swallow_the_deltas_of_others(engine: Engine) -> None:
+def test_generate_refuses_to_run_while_other_requests_are_in_progress(engine: Engine) -> None:
     request_id = engine.submit("a", VARIED)
     with pytest.raises(ValueError, match="other requests in progress"):
         engine.generate(["b"])
     assert len(drain(engine)[request_id, 0]) == VARIED.max_tokens
 
 
-def test_numbers_that_overflow_fail_their_request_and_no_other(tokenizer: Tokenizer, model: Llama) -> None:
+def test_only_the_request_whose_logits_are_not_finite_fails(tokenizer: Tokenizer, model: Llama) -> None:
     broken = Llama(model.config, seed=0)
     broken.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -339,12 +342,13 @@ def test_numbers_that_overflow_fail_their_request_and_no_other(tokenizer: Tokeni
     assert [d.finish_reason for d in deltas[bad, 0]] == ["error"]
     assert "not finite" in str(deltas[bad, 0][0].error)
     got = [[t for d in deltas[i, 0] for t in d.token_ids] for i in (good, later)]
-    assert got == [c.token_ids for c in expected]  # the later one had the failed one's slot
+    # The later request took the failed one's place.
+    assert got == [c.token_ids for c in expected]
     with pytest.raises(GenerationError, match="not finite"):
         engine.generate([[17]])
 
 
-def test_submit_and_abort_from_other_threads(engine: Engine) -> None:
+def test_submit_and_abort_work_from_other_threads(engine: Engine) -> None:
     expected = engine.generate(PROMPTS, VARIED)
     kept: dict[int, Completion] = {}
     start = threading.Barrier(5)
@@ -380,6 +384,8 @@ def test_submit_and_abort_from_other_threads(engine: Engine) -> None:
         ({"kv_cache_memory_bytes": 10**4}, "lower max_seq_len, or raise kv_cache_memory_bytes"),
     ],
 )
-def test_bad_engine_options(model: Llama, options: dict[str, int], message: str) -> None:
+def test_invalid_options_are_refused_with_value_and_limit(
+    model: Llama, options: dict[str, int], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(model, None, **options)  # type: ignore[arg-type]

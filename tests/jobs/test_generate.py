@@ -37,7 +37,7 @@ def run(
     )
 
 
-def test_prints_prompt_and_continuation_and_the_speed(checkpoint: Path) -> None:
+def test_prints_prompt_continuation_and_speed(checkpoint: Path) -> None:
     done = run(
         checkpoint, "--prompt", "The quick 🙂", "--max-tokens=20", "--temperature", "0.9", "--top_k", "40",
         "--top_p", "0.95", "--seed", "7", "--repetition_penalty", "1.1", "--ignore_eos",
@@ -54,7 +54,7 @@ def test_prints_prompt_and_continuation_and_the_speed(checkpoint: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_output_that_a_regex_or_a_schema_allows(checkpoint: Path, tmp_path: Path) -> None:
+def test_regex_and_schema_constrain_the_output(checkpoint: Path, tmp_path: Path) -> None:
     done = run(
         checkpoint, "--prompt", "The ", "--regex", "[0-9]{4}", "--min_tokens", "2", "--quantization", "int8",
         "--kv_cache_memory", "16MiB", "--dtype", "bfloat16",
@@ -68,10 +68,10 @@ def test_output_that_a_regex_or_a_schema_allows(checkpoint: Path, tmp_path: Path
     assert [type(item) for item in json.loads(done.stdout)] == [bool, bool]
 
 
-@pytest.mark.parametrize("guesses", ["--prompt_lookup", "--draft_model"])
-def test_guesses_change_no_text(checkpoint: Path, guesses: str) -> None:
+@pytest.mark.parametrize("proposer", ["--prompt_lookup", "--draft_model"])
+def test_drafts_never_change_the_text(checkpoint: Path, proposer: str) -> None:
     sampling = ["--max_tokens", "30", "--seed", "3", "--ignore_eos"]
-    flags = [guesses] if guesses == "--prompt_lookup" else [guesses, str(checkpoint)]
+    flags = [proposer] if proposer == "--prompt_lookup" else [proposer, str(checkpoint)]
     plain, done = (run(checkpoint, "--prompt", "The quick", *sampling, *more) for more in ([], flags))
     assert done.returncode == 0, done.stderr
     assert done.stdout == plain.stdout
@@ -87,9 +87,10 @@ def test_prompt_from_standard_input_and_a_relative_checkpoint(checkpoint: Path) 
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "the reader leaves"])
-def test_ends_cleanly_in_the_middle(checkpoint: Path, end: str) -> None:
+def test_ctrl_c_and_a_closed_pipe_end_the_job_cleanly(checkpoint: Path, end: str) -> None:
     flags = ["--checkpoint", str(checkpoint), "--prompt", "The quick", "--max_tokens", "4000", "--ignore_eos"]
-    job = subprocess.Popen(  # the pipe is too short for all of its text: it cannot be done before it is interrupted
+    # The pipe is too short for the whole text, so the job cannot finish before it is interrupted.
+    job = subprocess.Popen(
         [sys.executable, str(JOB), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -131,9 +132,7 @@ def test_ends_cleanly_in_the_middle(checkpoint: Path, end: str) -> None:
         (["--min_tokens", "200"], "min_tokens is 200; it must be 0 (off) to max_tokens, 100"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_exit_code_2(
-    checkpoint: Path, flags: list[str], message: str
-) -> None:
+def test_user_errors_are_one_line_and_exit_code_2(checkpoint: Path, flags: list[str], message: str) -> None:
     done = run(checkpoint, "--prompt", "x", *flags)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -142,7 +141,7 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.ray
-def test_a_file_of_prompts_is_answered_once(
+def test_a_file_of_prompts_is_answered_once_and_then_needs_no_cluster(
     checkpoint: Path, tmp_path: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
@@ -159,7 +158,7 @@ def test_a_file_of_prompts_is_answered_once(
     content = (tmp_path / "out.jsonl").read_text()
     assert [json.loads(line)["text"] for line in content.splitlines()] == prompts
 
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # what is complete needs no cluster
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     again = run(checkpoint, *flags, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.endswith("out.jsonl is complete already (40 rows): nothing to do\n")
@@ -176,7 +175,7 @@ def test_a_file_of_prompts_is_answered_once(
         (["--input", "nowhere.jsonl", "--output", "o.jsonl"], "no rows found in"),
     ],
 )
-def test_flags_of_a_batch_that_do_not_fit_start_no_cluster(
+def test_wrong_flags_of_a_batch_are_refused_before_ray_starts(
     checkpoint: Path, tmp_path: Path, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
@@ -187,7 +186,7 @@ def test_flags_of_a_batch_that_do_not_fit_start_no_cluster(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path / "nowhere", "--prompt", "x")
     assert done.returncode == 2
     assert "nowhere is not a directory" in done.stderr

@@ -8,9 +8,9 @@ from llama_ray.generation.scheduling.text import StopMatcher, TextOutput
 
 
 def character_by_character(text: str, stop: tuple[str, ...], passed: int = 0) -> tuple[str, bool]:
-    """The definition: read on until the text ends with a stop string, and leave out the longest that it ends with.
+    """Extend the text until it ends with a stop string, and cut the longest one it ends with: the definition.
 
-    Those that are complete within the first `passed` characters do not count.
+    Stop strings that are complete within the first `passed` characters do not count.
     """
     for end in range(passed + 1, len(text) + 1):
         ended = [s for s in stop if text[:end].endswith(s)]
@@ -33,7 +33,7 @@ LETTERS = st.text("ab", min_size=1, max_size=4)
 
 
 @given(st.lists(st.text("abc", max_size=5), max_size=12), st.lists(LETTERS, max_size=3).map(tuple))
-def test_the_cut_does_not_depend_on_the_pieces(pieces: list[str], stop: tuple[str, ...]) -> None:
+def test_the_cut_does_not_depend_on_how_the_text_is_divided(pieces: list[str], stop: tuple[str, ...]) -> None:
     shown, stopped = in_pieces(pieces, stop)
     assert ("".join(shown), stopped) == character_by_character("".join(pieces), stop)
 
@@ -43,18 +43,18 @@ def test_the_cut_does_not_depend_on_the_pieces(pieces: list[str], stop: tuple[st
     st.lists(LETTERS, max_size=3).map(tuple),
     st.integers(0, 12),
 )
-def test_stop_strings_in_the_first_pieces_are_text(
+def test_stop_strings_in_pieces_that_may_not_stop_are_text(
     pieces: list[str], stop: tuple[str, ...], unstoppable: int
 ) -> None:
     shown, stopped = in_pieces(pieces, stop, unstoppable)
-    # What was shown cannot be taken back: a stop string that begins in it is cut at its end, not at its beginning.
+    # Only stop strings that become complete after those pieces count.
     expected, expected_stop = character_by_character(
         "".join(pieces), stop, len("".join(pieces[:unstoppable]))
     )
     assert ("".join(shown), stopped) == (expected, expected_stop)
 
 
-def test_only_what_could_become_a_stop_string_is_held_back() -> None:
+def test_only_a_possible_beginning_of_a_stop_string_is_held_back() -> None:
     matcher = StopMatcher(("###", "END"))
     assert matcher.push("one #") == ("one ", False)
     assert matcher.push(" two E") == ("# two ", False)
@@ -63,7 +63,7 @@ def test_only_what_could_become_a_stop_string_is_held_back() -> None:
     assert matcher.push("ND more") == ("", True)
 
 
-def test_characters_come_whole_and_the_end_of_the_bytes_may_stop(tokenizer: Tokenizer) -> None:
+def test_characters_come_whole_and_incomplete_bytes_may_complete_a_stop_string(tokenizer: Tokenizer) -> None:
     text = "🙂 漢字 é"
     output = TextOutput(tokenizer.stream(), ())
     shown = [output.push(token)[0] for token in tokenizer.encode(text)] + [output.finish()[0]]
@@ -76,7 +76,7 @@ def test_characters_come_whole_and_the_end_of_the_bytes_may_stop(tokenizer: Toke
     assert unfinished.finish() == ("", True)
 
 
-def test_stop_strings_count_from_min_tokens_on(tokenizer: Tokenizer) -> None:
+def test_stop_strings_count_from_token_min_tokens_on(tokenizer: Tokenizer) -> None:
     tokens = [tokenizer.encode(character)[0] for character in "a.b.c"]
     for min_tokens, expected in ((0, "a"), (2, "a"), (3, "a.b"), (4, "a.b"), (5, "a.b.c")):
         output, shown = TextOutput(tokenizer.stream(), (".",), min_tokens), ""

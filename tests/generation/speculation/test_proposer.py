@@ -21,7 +21,7 @@ GREEDY = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
 
 
 def similar(model: Llama) -> Llama:
-    """A model that often, not always, has the same opinion."""
+    """Return a model that often, but not always, samples the same token."""
     other = Llama(model.config)
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -39,7 +39,7 @@ PROPOSERS: dict[str, Callable[[Llama], Proposer]] = {
 
 
 @pytest.mark.parametrize("kind", PROPOSERS)
-def test_no_guess_changes_a_token(model: Llama, tokenizer: Tokenizer, kind: str) -> None:
+def test_drafts_never_change_the_output(model: Llama, tokenizer: Tokenizer, kind: str) -> None:
     many = random_prompts(model, 16)
     plain = run_together(Engine(model, tokenizer), many)
     engine = Engine(model, tokenizer, proposer=PROPOSERS[kind](model), max_num_seqs=5)
@@ -54,7 +54,7 @@ def test_no_guess_changes_a_token(model: Llama, tokenizer: Tokenizer, kind: str)
 
 
 @pytest.mark.parametrize("kind", PROPOSERS)
-def test_guesses_with_penalties_candidates_stops_and_little_room(
+def test_drafts_never_change_the_output_with_penalties_candidates_stops_and_few_blocks(
     model: Llama, tokenizer: Tokenizer, kind: str
 ) -> None:
     params = SamplingParams(
@@ -86,16 +86,17 @@ def test_guesses_with_penalties_candidates_stops_and_little_room(
     assert engine.stats.blocks_in_use == 0
 
 
-def test_a_draft_that_is_the_model_is_always_right(model: Llama, tokenizer: Tokenizer) -> None:
+def test_all_drafts_of_the_model_itself_are_accepted(model: Llama, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, proposer=DraftModel(model), num_draft_tokens=4)
     params = dataclasses.replace(GREEDY, temperature=1.0, seed=5, max_tokens=51)
     engine.generate(["The quick"], params)
     stats = engine.stats
     assert stats.accepted_tokens == stats.draft_tokens == 40
-    assert stats.steps == 1 + 10  # the first token, then five in each step
+    # The first token, then five in each step.
+    assert stats.steps == 1 + 10
 
 
-def test_repetition_is_foreseen(model: Llama, tokenizer: Tokenizer) -> None:
+def test_prompt_lookup_drafts_repetitions(model: Llama, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, proposer=PromptLookup(), num_draft_tokens=5)
     # The bias makes the model repeat one token.
     engine.generate([[1]], dataclasses.replace(GREEDY, logit_bias={9: 1e4}))

@@ -1,7 +1,7 @@
-"""The whole path on one machine: ``demo.py start`` and ``demo.py stop``, behind ``make demo`` and ``make stop``.
+"""The whole system on one machine: `make demo` runs `demo.py start`, `make stop` runs `demo.py stop`.
 
-Everything it makes lies in ``.demo/``. What is there already (data, a registered model, running servers) is used
-again, so a second start takes seconds.
+All files are written to `.demo/`. Existing data, models and running servers are used again, so a second start takes
+seconds.
 """
 
 from __future__ import annotations
@@ -29,56 +29,56 @@ STATE = HOME / "state.json"
 BIN = Path(sys.executable).parent
 
 MODEL = "llama-ray"
+EXPERIMENT = "llama-ray"
 PREPARE = [
-    "--source",
-    "builtin",
-    "--output",
-    str(HOME / "data"),
-    "--vocab_size",
-    "4096",
-    "--max_bytes",
-    "12000000",
+    *("--source", "builtin", "--output", str(HOME / "data")),
+    *("--vocab_size", "4096", "--max_bytes", "12000000"),
 ]
 TRAIN = [
     *("--data", str(HOME / "data"), "--output_dir", str(HOME / "checkpoints"), "--register_as", MODEL),
+    *("--experiment", EXPERIMENT),
     *("--hidden_size", "256", "--num_layers", "4", "--num_heads", "4", "--intermediate_size", "688"),
     *("--max_seq_len", "256", "--world_size", "2", "--batch_size", "4", "--max_steps", "300"),
     *("--learning_rate", "2e-3", "--validate_every", "100", "--checkpoint_every", "100"),
 ]
+_MODEL_TRAINING = "workflowType=machine_learning"
+"""Makes MLflow's UI open on runs and charts instead of GenAI traces."""
+
 _PREFIX = re.compile(r"(\x1b\[\d+m)?\(\w+ pid=\d+\)(\x1b\[0m)? ")
 PROMPT = "def read_lines(path):\n"
 
 
 def start() -> None:
-    """Bring up what is missing, stage by stage, and print an answer of the trained model."""
+    """Start the servers, train and deploy a model, each only if needed, and print an answer of the model."""
     began = time.monotonic()
     HOME.mkdir(exist_ok=True)
     state = _running() or _start_servers()
     env = _environment(state)
-    if not _champion(state):
+    if not _has_champion(state):
         _job(state, env, "prepare_data.py", PREPARE)
         _job(state, env, "train.py", TRAIN)
     _serve(state, env)
-    _say(f"asking {state['endpoint']} to continue {PROMPT!r}")
+    _say(f"Asking the model to continue {PROMPT!r}")
     _stream_completion(state["endpoint"])
-    _say(f"done in {time.monotonic() - began:.0f} s")
+    _say(f"Ready after {time.monotonic() - began:.0f} s. Open in a browser:")
     print(
-        f"\n  playground   {state['endpoint']}/\n"
-        f"  API          {state['endpoint']}/v1 (any key)   documented at {state['endpoint']}/docs\n"
-        f"  MLflow       {state['mlflow']}\n"
-        f"  Ray          {state['dashboard']}  (its token: ray get-auth-token)\n"
-        f"  end it all   make stop\n"
+        f"\n  Playground      {state['endpoint']}/"
+        f"\n  API             {state['endpoint']}/v1 (OpenAI-compatible, any key; documentation at /docs)"
+        f"\n  Training runs   {state['mlflow']}/#/experiments/{_experiment(state)}?{_MODEL_TRAINING}"
+        f"\n  Models          {state['mlflow']}/#/models/{MODEL}?{_MODEL_TRAINING}"
+        f"\n  Ray dashboard   {state['dashboard']} (asks for a token: .venv/bin/ray get-auth-token)"
+        "\n\n  make stop       stops all of it and keeps data, runs and models\n"
     )
 
 
 def stop() -> None:
-    """End the processes that `start` recorded, and no others. Data, runs and models stay in ``.demo/``."""
+    """Stop the processes that `start` recorded, and no others. Data, runs and models stay in `.demo/`."""
     if not STATE.exists():
-        print("the demo is not running")
+        print("The demo is not running.")
         return
     state = json.loads(STATE.read_text())
     processes = [p for entry in state["processes"] if (p := _process(entry))]
-    # Ray's own children are in its tree only as long as `ray start --block` lives: list them before it is told to end.
+    # Ray's processes are descendants of `ray start --block` only while it runs, so list them before it is stopped.
     family = {child for p in processes for child in p.children(recursive=True)} | set(processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)
@@ -88,37 +88,33 @@ def stop() -> None:
     psutil.wait_procs(alive, timeout=5)
     STATE.unlink()
     shutil.rmtree(state["ray_directory"], ignore_errors=True)
-    print(f"stopped {len(family)} processes; data, runs and models are still in {HOME}")
+    print(f"Stopped {len(family)} processes. Data, runs and models are kept in {HOME}.")
 
 
 def _start_servers() -> dict[str, Any]:
-    """Start MLflow and a Ray head, wait until both answer, and record how to reach and end them."""
+    """Start MLflow and a Ray head node, record their addresses and processes, and wait until both answer."""
     ports = {
         name: _free_port(port) for name, port in (("mlflow", 5000), ("dashboard", 8265), ("endpoint", 8000))
     }
-    # Ray's sockets have long names, and a path to one may have 107 characters: not below the checkout.
+    # Paths of Ray's sockets are long and limited to 107 characters, so they are not below the checkout.
     ray_directory = Path(f"/tmp/llama_ray_demo_{os.getuid()}_{ports['dashboard']}")
     state: dict[str, Any] = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
     state |= {"ray_directory": str(ray_directory), "processes": []}
     env = _environment(state)
-    _say("starting MLflow and Ray")
-    # Ray's doors are locked with the token in ~/.ray, made here where there is none.
+    _say("Starting MLflow and Ray")
+    # Ray requires the token in ~/.ray; this generates one if there is none.
     subprocess.run(
         [str(BIN / "ray"), "get-auth-token", "--generate"], env=env, check=True, capture_output=True
     )
     mlflow = [
         *("mlflow", "server", "--host", "127.0.0.1", "--port", str(ports["mlflow"]), "--workers", "1"),
-        *(
-            "--backend-store-uri",
-            f"sqlite:///{HOME}/mlflow.db",
-            "--artifacts-destination",
-            f"{HOME}/mlartifacts",
-        ),
+        *("--backend-store-uri", f"sqlite:///{HOME}/mlflow.db"),
+        *("--artifacts-destination", f"{HOME}/mlartifacts"),
     ]
     ray = [
         *("ray", "start", "--head", "--block", "--disable-usage-stats", "--port", str(_free_port(6379))),
         *("--dashboard-port", str(ports["dashboard"]), "--temp-dir", str(ray_directory)),
-        # Train workers, the Serve proxy and one replica share a small machine.
+        # On a small machine, two workers, the Serve proxy and a replica need more CPUs than it has.
         *("--num-cpus", str(max(4, os.cpu_count() or 1)), "--object-store-memory", str(512 * 1024**2)),
     ]
     for name, command in (("mlflow", mlflow), ("ray", ray)):
@@ -140,12 +136,12 @@ def _start_servers() -> dict[str, Any]:
 
 
 def _running() -> dict[str, Any] | None:
-    """The servers of an earlier start, where all of them still run."""
+    """Return the servers of an earlier start if all of them still run."""
     if not STATE.exists():
         return None
     state: dict[str, Any] = json.loads(STATE.read_text())
     if all(_process(entry) for entry in state["processes"]) and len(state["processes"]) == 2:
-        _say("Ray and MLflow are running already")
+        _say("MLflow and Ray are already running")
         return state
     stop()
     return None
@@ -161,12 +157,21 @@ def _environment(state: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _champion(state: dict[str, Any]) -> bool:
+def _has_champion(state: dict[str, Any]) -> bool:
     alias = {"name": MODEL, "alias": "champion"}
     answer = httpx.get(f"{state['mlflow']}/api/2.0/mlflow/registered-models/alias", params=alias)
     if answer.status_code == 200:
-        _say(f"version {answer.json()['model_version']['version']} of {MODEL} is registered already")
+        _say(
+            f"Using version {answer.json()['model_version']['version']} of {MODEL}, which is registered already"
+        )
     return answer.status_code == 200
+
+
+def _experiment(state: dict[str, Any]) -> str:
+    """Return the id of the experiment that holds the training runs."""
+    name = {"experiment_name": EXPERIMENT}
+    answer = httpx.get(f"{state['mlflow']}/api/2.0/mlflow/experiments/get-by-name", params=name)
+    return str(answer.raise_for_status().json()["experiment"]["experiment_id"])
 
 
 def _job(state: dict[str, Any], env: dict[str, str], script: str, flags: list[str]) -> None:
@@ -202,7 +207,7 @@ def _stream_completion(endpoint: str) -> None:
 
 
 def _run(command: list[str], env: dict[str, str], begin: str | None = None) -> None:
-    """Run `command` to its end. With `begin` its output is shown only after a line with that, or if it fails."""
+    """Run `command` to its end. Output before a line that contains `begin` is shown only if the command fails."""
     process = subprocess.Popen(
         [str(BIN / command[0]), *command[1:]],
         env=env,
@@ -215,7 +220,7 @@ def _run(command: list[str], env: dict[str, str], begin: str | None = None) -> N
     held: list[str] = []
     for line in process.stdout:
         if begin is None:
-            # The process number in front of a worker's lines says nothing here.
+            # Drop the process name and number that Ray puts in front of the lines of workers.
             print(_PREFIX.sub("", line), end="", flush=True)
         elif begin in line:
             begin, held = None, []
@@ -224,12 +229,12 @@ def _run(command: list[str], env: dict[str, str], begin: str | None = None) -> N
     if process.wait():
         print(*held, sep="", end="")
         sys.exit(
-            f"demo: {' '.join(command[:3])} ended with exit code {process.returncode}; its messages are above"
+            f"demo: {' '.join(command[:3])} failed with exit code {process.returncode}; its messages are above"
         )
 
 
 def _wait(state: dict[str, Any], what: str, url: str, log: Path) -> None:
-    """Wait until `url` answers: with 200, or with 401 where it wants Ray's token."""
+    """Wait until `url` answers with 200, or with 401 if it requires Ray's token."""
     deadline = time.monotonic() + 120
     last = ""
     while time.monotonic() < deadline and all(_process(entry) for entry in state["processes"]):
@@ -241,11 +246,11 @@ def _wait(state: dict[str, Any], what: str, url: str, log: Path) -> None:
         except httpx.HTTPError:
             pass
         time.sleep(0.3)
-    sys.exit(f"demo: {what} does not answer at {url}{last}; its log is {log}. make stop, then try again")
+    sys.exit(f"demo: {what} does not answer at {url}{last}; see {log}, then run `make stop` and `make demo`")
 
 
 def _process(entry: tuple[int, float]) -> psutil.Process | None:
-    """The recorded process, unless it has ended (and its number may have gone to another one)."""
+    """Return the recorded process, or None if it has ended; another process may have its number now."""
     pid, created = entry
     try:
         process = psutil.Process(pid)
@@ -257,7 +262,7 @@ def _process(entry: tuple[int, float]) -> psutil.Process | None:
 
 
 def _free_port(wanted: int) -> int:
-    """`wanted`, or any free port where somebody else has it."""
+    """Return `wanted`, or any free port if it is in use."""
     for port in (wanted, 0):
         with socket.socket() as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

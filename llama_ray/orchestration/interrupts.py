@@ -1,4 +1,4 @@
-"""What reaches a worker from outside while it trains: a stop file in the run's directory, a preemption notice."""
+"""Interrupts of a training run: signals, a stop file in the run's directory, and preemption notices."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 STOP_FILE = "stop"
 _STOP_POLL_S = (0.5, 5.0)
-"""On a mounted path, and on an object store."""
+"""Seconds between two looks, on a mounted path and on an object store."""
 _PREEMPTION_POLL_S = 5.0
 
 
 class InterruptWatcher:
-    """Watches from threads; `poll` is what the training loop calls at every step."""
+    """Watches for interrupts from threads, so that the training loop can call `poll` at every step."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -36,7 +36,7 @@ class InterruptWatcher:
             threading.Thread(target=watch, daemon=True).start()
 
     def poll(self) -> Interrupt:
-        """The most urgent request there is."""
+        """Return the most urgent interrupt."""
         if self._stop:
             return Interrupt.STOP
         return Interrupt.CHECKPOINT if self._preempted else Interrupt.NONE
@@ -49,7 +49,7 @@ class InterruptWatcher:
             self._stop = stop_requested(self._directory)
 
     def _watch_preemption(self) -> None:
-        # The call is a barrier of all workers; each has one such thread, so they call it equally often.
+        # The call is a barrier of all workers. Each has one such thread, so all make the same number of calls.
         pause = threading.Event()
         while True:
             pause.wait(_PREEMPTION_POLL_S)
@@ -57,20 +57,20 @@ class InterruptWatcher:
 
 
 def until_signal(work: Callable[[], T], stop: Callable[[], None]) -> T:
-    """The result of `work`, run in a thread; the first SIGINT or SIGTERM calls `stop`, a second one raises.
+    """Run `work` in a thread and return its result; the first SIGINT or SIGTERM calls `stop`, the second one raises.
 
-    The thread keeps Ray Train from installing its own handler, which ends the workers without a checkpoint. Only
-    the main thread can be told of signals; elsewhere `work` simply runs.
+    Outside the main thread Ray Train does not install its own handler, which ends the workers without a checkpoint.
+    Signals reach only the main thread; if this is called from another one, `work` runs without handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    asked = False
+    stopping = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal stopping
+        if stopping:
             raise KeyboardInterrupt
-        asked = True
+        stopping = True
         print(f"{signal.Signals(number).name}: saving, then stopping; once more to stop at once", flush=True)
         stop()
 
@@ -95,7 +95,7 @@ def until_signal(work: Callable[[], T], stop: Callable[[], None]) -> T:
 
 
 def stop_requested(directory: str) -> bool:
-    """Whether the run in `directory` was asked to stop."""
+    """Return whether the run in `directory` was asked to stop."""
     try:
         return store.read_text(store.join(directory, STOP_FILE)) is not None
     except OSError:
@@ -108,5 +108,5 @@ def request_stop(directory: str) -> None:
 
 
 def withdraw_stop(directory: str) -> None:
-    """Forget an earlier request."""
+    """Delete the request of an earlier launch."""
     store.delete(store.join(directory, STOP_FILE))

@@ -1,4 +1,4 @@
-"""A training run told to MLflow, and to the console."""
+"""Reports a training run to MLflow and to the console."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from llama_ray.training.config import Schedule
 from llama_ray.training.observer import Console, Metrics
 from llama_ray.training.parallel.process_group import world_size
 
-_STARTS = "starts.json"  # [step that it went on after, workers] of each time that workers began
-_PROMPTS, _PROMPT_TOKENS, _SAMPLE_TOKENS = 3, 16, 64
+_STARTS_FILE = "starts.json"
+"""A list of (last step before, number of workers), one for each time that workers started."""
+_NUM_PROMPTS, _PROMPT_TOKENS, _SAMPLE_TOKENS = 3, 16, 64
 
 
 class MLflowObserver(Console):
-    """Logs what rank 0 observes to `run` (None on the other ranks): curves, a loss picture, samples of text.
+    """Logs metrics, a figure of the loss and samples of text to `run`, which is None except on rank 0.
 
-    Nothing here waits for the tracking server. After a restart from a checkpoint some steps are trained again;
-    points that the run has already are not logged twice.
+    Nothing here waits for the tracking server. After a restart from a checkpoint some steps are trained again; points
+    that the run already has are not logged twice.
     """
 
     def __init__(self, run: BufferedRun | None, data: str, directory: str) -> None:
         super().__init__()
-        self.run, self._starts = run, store.join(directory, _STARTS)
+        self.run, self._starts = run, store.join(directory, _STARTS_FILE)
         self._tokenizer = Tokenizer.load(data)
         self._prompts = _validation_prompts(data)
 
@@ -43,7 +44,7 @@ class MLflowObserver(Console):
         super().started(schedule, progress, layout)
         if self.run:
             self.run.restore(progress.unsent)
-            # Kept beside the checkpoints, for these workers may be gone before they can tell MLflow.
+            # Stored beside the checkpoints, because these workers may die before MLflow has the tags.
             starts = [*json.loads(store.read_text(self._starts) or "[]"), (progress.step, world_size())]
             store.write_text(self._starts, json.dumps(starts))
             tags = {"total_steps": str(schedule.total_steps), "layout": layout}
@@ -86,7 +87,7 @@ class MLflowObserver(Console):
         return self.run.unsent() if self.run else []
 
     def _samples(self, model: Llama) -> list[tuple[str, str]]:
-        """(prompt, continuation) for a few places in the validation text."""
+        """Return (prompt, continuation) for a few positions in the validation text."""
         room = model.config.max_seq_len
         prompts = [p[: room // 2] for p in self._prompts]
         engine = Engine(model, self._tokenizer, max_num_seqs=len(prompts))
@@ -101,6 +102,8 @@ class MLflowObserver(Console):
 
 def _validation_prompts(data: str) -> list[list[int]]:
     dataset = TokenDataset(data, "validation")
-    places = np.linspace(0, dataset.num_samples(_PROMPT_TOKENS), _PROMPTS, endpoint=False, dtype=np.int64)
-    prompts: list[list[int]] = dataset.samples(np.unique(places), _PROMPT_TOKENS)[0].tolist()
+    positions = np.linspace(
+        0, dataset.num_samples(_PROMPT_TOKENS), _NUM_PROMPTS, endpoint=False, dtype=np.int64
+    )
+    prompts: list[list[int]] = dataset.samples(np.unique(positions), _PROMPT_TOKENS)[0].tolist()
     return prompts

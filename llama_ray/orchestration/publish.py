@@ -1,4 +1,4 @@
-"""A finished checkpoint -> a registered, servable model version."""
+"""Turn a finished checkpoint into a registered model version that can be served."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def publish(
     tags: Mapping[str, str],
     description: str,
 ) -> tuple[Version, PromotionDecision]:
-    """Register the model of a training checkpoint under `name`, and let `policy` decide about the champion.
+    """Register the model of a training checkpoint under `name`, and promote it to champion if `policy` allows it.
 
-    The version holds weights in the precision that the model was trained in, half the bytes of the checkpoint's
-    fp32 for bf16 and fp16, and no optimizer state.
+    The version has the weights in the precision of training (bf16 and fp16 take half the bytes of the checkpoint's
+    fp32) and no optimizer state.
     """
     model, tokenizer = load_pretrained(checkpoint, dtype=DTYPES[precision])
     with tempfile.TemporaryDirectory() as staging:

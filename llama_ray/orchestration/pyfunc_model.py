@@ -1,4 +1,4 @@
-"""The code of a registered version: MLflow runs this file to make `mlflow.pyfunc.load_model` answer prompts."""
+"""The code of a registered version: `mlflow.pyfunc.load_model` runs this file to get a model that answers prompts."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ class LlamaPyfunc(PythonModel):
     """Completes prompts with the model in the artifact `checkpoint`, a Hugging Face directory."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the weights; CUDA is used where there is one."""
-        self._one_at_a_time = threading.Lock()  # MLflow's scoring server calls predict from several threads
+        """Load the weights, onto CUDA if it is available."""
+        # MLflow's scoring server calls predict from several threads.
+        self._one_at_a_time = threading.Lock()
         self._engine = Engine.from_pretrained(context.artifacts["checkpoint"], seed=None)
 
     def predict(
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[str]:
-        """Prompts -> completions, in order.
+        """Return the completion of each prompt, in order.
 
-        MLflow turns a data frame of one column into a list of strings. `params` may hold max_tokens, temperature,
-        top_k, top_p and seed. Raises ValueError for what cannot be served.
+        MLflow turns a data frame of one column into a list of strings. `params` may set max_tokens, temperature, top_k,
+        top_p and seed. Raises ValueError for an invalid parameter and for a prompt that is too long.
         """
         given = {k: v for k, v in (params or {}).items() if v is not None}
         with self._one_at_a_time:

@@ -1,4 +1,4 @@
-"""What the Ray cluster has for a run, or could grow to."""
+"""The resources of the Ray cluster, now and at its largest size."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ray._private.state import state as cluster_state
 
 
 def uses_gpu() -> bool:
-    """Whether the cluster has GPUs now, or would add nodes that have."""
+    """Return whether the cluster has GPUs now or can add nodes with GPUs."""
     return _most("GPU") > 0
 
 
 def check_workers(count: int, *, gpu: bool, flag: str = "world_size", each: int = 1) -> None:
-    """Raise ValueError for more workers than the cluster can ever have: `each` GPUs, or CPUs without GPUs, for one.
+    """Raise ValueError unless the cluster can ever run `count` workers of `each` GPUs, or of `each` CPUs if not `gpu`.
 
-    `flag` is what the user set their number with.
+    `flag` is the name of the flag that sets their number.
     """
     if count < 1:
         raise ValueError(f"{flag} is {count}; it must be at least 1")
@@ -24,32 +24,32 @@ def check_workers(count: int, *, gpu: bool, flag: str = "world_size", each: int 
     most = int(_most(kind))
     if most < each:
         raise ValueError(
-            f"a worker takes {each} {kind}s, but this cluster has at most {most}; ask for fewer, or add nodes"
+            f"a worker needs {each} {kind}s, but this cluster has at most {most}; give it fewer, or add nodes"
         )
     if count * each > most:
         raise ValueError(
             f"{flag} is {count}, but this cluster has at most {most} {kind}{'' if most == 1 else 's'} and a "
-            f"worker takes {'one' if each == 1 else each}; give --{flag} {most // each} or less, or add nodes"
+            f"worker needs {'one' if each == 1 else each}; give --{flag} {most // each} or less, or add nodes"
         )
 
 
 def nodes() -> int:
-    """Machines of the cluster that are alive and take work."""
+    """Return the number of live nodes that run work."""
     return sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())  # type: ignore[no-untyped-call]
 
 
 def gpus() -> int:
-    """GPUs that the cluster has now."""
+    """Return the number of GPUs that the cluster has now."""
     return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
 
 
 def cpu_threads(workers_on_node: int) -> int:
-    """Threads for a worker that computes on the CPU: its share of the cores this process may run on."""
+    """Return the threads of a CPU worker: its share of the cores that this process may use."""
     return max(1, len(os.sched_getaffinity(0)) // workers_on_node)
 
 
 def _most(resource: str) -> float:
     now = float(ray.cluster_resources().get(resource, 0))  # type: ignore[no-untyped-call]
-    # Ray has no public call for what an autoscaling cluster may become; None where nothing scales it.
+    # Ray has no public call for the limits of an autoscaling cluster; None means that the cluster does not scale.
     limits = cluster_state.get_max_resources_from_cluster_config() or {}
     return max(now, float(limits.get(resource) or 0))

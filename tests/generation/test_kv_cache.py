@@ -24,7 +24,7 @@ def placed(tokens: list[int], blocks: list[int]) -> SequenceState:
 
 
 def run(runner: Runner, work: list[tuple[SequenceState, int]]) -> torch.Tensor:
-    """Compute so many tokens of each; the logits of those that are complete."""
+    """Compute that number of tokens of each sequence; return the logits of those that are complete."""
     chunks = [Chunk(s, n) for s, n in work]
     logits = runner.run(StepPlan(chunks)).next
     for s, n in work:
@@ -35,13 +35,14 @@ def run(runner: Runner, work: list[tuple[SequenceState, int]]) -> torch.Tensor:
 def make(model: Llama, dtype: torch.dtype = torch.float32) -> Runner:
     cache = TorchCache(model.config, 40, dtype, "cpu", SIZE)
     for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(torch.nan)  # what nobody wrote must not be looked at
+        # Entries that were never written must not be read.
+        tensor.fill_(torch.nan)
     return Runner(model, cache)
 
 
 @torch.no_grad()
-def test_logits_are_those_of_the_whole_sequence_however_it_is_cut(model: Llama) -> None:
-    """Chunks of all sizes beside sequences that generate, in blocks all over the cache."""
+def test_logits_equal_those_of_the_whole_sequence_for_any_chunks(model: Llama) -> None:
+    """Chunks of prompts and decoding sequences share steps; blocks are scattered over the cache."""
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in (50, 33, 9)]
     whole = [model(torch.tensor([t]))[0, -1] for t in texts]
@@ -58,7 +59,7 @@ def test_logits_are_those_of_the_whole_sequence_however_it_is_cut(model: Llama) 
 
 
 @torch.no_grad()
-def test_a_copied_block_is_the_same_and_stays_when_the_first_is_written_to(model: Llama) -> None:
+def test_a_copied_block_does_not_change_when_its_source_is_overwritten(model: Llama) -> None:
     runner = make(model)
     expected = run(runner, [(first := placed([1, 2, 3, 4], [5]), 4)])
     again = placed([1, 2, 3, 4], [9])
@@ -70,7 +71,7 @@ def test_a_copied_block_is_the_same_and_stays_when_the_first_is_written_to(model
 
 
 @torch.no_grad()
-def test_bfloat16_is_close_to_its_own_whole_forward() -> None:
+def test_bfloat16_is_close_to_one_forward_pass_without_a_cache() -> None:
     config = LlamaConfig(
         vocab_size=100, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=1, intermediate_size=96
     )
@@ -86,14 +87,14 @@ def test_bfloat16_is_close_to_its_own_whole_forward() -> None:
     )
 
 
-def test_bytes_of_a_block_are_those_of_its_tensors() -> None:
+def test_block_bytes_equal_the_memory_of_the_cache() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=12, num_layers=3, num_heads=3, intermediate_size=8)
     cache = TorchCache(config, 5, torch.float32, "cpu", SIZE)
     total = sum(t.nbytes for t in (*cache.keys, *cache.values))
     assert total == 5 * TorchCache.block_bytes(config, SIZE, torch.float32)
 
 
-def test_as_many_blocks_as_the_memory_holds_and_no_more_than_can_be_filled() -> None:
+def test_count_blocks_fills_the_memory_up_to_what_sequences_can_use() -> None:
     assert count_blocks(1000, 32, 4, 100, CPU, 10_000) == 10
     assert count_blocks(1000, 32, 4, 100, CPU, 10_000_000) == 1 + 4 * 4
     with pytest.raises(ValueError, match=r"max_seq_len is 100; .* lower max_seq_len, or raise kv_cache"):

@@ -12,16 +12,17 @@ def weight(rows: int = 48, columns: int = 192) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_is_off_by_half_a_step_of_its_channel(dtype: torch.dtype) -> None:
+def test_int8_errors_are_at_most_half_a_step_of_the_channel(dtype: torch.dtype) -> None:
     w = weight().to(dtype)
-    w[3] *= 100  # an outlier costs its own channel precision, no other
+    # An outlier reduces the precision of its own channel only.
+    w[3] *= 100
     result = quantize(w, "int8")
     step = w.float().abs().amax(1, keepdim=True) / 127
     assert ((dequantize(result) - w.float()).abs() <= step * 0.501).all()
     assert result.values.abs().amax(1).eq(127).all()
 
 
-def test_int4_is_off_by_a_step_of_its_group_at_most() -> None:
+def test_int4_errors_are_at_most_one_step_of_the_group() -> None:
     w = weight()
     result = quantize(w, "int4")
     assert result.values.min() == -8
@@ -29,7 +30,8 @@ def test_int4_is_off_by_a_step_of_its_group_at_most() -> None:
     assert result.scales.shape == (48, 3)
     step = w.unflatten(1, (3, 64)).abs().amax(2).repeat_interleave(64, 1) / 8
     off = (dequantize(result) - w).abs()
-    assert (off <= step * 1.01).all()  # what lies opposite to the furthest is cut off at 7
+    # Values with the opposite sign of the furthest are clamped to 7.
+    assert (off <= step * 1.01).all()
     assert (off <= step * 0.53).float().mean() > 0.99
 
 
@@ -49,7 +51,7 @@ def test_zeros_stay_zeros(quantization: Quantization) -> None:
     assert dequantize(quantize(w, quantization))[5].eq(0).all()
 
 
-def test_what_cannot_be_rounded_is_refused() -> None:
+def test_unknown_formats_and_unsupported_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'int3'; it must be int8, int4 or None"):
         quantize(weight(), "int3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"has 100 inputs; for int4 they must be a multiple of 64; use int8"):

@@ -78,5 +78,5 @@ class Ranks:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    # gloo cannot gather bfloat16; every dtype is a number of bytes.
+    # Gathering only moves bytes, so the library need not support the dtype.
     return tensor.contiguous().view(-1).view(torch.uint8)

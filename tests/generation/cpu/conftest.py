@@ -1,4 +1,4 @@
-"""Kernels of two kinds: as built for this machine, and with narrower vectors, as other machines build them."""
+"""Two builds of the kernels: for this machine, and with narrower vectors as on other machines."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def native() -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def narrow() -> ctypes.CDLL:
-    """AVX2 where the machine has more: the code that has no instruction of its own for bfloat16 or bytes."""
+    """Build for AVX2 even if the machine has AVX-512: without special instructions for bfloat16 or bytes."""
     flags = NARROW.get(platform.machine(), ())
     return build.open_library(build.build((*build.FLAGS, *flags)))
 
 
 @pytest.fixture(params=["native", "narrow"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """The library that modules made in this test call."""
+    """Use this library in all modules that the test makes."""
     library: ctypes.CDLL = request.getfixturevalue(request.param)
     monkeypatch.setattr(ops, "load", lambda: library)
     return library
@@ -36,7 +36,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """Work is divided, whatever the suite's own number of threads is."""
+    """Divide work between threads, whatever number the whole suite runs with."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

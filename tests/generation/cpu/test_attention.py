@@ -18,7 +18,8 @@ from llama_ray.model.layers import causal_attention
 from llama_ray.utils.integers import ceil_div
 
 BLOCKS = 40
-SHAPES = [(4, 4, 64), (8, 2, 32), (3, 1, 14), (12, 4, 80)]  # heads, key-value heads, head_dim
+SHAPES = [(4, 4, 64), (8, 2, 32), (3, 1, 14), (12, 4, 80)]
+"""(heads, key-value heads, head_dim)."""
 
 
 def shape(heads: int, kv_heads: int, head_dim: int) -> LlamaConfig:
@@ -35,7 +36,7 @@ def shape(heads: int, kv_heads: int, head_dim: int) -> LlamaConfig:
 
 @dataclass
 class Text:
-    """Queries, keys and values of a sequence, [1, heads, length, head_dim], and the blocks that it was given."""
+    """Queries, keys and values of a sequence, [1, heads, length, head_dim], and its blocks."""
 
     query: Tensor
     key: Tensor
@@ -52,7 +53,7 @@ class Text:
 
 
 def run(cache: CpuCache, layer: int, parts: list[tuple[Text, int, int]]) -> list[Tensor]:
-    """One step: rows `start` .. `end` of each text -> their outputs, [1, heads, rows, head_dim]."""
+    """Run one step: rows `start` to `end` of each text; return their outputs [1, heads, rows, head_dim]."""
     size = cache.block_size
     positions = [torch.arange(start, end) for _, start, end in parts]
     slots = [
@@ -73,7 +74,7 @@ def run(cache: CpuCache, layer: int, parts: list[tuple[Text, int, int]]) -> list
         ),
         logit_rows=torch.zeros(0, dtype=torch.int64),
     )
-    # As the model hands them over: slices of one [tokens, (heads + 2 kv) * head_dim], heads before tokens.
+    # As in the model: slices of one tensor [tokens, (heads + 2 kv) * head_dim], transposed to heads before tokens.
     rows = [
         torch.cat([getattr(t, name)[:, :, s:e] for name in ("query", "key", "value")], 1) for t, s, e in parts
     ]
@@ -91,10 +92,10 @@ def give_blocks(texts: list[Text], size: int, seed: int) -> None:
 
 @pytest.mark.parametrize("numbers", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prompts_and_single_tokens_of_many_sequences(
+def test_attention_equals_the_exact_one_for_prompts_chunks_and_single_tokens(
     kernels: ctypes.CDLL, dtype: torch.dtype, numbers: tuple[int, int, int]
 ) -> None:
-    """Whole prompts, then chunks beside single tokens, in scattered blocks whose earlier owner left NaN."""
+    """Blocks are scattered, and their previous owner left NaN in them."""
     config = shape(*numbers)
     cache = CpuCache(config, BLOCKS, dtype, BLOCK_SIZE)
     cache.blocks.fill_(torch.nan)
@@ -129,7 +130,7 @@ def test_prompts_and_single_tokens_of_many_sequences(
     others=st.lists(st.integers(1, 150), max_size=3),
     seed=st.integers(0, 2**32),
 )
-def test_results_are_the_same_bits_in_any_chunks_and_company(
+def test_results_have_the_same_bits_in_any_chunks_and_batch(
     kernels: ctypes.CDLL,
     numbers: tuple[int, int, int],
     dtype: torch.dtype,
@@ -148,12 +149,12 @@ def test_results_are_the_same_bits_in_any_chunks_and_company(
     edges = [0, *sorted(set(cuts)), 200]
     chunks = []
     for start, end in pairwise(edges):
-        company = [(t, 0, t.query.shape[2]) for t in texts[1:]]
-        chunks.append(run(cache, 0, [*company, (texts[0], start, end)])[-1])
+        other_parts = [(t, 0, t.query.shape[2]) for t in texts[1:]]
+        chunks.append(run(cache, 0, [*other_parts, (texts[0], start, end)])[-1])
     assert torch.cat(chunks, 2).equal(whole)
 
 
-def test_a_copied_block_carries_all_layers(kernels: ctypes.CDLL) -> None:
+def test_a_block_is_copied_in_all_layers(kernels: ctypes.CDLL) -> None:
     config = shape(4, 2, 16)
     cache = CpuCache(config, BLOCKS, torch.bfloat16, BLOCK_SIZE)
     text = Text.draw(config, 40, torch.bfloat16, 0)
@@ -170,7 +171,7 @@ def test_a_copied_block_carries_all_layers(kernels: ctypes.CDLL) -> None:
 
 
 def test_large_scores_do_not_overflow(kernels: ctypes.CDLL) -> None:
-    """Scores of thousands, ever larger: each block shrinks all that came before it to nothing."""
+    """Scores grow into the thousands, so each block shrinks the sums of all earlier blocks to zero."""
     config = shape(1, 1, 16)
     text = Text.draw(config, 130, torch.float32, 0)
     text.query[:] = 100

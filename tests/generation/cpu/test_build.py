@@ -22,13 +22,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     build.load.cache_clear()
 
 
-def test_processes_that_build_at_once_get_one_whole_library(cache: Path) -> None:
+def test_processes_that_build_at_the_same_time_share_one_complete_library(cache: Path) -> None:
     running = [
         subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
-    (library,) = cache.iterdir()  # and nothing that building left behind
+    # No temporary file is left behind.
+    (library,) = cache.iterdir()
     for output in outputs:
         assert str(library) in output
         assert "CDLL" in output
@@ -40,7 +41,7 @@ def test_other_flags_make_another_library(cache: Path) -> None:
     assert build.build(fast) != build.build(("-DOTHER", *fast))
 
 
-def test_without_a_compiler_there_is_one_warning_and_no_library(
+def test_without_a_compiler_load_warns_once_and_returns_none(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", "")
@@ -53,7 +54,7 @@ def test_without_a_compiler_there_is_one_warning_and_no_library(
 
 
 @pytest.mark.parametrize(("compiler", "cause"), [("false", "does not run"), ("nowhere", "is not installed")])
-def test_a_compiler_that_does_not_work_is_named(
+def test_the_error_names_a_compiler_that_does_not_run(
     cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, cause: str
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
@@ -61,20 +62,20 @@ def test_a_compiler_that_does_not_work_is_named(
         build.build()
 
 
-def test_an_error_of_the_compiler_is_passed_on(cache: Path) -> None:
+def test_the_error_contains_the_message_of_the_compiler(cache: Path) -> None:
     with pytest.raises(build.BuildError, match=r"do not compile with .*error: .*-march"):
         build.build((*build.FLAGS, "-march=abacus"))
     assert not list(cache.iterdir())
 
 
-def test_a_broken_library_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_the_error_names_a_library_that_cannot_be_loaded(tmp_path: Path) -> None:
     broken = tmp_path / "kernels.so"
     broken.write_bytes(b"not a library")
     with pytest.raises(build.BuildError, match=r"kernels\.so cannot be loaded"):
         build.open_library(broken)
 
 
-def test_a_home_that_cannot_be_written_costs_the_cache_only(
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_private_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "file"
@@ -86,7 +87,7 @@ def test_a_home_that_cannot_be_written_costs_the_cache_only(
 
 
 def test_threads_are_shared_with_torch(native: ctypes.CDLL) -> None:
-    """Two OpenMP runtimes in a process would each keep threads that spin while the other works."""
+    """With two OpenMP runtimes in a process, the threads of each would spin while the other works."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("this system does not list what a process has loaded")

@@ -29,23 +29,23 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize(("format", "dtype"), FORMATS)
-def test_products_of_odd_shapes(
+def test_products_of_any_shape_are_close_to_the_exact_ones(
     kernels: ctypes.CDLL, format: Format, dtype: torch.dtype, rows: int, inputs: int, outputs: int
 ) -> None:
     x, weight = normal(rows, inputs, dtype=dtype), normal(outputs, inputs, dtype=dtype, seed=1)
     result = PackedLinear(weight, format, out_dtype=torch.float32)(x)
     assert result.dtype == torch.float32
-    # Normal weights: int4 keeps about 3.5 bits of them. Its worst is a matrix of a few values.
+    # int4 keeps about 3.5 bits of normally distributed weights, and least of a matrix with few values.
     bound = {"float32": 1e-6, "bfloat16": 1e-6, "int8": 0.015, "int4": 0.13}[format]
     assert relative_error(result, x.double() @ weight.double().T) < bound
 
 
 @pytest.mark.parametrize("inputs", [64, 75])
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_quantised_products_are_those_of_the_quantised_numbers(
+def test_quantised_products_of_exactly_representable_numbers_are_exact(
     kernels: ctypes.CDLL, format: Format, inputs: int
 ) -> None:
-    """Numbers that 4 and 8 bits hold exactly, so nothing is lost: every group and every output has its full range."""
+    """Every group and every output has its full range, so that 4 and 8 bits hold all numbers exactly."""
     generator = torch.Generator().manual_seed(0)
     low, high = (-8, 7) if format == "int4" else (-127, 127)
     weight = torch.randint(low, high + 1, (90, inputs), generator=generator).float()
@@ -55,7 +55,7 @@ def test_quantised_products_are_those_of_the_quantised_numbers(
     assert PackedLinear(weight, format)(x).equal((x.double() @ weight.double().T).float())
 
 
-def test_outputs_of_zeros_and_rows_of_zeros(kernels: ctypes.CDLL) -> None:
+def test_zero_weights_and_zero_inputs_give_zeros(kernels: ctypes.CDLL) -> None:
     weight, x = normal(70, 130), normal(3, 130, seed=1)
     weight[5], weight[:, 64:128], x[1] = 0, 0, 0
     for format in ("float32", "int8", "int4"):
@@ -65,8 +65,8 @@ def test_outputs_of_zeros_and_rows_of_zeros(kernels: ctypes.CDLL) -> None:
         assert not result[1].any()
 
 
-def test_bfloat16_results_are_the_exact_sums_rounded_once(kernels: ctypes.CDLL) -> None:
-    """Small whole numbers: sums are exact in fp32, many of them halfway between two bfloat16."""
+def test_bfloat16_results_are_exact_sums_rounded_once(kernels: ctypes.CDLL) -> None:
+    """Sums of small whole numbers are exact in fp32, and many are halfway between two bfloat16 numbers."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-16, 17, (9, 100), generator=generator).bfloat16()
     weight = torch.randint(-16, 17, (77, 100), generator=generator).bfloat16()
@@ -85,7 +85,7 @@ def test_gated_products_round_where_torch_rounds(
     result = PackedLinear(weight, format, gated=True)(x)
     expected = F.silu(gate) * up
     assert result.shape == (11, outputs)
-    # Our exp and torch's may differ in fp32's last bit, which now and then turns a rounding of bfloat16.
+    # The exponentials of the kernels and of torch may differ in fp32's last bit, which can change a bfloat16 rounding.
     torch.testing.assert_close(result, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
     if dtype == torch.bfloat16:
         assert (result == expected).float().mean() > 0.99
@@ -100,7 +100,7 @@ def test_gated_products_round_where_torch_rounds(
     gated=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_a_row_is_the_same_bits_alone_and_in_any_batch(
+def test_a_row_gives_the_same_bits_alone_in_any_batch_and_with_any_number_of_threads(
     kernels: ctypes.CDLL,
     kind: tuple[Format, torch.dtype],
     rows: int,
@@ -126,7 +126,7 @@ def test_a_row_is_the_same_bits_alone_and_in_any_batch(
 
 
 @pytest.mark.parametrize(("format", "dtype"), FORMATS)
-def test_narrow_vectors_give_nearly_the_same(
+def test_narrow_and_wide_vectors_agree_to_rounding(
     native: ctypes.CDLL,
     narrow: ctypes.CDLL,
     monkeypatch: pytest.MonkeyPatch,
@@ -143,7 +143,7 @@ def test_narrow_vectors_give_nearly_the_same(
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_bytes_are_those_of_the_format() -> None:
+def test_nbytes_counts_values_and_scales_of_each_format() -> None:
     weight = normal(128, 256)
     values = weight.numel()
     assert PackedLinear(weight, "float32").nbytes == 4 * values
@@ -152,7 +152,7 @@ def test_bytes_are_those_of_the_format() -> None:
     assert PackedLinear(weight, "int4").nbytes == values // 2 + 2 * values // 64
 
 
-def test_what_there_are_no_kernels_for_is_refused() -> None:
+def test_unsupported_dtypes_formats_and_sizes_are_refused() -> None:
     weight = normal(8, 8)
     with pytest.raises(ValueError, match="dtype is float16; the CPU kernels support bfloat16 and float32"):
         PackedLinear(weight.half(), "int8")

@@ -24,7 +24,7 @@ CONFIGS = {
 
 
 def random_model(dtype: torch.dtype, **numbers: int) -> Llama:
-    """Weights larger than training starts from, so that logits are far apart and attention matters."""
+    """Return a model with larger weights than training starts from, so that logits differ and attention matters."""
     config = LlamaConfig(
         **{"vocab_size": 211, "hidden_size": 56, "num_layers": 3, "intermediate_size": 101, **numbers},
         max_seq_len=128,
@@ -49,7 +49,7 @@ def logits(model: Llama, ids: torch.Tensor, positions: torch.Tensor | None = Non
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_fp32_logits_are_the_plain_models(kernels: ctypes.CDLL, name: str) -> None:
+def test_fp32_logits_equal_those_of_the_plain_model(kernels: ctypes.CDLL, name: str) -> None:
     model = random_model(torch.float32, **CONFIGS[name])
     ids = tokens(2, 50)
     positions = torch.stack([torch.arange(50), torch.arange(50) + 30])
@@ -60,7 +60,7 @@ def test_fp32_logits_are_the_plain_models(kernels: ctypes.CDLL, name: str) -> No
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_bfloat16_logits_are_as_near_to_exact_as_the_plain_models(kernels: ctypes.CDLL, name: str) -> None:
+def test_bfloat16_logits_are_as_precise_as_those_of_the_plain_model(kernels: ctypes.CDLL, name: str) -> None:
     model = random_model(torch.bfloat16, **CONFIGS[name])
     ids = tokens(2, 50)
     plain = logits(model, ids).float()
@@ -73,10 +73,10 @@ def test_bfloat16_logits_are_as_near_to_exact_as_the_plain_models(kernels: ctype
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_quantised_logits_are_those_of_rounded_weights(
+def test_quantised_logits_are_close_to_those_of_a_plain_model_with_rounded_weights(
     kernels: ctypes.CDLL, dtype: torch.dtype, format: Quantization
 ) -> None:
-    """Near: inputs are rounded to 8 bits too."""
+    """Close, not equal: the kernels round inputs to 8 bits too."""
     model, rounded = (random_model(dtype, num_heads=4) for _ in range(2))
     for name, weight in rounded.named_parameters():
         if "proj" in name or "head" in name:
@@ -91,8 +91,10 @@ def test_quantised_logits_are_those_of_rounded_weights(
 
 @pytest.mark.parametrize("format", ["float32", "int8", "int4"])
 @torch.inference_mode()
-def test_cached_steps_give_the_bits_of_the_whole_text(kernels: ctypes.CDLL, format: Format) -> None:
-    """A prompt in two chunks and then token by token, against the same text in one step."""
+def test_logits_have_the_same_bits_in_cached_steps_and_in_one_step(
+    kernels: ctypes.CDLL, format: Format
+) -> None:
+    """Compare a prompt in two chunks, followed by single tokens, with the same text in one step."""
     model = accelerate(random_model(torch.float32, num_heads=4, num_kv_heads=2), format)
     ids = tokens(1, 80)
 
@@ -116,7 +118,7 @@ def test_cached_steps_give_the_bits_of_the_whole_text(kernels: ctypes.CDLL, form
     assert run([0, 37, 60, *range(61, 81)]).equal(run([0, 80]))
 
 
-def test_the_packed_model_holds_its_weights_once() -> None:
+def test_a_packed_model_keeps_no_plain_matrix_but_the_embedding() -> None:
     model = random_model(torch.bfloat16, num_heads=4)
     matrices = {id(p): p.numel() for p in model.parameters() if p.dim() == 2}
     embedding = model.embed_tokens.weight

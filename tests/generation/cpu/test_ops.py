@@ -22,7 +22,7 @@ def test_norm_rounds_where_the_model_rounds(kernels: ctypes.CDLL, dtype: torch.d
     x = (torch.randn(2, 20, size) * 3).to(dtype)
     with torch.no_grad():
         result, expected = ops.rms_norm(x, norm.weight, norm.eps), norm(x)
-    # The mean is summed in another order, in fp32: now and then that turns a rounding of bfloat16.
+    # The mean is summed in another order, in fp32, which can change a bfloat16 rounding.
     torch.testing.assert_close(result, expected, rtol=1e-2 if dtype == torch.bfloat16 else 2e-6, atol=0)
     if dtype == torch.bfloat16:
         assert (result == expected).float().mean() > 0.995
@@ -32,7 +32,7 @@ def test_norm_rounds_where_the_model_rounds(kernels: ctypes.CDLL, dtype: torch.d
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 14), (4, 64), (2, 80)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_rope_is_the_models_to_the_bit(
+def test_rope_equals_the_plain_model_to_the_bit(
     kernels: ctypes.CDLL, dtype: torch.dtype, heads: int, head_dim: int
 ) -> None:
     torch.manual_seed(0)
@@ -48,7 +48,9 @@ def test_rope_is_the_models_to_the_bit(
 
 @pytest.mark.parametrize("size", [1, 16, 100, 999, 32000])
 @pytest.mark.parametrize("width", [1, 7, 64, 1000])
-def test_candidates_are_the_largest_in_order(kernels: ctypes.CDLL, size: int, width: int) -> None:
+def test_candidates_are_the_largest_logits_in_descending_order(
+    kernels: ctypes.CDLL, size: int, width: int
+) -> None:
     logits = torch.randn(3, size, generator=torch.Generator().manual_seed(size + width))
     values, ids = ops.top_candidates(logits, width)
     expected = logits.sort(descending=True, stable=True)
@@ -61,7 +63,7 @@ def test_candidates_are_the_largest_in_order(kernels: ctypes.CDLL, size: int, wi
     row=st.lists(st.sampled_from([-torch.inf, -1.5, -0.0, 0.0, 1.0, torch.inf]), min_size=1, max_size=400),
     width=st.integers(1, 70),
 )
-def test_equal_candidates_come_in_order_of_their_ids(
+def test_equal_candidates_are_in_order_of_their_ids(
     kernels: ctypes.CDLL, row: list[float], width: int
 ) -> None:
     logits = torch.tensor([row])
@@ -71,7 +73,7 @@ def test_equal_candidates_come_in_order_of_their_ids(
     assert ids.equal(expected.indices[:, :width])
 
 
-def test_candidates_of_rows_with_nan_leave_other_rows_alone(kernels: ctypes.CDLL) -> None:
+def test_nan_in_a_row_does_not_change_the_candidates_of_other_rows(kernels: ctypes.CDLL) -> None:
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
     expected = ops.top_candidates(logits, 30)
     logits[1], logits[2, ::3] = torch.nan, -torch.tensor(torch.nan)
@@ -82,7 +84,7 @@ def test_candidates_of_rows_with_nan_leave_other_rows_alone(kernels: ctypes.CDLL
     assert ((ids >= 0) & (ids < 5000)).all()
 
 
-def test_wrong_tensors_are_refused() -> None:
+def test_wrong_dtypes_and_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"is torch\.bfloat16 on cpu; the CPU kernels take torch\.float32"):
         ops.top_candidates(torch.zeros(1, 5).bfloat16(), 2)
     with pytest.raises(ValueError, match="do not fit 4 positions"):

@@ -1,4 +1,4 @@
-"""The kernels run natively where there is a GPU, and elsewhere in Triton's interpreter, if Triton is installed."""
+"""Kernels run natively on a GPU, and without one in Triton's interpreter, if Triton is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 if DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    # Triton reads this when a kernel is defined.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Attention over pages beside the plain torch cache, step by step through the same batches."""
+"""Compare attention over pages with the plain torch cache on the same batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_ray.utils.integers import ceil_div
 
 BLOCK_SIZE = 16
 CHUNKS = [(40, 40), (1, 70), (1, 1), (5, 48), (17, 33), (1, 32), (64, 64)]
-"""(queries, context) of prompts, of the rest of one, of sequences that decode."""
+"""(queries, context length) of whole prompts, later chunks of prompts, and decoding sequences."""
 
 
 def make_config(heads: int = 4, kv_heads: int = 2, dim: int = 16) -> LlamaConfig:
@@ -33,7 +33,7 @@ def make_config(heads: int = 4, kv_heads: int = 2, dim: int = 16) -> LlamaConfig
 
 
 def step(chunks: list[tuple[int, int]], device: torch.device, seed: int = 0) -> StepBatch:
-    """Sequences with blocks scattered over a cache of 64; the table has a column to spare."""
+    """Return a step of sequences whose blocks are scattered over 64; the table has one more column than needed."""
     generator = torch.Generator().manual_seed(seed)
     free = (torch.randperm(63, generator=generator) + 1).tolist()
     width = max(ceil_div(context, BLOCK_SIZE) for _, context in chunks) + 1
@@ -53,7 +53,7 @@ def step(chunks: list[tuple[int, int]], device: torch.device, seed: int = 0) -> 
 
 
 def filled(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> tuple[PagedCache, TorchCache]:
-    """Both caches with the same random contents; blocks that no sequence of `step` holds are NaN."""
+    """Return both caches with the same random contents, NaN in blocks that no sequence of `step` has."""
     caches = (
         PagedCache(config, 66, dtype, device, BLOCK_SIZE),
         TorchCache(config, 66, dtype, device, BLOCK_SIZE),
@@ -78,7 +78,7 @@ def inputs(config: LlamaConfig, tokens: int, dtype: torch.dtype, device: torch.d
 
 @pytest.mark.parametrize("chunks", [CHUNKS, CHUNKS[:1], [(1, 33)], [(1, c) for c in (1, 16, 17, 80, 3)]])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (3, 1, 12), (2, 2, 32), (20, 1, 16)])
-def test_any_mix_of_chunks(
+def test_any_mix_of_chunks_equals_the_plain_cache(
     chunks: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, device: torch.device
 ) -> None:
     config = make_config(heads, kv_heads, dim)
@@ -95,7 +95,7 @@ def test_any_mix_of_chunks(
             )
 
 
-def test_half_precision(device: torch.device, half: torch.dtype) -> None:
+def test_half_precision_is_close_to_the_plain_cache(device: torch.device, half: torch.dtype) -> None:
     config = make_config()
     ours, reference = filled(config, half, device)
     batch = step(CHUNKS, device)
@@ -106,8 +106,9 @@ def test_half_precision(device: torch.device, half: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("precise", [True, False])
-def test_a_query_knows_nothing_of_its_company(device: torch.device, half: torch.dtype, precise: bool) -> None:
-    """In a mix, alone with its sequence, and as a decoded token: the same bits."""
+def test_a_query_gives_the_same_bits_in_a_mix_alone_and_as_a_decoded_token(
+    device: torch.device, half: torch.dtype, precise: bool
+) -> None:
     dtype = torch.float32 if precise else half
     config = make_config()
     ours, _ = filled(config, dtype, device)
@@ -146,7 +147,7 @@ def test_a_query_knows_nothing_of_its_company(device: torch.device, half: torch.
             assert torch.equal(again, mixed[:, :, row])
 
 
-def test_what_was_projected_goes_the_short_way(device: torch.device) -> None:
+def test_joined_projections_are_rotated_stored_and_attended(device: torch.device) -> None:
     config = make_config()
     ours, reference = filled(config, torch.float32, device)
     batch = step(CHUNKS, device)

@@ -17,7 +17,9 @@ def noise(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
 
 @pytest.mark.parametrize("precise", [True, False])
 @pytest.mark.parametrize("size", [48, 64, 2304])
-def test_norm(size: int, precise: bool, device: torch.device, half: torch.dtype) -> None:
+def test_rms_norm_equals_the_plain_layer(
+    size: int, precise: bool, device: torch.device, half: torch.dtype
+) -> None:
     dtype = torch.float32 if precise else half
     norm = RMSNorm(size, 1e-5).to(device, dtype)
     norm.weight.data.copy_(noise(size, device=device, dtype=dtype))
@@ -30,7 +32,9 @@ def test_norm(size: int, precise: bool, device: torch.device, half: torch.dtype)
 
 @pytest.mark.parametrize("precise", [True, False])
 @pytest.mark.parametrize("size", [24, 1500])
-def test_swiglu(size: int, precise: bool, device: torch.device, half: torch.dtype) -> None:
+def test_swiglu_equals_the_plain_formula(
+    size: int, precise: bool, device: torch.device, half: torch.dtype
+) -> None:
     dtype = torch.float32 if precise else half
     x = noise(1, 5, 2 * size, device=device, dtype=dtype) * 8
     gate, up = x.chunk(2, -1)
@@ -39,6 +43,8 @@ def test_swiglu(size: int, precise: bool, device: torch.device, half: torch.dtyp
 
 
 @pytest.mark.parametrize("function", [lambda x: rms_norm(x, x[0], 1e-6), swiglu])
-def test_a_row_knows_nothing_of_its_company(function, device: torch.device, half: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_a_row_gives_the_same_bits_alone_and_in_a_batch(
+    function, device: torch.device, half: torch.dtype
+) -> None:  # type: ignore[no-untyped-def]
     x = noise(37, 640, device=device, dtype=half)
     assert torch.equal(function(x)[:1], function(x[:1]))

@@ -1,4 +1,4 @@
-"""Whole models: accelerated, on a paged cache, by graphs; beside the plain model on the plain cache."""
+"""Compare accelerated models on a paged cache, in graphs, with the plain model on the plain cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_model(device: torch.device, *, tied: bool = False) -> Llama:
 
 
 def make_batch(chunks: list[tuple[int, int]], seed: int = 0) -> StepBatch:
-    """A step of random tokens; logits of the last token of each, and of some others, as a prompt may ask for."""
+    """Return a step of random tokens; logits for each last token, and for row 0 twice, as prompt logprobs would."""
     batch = step(chunks, torch.device("cpu"), seed)
     tokens = torch.randint(80, batch.tokens.shape, generator=torch.Generator().manual_seed(seed))
     rows = torch.cat([batch.query_start[1:].long() - 1, torch.tensor([0, 0])])
@@ -51,7 +51,7 @@ def make_batch(chunks: list[tuple[int, int]], seed: int = 0) -> StepBatch:
 
 
 def eager(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Stands in for a graph where there is no device for one: the same function, run again."""
+    """Replace a CUDA graph without a GPU: a replay runs the same function again."""
     result = function()
 
     def replay() -> None:
@@ -74,13 +74,13 @@ def plain_runner(model: Llama) -> Runner:
 
 
 def prompts_of(chunks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What has to be computed before: everything, so that the caches hold what the contexts say."""
+    """Return chunks of the whole contexts, to be computed first, so that the caches hold them."""
     return [(context, context) for _, context in chunks]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_of_an_accelerated_model(device: torch.device, tied: bool) -> None:
+def test_an_accelerated_model_gives_the_logits_of_the_plain_one(device: torch.device, tied: bool) -> None:
     model = make_model(device, tied=tied)
     fast = accelerate(copy.deepcopy(model), None, False)
     reference, ours = plain_runner(model), graph_runner(fast)
@@ -92,7 +92,7 @@ def test_logits_of_an_accelerated_model(device: torch.device, tied: bool) -> Non
 
 
 @torch.inference_mode()
-def test_a_model_as_it_was_reads_the_paged_cache_too(device: torch.device) -> None:
+def test_a_plain_model_reads_the_paged_cache_too(device: torch.device) -> None:
     model = make_model(device)
     reference, ours = plain_runner(model), graph_runner(model)
     for chunks in (prompts_of(CHUNKS), CHUNKS, DECODES):
@@ -112,7 +112,7 @@ def test_an_accelerated_model_works_without_a_cache(device: torch.device) -> Non
 
 @torch.inference_mode()
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_a_quantized_model_is_the_one_with_rounded_weights(
+def test_a_quantized_model_gives_the_logits_of_a_plain_one_with_rounded_weights(
     quantization: Quantization, device: torch.device
 ) -> None:
     model = make_model(device)
@@ -129,10 +129,10 @@ def test_a_quantized_model_is_the_one_with_rounded_weights(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-def test_with_batch_invariance_company_changes_no_bit(
+def test_with_batch_invariance_logits_have_the_same_bits_in_any_batch(
     quantization: Quantization | None, device: torch.device, half: torch.dtype
 ) -> None:
-    """Prompts whole and in chunks, tokens decoded in batches of all sizes: the same logits."""
+    """Compare whole prompts with prompts in chunks and with single tokens."""
     runner = graph_runner(accelerate(make_model(device).to(half), quantization, True), batch_invariant=True)
     whole = make_batch(prompts_of(CHUNKS))
     together = runner.forward(whole)[: len(CHUNKS)]
@@ -152,7 +152,7 @@ def test_with_batch_invariance_company_changes_no_bit(
             assert torch.equal(runner.forward(alone)[0], together[s])
 
 
-def test_batch_sizes_hold_the_largest() -> None:
+def test_the_last_batch_size_is_at_least_the_largest_batch() -> None:
     assert batch_sizes(1)[0] == 1
     assert batch_sizes(24) == [1, 2, 4, 8, 16, 24]
     assert batch_sizes(25)[-1] == 32
@@ -160,8 +160,8 @@ def test_batch_sizes_hold_the_largest() -> None:
 
 @pytest.mark.cuda
 @torch.inference_mode()
-def test_a_graph_waits_for_nobody_and_takes_no_memory() -> None:
-    """Replays and the copies before them go out without the host waiting, and leave the device's memory as it was."""
+def test_a_replay_does_not_synchronise_and_takes_no_memory() -> None:
+    """The host launches copies and replays without waiting; the device's memory stays the same."""
     device = torch.device("cuda")
     runner = graph_runner(accelerate(make_model(device), None, False))
     batch = make_batch(DECODES)
@@ -179,8 +179,8 @@ def test_a_graph_waits_for_nobody_and_takes_no_memory() -> None:
 @pytest.mark.cuda
 @torch.inference_mode()
 @pytest.mark.parametrize("preset", ["llama-3.2-1b", "tinyllama-1.1b"])
-def test_a_large_model_in_bfloat16(preset: str) -> None:
-    """Real shapes and dtype; the plain model on the plain cache is as far from fp32 as ours is."""
+def test_a_large_model_in_bfloat16_is_as_precise_as_the_plain_one(preset: str) -> None:
+    """Compare both with the model in fp32, for shapes of real models."""
     config = LlamaConfig.preset(preset, num_layers=4, max_seq_len=2048)
     exact = Llama(config, seed=0, device="cuda")
     model = copy.deepcopy(exact).to(torch.bfloat16)

@@ -60,7 +60,7 @@ def pair(saved: Path) -> Iterator[Engine]:
 
 
 def workers(pid: int | None = None) -> list[psutil.Process]:
-    """The worker processes of a process, of this one by default."""
+    """Return the worker processes of a process, by default of this one."""
     return [
         p
         for p in psutil.Process(pid).children()
@@ -69,16 +69,18 @@ def workers(pid: int | None = None) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_tokens_are_those_of_one_process(pair: Engine, saved: Path, params: SamplingParams) -> None:
+def test_tokens_equal_those_of_one_process_in_any_batch(
+    pair: Engine, saved: Path, params: SamplingParams
+) -> None:
     one = Engine.from_pretrained(saved, device="cpu", **LIMITS)
     together = pair.generate(PROMPTS, params)
     assert together == one.generate(PROMPTS, params)
-    # What was cached, chunked and shared with others before is computed alone now.
+    # Each prompt alone gives the same tokens as in the batch with its caching and chunking.
     for i, prompt in enumerate(PROMPTS):
         assert pair.generate([prompt], params) == together[i * params.n : (i + 1) * params.n]
 
 
-def test_a_tied_head_and_a_cache_that_is_too_small_for_all(
+def test_a_tied_head_and_preemption_give_the_tokens_of_one_process(
     model: Llama, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(model.config, tie_embeddings=True)
@@ -94,7 +96,7 @@ def test_a_tied_head_and_a_cache_that_is_too_small_for_all(
     stats = engine.stats
     assert stats.preemptions
     assert (stats.blocks, stats.kv_cache_bytes) == (6, 2 * rank_bytes)
-    # Both ranks have the embedding and the norms, and all else is divided, up to what pads it to whole panels.
+    # Both ranks hold the embedding and the norms; all else is divided, apart from the padding to whole panels.
     whole = Engine.from_pretrained(tmp_path, device="cpu", **LIMITS).stats.weight_bytes
     shared = sum(p.nbytes for name, p in tied.named_parameters() if "proj" not in name)
     assert whole < stats.weight_bytes < 1.15 * whole + shared
@@ -103,7 +105,7 @@ def test_a_tied_head_and_a_cache_that_is_too_small_for_all(
         assert ours.token_ids == theirs.token_ids
         for a, b in zip(ours.logprobs, theirs.logprobs, strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
-    # Nobody refers to the engine any more: its processes end.
+    # The processes end when the engine is garbage-collected.
     processes = [p for p in workers() if p not in before]
     assert processes
     del engine
@@ -111,7 +113,7 @@ def test_a_tied_head_and_a_cache_that_is_too_small_for_all(
     assert not any(p.is_running() for p in processes)
 
 
-def test_a_worker_that_is_killed_ends_the_engine_and_its_streams(saved: Path) -> None:
+def test_a_killed_worker_ends_the_engine_and_its_streams(saved: Path) -> None:
     before = workers()
     engine = Engine.from_pretrained(saved, device="cpu", tensor_parallel=2, **LIMITS)
     (worker,) = [p for p in workers() if p not in before]
@@ -122,7 +124,8 @@ def test_a_worker_that_is_killed_ends_the_engine_and_its_streams(saved: Path) ->
         for stream in streams[: LIMITS["max_num_seqs"]]:
             await anext(stream)
         worker.send_signal(signal.SIGKILL)
-        for stream in streams:  # the one that waits too
+        # This includes the stream that still waits.
+        for stream in streams:
             with pytest.raises(
                 GenerationError, match=r"worker of rank 1 .* killed by SIGKILL; .* make a new one"
             ):
@@ -147,7 +150,7 @@ print(*[p.pid for p in psutil.Process().children()], flush=True)
 while True:
     engine.generate(["The quick"], SamplingParams(max_tokens=100, ignore_eos=True))
 """
-"""Without a guard for `__main__`: a worker does not run it again."""
+"""Has no guard for `__main__`, because a worker must not run it again."""
 
 
 def test_no_worker_outlives_its_engine(saved: Path) -> None:
@@ -170,7 +173,7 @@ def test_no_worker_outlives_its_engine(saved: Path) -> None:
         assert not psutil.wait_procs(processes, timeout=60)[1]
 
 
-def test_what_cannot_be_divided_is_refused_before_anything_starts(saved: Path, model: Llama) -> None:
+def test_a_model_that_cannot_be_divided_is_refused_before_a_worker_starts(saved: Path, model: Llama) -> None:
     before = workers()
     for ranks, message in (
         (3, r"tensor_parallel is 3; it must divide the model's num_heads of 4; .* by 1 and 2$"),
@@ -199,7 +202,7 @@ def test_what_cannot_be_divided_is_refused_before_anything_starts(saved: Path, m
     assert workers() == before
 
 
-def test_a_rank_reads_its_heads_and_no_more(saved: Path, model: Llama) -> None:
+def test_a_rank_reads_only_its_share_of_the_weights(saved: Path, model: Llama) -> None:
     ranks = [dict(load_model(saved, slicer=rank_slicer(rank, 2)).named_parameters()) for rank in range(2)]
     for name, whole in model.named_parameters():
         first, second = (rank[name] for rank in ranks)
@@ -224,7 +227,7 @@ THREE = LlamaConfig(
 
 
 def one_of_three(rank: int, saved: Path, meeting_place: Path) -> tuple[Tensor, Tensor, list[RankResult]]:
-    """A sum over the ranks, the same row by row, and three steps of which the second fails on rank 1."""
+    """Return a sum over the ranks, the same sum row by row, and three steps of which the second fails on rank 1."""
     ranks = Ranks(meeting_place, rank, 3, torch.device("cpu"))
     parts = torch.randn(3, 50, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     whole = ranks.sum(parts[rank])
@@ -233,7 +236,8 @@ def one_of_three(rank: int, saved: Path, meeting_place: Path) -> tuple[Tensor, T
     runner = RankRunner(Backend(model, rank_config(THREE, 3)), 4, ranks)
     if rank == 1:
         assert isinstance(runner.cache, TorchCache)
-        runner.cache.keys[1] = runner.cache.keys[1][:2]  # its second layer has no block 2
+        # The second layer has no block 2, so a step that uses it fails.
+        runner.cache.keys[1] = runner.cache.keys[1][:2]
     return whole, alone, [runner.compute(prompt(block), []) for block in (1, 2, 1)]
 
 
@@ -250,15 +254,17 @@ def prompt(block: int) -> StepBatch:
     )
 
 
-def test_three_ranks_add_in_their_order_and_stay_in_step_when_one_fails(tmp_path: Path) -> None:
+def test_ranks_sum_in_their_order_and_stay_in_step_when_one_fails(tmp_path: Path) -> None:
     model = random_model(THREE)
     save_pretrained(model, None, tmp_path / "saved")
-    with ThreadPoolExecutor(3) as threads:  # ranks share nothing but the group, so threads do as well here
+    # Ranks share only the process group, so threads can stand for processes here.
+    with ThreadPoolExecutor(3) as threads:
         results = list(threads.map(lambda rank: one_of_three(rank, tmp_path / "saved", tmp_path), range(3)))
     failed = [[step.error is not None for step in steps] for _, _, steps in results]
     assert failed == [[False] * 3, [False, True, False], [False] * 3]
     parts = torch.randn(3, 50, 24, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-    for total, by_row, _ in results:  # the same to the bit, on every rank and whatever else is in the step
+    # The same to the bit on every rank, and for any number of rows.
+    for total, by_row, _ in results:
         assert torch.equal(by_row, total)
         assert torch.equal(total, (parts[0] + parts[1] + parts[2]).bfloat16())
     first, second, third = (step.logits for step in results[0][2])
@@ -268,4 +274,5 @@ def test_three_ranks_add_in_their_order_and_stay_in_step_when_one_fails(tmp_path
         expected = whole.forward(prompt(1))
     torch.testing.assert_close(first, expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(third, first)
-    assert not torch.equal(second, first)  # rank 1 gave zeros for what it could not compute
+    # Rank 1 contributed zeros for what it could not compute.
+    assert not torch.equal(second, first)

@@ -11,7 +11,7 @@ import torch
 from llama_ray.generation.huge_pages import Arena
 
 
-def test_tensors_lie_side_by_side_and_are_zeros() -> None:
+def test_tensors_are_aligned_zeros_that_do_not_overlap() -> None:
     arena = Arena()
     shapes = [
         ((3, 5), torch.float32),
@@ -24,19 +24,19 @@ def test_tensors_lie_side_by_side_and_are_zeros() -> None:
         assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 64) == (shape, dtype, 0)
         assert not tensor.any()
         tensor.fill_(i + 1)
-    for i, tensor in enumerate(tensors):  # nobody wrote over another
+    for i, tensor in enumerate(tensors):
         assert (tensor == i + 1).all()
     whole = torch.arange(12.0).view(3, 4).t()
     assert arena.copy(whole).equal(whole)
 
 
-def test_more_than_a_chunk() -> None:
+def test_a_tensor_may_be_larger_than_a_chunk() -> None:
     arena = Arena()
     small, large = arena.zeros((9,), torch.float32), arena.zeros((40 * 2**20,), torch.float32)
     assert large[-1] == small[0] == 0
 
 
-def test_memory_is_taken_when_it_is_written_and_returned_with_the_last_tensor() -> None:
+def test_memory_is_taken_when_written_and_freed_with_the_last_tensor() -> None:
     process, size = psutil.Process(), 2**28
     before = process.memory_info().rss
     tensor = Arena().zeros((size,), torch.uint8)
@@ -48,7 +48,7 @@ def test_memory_is_taken_when_it_is_written_and_returned_with_the_last_tensor() 
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages")
-def test_the_system_is_asked_for_huge_pages() -> None:
+def test_huge_pages_are_requested() -> None:
     tensor = Arena().zeros((2**23,), torch.uint8)
     tensor.fill_(1)
     start = tensor.data_ptr()

@@ -24,6 +24,7 @@ from llama_ray.generation.runner import RunnerError
 from llama_ray.model.checkpoint import load_model
 from llama_ray.model.llama import Llama
 from llama_ray.utils.errors import first_line
+from llama_ray.utils.memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def prepare_share(
 
 def _kind(error: Exception) -> type[Exception]:
     """Return MemoryError, upon which the engine shrinks; ValueError, the caller's mistake; else RuntimeError."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if is_out_of_memory(error):
         return MemoryError
     return ValueError if isinstance(error, ValueError) else RuntimeError
 

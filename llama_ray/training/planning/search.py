@@ -19,16 +19,16 @@ MAX_GPUS = 16384
 """GPUs of the largest cluster to suggest: Llama 3 405B was trained on as many (arXiv:2407.21783)."""
 
 _CHECKPOINTING: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
-"""From the most memory to the least."""
+"""Modes from the most memory to the least; each costs one more than the one before."""
 
 _MAX_HALVINGS = 7
-"""Of the batch size, which then is 1/128 of what was asked for."""
+"""Halvings of the batch size to try: down to 1/128 of what was asked for."""
 
 _MAX_TENSOR_DOUBLINGS = 3
-"""Of tensor parallelism, which then takes all 8 GPUs of a usual node."""
+"""Doublings of tensor parallelism to try: from 1 to all 8 GPUs of a usual node."""
 
 _TENSOR_DOUBLING_COST = 2
-"""In halvings of the batch: the GPU waits for tensor-parallel communication, which all other changes avoid."""
+"""Cost of a doubling, where any other change costs 1: the GPU has to wait for tensor-parallel communication."""
 
 
 def nearest_that_fits(plan: Plan, *, max_traces: int = MAX_TRACES) -> Plan | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import operator
 import random
 import threading
@@ -21,9 +20,10 @@ from llama_ray.generation.caches import make_caches
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.core import Core
 from llama_ray.generation.limits import Limits
+from llama_ray.generation.loading import load
 from llama_ray.generation.options import EngineOptions, RunOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
-from llama_ray.generation.prepare import as_backend, prepare
+from llama_ray.generation.prepare import as_backend
 from llama_ray.generation.progress import ProgressBar
 from llama_ray.generation.runner import RunnerError
 from llama_ray.generation.sampling.constraints import Grammars
@@ -32,13 +32,10 @@ from llama_ray.generation.scheduling.blocks import BlockPool
 from llama_ray.generation.scheduling.scheduler import Scheduler
 from llama_ray.generation.scheduling.sequence import Delta, SequenceState
 from llama_ray.generation.scheduling.text import TextOutput
-from llama_ray.generation.speculation.draft_model import DraftModel
-from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer
 from llama_ray.generation.stats import EngineStats
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.pretrained import load_pretrained, resolve
 
 Prompt = str | Sequence[int]
 
@@ -120,28 +117,20 @@ class Engine:
         checkpoint that cannot be read or divided, and for options that do not fit.
         """
         options = replace(options or EngineOptions(), **fields)
-        directory = resolve(ref)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        eos_ids = _eos_ids(directory)
-        proposer = _load_proposer(options, dtype, device)
-        form = (options.quantization, options.batch_invariant)
-        if options.tensor_parallel == 1:
-            model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
-            backend = prepare(model, form[0], batch_invariant=form[1])
-            return cls(backend, tokenizer, options, proposer=proposer, seed=seed, eos_ids=eos_ids)
-        sharded = ShardedModel(directory, dtype, device, *form, options.tensor_parallel)
+        loaded = load(ref, dtype, device, options)
         try:
             return cls(
-                sharded.backend,
-                sharded.tokenizer,
+                loaded.backend,
+                loaded.tokenizer,
                 options,
-                proposer=proposer,
+                proposer=loaded.proposer,
                 seed=seed,
-                eos_ids=eos_ids,
-                sharded=sharded,
+                eos_ids=loaded.eos_ids,
+                sharded=loaded.sharded,
             )
         except BaseException:
-            sharded.close()
+            if loaded.sharded is not None:
+                loaded.sharded.close()
             raise
 
     def close(self) -> None:
@@ -304,26 +293,3 @@ def _max_seq_len(options: RunOptions, config: LlamaConfig) -> int:
             f"max_seq_len is {options.max_seq_len}; it must be from 2 to {limit}, the model's limit"
         )
     return options.max_seq_len or limit
-
-
-def _load_proposer(
-    options: EngineOptions, dtype: torch.dtype | None, device: torch.device | str
-) -> Proposer | None:
-    if options.draft_model is not None:
-        draft, _ = load_pretrained(options.draft_model, dtype=dtype, device=device)
-        return DraftModel(prepare(draft, options.quantization, batch_invariant=options.batch_invariant))
-    return PromptLookup() if options.prompt_lookup else None
-
-
-def _eos_ids(directory: Path) -> list[int]:
-    """Return `eos_token_id` of generation_config.json (one or several) if the checkpoint has that file."""
-    file = directory / "generation_config.json"
-    if not file.is_file():
-        return []
-    try:
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is not a JSON object ({error}); save the checkpoint again or remove the file"
-        ) from error
-    return [ids] if isinstance(ids, int) else list(ids or ())

@@ -1,0 +1,70 @@
+"""Loads what an engine needs from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.backend import Backend
+from llama_ray.generation.options import EngineOptions
+from llama_ray.generation.parallel.sharded_model import ShardedModel
+from llama_ray.generation.prepare import prepare
+from llama_ray.generation.speculation.draft_model import DraftModel
+from llama_ray.generation.speculation.prompt_lookup import PromptLookup
+from llama_ray.generation.speculation.proposer import Proposer
+from llama_ray.pretrained import load_pretrained, resolve
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The arguments of `Engine` that a checkpoint and the options give."""
+
+    backend: Backend
+    tokenizer: Tokenizer | None
+    proposer: Proposer | None
+    eos_ids: list[int]
+    sharded: ShardedModel | None
+
+
+def load(
+    ref: str | Path, dtype: torch.dtype | None, device: torch.device | str | None, options: EngineOptions
+) -> Loaded:
+    """See `Engine.from_pretrained`."""
+    directory = resolve(ref)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    eos_ids = _eos_ids(directory)
+    proposer = _load_proposer(options, dtype, device)
+    quantization, batch_invariant = options.quantization, options.batch_invariant
+    if options.tensor_parallel == 1:
+        model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
+        backend = prepare(model, quantization, batch_invariant=batch_invariant)
+        return Loaded(backend, tokenizer, proposer, eos_ids, None)
+    sharded = ShardedModel(directory, dtype, device, quantization, batch_invariant, options.tensor_parallel)
+    return Loaded(sharded.backend, sharded.tokenizer, proposer, eos_ids, sharded)
+
+
+def _load_proposer(
+    options: EngineOptions, dtype: torch.dtype | None, device: torch.device | str
+) -> Proposer | None:
+    if options.draft_model is not None:
+        draft, _ = load_pretrained(options.draft_model, dtype=dtype, device=device)
+        return DraftModel(prepare(draft, options.quantization, batch_invariant=options.batch_invariant))
+    return PromptLookup() if options.prompt_lookup else None
+
+
+def _eos_ids(directory: Path) -> list[int]:
+    """Return `eos_token_id` of generation_config.json (one or several) if the checkpoint has that file."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return []
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not a JSON object ({error}); save the checkpoint again or remove the file"
+        ) from error
+    return [ids] if isinstance(ids, int) else list(ids or ())

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.async_engine import AsyncEngine
+from llama_ray.generation.async_engine import AsyncEngine, PromptDelta
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
@@ -25,7 +25,6 @@ from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking import registry
 from serve_app.logprobs import LogprobWriter
 from serve_app.messages import ChoiceDelta, Event, Failure, GenerationRequest, ModelInfo, Started
-from serve_app.streams import PromptDelta, merged_streams
 
 DType = Literal["float32", "bfloat16", "float16"]
 DEFAULT_OPTIONS = EngineOptions(max_num_seqs=16)
@@ -121,7 +120,7 @@ class LlamaReplica:
     async def _answer(
         self, request: GenerationRequest, prompts: list[list[int]]
     ) -> AsyncGenerator[Started | list[ChoiceDelta]]:
-        async with merged_streams(self._engine, prompts, request.params) as batches:
+        with self._engine.submit(prompts, request.params) as batches:
             yield Started(self._info, sum(len(ids) for ids in prompts))
             deltas = self._choice_deltas(request, prompts, batches)
             if request.stream:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from llama_ray.generation.completion import GenerationError
@@ -14,13 +14,17 @@ from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 
+PromptDelta = tuple[int, Delta]
+"""(number of the prompt, what was added to one of its candidates)."""
+
 
 @dataclass(frozen=True)
-class _Stream:
-    """Receives the deltas of one request."""
+class _Receiver:
+    """Receives the deltas of prompt `number` of a request."""
 
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Item]
+    queue: asyncio.Queue[tuple[int, Item]]
+    number: int
 
 
 class AsyncEngine:
@@ -38,63 +42,86 @@ class AsyncEngine:
         """Why the engine has ended, by a crash or by `stop`; None while it runs."""
         return self._thread.ended
 
+    @contextmanager
+    def submit(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams
+    ) -> Iterator[AsyncIterator[list[PromptDelta]]]:
+        """Queue a request for each prompt; give an iterator over lists of deltas, at most one for each candidate.
+
+        What is ready at the same moment comes together, so a slow reader gets fewer and larger deltas; nothing waits
+        for more. Entering raises ValueError for a prompt that cannot be served. Iterating raises GenerationError if the
+        engine could not finish one. Leaving aborts what is unfinished.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Item]]()
+        request_ids: list[int] = []
+        try:
+            for number, prompt in enumerate(prompts):
+                # Encode before `submit` takes the lock that deliveries need.
+                ids = self.engine.encode(prompt)
+                receiver = _Receiver(loop, queue, number)
+                request_ids.append(self._thread.submit(ids, sampling_params, receiver))
+            yield _batches(queue, len(prompts) * sampling_params.n)
+        finally:
+            for request_id in request_ids:
+                self._thread.abort(request_id)
+
     async def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> AsyncGenerator[Delta]:
-        """Yield the deltas of one request as they come, up to the last one of each of its `n` candidates.
+        """Yield the deltas of one prompt as they come, up to the last one of each of its `n` candidates.
 
-        Deltas that are ready at the same moment come merged, one for each candidate, so a slow reader gets fewer and
-        larger ones. Closing the iterator, or cancelling the task that waits for it, aborts the request. The first
-        `anext` raises ValueError for a request that cannot be served; GenerationError is raised if the engine could
-        not finish it.
+        Closing the iterator, or cancelling the task that waits for it, aborts the request. The first `anext` raises
+        ValueError for a request that cannot be served; GenerationError is raised if the engine could not finish it.
         """
-        params = sampling_params or SamplingParams()
-        # Encode before `submit` takes the lock that deliveries need.
-        ids = self.engine.encode(prompt)
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        request_id = self._thread.submit(ids, params, stream)
-        unfinished = params.n
-        try:
-            while unfinished:
-                for delta in await _ready(stream.queue):
-                    if delta.error is not None:
-                        raise GenerationError(delta.error)
-                    unfinished -= delta.finish_reason is not None
+        with self.submit([prompt], sampling_params or SamplingParams()) as batches:
+            async for batch in batches:
+                for _, delta in batch:
                     yield delta
-        finally:
-            if unfinished:
-                self._thread.abort(request_id)
 
     def stop(self) -> None:
         """End the thread after its current step, and close the engine; open streams raise GenerationError."""
         self._thread.stop()
 
 
-def _deliver(items: list[tuple[_Stream, Item]]) -> None:
-    """Put every item into its stream's queue, waking each event loop once for all of its streams."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Item]]] = defaultdict(list)
-    for stream, item in items:
-        by_loop[stream.loop].append((stream, item))
+def _deliver(items: list[tuple[_Receiver, Item]]) -> None:
+    """Put every item into its receiver's queue, waking each event loop once for all of its receivers."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Receiver, Item]]] = defaultdict(list)
+    for receiver, item in items:
+        by_loop[receiver.loop].append((receiver, item))
     for loop, own_items in by_loop.items():
-        # RuntimeError: the event loop is closed, and its streams have no reader.
+        # RuntimeError: the event loop is closed, and its queues have no reader.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(_put, own_items)
 
 
-def _put(items: list[tuple[_Stream, Item]]) -> None:
-    for stream, item in items:
-        stream.queue.put_nowait(item)
+def _put(items: list[tuple[_Receiver, Item]]) -> None:
+    for receiver, item in items:
+        receiver.queue.put_nowait((receiver.number, item))
 
 
-async def _ready(queue: asyncio.Queue[Item]) -> list[Delta]:
+async def _batches(
+    queue: asyncio.Queue[tuple[int, Item]], unfinished: int
+) -> AsyncIterator[list[PromptDelta]]:
+    """Yield what is ready until `unfinished` candidates have ended."""
+    while unfinished:
+        batch = await _ready(queue)
+        for _, delta in batch:
+            if delta.error is not None:
+                raise GenerationError(delta.error)
+            unfinished -= delta.finish_reason is not None
+        yield batch
+
+
+async def _ready(queue: asyncio.Queue[tuple[int, Item]]) -> list[PromptDelta]:
     """Wait for an item; return all that are ready as one delta for each candidate, or raise one that is an error."""
     items = [await queue.get()]
     while not queue.empty():
         items.append(queue.get_nowait())
-    merged: dict[int, Delta] = {}
-    for item in items:
+    merged: dict[tuple[int, int], Delta] = {}
+    for number, item in items:
         if isinstance(item, GenerationError):
             raise item
         for delta in item:
-            merged[delta.index] = merged[delta.index] + delta if delta.index in merged else delta
-    return list(merged.values())
+            key = (number, delta.index)
+            merged[key] = merged[key] + delta if key in merged else delta
+    return [(number, delta) for (number, _), delta in merged.items()]

@@ -67,9 +67,10 @@ class EngineThread(Generic[Receiver]):
 
     def abort(self, request_id: int) -> None:
         """Drop a request, whose receiver gets nothing more; do nothing if it is finished or unknown."""
-        self.engine.abort(request_id)
         with self._wake:
-            self._requests.pop(request_id, None)
+            unfinished = self._requests.pop(request_id, None)
+        if unfinished is not None:
+            self.engine.abort(request_id)
 
     def stop(self) -> None:
         """End the thread after its current step, and close the engine."""

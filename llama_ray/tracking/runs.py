@@ -23,7 +23,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import (
-    MAX_DATASET_DIGEST_SIZE,
     MAX_METRICS_PER_BATCH,
     MAX_PARAM_VAL_LENGTH,
     MAX_PARAMS_TAGS_PER_BATCH,
@@ -32,6 +31,9 @@ from mlflow.utils.validation import (
 from llama_ray.tracking.figures import loss_curve
 from llama_ray.tracking.uri import TrackingError, artifact_location, connect, tracking_uri
 from llama_ray.utils.errors import first_line
+
+_DIGEST_CHARACTERS = 12
+"""Of a fingerprint, as the UI shows it beside the name of a data set."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -144,8 +146,13 @@ class Run:
 
     def log_dataset(self, name: str, *, fingerprint: str, source: str, sizes: Mapping[str, int]) -> None:
         """Link the training data to the run: the UI shows it on the run's page and in the list of runs."""
-        digest = fingerprint[:MAX_DATASET_DIGEST_SIZE]
-        dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(dict(sizes)))
+        dataset = Dataset(
+            name,
+            fingerprint[:_DIGEST_CHARACTERS],
+            "local",
+            json.dumps({"uri": source}),
+            profile=json.dumps(dict(sizes)),
+        )
         context = InputTag(MLFLOW_DATASET_CONTEXT, "training")
         self._client.log_inputs(self.run_id, [DatasetInput(dataset, [context])])
 

@@ -14,8 +14,10 @@ from serve_app.errors import ApiError
 from serve_app.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
 from serve_app.protocol import Health
 from serve_app.replica import LlamaReplica
+from tests.serve_app.helpers import MAX_SEQ_LEN
 
-BODY = {"model": "tiny", "prompt": "dog", "max_tokens": 200}
+# A text that the engine is still writing when its first part has arrived.
+BODY = {"model": "tiny", "prompt": "dog", "max_tokens": MAX_SEQ_LEN - 100, "ignore_eos": True}
 
 
 class LocalModel:

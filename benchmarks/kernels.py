@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from llama_ray.generation.backend import BLOCK_SIZE
-from llama_ray.generation.batch import StepBatch
-from llama_ray.generation.cpu import ops
-from llama_ray.generation.cpu.cache import CpuCache
-from llama_ray.generation.cpu.linear import Format, PackedLinear
-from llama_ray.generation.cpu.modules import accelerate
+from llama_ray.generation.backends.backend import BLOCK_SIZE
+from llama_ray.generation.backends.batch import StepBatch
+from llama_ray.generation.backends.cpu import ops
+from llama_ray.generation.backends.cpu.cache import CpuCache
+from llama_ray.generation.backends.cpu.linear import Format, PackedLinear
+from llama_ray.generation.backends.cpu.modules import accelerate
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import Attend
 from llama_ray.model.llama import Llama

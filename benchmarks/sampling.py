@@ -18,7 +18,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from llama_ray.generation.prepare import make_sampler
+from llama_ray.generation.backends.prepare import make_sampler
 from llama_ray.generation.sampling.constraints import Constraint
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts

@@ -31,10 +31,10 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.hf_config import to_hf
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import Precision, TrainConfig
-from llama_ray.training.metrics import peak_flops, peak_memory_bytes
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import SINGLE_WORKER
 from llama_ray.training.parallel.parallelize import parallelize
+from llama_ray.training.reporting.metrics import peak_flops, peak_memory_bytes
 from llama_ray.training.step import Stepper
 from llama_ray.utils.errors import first_line
 

@@ -20,7 +20,7 @@ from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.storage.paths import absolute, existing
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
-from llama_ray.training.interrupt import Stopped
+from llama_ray.training.hosts.interrupt import Stopped
 
 DEFAULT_PRESET = "llama-30m"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llama_ray import Engine
-from llama_ray.generation.prepare import prepare
+from llama_ray.generation.backends.prepare import prepare
 from llama_ray.model.checkpoint import hf_name
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.hf_config import to_hf

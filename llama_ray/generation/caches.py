@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama_ray.generation.backend import Backend
-from llama_ray.generation.kv_cache import count_blocks
+from llama_ray.generation.backends.backend import Backend
+from llama_ray.generation.backends.kv_cache import count_blocks
+from llama_ray.generation.backends.runner import Runner
 from llama_ray.generation.parallel.sharded_model import ShardedModel
-from llama_ray.generation.runner import Runner
 from llama_ray.generation.speculation.proposer import Proposer
 
 

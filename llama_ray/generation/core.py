@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llama_ray.generation.runner import Runner, RunnerError, StepLogits
+from llama_ray.generation.backends.runner import Runner, RunnerError, StepLogits
 from llama_ray.generation.sampling.logprobs import token_logprobs
 from llama_ray.generation.sampling.row import DraftRow, Row
 from llama_ray.generation.sampling.sampler import Sample, Sampler

@@ -15,7 +15,9 @@ from typing import Any, Self
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import Backend
+from llama_ray.generation.backends.backend import Backend
+from llama_ray.generation.backends.prepare import as_backend
+from llama_ray.generation.backends.runner import RunnerError
 from llama_ray.generation.caches import make_caches
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.core import Core
@@ -23,9 +25,7 @@ from llama_ray.generation.limits import Limits
 from llama_ray.generation.loading import load
 from llama_ray.generation.options import EngineOptions, RunOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
-from llama_ray.generation.prepare import as_backend
 from llama_ray.generation.progress import ProgressBar
-from llama_ray.generation.runner import RunnerError
 from llama_ray.generation.sampling.constraints import Grammars
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.blocks import BlockPool

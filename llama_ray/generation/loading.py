@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import Backend
+from llama_ray.generation.backends.backend import Backend
+from llama_ray.generation.backends.prepare import prepare
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
-from llama_ray.generation.prepare import prepare
 from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer

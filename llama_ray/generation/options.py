@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama_ray.generation.quantize import Quantization
+from llama_ray.generation.backends.quantize import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import ray.train
 
 from llama_ray.storage import store
-from llama_ray.training.interrupt import Interrupt
+from llama_ray.training.hosts.interrupt import Interrupt
 from llama_ray.training.parallel.process_group import rank
 
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.training.checkpointing.checkpointer import CheckpointResult
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule
-from llama_ray.training.observer import Console, Metrics
 from llama_ray.training.parallel.process_group import world_size
+from llama_ray.training.reporting.observer import Console, Metrics
 
 _STARTS_FILE = "starts.json"
 """A list of (last step before, number of workers), one for each time that workers started."""

@@ -8,7 +8,7 @@ from llama_ray.data.shards import DatasetInfo
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.metrics import perplexity
+from llama_ray.training.reporting.metrics import perplexity
 
 
 def describe_run(model: LlamaConfig, config: TrainConfig, info: DatasetInfo, world_size: int) -> str:

@@ -36,7 +36,7 @@ from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.elastic import check_range
 from llama_ray.training.errors import TrainingError
-from llama_ray.training.interrupt import Stopped
+from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.preflight import check_run
 
 _RUN_FILE = "run.json"

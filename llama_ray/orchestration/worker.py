@@ -23,7 +23,7 @@ from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.elastic import for_workers
 from llama_ray.training.errors import OutOfMemory, TrainingError
-from llama_ray.training.interrupt import Stopped
+from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.loop import train
 from llama_ray.training.parallel.process_group import rank, world_size
 

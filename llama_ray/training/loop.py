@@ -10,12 +10,12 @@ import torch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.interrupt import Interrupt
-from llama_ray.training.observer import Observer
+from llama_ray.training.hosts.interrupt import Interrupt
 from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.training.preflight import check_run
 from llama_ray.training.preparation import prepare_run
-from llama_ray.training.profiling import profiled
+from llama_ray.training.reporting.observer import Observer
+from llama_ray.training.reporting.profiling import profiled
 
 
 def train(

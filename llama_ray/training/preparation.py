@@ -15,16 +15,16 @@ from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckp
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.checkpointing.state import load_state
 from llama_ray.training.config import Schedule, TrainConfig
-from llama_ray.training.interrupt import Interrupt, InterruptAgreement
-from llama_ray.training.metrics import Throughput, peak_flops
-from llama_ray.training.observer import Observer
+from llama_ray.training.hosts.interrupt import Interrupt, InterruptAgreement
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.compilation import should_compile
 from llama_ray.training.parallel.layout import Layout, choose_layout, memory_per_worker
 from llama_ray.training.parallel.parallelize import parallelize
 from llama_ray.training.parallel.process_group import local_world_size, rank, world_size
+from llama_ray.training.reporting.metrics import Throughput, peak_flops
+from llama_ray.training.reporting.observer import Observer
+from llama_ray.training.reporting.skipped_steps import SkippedSteps
 from llama_ray.training.run import TrainingRun
-from llama_ray.training.skipped_steps import SkippedSteps
 from llama_ray.training.step import Stepper
 
 

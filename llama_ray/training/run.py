@@ -11,12 +11,12 @@ from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckp
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.errors import TrainingError, out_of_memory_at
-from llama_ray.training.interrupt import Interrupt, InterruptAgreement, Stopped
-from llama_ray.training.metrics import Throughput, peak_memory_bytes, perplexity
-from llama_ray.training.observer import Observer
+from llama_ray.training.hosts.interrupt import Interrupt, InterruptAgreement, Stopped
 from llama_ray.training.optimizers.build import learning_rate, set_learning_rate
 from llama_ray.training.parallel.parallelize import gather_model
-from llama_ray.training.skipped_steps import SkippedSteps
+from llama_ray.training.reporting.metrics import Throughput, peak_memory_bytes, perplexity
+from llama_ray.training.reporting.observer import Observer
+from llama_ray.training.reporting.skipped_steps import SkippedSteps
 from llama_ray.training.step import Stepper, StepResult
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llama_ray.data.loader import Batch
 from llama_ray.model.loss import IGNORE_INDEX
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.host_memory import keep_freed_memory
+from llama_ray.training.hosts.memory import keep_freed_memory
 from llama_ray.training.optimizers.scaler import LossScaler
 from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout
 from llama_ray.training.parallel.parallelize import micro_step

@@ -12,7 +12,7 @@ import ray
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.training.errors import TrainingError
-from llama_ray.training.interrupt import Stopped
+from llama_ray.training.hosts.interrupt import Stopped
 from tests.e2e.conftest import CONFIG, MODEL
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llama_ray.generation.backends.quantize import QuantizedWeight
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.quantize import QuantizedWeight
 from llama_ray.generation.sampling.constraints import Constraint
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import BLOCK_SIZE
+from llama_ray.generation.backends.backend import BLOCK_SIZE
+from llama_ray.generation.backends.prepare import as_backend
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.prepare import as_backend
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama

@@ -19,7 +19,7 @@ from llama_ray.training.checkpointing.catalog import checkpoint_name
 from llama_ray.training.checkpointing.checkpointer import CheckpointResult
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.observer import Console, Metrics
+from llama_ray.training.reporting.observer import Console, Metrics
 
 CPU = torch.device("cpu")
 TWELVE_STEPS = TrainConfig(

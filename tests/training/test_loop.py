@@ -15,9 +15,9 @@ from llama_ray.pretrained import load_pretrained
 from llama_ray.training.checkpointing.catalog import checkpoint_name
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
-from llama_ray.training.interrupt import Interrupt, Stopped
+from llama_ray.training.hosts.interrupt import Interrupt, Stopped
 from llama_ray.training.loop import train
-from llama_ray.training.observer import Console
+from llama_ray.training.reporting.observer import Console
 from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder, losses
 
 

@@ -11,7 +11,7 @@ import pytest
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
-from llama_ray.training.observer import Console
+from llama_ray.training.reporting.observer import Console
 from tests.token_data import write_dataset
 from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun
 

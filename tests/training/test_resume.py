@@ -16,7 +16,7 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.training.checkpointing.catalog import checkpoint_name
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.loop import train
-from llama_ray.training.observer import Console
+from llama_ray.training.reporting.observer import Console
 from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder, losses, losses_after
 
 

@@ -17,7 +17,7 @@ import torch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
-from llama_ray.training.observer import Console
+from llama_ray.training.reporting.observer import Console
 
 shape = LlamaConfig.preset("llama-tiny", max_seq_len=32)
 config = TrainConfig(max_steps=2, batch_size=2)

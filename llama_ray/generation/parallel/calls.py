@@ -9,8 +9,8 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from numpy.typing import NDArray
 
-from llama_ray.generation.batch import StepBatch
-from llama_ray.generation.quantize import Quantization
+from llama_ray.generation.backends.batch import StepBatch
+from llama_ray.generation.backends.quantize import Quantization
 
 Answer = TypeVar("Answer")
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama_ray.generation.runner import RunnerError
+from llama_ray.generation.backends.runner import RunnerError
 from llama_ray.utils import torch_private
 from llama_ray.utils.errors import first_line
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_ray.generation.backend import Backend
-from llama_ray.generation.batch import StepBatch
+from llama_ray.generation.backends.backend import Backend
+from llama_ray.generation.backends.batch import StepBatch
+from llama_ray.generation.backends.runner import Runner, RunnerError, StepLogits
 from llama_ray.generation.parallel.calls import Step
 from llama_ray.generation.parallel.ranks import TIMEOUT_S, Ranks
 from llama_ray.generation.parallel.workers import Workers
-from llama_ray.generation.runner import Runner, RunnerError, StepLogits
 from llama_ray.generation.scheduling.step_plan import StepPlan
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.backend import Backend
-from llama_ray.generation.kv_cache import count_blocks
+from llama_ray.generation.backends.backend import Backend
+from llama_ray.generation.backends.kv_cache import count_blocks
+from llama_ray.generation.backends.quantize import Quantization
+from llama_ray.generation.backends.runner import RunnerError
 from llama_ray.generation.parallel.calls import Connect, CountBlocks, Load, Reserve
 from llama_ray.generation.parallel.division import check_ranks, rank_device, rank_slicer
 from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import TensorParallelRunner
 from llama_ray.generation.parallel.worker import prepare_share
 from llama_ray.generation.parallel.workers import Workers
-from llama_ray.generation.quantize import Quantization
-from llama_ray.generation.runner import RunnerError
 from llama_ray.model.checkpoint import load_config
 from llama_ray.pretrained import load_pretrained
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from llama_ray.generation.backend import Backend
-from llama_ray.generation.kv_cache import count_blocks
+from llama_ray.generation.backends.backend import Backend
+from llama_ray.generation.backends.kv_cache import count_blocks
+from llama_ray.generation.backends.prepare import prepare
+from llama_ray.generation.backends.quantize import Quantization
+from llama_ray.generation.backends.runner import RunnerError
 from llama_ray.generation.parallel.calls import Call, Connect, CountBlocks, Failure, Load, Reserve, Step
 from llama_ray.generation.parallel.division import cut_tied_head, rank_config, rank_device, rank_slicer
 from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import RankRunner
-from llama_ray.generation.prepare import prepare
-from llama_ray.generation.quantize import Quantization
-from llama_ray.generation.runner import RunnerError
 from llama_ray.model.checkpoint import load_model
 from llama_ray.model.llama import Llama
 from llama_ray.utils.errors import first_line

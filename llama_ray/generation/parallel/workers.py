@@ -23,9 +23,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from llama_ray.generation.backends.runner import RunnerError
 from llama_ray.generation.parallel.calls import Answer, Call, Failure
 from llama_ray.generation.parallel.ranks import Ranks
-from llama_ray.generation.runner import RunnerError
 
 _log = logging.getLogger(__name__)
 

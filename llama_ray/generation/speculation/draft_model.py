@@ -7,9 +7,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from llama_ray.generation.backend import Backend
-from llama_ray.generation.prepare import as_backend
-from llama_ray.generation.runner import Runner, Span
+from llama_ray.generation.backends.backend import Backend
+from llama_ray.generation.backends.prepare import as_backend
+from llama_ray.generation.backends.runner import Runner, Span
 from llama_ray.generation.sampling.row import DraftRow
 from llama_ray.generation.scheduling.sequence import SequenceState
 from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan

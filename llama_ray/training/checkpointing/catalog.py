@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llama_ray.storage import run_directory, store
-from llama_ray.training.host_group import HostGroup
+from llama_ray.training.hosts.group import HostGroup
 from llama_ray.training.parallel.process_group import rank, world_size
 
 

@@ -30,7 +30,7 @@ from llama_ray.training.checkpointing.state import RankFiles, plain_parameters, 
 from llama_ray.training.checkpointing.tensor_file import write_tensors
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
-from llama_ray.training.host_group import HostGroup
+from llama_ray.training.hosts.group import HostGroup
 from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.utils.errors import first_line
 

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.async_engine import AsyncEngine
-from llama_ray.generation.backend import Backend
-from llama_ray.generation.batch import StepBatch
+from llama_ray.generation.backends.backend import Backend
+from llama_ray.generation.backends.batch import StepBatch
+from llama_ray.generation.backends.cpu.cache import CpuCache
+from llama_ray.generation.backends.kv_cache import TorchCache
+from llama_ray.generation.backends.runner import Runner, RunnerError
 from llama_ray.generation.completion import GenerationError
-from llama_ray.generation.cpu.cache import CpuCache
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.kv_cache import TorchCache
 from llama_ray.generation.parallel.division import rank_config, rank_slicer
 from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import RankResult, RankRunner
-from llama_ray.generation.runner import Runner, RunnerError
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.checkpoint import load_model
 from llama_ray.model.config import LlamaConfig

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.backends.prepare import as_backend
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.prepare import as_backend
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup

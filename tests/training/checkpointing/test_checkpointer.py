@@ -23,8 +23,8 @@ from llama_ray.training.checkpointing.progress import Progress, load_progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.loop import train
-from llama_ray.training.observer import Metrics
 from llama_ray.training.optimizers.build import build_optimizer
+from llama_ray.training.reporting.observer import Metrics
 from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, growth, in_processes, losses, losses_after
 
 

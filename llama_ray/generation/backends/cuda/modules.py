@@ -1,0 +1,94 @@
+"""The layers that `accelerate` puts in a `Llama` on CUDA: joined projections with fused kernels between them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from llama_ray.generation.backends.cuda.cache import PagedAttend
+from llama_ray.generation.backends.cuda.elementwise import rms_norm, swiglu
+from llama_ray.generation.backends.cuda.product import Product
+from llama_ray.generation.backends.quantize import Quantization
+from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU, rotate
+from llama_ray.model.llama import Llama
+
+
+class FusedNorm(nn.Module):
+    """RMSNorm in one pass."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FusedAttention(nn.Module):
+    """One product for queries, keys and values; rotation and the write to the cache in one pass."""
+
+    def __init__(
+        self, attention: Attention, quantization: Quantization | None, batch_invariant: bool
+    ) -> None:
+        super().__init__()
+        self.layer, self.head_dim = attention.layer, attention.head_dim
+        parts = attention.q_proj, attention.k_proj, attention.v_proj
+        self._widths = [part.weight.shape[0] for part in parts]
+        self.qkv_proj = Product(_joined(*parts), quantization, batch_invariant)
+        self.o_proj = Product(attention.o_proj.weight, quantization, batch_invariant)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden]; on a paged cache the batch size is 1."""
+        qkv = self.qkv_proj(x)
+        if isinstance(attend, PagedAttend):
+            out = attend.projected(self.layer, qkv[0], rope)
+            return self.o_proj(out.flatten(1)[None])  # type: ignore[no-any-return]
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in qkv.split(self._widths, -1)
+        )
+        out = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class FusedSwiGLU(nn.Module):
+    """One product for gate and up, one pass for silu(gate) * up."""
+
+    def __init__(self, mlp: SwiGLU, quantization: Quantization | None, batch_invariant: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = Product(_joined(mlp.gate_proj, mlp.up_proj), quantization, batch_invariant)
+        self.down_proj = Product(mlp.down_proj.weight, quantization, batch_invariant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden]."""
+        return self.down_proj(swiglu(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def accelerate(model: Llama, quantization: Quantization | None, batch_invariant: bool) -> Llama:
+    """Replace the layers of a model in place, one block at a time, so that only one block is in memory twice.
+
+    `quantization` rounds the weights of all products; with int4 the head is int8, because int4 costs it the most
+    quality. Embeddings and norms keep their dtype. With `batch_invariant` all products are computed in fixed tiles.
+    Raises ValueError for a shape that the format does not support.
+    """
+    model.requires_grad_(False)
+    for layer in model.layers:
+        block = cast(Block, layer)
+        block.input_layernorm = FusedNorm(block.input_layernorm)  # type: ignore[assignment]
+        block.self_attn = FusedAttention(block.self_attn, quantization, batch_invariant)  # type: ignore[assignment]
+        block.post_attention_layernorm = FusedNorm(block.post_attention_layernorm)  # type: ignore[assignment]
+        block.mlp = FusedSwiGLU(block.mlp, quantization, batch_invariant)  # type: ignore[assignment]
+    model.norm = FusedNorm(model.norm)  # type: ignore[assignment]
+    head_quantization: Quantization | None = "int8" if quantization == "int4" else quantization
+    model.lm_head = Product(model.lm_head.weight, head_quantization, batch_invariant)  # type: ignore[assignment]
+    if model.embed_tokens.weight.is_cuda:
+        # The KV cache may take the memory of the old weights.
+        torch.cuda.empty_cache()
+    return model
+
+
+def _joined(*parts: nn.Linear) -> Tensor:
+    return torch.cat([part.weight for part in parts])

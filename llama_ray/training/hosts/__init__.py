@@ -1,0 +1,1 @@
+"""What workers settle over their hosts' network and memory, beside the process group that trains."""

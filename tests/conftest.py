@@ -28,29 +28,54 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 CLUSTERS = {"ray_cluster", "nodes"}
+RAY = (
+    "tests/batch_inference/test_interrupted_jobs.py",
+    "tests/batch_inference/test_job.py",
+    "tests/data/test_prepare.py",
+    "tests/jobs/test_generate.py",
+    "tests/jobs/test_prepare_data.py",
+    "tests/serve_app/test_serving.py",
+    "tests/serve_app/test_serving_errors.py",
+)
+"""Modules outside e2e that need Ray, at least for one of their tests."""
 
 
-@pytest.hookimpl(tryfirst=True)
+def group(nodeid: str) -> str:
+    """Return the name that all tests have in common which one process runs, one after the other."""
+    module = nodeid.partition("::")[0]
+    if module.startswith("tests/e2e/"):
+        return "e2e"
+    if module in RAY:
+        return "ray"
+    # Its tests share an MLflow server that takes seconds to start.
+    return "tracking" if module.startswith("tests/tracking/") else module
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that need Ray, and put each test in its group, those that take longest first."""
+    """Mark tests that need Ray, and put the groups that take longest first."""
     for item in items:
         if CLUSTERS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+        if item.get_closest_marker("ray") and group(item.nodeid) not in ("e2e", "ray"):
+            raise pytest.UsageError(f"{item.nodeid} needs Ray; add its module to RAY in tests/conftest.py")
     order = {"e2e": 0, "ray": 1}
-    items.sort(key=lambda item: order.get(_group(item), 2))
+    items.sort(key=lambda item: order.get(group(item.nodeid), 2))
 
 
-def _group(item: pytest.Item) -> str:
-    folder, *rest = item.path.relative_to(item.config.rootpath / "tests").parts
-    if folder == "e2e":
-        return folder
-    if item.get_closest_marker("ray"):
-        return "ray"
-    # The MLflow server of its tests takes seconds to start.
-    return folder if folder == "tracking" else "/".join([folder, *rest])
+class GroupScheduling(LoadScopeScheduling):
+    """Gives whole groups to whichever process is free."""
+
+    # The marks of xdist's own loadgroup have no effect from pytest 9.2 on.
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> GroupScheduling:
+    return GroupScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

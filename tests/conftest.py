@@ -34,6 +34,7 @@ CLUSTERS = {"ray_cluster", "nodes"}
 RAY = (
     "tests/batch_inference/test_interrupted_jobs.py",
     "tests/batch_inference/test_job.py",
+    "tests/batch_inference/test_job_checks.py",
     "tests/data/test_prepare.py",
     "tests/jobs/test_generate.py",
     "tests/jobs/test_prepare_data.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from llama_ray.generation.engine import Engine, Prompt
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 from tests.batch_inference.helpers import read_rows, write_rows
+from tests.processes import fresh_processes
 
 POISON = 280
 
@@ -141,8 +141,7 @@ def test_only_the_row_that_kills_its_process_fails(checkpoint: Path, tmp_path: P
     poisoned = {5, 40}
     given = poisoned_input(tmp_path, 50, poisoned)
     healthy = answer(checkpoint, given, tmp_path / "healthy.jsonl")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = fresh_processes()
     arguments = (checkpoint, given, tmp_path / "out.jsonl")
     exit_codes: list[int | None] = []
     while not exit_codes or exit_codes[-1]:

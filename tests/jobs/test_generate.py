@@ -12,6 +12,7 @@ import pytest
 
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
+from tests.jobs.helpers import run_here
 from tests.small_models import save_small_model
 
 JOB = Path(__file__).parents[2] / "jobs" / "generate.py"
@@ -68,13 +69,21 @@ def test_regex_and_schema_constrain_the_output(checkpoint: Path, tmp_path: Path)
     assert [type(item) for item in json.loads(done.stdout)] == [bool, bool]
 
 
+DRAFTED = ["--prompt", "The quick", "--max_tokens", "30", "--seed", "3", "--ignore_eos"]
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: Path) -> str:
+    """The text without drafts."""
+    return run(checkpoint, *DRAFTED).stdout
+
+
 @pytest.mark.parametrize("proposer", ["--prompt_lookup", "--draft_model"])
-def test_drafts_never_change_the_text(checkpoint: Path, proposer: str) -> None:
-    sampling = ["--max_tokens", "30", "--seed", "3", "--ignore_eos"]
+def test_drafts_never_change_the_text(checkpoint: Path, plain: str, proposer: str) -> None:
     flags = [proposer] if proposer == "--prompt_lookup" else [proposer, str(checkpoint)]
-    plain, done = (run(checkpoint, "--prompt", "The quick", *sampling, *more) for more in ([], flags))
+    done = run(checkpoint, *DRAFTED, *flags)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == plain.stdout
+    assert done.stdout == plain
 
 
 def test_prompt_from_standard_input_and_a_relative_checkpoint(checkpoint: Path) -> None:
@@ -133,7 +142,7 @@ def test_ctrl_c_and_a_closed_pipe_end_the_job_cleanly(checkpoint: Path, end: str
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(checkpoint: Path, flags: list[str], message: str) -> None:
-    done = run(checkpoint, "--prompt", "x", *flags)
+    done = run_here("generate.py", f"--checkpoint={checkpoint}", "--prompt", "x", *flags)
     assert done.returncode == 2
     assert done.stdout == ""
     assert message in done.stderr
@@ -179,7 +188,7 @@ def test_wrong_flags_of_a_batch_are_refused_before_ray_starts(
     checkpoint: Path, tmp_path: Path, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    done = run(checkpoint, *flags, cwd=tmp_path)
+    done = run_here("generate.py", f"--checkpoint={checkpoint}", *flags, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

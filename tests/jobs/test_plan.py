@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.jobs.helpers import run_here
+
 JOB = Path(__file__).parents[2] / "jobs" / "plan.py"
 
 
@@ -37,6 +39,6 @@ def test_a_run_that_does_not_fit_is_told_the_flags_of_one_that_does() -> None:
 
 
 def test_an_unreadable_size_is_refused_in_one_line() -> None:
-    job = run("--preset", "llama-tiny", "--gpus", "2", "--gpu_memory", "plenty")
+    job = run_here("plan.py", "--preset", "llama-tiny", "--gpus", "2", "--gpu_memory", "plenty")
     assert job.returncode == 2
     assert job.stderr == "error: gpu_memory is 'plenty'; write a number and a unit, such as 80GiB or 24GB\n"

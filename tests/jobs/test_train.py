@@ -12,6 +12,7 @@ import pytest
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.training.config import TrainConfig
+from tests.jobs.helpers import run_here
 
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"
 
@@ -46,7 +47,7 @@ def test_help_shows_no_type_expressions(help_text: str) -> None:
 
 
 def test_an_unusable_number_of_workers_is_one_line_before_ray_starts() -> None:
-    job = run("--world_size", "8..2")
+    job = run_here("train.py", "--world_size", "8..2")
     assert job.returncode == 2
     assert job.stderr == (
         "error: world_size is 8..2; it must be a number from 1 up, or a range such as 2..8\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from llama_ray.training.checkpointing.checkpointer import CheckpointResult
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.reporting.observer import Console, Metrics
+from tests.processes import fresh_processes
 
 CPU = torch.device("cpu")
 TWELVE_STEPS = TrainConfig(
@@ -93,7 +93,7 @@ def in_processes(world_size: int, function: Callable[..., Any], *args: Any) -> l
 
     Raises AssertionError, with the traceback, if any of them fails.
     """
-    context = multiprocessing.get_context("spawn")
+    context = fresh_processes()
     with tempfile.TemporaryDirectory() as directory:
         pipes, processes = [], []
         for rank in range(world_size):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
 from tests.object_store import StallingProxy, s3_server, uri
+from tests.processes import fresh_processes
 from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, in_processes, losses, losses_after
 
 
@@ -68,7 +68,7 @@ class CrashedRun:
 @pytest.fixture(scope="module")
 def crashed(server: int, tiny: LlamaConfig, dataset: Path) -> CrashedRun:
     with closing(StallingProxy(server, b"crash/step_00000008/optimizer-")) as proxy:
-        process = multiprocessing.get_context("spawn").Process(
+        process = fresh_processes().Process(
             target=train_or_resume, args=(EIGHT_STEPS, tiny, dataset, uri(proxy.port, "crash"))
         )
         process.start()

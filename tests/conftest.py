@@ -62,8 +62,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.ray)
         if item.get_closest_marker("ray") and group(item.nodeid) not in ("e2e", "ray"):
             raise pytest.UsageError(f"{item.nodeid} needs Ray; add its module to RAY in tests/conftest.py")
-    order = {"e2e": 0, "ray": 1}
-    items.sort(key=lambda item: order.get(group(item.nodeid), 2))
+    items.sort(key=lambda item: _precedence(group(item.nodeid)))
+
+
+def _precedence(name: str) -> int:
+    if name in ("e2e", "ray"):
+        return ("e2e", "ray").index(name)
+    return 2 if name.startswith("tests/training/") else 3
 
 
 class GroupScheduling(LoadScopeScheduling):

@@ -1,4 +1,4 @@
-"""A training run in a process of its own, so that a test can kill it: ``python -m tests.e2e.driver JSON``."""
+"""A training run in a process of its own, so that a test can kill it: `python -m tests.e2e.driver JSON`."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ if __name__ == "__main__":
             settings["data"],
         )
         print("finished", outcome.run_id, flush=True)
-    except (Stopped, TrainingError) as e:
-        print(e, flush=True)
+    except (Stopped, TrainingError) as error:
+        print(error, flush=True)

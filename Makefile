@@ -25,7 +25,7 @@ demo: install ## prepare, train on 2 workers, register, serve, answer: all on th
 stop: ## end what `make demo` started, and nothing else
 	@test ! -x $(BIN)/python || $(BIN)/python deploy/demo.py stop
 
-check: lint ## lint, types, and all tests that need no Ray: under 4 minutes on 2 cores
+check: lint ## lint, types, and all tests that need no Ray: 4 minutes on 2 cores
 	$(PYTEST) -m "not ray"
 
 test: lint ## lint, types and the whole suite, with its coverage: under 12 minutes on 2 cores

@@ -18,7 +18,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from llama_ray.generation.backends.prepare import make_sampler
+from llama_ray.generation.backends.prepare import sampler_ops
 from llama_ray.generation.sampling.constraints import Constraint
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts
@@ -83,13 +83,13 @@ def main(vocab_size: int = 32000, device: str = "cpu", threads: int = 2, repeats
             params = SamplingParams(**values)
             prompts = torch.randint(vocab_size, (n, 256), generator=generator).tolist()
             rows = [Row(params, seed, prompt) for seed, prompt in enumerate(prompts)]
-            kept = make_sampler(torch.device(device))
+            kept = Sampler(sampler_ops(torch.device(device)))
 
             def unchanged(sampler: Sampler = kept, logits: Tensor = logits, rows: list[Row] = rows) -> None:
                 sampler.sample(logits, rows)
 
             def new(logits: Tensor = logits, rows: list[Row] = rows) -> None:
-                make_sampler(torch.device(device)).sample(logits, rows)
+                Sampler(sampler_ops(torch.device(device))).sample(logits, rows)
 
             unchanged()
             for call in (unchanged, new):

@@ -12,6 +12,16 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 T = TypeVar("T")
 
+SHAPE_FLAGS = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "intermediate_size",
+)
+"""Sizes of a model that have a flag each."""
+
 _UNITS = {
     "B": 1,
     "MB": 10**6,

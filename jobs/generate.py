@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cli import from_flags, main, parse, read_bytes
+from _cli import SHAPE_FLAGS, from_flags, main, parse, read_bytes
 from jsonargparse import ArgumentParser, Namespace
 
 from llama_ray.batch_inference.config import BatchConfig
@@ -25,15 +25,7 @@ from llama_ray.model.checkpoint import load_config
 from llama_ray.pretrained import resolve
 from llama_ray.storage.paths import absolute, existing, existing_ref
 
-SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "intermediate_size",
-    "max_seq_len",
-)
+SHAPE = (*SHAPE_FLAGS, "max_seq_len")
 BATCH_ONLY = ("output", "prompt_field", "replicas", "max_num_seqs", "overwrite")
 """Flags that need --input."""
 

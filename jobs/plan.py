@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from _cli import main, parse, read_bytes
+from _cli import SHAPE_FLAGS, main, parse, read_bytes
 from jsonargparse import ArgumentParser
 
 from llama_ray.model.config import PRESETS, LlamaConfig
@@ -21,14 +21,6 @@ from llama_ray.training.planning.plan import (
 from llama_ray.training.planning.search import nearest_that_fits
 from llama_ray.training.planning.step_trace import TRACED_DEPTHS
 
-SHAPE_FLAGS = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "intermediate_size",
-)
 CHANGEABLE_FLAGS = (
     "parallelism",
     "fsdp_size",

@@ -28,7 +28,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 CLUSTERS = {"ray_cluster", "nodes"}
 RAY = (
@@ -71,16 +70,17 @@ def _precedence(name: str) -> int:
     return 2 if name.startswith("tests/training/") else 3
 
 
-class GroupScheduling(LoadScopeScheduling):
-    """Gives whole groups to whichever process is free."""
-
-    # The marks of xdist's own loadgroup have no effect from pytest 9.2 on.
-    def _split_scope(self, nodeid: str) -> str:
-        return group(nodeid)
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> GroupScheduling:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give whole groups to whichever process is free."""
+    # Imported here, because tests of the kernels run on GPU machines that have pytest and nothing else.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        # The marks of xdist's own loadgroup have no effect from pytest 9.2 on.
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
     return GroupScheduling(config, log)
 
 

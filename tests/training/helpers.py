@@ -29,6 +29,14 @@ EIGHT_STEPS = TrainConfig(
     max_steps=8, batch_size=4, learning_rate=3e-3, log_every=1, checkpoint_every=4, precision="fp32"
 )
 
+Settings = dict[str, Any]
+"""Fields of TrainConfig that make a layout."""
+DDP: Settings = {"parallelism": "ddp"}
+FSDP: Settings = {"parallelism": "fsdp"}
+HSDP: Settings = {"parallelism": "hsdp", "fsdp_size": 2}
+TP: Settings = {"tensor_parallel": 2}
+MUON: Settings = {"optimizer": "muon"}
+
 
 class Recorder(Console):
     """Keeps the events of a run."""

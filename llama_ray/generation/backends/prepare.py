@@ -11,7 +11,6 @@ from llama_ray.generation.backends.cpu import build, ops
 from llama_ray.generation.backends.cpu.backend import CpuBackend
 from llama_ray.generation.backends.quantize import GROUP_SIZE, Quantization, check_quantization
 from llama_ray.generation.sampling.draw import TORCH_OPS, SamplerOps
-from llama_ray.generation.sampling.sampler import Sampler
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
@@ -68,11 +67,6 @@ def sampler_ops(device: torch.device) -> SamplerOps:
     if device.type == "cpu" and build.load() is not None:
         return SamplerOps(ops.top_candidates, ops.draw_filtered, ops.draw_from_all)
     return TORCH_OPS
-
-
-def make_sampler(device: torch.device) -> Sampler:
-    """Return a sampler for logits on `device`."""
-    return Sampler(sampler_ops(device))
 
 
 def _check_quantization(model: Llama, quantization: Quantization | None) -> None:

@@ -28,7 +28,7 @@ from llama_ray.training.parallel.layout import choose_layout
 from llama_ray.training.parallel.parallelize import gather_model, parallelize
 from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.training.step import Stepper
-from tests.training.helpers import in_processes
+from tests.training.helpers import DDP, FSDP, HSDP, MUON, TP, Settings, in_processes
 
 CPU = torch.device("cpu")
 STEPS, SEQUENCES, MICRO_STEPS, LENGTH = 5, 8, 2, 32
@@ -37,12 +37,6 @@ FP32_TOLERANCE = 1e-4
 BF16_TOLERANCE = 2e-3
 """The same where matrix products, or the iterations of Muon, are in bf16."""
 
-Settings = dict[str, Any]
-DDP: Settings = {"parallelism": "ddp"}
-FSDP: Settings = {"parallelism": "fsdp"}
-HSDP: Settings = {"parallelism": "hsdp", "fsdp_size": 2}
-TP: Settings = {"tensor_parallel": 2}
-MUON: Settings = {"optimizer": "muon"}
 TIED: Settings = {"tie_embeddings": True}
 BF16: Settings = {"precision": "bf16"}
 Z_LOSS: Settings = {"z_loss": 1e-2}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import TrainConfig
 
@@ -13,10 +11,3 @@ MODEL = LlamaConfig.preset(
 )
 # fp32, because in bf16 a CPU attends to short sequences in a way that no GPU does.
 RUN = TrainConfig(precision="fp32", batch_size=4)
-
-Settings = dict[str, Any]
-DDP: Settings = {"parallelism": "ddp"}
-FSDP: Settings = {"parallelism": "fsdp"}
-HSDP: Settings = {"parallelism": "hsdp", "fsdp_size": 2}
-TP: Settings = {"tensor_parallel": 2}
-MUON: Settings = {"optimizer": "muon"}

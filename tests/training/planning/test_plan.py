@@ -8,7 +8,8 @@ import pytest
 
 from llama_ray.training.parallel.layout import GIB
 from llama_ray.training.planning.plan import Cluster, make_plan
-from tests.training.planning.helpers import DDP, FSDP, HSDP, MODEL, RUN, TP, Settings
+from tests.training.helpers import DDP, FSDP, HSDP, TP, Settings
+from tests.training.planning.helpers import MODEL, RUN
 
 SLOW = Cluster(gpus=4, gpu_memory_bytes=80 * GIB, gpus_per_node=2, node_bandwidth=1e9, network_bandwidth=1e6)
 """Two nodes whose GPUs communicate for much longer than they compute."""

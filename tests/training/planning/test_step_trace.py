@@ -21,8 +21,8 @@ from llama_ray.training.parallel.process_group import world_size
 from llama_ray.training.planning.memory_trace import Kind
 from llama_ray.training.planning.step_trace import StepTrace, trace_step, watch_step
 from llama_ray.training.step import Stepper
-from tests.training.helpers import in_processes
-from tests.training.planning.helpers import FSDP, HSDP, MODEL, MUON, RUN, TP, Settings
+from tests.training.helpers import FSDP, HSDP, MUON, TP, Settings, in_processes
+from tests.training.planning.helpers import MODEL, RUN
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, tuple[int, Settings]] = {

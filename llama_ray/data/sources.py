@@ -9,11 +9,13 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pyarrow import fs
+from typing import TYPE_CHECKING, Any
 
 from llama_ray.storage.paths import is_uri
+
+if TYPE_CHECKING:
+    # pyarrow is imported at its first use, because models train and generate on machines that lack it.
+    from pyarrow import fs
 
 BUILTIN = "builtin"
 """The source that is the source code of the running interpreter's standard library."""
@@ -105,6 +107,8 @@ def _local(path: Path, name: str, root: str = "") -> Iterator[File]:
 
 def _remote(uri: str) -> Iterator[File]:
     """Yield the files behind a URI; what follows '?' configures the file system (`endpoint_override` ...)."""
+    from pyarrow import fs
+
     head, _, options = uri.partition("?")
     scheme, _, rest = head.partition("://")
     root = f"{scheme}://{rest.split('/')[0]}/" + (f"?{options}" if options else "")
@@ -115,14 +119,12 @@ def _remote(uri: str) -> Iterator[File]:
             f"cannot read source {uri!r} ({error}); give a URI that pyarrow can open, such as s3://bucket/folder"
         ) from error
     found = system.get_file_info(base)
-    if found.type == fs.FileType.Directory:
-        infos = system.get_file_info(fs.FileSelector(base, recursive=True))
-    else:
-        infos = [found]
+    is_directory = found.type.name == "Directory"
+    infos = system.get_file_info(fs.FileSelector(base, recursive=True)) if is_directory else [found]
     for info in infos:
         name = info.path[len(base) :].strip("/") or info.base_name
         hidden = any(part.startswith(".") for part in name.split("/"))
-        wanted = info.type == fs.FileType.File and info.size and not hidden
+        wanted = info.is_file and info.size and not hidden
         if wanted and _is_text(info.base_name, root, info.path):
             yield File(name, root, info.path, info.size, info.mtime_ns or 0)
 
@@ -146,6 +148,8 @@ def _is_text(name: str, root: str, path: str) -> bool:
 @functools.lru_cache(maxsize=8)
 def _file_system(root: str) -> fs.FileSystem:
     # Cached because finding the region of a bucket takes a round trip.
+    from pyarrow import fs
+
     return fs.FileSystem.from_uri(root)[0]
 
 

@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from pyarrow import fs
-
 from llama_ray.storage import store
 from llama_ray.utils.errors import first_line
 
@@ -62,9 +60,7 @@ def list_checkpoints(run: str) -> list[str]:
     filesystem, path = store.open_storage(run)
     names = sorted((n for n in store.list_directories(run) if n.startswith("step_")), reverse=True)
     return [
-        store.join(run, name)
-        for name in names
-        if filesystem.get_file_info(f"{path}/{name}/{MARKER}").type == fs.FileType.File
+        store.join(run, name) for name in names if filesystem.get_file_info(f"{path}/{name}/{MARKER}").is_file
     ]
 
 
@@ -107,7 +103,7 @@ def remove_checkpoint(checkpoint: str) -> None:
     """Delete a checkpoint, its marker first, so that after a crash the rest does not count as a checkpoint."""
     store.delete(store.join(checkpoint, MARKER))
     filesystem, path = store.open_storage(checkpoint)
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+    if filesystem.get_file_info(path).type.name == "Directory":
         filesystem.delete_dir(path)
 
 

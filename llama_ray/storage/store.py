@@ -7,12 +7,14 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
-
-from pyarrow import fs
+from typing import TYPE_CHECKING, BinaryIO
 
 from llama_ray.storage import atomic
 from llama_ray.storage.paths import is_uri
+
+if TYPE_CHECKING:
+    # pyarrow is imported at its first use, because models train and generate on machines that lack it.
+    from pyarrow import fs
 
 _CHUNK_BYTES = 1 << 22
 _CHUNKS_IN_FLIGHT = 16
@@ -24,12 +26,14 @@ class StorageError(ValueError):
 
 def open_storage(location: str) -> tuple[fs.FileSystem, str]:
     """Return (filesystem, path on it) of an absolute path or a URI. Raises ValueError for anything else."""
+    from pyarrow import fs
+
     return fs.FileSystem.from_uri(location)  # type: ignore[no-any-return]
 
 
 def is_local(location: str) -> bool:
     """Whether `location` is on this machine or mounted on it, not in an object store."""
-    return isinstance(open_storage(location)[0], fs.LocalFileSystem)
+    return bool(open_storage(location)[0].type_name == "local")
 
 
 def join(location: str, name: str) -> str:
@@ -53,18 +57,18 @@ def make_directory(location: str) -> None:
 
 def list_files(location: str) -> list[str]:
     """Return the names of the files directly in the directory `location`, sorted; none if it does not exist."""
-    return _names(location, fs.FileType.File)
+    return _names(location, "File")
 
 
 def list_directories(location: str) -> list[str]:
     """Return the names of the directories directly in `location`, sorted; none if it does not exist."""
-    return _names(location, fs.FileType.Directory)
+    return _names(location, "Directory")
 
 
 def read_text(file: str) -> str | None:
     """Return the content of `file`; None if it does not exist."""
     filesystem, path = open_storage(file)
-    if filesystem.get_file_info(path).type != fs.FileType.File:
+    if not filesystem.get_file_info(path).is_file:
         return None
     with filesystem.open_input_stream(path) as stream:
         return str(stream.read().decode())
@@ -85,7 +89,7 @@ def replacing(file: str) -> Iterator[BinaryIO]:
     """
     filesystem, path = open_storage(file)
     filesystem.create_dir(str(Path(path).parent), recursive=True)
-    if isinstance(filesystem, fs.LocalFileSystem):
+    if filesystem.type_name == "local":
         with atomic.replacing(Path(path)) as local_stream:
             yield local_stream
     else:
@@ -97,7 +101,7 @@ def replacing(file: str) -> Iterator[BinaryIO]:
 def delete(file: str) -> None:
     """Delete `file`, unless it does not exist."""
     filesystem, path = open_storage(file)
-    if filesystem.get_file_info(path).type == fs.FileType.File:
+    if filesystem.get_file_info(path).is_file:
         filesystem.delete_file(path)
 
 
@@ -128,13 +132,17 @@ def upload(source: Path, target: str) -> None:
 
 def download(source: str, target: Path) -> None:
     """Copy the directory `source` to the local directory `target`."""
+    from pyarrow import fs
+
     filesystem, path = open_storage(source)
     fs.copy_files(
         path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem()
     )
 
 
-def _names(location: str, kind: fs.FileType) -> list[str]:
+def _names(location: str, kind: str) -> list[str]:
+    from pyarrow import fs
+
     filesystem, path = open_storage(location)
     found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found if info.type == kind)
+    return sorted(info.base_name for info in found if info.type.name == kind)

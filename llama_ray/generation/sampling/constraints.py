@@ -6,17 +6,20 @@ import json
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.utils.integers import ceil_div
+
+if TYPE_CHECKING:
+    # Imported where it is used: engines without constrained output, as on bare GPU machines, do not need the package.
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 # A compiled grammar takes some hundred kilobytes.
 _MAX_CACHED_GRAMMARS = 64
@@ -77,6 +80,10 @@ class Grammars:
         if self._tokenizer is None or not self._eos_ids:
             missing = "a tokenizer" if self._tokenizer is None else "an end-of-text token"
             raise ValueError(f"{name} needs a model with {missing}, and this one has none")
+        try:
+            from llguidance import LLMatcher
+        except ImportError as error:
+            raise ValueError(f"{name} needs the package llguidance; pip install llguidance") from error
         if params.regex is not None:
             grammar = LLMatcher.grammar_from_regex(params.regex)
         else:
@@ -94,6 +101,8 @@ class Grammars:
             return Constraint(matcher.deep_copy())
 
     def _compile(self, name: str, grammar: str, tokenizer: Tokenizer) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
         if self._backend is None:
             try:
                 self._backend = LLTokenizer(
@@ -146,6 +155,8 @@ class TokenMasks:
                 size += len(draft) + 1
         bits = np.full((size, ceil_div(vocab_size, 32)), 0xFFFFFFFF, dtype=np.uint32)
         if self._executor is None:
+            from llguidance import LLExecutor
+
             self._executor = LLExecutor()
         target = (bits.ctypes.data, bits.strides[0], size)
         if plain:

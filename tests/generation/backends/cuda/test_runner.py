@@ -20,7 +20,8 @@ from llama_ray.generation.backends.runner import Runner
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from tests.generation.backends.cuda.test_attention import BLOCK_SIZE, step
-from tests.small_models import dequantize, random_model
+from tests.generation.helpers import dequantize
+from tests.small_models import random_model
 
 CHUNKS = [(17, 17), (1, 33), (1, 1), (4, 20)]
 DECODES = [(1, 18), (1, 34), (1, 2), (1, 21), (1, 16)]

@@ -228,8 +228,8 @@ def _report_prompts(logits: StepLogits) -> None:
     tokens = [sequence.prompt[position] for sequence, position in logits.reported]
     numbers = [sequence.params.prompt_logprobs or 0 for sequence, _ in logits.reported]
     reports = token_logprobs(logits.prompt, tokens, numbers)
-    for (sequence, _), report in zip(logits.reported, reports, strict=True):
-        sequence.prompt_logprobs.append(report)
+    for (sequence, position), report in zip(logits.reported, reports, strict=True):
+        sequence.prompt_report.add(position, report)
 
 
 def _release_memory() -> None:

@@ -121,10 +121,11 @@ def _reported(chunks: list[Chunk]) -> tuple[list[int], list[tuple[SequenceState,
     start = 0
     for chunk in chunks:
         sequence = chunk.sequence
-        if sequence.params.prompt_logprobs is not None and not sequence.output:
-            first = sequence.computed
-            count = min(chunk.length, len(sequence.prompt) - 1 - first)
-            rows += range(start, start + count)
-            predicted += [(sequence, first + i + 1) for i in range(count)]
+        if not sequence.prompt_report.complete:
+            # After a preemption the first tokens are reported already.
+            first = max(sequence.computed, sequence.prompt_report.reported)
+            end = min(sequence.computed + chunk.length, len(sequence.prompt) - 1)
+            rows += range(start + first - sequence.computed, start + end - sequence.computed)
+            predicted += [(sequence, position + 1) for position in range(first, end)]
         start += chunk.length + len(chunk.draft)
     return rows, predicted

@@ -11,6 +11,7 @@ from llama_ray.generation.sampling.constraints import Constraint
 from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 from llama_ray.generation.sampling.penalties import TokenCounts
 from llama_ray.generation.sampling.sampler import NOT_FINITE, Sample
+from llama_ray.generation.scheduling.prompt_report import PromptReport
 from llama_ray.generation.scheduling.text import TextOutput
 from llama_ray.generation.stats import RequestStats
 
@@ -96,7 +97,9 @@ class SequenceState:
         # Of the full blocks that were published.
         self.digests: list[bytes] = []
         self.computed = self.reused = self.draft_computed = 0
-        self.prompt_logprobs: list[TokenLogprob] = []
+        self.prompt_report: PromptReport = (
+            PromptReport(params, len(prompt)) if leader is None else leader.prompt_report
+        )
         self.stats = RequestStats(arrived=time.monotonic(), prompt_tokens=len(prompt))
         self.end_ids = frozenset([*(() if params.ignore_eos else eos_ids), *params.stop_token_ids])
         self.counts = TokenCounts.of(params, prompt)
@@ -116,7 +119,7 @@ class SequenceState:
     @property
     def may_reuse(self) -> bool:
         """Whether cached blocks may be used; log-probabilities of the prompt need all of its logits."""
-        return self.params.prompt_logprobs is None or bool(self.output)
+        return self.prompt_report.complete
 
     def append(self, samples: Sequence[Sample]) -> Delta:
         """Append sampled tokens, in order, until the sequence ends; a sample without a token ends it with an error."""
@@ -124,6 +127,8 @@ class SequenceState:
         token_ids: list[int] = []
         logprobs: list[TokenLogprob] | None = None if self.params.logprobs is None else []
         finish: FinishReason | None = None
+        # All candidates of a request report its prompt, with their first delta.
+        prompt_logprobs = None if self.output else self.prompt_report.entries
         for sample in samples:
             if sample.token_id is None:
                 reason = sample.error or NOT_FINITE
@@ -135,7 +140,7 @@ class SequenceState:
                 logprobs.append(sample.logprob)
             if finish is not None:
                 break
-        return self._delta("".join(texts), token_ids, logprobs, finish)
+        return self._delta("".join(texts), token_ids, logprobs, finish, prompt_logprobs=prompt_logprobs)
 
     def fail(self, reason: str) -> Delta:
         """End the sequence with an error."""
@@ -164,13 +169,13 @@ class SequenceState:
         logprobs: list[TokenLogprob] | None,
         finish: FinishReason | None,
         error: str | None = None,
+        prompt_logprobs: list[TokenLogprob] | None = None,
     ) -> Delta:
         now = time.monotonic()
         self.stats.count(len(token_ids), now)
         if finish is not None:
             self.stats.finished = now
             self.stats.reused_tokens = self.reused
-        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs or None, []
         stats = self.stats if finish is not None else None
         return Delta(
             self.request_id, self.index, text, token_ids, logprobs, finish, error, prompt_logprobs, stats

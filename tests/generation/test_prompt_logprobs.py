@@ -1,0 +1,54 @@
+"""Log-probabilities of a prompt's own tokens, however the prompt is computed."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.backends.prepare import prepare
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.model.llama import Llama
+from tests.generation.helpers import random_prompts
+
+
+def wanted(n: int = 1, seed: int = 0) -> SamplingParams:
+    return SamplingParams(max_tokens=30, seed=seed, prompt_logprobs=2, n=n, ignore_eos=True)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_chunks_and_preemption_report_each_token_of_a_prompt_once(
+    model: Llama, tokenizer: Tokenizer, n: int
+) -> None:
+    prompts = random_prompts(model, 40)
+    backend = prepare(copy.deepcopy(model))
+    alone = Engine(backend, tokenizer)
+    expected = [c for i, prompt in enumerate(prompts) for c in alone.generate([prompt], wanted(n, i))]
+    few_blocks = 8 * backend.block_bytes
+    engine = Engine(
+        backend, tokenizer, max_num_seqs=6, max_num_batched_tokens=8, kv_cache_memory_bytes=few_blocks
+    )
+    got = engine.generate(prompts, [wanted(n, i) for i in range(len(prompts))])
+    assert engine.stats.preemptions > 3
+    assert got == expected
+    for completion in got:
+        assert completion.prompt_logprobs is not None
+        assert [p.token_id for p in completion.prompt_logprobs] == completion.prompt_token_ids[1:]
+
+
+def test_candidates_that_start_later_report_the_prompt_too_but_compute_it_once(
+    model: Llama, tokenizer: Tokenizer
+) -> None:
+    prompt = [random.Random(0).randrange(300) for _ in range(100)]
+    engine = Engine(model, tokenizer, max_num_seqs=2)
+    first, *others = engine.generate([prompt], wanted(n=6))
+    assert engine.stats.prompt_tokens == 100 + 4 * (100 - 96)
+    assert all(c.prompt_logprobs == first.prompt_logprobs for c in others)
+
+
+def test_a_prompt_of_one_token_has_an_empty_report(engine: Engine) -> None:
+    assert engine.generate([[1]], wanted())[0].prompt_logprobs == []
+    assert engine.generate([[1]])[0].prompt_logprobs is None

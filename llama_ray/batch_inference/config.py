@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.utils.errors import UserError
 
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
-class BatchError(ValueError):
-    """A job that cannot start or continue; the message is one line with the way out."""
+class BatchError(UserError):
+    """A job that cannot start or continue."""
 
 
 @dataclass(frozen=True)

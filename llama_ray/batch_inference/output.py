@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from pyarrow import fs
@@ -48,14 +49,18 @@ class Output:
     def __init__(self, location: str) -> None:
         self.location = location
 
+    @cached_property
+    def _path(self) -> str:
+        return store.open_storage(self.location)[1]
+
     def owns(self, path: str) -> bool:
-        """Whether a file is this output or one of the job's files beside it."""
-        own = self.location.partition("?")[0]
+        """Whether the file with this path on its storage is the output or one of the job's files beside it."""
+        own = self._path
         return path in (own, own + _RECORD) or path.startswith(f"{own}{_PARTS}/")
 
     def record(self) -> JobRecord | None:
         """Return the record beside the output, None if there is none. Raises StorageError if it cannot be read."""
-        file = self._beside(_RECORD)
+        file = store.beside(self.location, _RECORD)
         try:
             text = store.read_text(file)
             if text is None:
@@ -89,7 +94,7 @@ class Output:
 
     def partitions_directory(self, record: JobRecord) -> str:
         """Return the directory for the partitions of one job. Late writers of another job use another one."""
-        return self._beside(f"{_PARTS}/{record.key}")
+        return store.beside(self.location, f"{_PARTS}/{record.key}")
 
     def finish(self, record: JobRecord, partitions: Sequence[Partition]) -> Counts:
         """Join all partitions in order and return the counts of all. Raises StorageError if one is not whole.
@@ -113,16 +118,12 @@ class Output:
 
     def _write_record(self, record: JobRecord) -> None:
         text = json.dumps(asdict(record), indent=2, sort_keys=True) + "\n"
-        store.write_text(self._beside(_RECORD), text)
+        store.write_text(store.beside(self.location, _RECORD), text)
 
     def _remove_partitions(self) -> None:
-        filesystem, path = store.open_storage(self._beside(_PARTS))
+        filesystem, path = store.open_storage(store.beside(self.location, _PARTS))
         if filesystem.get_file_info(path).type == fs.FileType.Directory:
             filesystem.delete_dir(path)
-
-    def _beside(self, suffix: str) -> str:
-        path, mark, options = self.location.partition("?")
-        return path + suffix + mark + options
 
     @contextmanager
     def _errors(self, verb: str, way_out: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from llama_ray.data.sources import File, SourceError, files, open_file
+from llama_ray.storage import store
 from llama_ray.storage.paths import is_uri
 
 MIN_PARTITION_ROWS, _MAX_PARTITION_ROWS = 32, 256
@@ -130,7 +131,7 @@ class _InputLine(NamedTuple):
 
 def _input_lines(source: str, is_output: Callable[[str], bool]) -> Iterator[_InputLine]:
     for file in sorted(files(source), key=lambda file: file.name):
-        if not _is_requested(source, file.name) or is_output(_full_path(file)):
+        if not _is_requested(source, file.name) or is_output(file.path):
             continue
         if file.name.endswith(_COMPRESSED):
             raise SourceError(f"{file.path} is compressed; decompress it first")
@@ -220,8 +221,4 @@ def _buffered(file: Any) -> BinaryIO:
 def _is_requested(source: str, name: str) -> bool:
     """Whether the user named this file, by path or pattern; of a folder only `.jsonl` files count."""
     by_pattern = glob.has_magic(source) and not is_uri(source)
-    return name.endswith(".jsonl") or by_pattern or source.partition("?")[0].endswith(f"/{name}")
-
-
-def _full_path(file: File) -> str:
-    return file.path if not file.root else f"{file.root.partition('://')[0]}://{file.path}"
+    return name.endswith(".jsonl") or by_pattern or store.name_of(source) == name

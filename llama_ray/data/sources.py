@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_ray.storage import store
 from llama_ray.storage.paths import is_uri
+from llama_ray.utils.errors import UserError
 
 if TYPE_CHECKING:
     # pyarrow is imported at its first use, because models train and generate on machines that lack it.
@@ -24,8 +26,8 @@ _SNIFFED_BYTES = 8 * 1024
 _TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".jsonl"})
 
 
-class SourceError(ValueError):
-    """A source that cannot be read or holds no text; the message is one line with the way out."""
+class SourceError(UserError):
+    """A source that cannot be read or holds no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def _remote(uri: str) -> Iterator[File]:
     scheme, _, rest = head.partition("://")
     root = f"{scheme}://{rest.split('/')[0]}/" + (f"?{options}" if options else "")
     try:
-        system, base = fs.FileSystem.from_uri(uri)
+        system, base = store.open_storage(uri)
     except ValueError as error:  # ArrowInvalid: an unknown scheme or a malformed URI.
         raise SourceError(
             f"cannot read source {uri!r} ({error}); give a URI that pyarrow can open, such as s3://bucket/folder"

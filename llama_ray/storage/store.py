@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import quote, unquote
 
 from llama_ray.storage import atomic
 from llama_ray.storage.paths import is_uri
+from llama_ray.utils.errors import UserError
 
 if TYPE_CHECKING:
     # pyarrow is imported at its first use, because models train and generate on machines that lack it.
@@ -20,14 +22,17 @@ _CHUNK_BYTES = 1 << 22
 _CHUNKS_IN_FLIGHT = 16
 
 
-class StorageError(ValueError):
-    """A location that cannot be used, or does not hold what was asked for; the message is one line with the way out."""
+class StorageError(UserError):
+    """A location that cannot be used, or does not hold what was asked for."""
 
 
 def open_storage(location: str) -> tuple[fs.FileSystem, str]:
     """Return (filesystem, path on it) of an absolute path or a URI. Raises ValueError for anything else."""
     from pyarrow import fs
 
+    if is_uri(location) and "#" in location:
+        # A URI ends there, so that this would be another directory.
+        raise StorageError(f"{location} is a URI with '#'; write it as %23")
     return fs.FileSystem.from_uri(location)  # type: ignore[no-any-return]
 
 
@@ -41,12 +46,22 @@ def join(location: str, name: str) -> str:
     if not is_uri(location):
         return f"{location}/{name}"
     path, question, options = location.partition("?")
-    return f"{path.rstrip('/')}/{name}{question}{options}"
+    return f"{path.rstrip('/')}/{quote(name)}{question}{options}"
+
+
+def beside(location: str, suffix: str) -> str:
+    """Return the location whose name is that of `location` with `suffix` appended."""
+    if not is_uri(location):
+        return location + suffix
+    path, question, options = location.partition("?")
+    return f"{path}{quote(suffix)}{question}{options}"
 
 
 def name_of(location: str) -> str:
     """Return the last component of a path or URI, which `join` appended."""
-    return location.partition("?")[0].rpartition("/")[2] if is_uri(location) else Path(location).name
+    if not is_uri(location):
+        return Path(location).name
+    return unquote(location.partition("?")[0].rpartition("/")[2])
 
 
 def make_directory(location: str) -> None:

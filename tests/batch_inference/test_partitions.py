@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.batch_inference.output import Output
+from llama_ray.batch_inference.output import JobRecord, Output
 from llama_ray.batch_inference.partitions import (
     Line,
     Partition,
@@ -89,5 +89,17 @@ def test_a_folder_that_contains_the_output_is_read_without_it(tmp_path: Path) ->
     output = Output(f"{tmp_path}/out.jsonl")
     assert partition_input(str(tmp_path), is_not_output).fingerprint != before
     assert partition_input(str(tmp_path), output.owns).fingerprint == before
+    with pytest.raises(SourceError, match="file other than the output"):
+        partition_input(output.location, output.owns)
+
+
+@pytest.mark.parametrize("name", ["what?.jsonl", "run#3.jsonl", "a%20b c.jsonl"])
+@pytest.mark.parametrize("as_uri", [False, True])
+def test_an_output_of_any_name_is_known_as_its_own(tmp_path: Path, name: str, as_uri: bool) -> None:
+    file = tmp_path / name
+    output = Output(file.as_uri() if as_uri else str(file))
+    output.start(JobRecord({}))
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.job.json"]
+    write_rows(file, [{"prompt": "b"}])
     with pytest.raises(SourceError, match="file other than the output"):
         partition_input(output.location, output.owns)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_ray.storage import store
 
-NAMES = st.text(st.characters(exclude_characters="/?\0", exclude_categories=["Cs"]), min_size=1).filter(
+NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1).filter(
     lambda name: name not in (".", "..")
 )
 
@@ -105,3 +105,26 @@ def test_a_path_is_local_and_a_relative_one_is_refused(tmp_path: Path) -> None:
     assert store.is_local(str(tmp_path))
     with pytest.raises(ValueError, match="relative"):
         store.open_storage("relative/path")
+
+
+def test_a_name_beside_a_location_comes_before_its_options() -> None:
+    assert store.beside("/runs/what?.jsonl", ".job.json") == "/runs/what?.jsonl.job.json"
+    assert store.beside("s3://b/out.jsonl?region=x", ".parts/a") == "s3://b/out.jsonl.parts/a?region=x"
+
+
+@pytest.mark.parametrize("folder", ["run#3", "what?", "a%20b", "a b", "Übung", "a;b&c=d", "file:x", "x@y:z"])
+def test_a_folder_may_have_any_name_as_a_path_and_quoted_as_a_uri(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    file = tmp_path / folder / "name"
+    for location, content in ((str(tmp_path), "path"), (tmp_path.as_uri(), "uri")):
+        store.write_text(store.join(store.join(location, folder), "name"), content)
+        assert file.read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+    assert store.list_directories(tmp_path.as_uri()) == [folder]
+
+
+def test_a_uri_that_an_unquoted_character_would_cut_is_refused() -> None:
+    with pytest.raises(
+        store.StorageError, match=r"s3://\*\*\*@bucket/run#3 is a URI with '#'; write it as %23"
+    ):
+        store.open_storage("s3://key:secret@bucket/run#3")

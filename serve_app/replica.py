@@ -120,7 +120,7 @@ class LlamaReplica:
     async def _answer(
         self, request: GenerationRequest, prompts: list[list[int]]
     ) -> AsyncGenerator[Started | list[ChoiceDelta]]:
-        with self._engine.submit(prompts, request.params) as batches:
+        async with self._engine.submit(prompts, request.params) as batches:
             yield Started(self._info, sum(len(ids) for ids in prompts))
             deltas = self._choice_deltas(request, prompts, batches)
             if request.stream:

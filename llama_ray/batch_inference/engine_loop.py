@@ -42,13 +42,14 @@ class EngineLoop:
         answer = _Answer(sampling_params.n)
         with self._lock:
             thread = self._running_thread()
-            ids = thread.engine.encode(prompt)
-            try:
-                thread.submit(ids, sampling_params, answer)
-            except GenerationError as error:
-                # The engine has crashed since `_running_thread` looked.
-                answer.receive(error)
-        return len(ids), answer.future
+        # Without the lock: compiling the grammar of one row delays no other.
+        request = thread.engine.prepare(prompt, sampling_params)
+        try:
+            thread.add(request, answer)
+        except GenerationError as error:
+            # The engine has crashed since `_running_thread` looked.
+            answer.receive(error)
+        return len(request.prompt), answer.future
 
     def _running_thread(self) -> EngineThread[_Answer]:
         """Return the engine's thread, after a crash one with a new engine."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from llama_ray.generation.completion import GenerationError
-from llama_ray.generation.engine import Engine, Prompt
+from llama_ray.generation.engine import Engine, Prompt, Request
 from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
@@ -27,6 +28,10 @@ class _Receiver:
     number: int
 
 
+MAX_COMPILING_REQUESTS = 64
+"""Requests that wait for their grammar at once; others wait for one of them."""
+
+
 class AsyncEngine:
     """Streams the deltas of requests from an engine that runs in a thread of its own.
 
@@ -36,34 +41,42 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._thread = EngineThread(engine, _deliver)
+        # Not the event loop's own threads, which a few costly grammars would occupy.
+        self._compiling = ThreadPoolExecutor(MAX_COMPILING_REQUESTS, "grammar")
 
     @property
     def ended(self) -> str | None:
         """Why the engine has ended, by a crash or by `stop`; None while it runs."""
         return self._thread.ended
 
-    @contextmanager
-    def submit(
+    @asynccontextmanager
+    async def submit(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams
-    ) -> Iterator[AsyncIterator[list[PromptDelta]]]:
+    ) -> AsyncIterator[AsyncIterator[list[PromptDelta]]]:
         """Queue a request for each prompt; give an iterator over lists of deltas, at most one for each candidate.
 
         What is ready at the same moment comes together, so a slow reader gets fewer and larger deltas; nothing waits
-        for more. Entering raises ValueError for a prompt that cannot be served. Iterating raises GenerationError if the
+        for more. A grammar is compiled while the event loop goes on. Entering raises ValueError for a prompt that
+        cannot be served, and GenerationError if the engine has ended. Iterating raises GenerationError if the
         engine could not finish one. Leaving aborts what is unfinished.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Item]]()
         request_ids: list[int] = []
         try:
-            for number, prompt in enumerate(prompts):
-                # Encode before `submit` takes the lock that deliveries need.
-                ids = self.engine.encode(prompt)
-                receiver = _Receiver(loop, queue, number)
-                request_ids.append(self._thread.submit(ids, sampling_params, receiver))
+            for number, request in enumerate(await self._prepare(prompts, sampling_params)):
+                request_ids.append(self._thread.add(request, _Receiver(loop, queue, number)))
             yield _batches(queue, len(prompts) * sampling_params.n)
         finally:
             for request_id in request_ids:
                 self._thread.abort(request_id)
+
+    async def _prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Request]:
+        def prepare() -> list[Request]:
+            return [self.engine.prepare(prompt, params) for prompt in prompts]
+
+        if not params.constrained:
+            return prepare()
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, prepare)
 
     async def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -73,7 +86,7 @@ class AsyncEngine:
         Closing the iterator, or cancelling the task that waits for it, aborts the request. The first `anext` raises
         ValueError for a request that cannot be served; GenerationError is raised if the engine could not finish it.
         """
-        with self.submit([prompt], sampling_params or SamplingParams()) as batches:
+        async with self.submit([prompt], sampling_params or SamplingParams()) as batches:
             async for batch in batches:
                 for _, delta in batch:
                     yield delta
@@ -81,6 +94,7 @@ class AsyncEngine:
     def stop(self) -> None:
         """End the thread after its current step, and close the engine; open streams raise GenerationError."""
         self._thread.stop()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
 
 
 def _deliver(items: list[tuple[_Receiver, Item]]) -> None:

@@ -8,7 +8,7 @@ import random
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ from llama_ray.generation.loading import load
 from llama_ray.generation.options import EngineOptions, RunOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.progress import ProgressBar
-from llama_ray.generation.sampling.constraints import Grammars
+from llama_ray.generation.sampling.constraints import Constraint, Grammars
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.blocks import BlockPool
 from llama_ray.generation.scheduling.scheduler import Scheduler
@@ -38,6 +38,16 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `Engine.prepare` has made of a prompt: checked token ids, and a constraint or None for each candidate."""
+
+    prompt: list[int]
+    params: SamplingParams
+    constraints: list[Constraint | None]
+
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 256, 2048
 """Default `max_num_batched_tokens`: enough for efficient matrix products."""
@@ -165,9 +175,9 @@ class Engine:
         request_ids: list[int] = []
         deltas: defaultdict[tuple[int, int], list[Delta]] = defaultdict(list)
         try:
-            for prompt, params in requests:
-                request_ids.append(self.submit(prompt, params))
-            with ProgressBar(sum(params.n for _, params in requests), shown=progress) as bar:
+            for request in requests:
+                request_ids.append(self.add(request))
+            with ProgressBar(sum(request.params.n for request in requests), shown=progress) as bar:
                 while self.has_work:
                     new = self.step()
                     bar.count(new)
@@ -180,17 +190,17 @@ class Engine:
             for request_id in request_ids:
                 self.abort(request_id)
         return [
-            Completion.of(deltas[request_id, index], prompt)
-            for request_id, (prompt, params) in zip(request_ids, requests, strict=True)
-            for index in range(params.n)
+            Completion.of(deltas[request_id, index], request.prompt)
+            for request_id, request in zip(request_ids, requests, strict=True)
+            for index in range(request.params.n)
         ]
 
     def _requests_for(
         self,
         prompts: str | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[tuple[list[int], SamplingParams]]:
-        """Return the checked token ids and parameters of each prompt."""
+    ) -> list[Request]:
+        """Return the checked request for each prompt."""
         encoded = [self.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(encoded)
@@ -199,10 +209,7 @@ class Engine:
                 f"sampling_params has {len(sampling_params)} entries and prompts {len(encoded)}; give one for each "
                 "prompt, or one SamplingParams for all"
             )
-        requests = list(zip(encoded, sampling_params, strict=True))
-        for ids, params in requests:
-            self._limits.check(ids, params)
-        return requests
+        return [self.prepare(ids, params) for ids, params in zip(encoded, sampling_params, strict=True)]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids: text starts with bos if the tokenizer has one, ids stay as they are.
@@ -224,19 +231,30 @@ class Engine:
 
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a request; return its id, which its deltas carry. Raises ValueError if it cannot be served."""
+        return self.add(self.prepare(prompt, sampling_params))
+
+    def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
+        """Return a request that has been checked, for `add`. Raises ValueError if it cannot be served.
+
+        Takes no lock: text is encoded and a grammar compiled while steps and other submissions go on.
+        """
         params = sampling_params or SamplingParams()
         ids = self.encode(prompt)
         self._limits.check(ids, params)
-        constraints = [self._grammars.constraint(params) for _ in range(params.n)]
+        return Request(ids, params, [self._grammars.constraint(params) for _ in range(params.n)])
+
+    def add(self, request: Request) -> int:
+        """Queue a request that this engine has prepared; return its id. Never waits for long."""
+        params = request.params
         with self._lock:
             request_id = next(self._requests)
             seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
             leader: SequenceState | None = None
-            for index, constraint in enumerate(constraints):
+            for index, constraint in enumerate(request.constraints):
                 stream = self.tokenizer.stream() if self.tokenizer else None
                 text = TextOutput(stream, params.stop_strings, params.min_tokens)
                 candidate = SequenceState(
-                    request_id, index, ids, params, seed, text, self.eos_ids, constraint, leader
+                    request_id, index, request.prompt, params, seed, text, self.eos_ids, constraint, leader
                 )
                 leader = leader or candidate
                 self._scheduler.add(candidate)

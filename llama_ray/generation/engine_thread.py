@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from llama_ray.generation.completion import GenerationError
-from llama_ray.generation.engine import Engine, Prompt
+from llama_ray.generation.engine import Engine, Prompt, Request
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 
@@ -23,10 +23,10 @@ Deliver = Callable[[list[tuple[Receiver, Item]]], None]
 
 
 @dataclass
-class _Request(Generic[Receiver]):
+class _Unfinished(Generic[Receiver]):
     receiver: Receiver
-    unfinished: int
-    """Candidates that have not finished."""
+    candidates: int
+    """How many have not finished."""
 
 
 class EngineThread(Generic[Receiver]):
@@ -40,7 +40,7 @@ class EngineThread(Generic[Receiver]):
     def __init__(self, engine: Engine, deliver: Deliver[Receiver]) -> None:
         self.engine = engine
         self._deliver = deliver
-        self._requests: dict[int, _Request[Receiver]] = {}
+        self._requests: dict[int, _Unfinished[Receiver]] = {}
         self._ended: str | None = None
         # Guards _requests and _ended.
         self._wake = threading.Condition()
@@ -57,11 +57,15 @@ class EngineThread(Generic[Receiver]):
 
         Raises ValueError if it cannot be served, and GenerationError if the engine has ended.
         """
+        return self.add(self.engine.prepare(prompt, sampling_params), receiver)
+
+    def add(self, request: Request, receiver: Receiver) -> int:
+        """Queue a request that the engine has prepared; return its id. Raises GenerationError as `submit` does."""
         with self._wake:
             if self._ended is not None:
                 raise GenerationError(self._ended)
-            request_id = self.engine.submit(prompt, sampling_params)
-            self._requests[request_id] = _Request(receiver, sampling_params.n)
+            request_id = self.engine.add(request)
+            self._requests[request_id] = _Unfinished(receiver, request.params.n)
             self._wake.notify()
         return request_id
 
@@ -97,12 +101,12 @@ class EngineThread(Generic[Receiver]):
             _log.exception("the engine's thread ends")
             self._end(f"the engine crashed: {type(error).__name__}: {error}")
 
-    def _take(self, request_id: int, deltas: list[Delta]) -> _Request[Receiver] | None:
+    def _take(self, request_id: int, deltas: list[Delta]) -> _Unfinished[Receiver] | None:
         """Return the request of deltas, and forget it if they are its last; None if it was aborted."""
         request = self._requests.get(request_id)
         if request is not None:
-            request.unfinished -= sum(delta.finish_reason is not None for delta in deltas)
-            if not request.unfinished:
+            request.candidates -= sum(delta.finish_reason is not None for delta in deltas)
+            if not request.candidates:
                 del self._requests[request_id]
         return request
 

@@ -15,7 +15,7 @@ from llama_ray.batch_inference.output import JobRecord, Output
 from llama_ray.batch_inference.partition_file import finished_files
 from llama_ray.batch_inference.partitions import PartitionedInput, partition_input
 from llama_ray.batch_inference.replica import Replica, ReplicaConfig
-from llama_ray.generation.engine import Engine, Prompt
+from llama_ray.generation.engine import Engine, Request
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 from tests.batch_inference.helpers import read_rows, write_rows
@@ -34,10 +34,10 @@ class CrashingEngine(Engine):
         super().__init__(*arguments, **options)
         type(self).loads += 1
 
-    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        if POISON in prompt:
+    def add(self, request: Request) -> int:
+        if POISON in request.prompt:
             self.steps_left = 2
-        return super().submit(prompt, sampling_params)
+        return super().add(request)
 
     def step(self) -> list[Delta]:
         deltas = super().step()
@@ -54,9 +54,9 @@ class KillingEngine(Engine):
 
     poisoned = False
 
-    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        self.poisoned = self.poisoned or POISON in prompt
-        return super().submit(prompt, sampling_params)
+    def add(self, request: Request) -> int:
+        self.poisoned = self.poisoned or POISON in request.prompt
+        return super().add(request)
 
     def step(self) -> list[Delta]:
         deltas = super().step()

@@ -97,7 +97,7 @@ class SamplingParams:
         _check("n", self.n, 1 <= self.n <= MAX_N, f"1 to {MAX_N}")
 
     def _check_constraint(self) -> None:
-        if self.json_schema is None and self.regex is None:
+        if not self.constrained:
             return
         if self.json_schema is not None and self.regex is not None:
             raise ValueError("json_schema and regex are both given; give one of them")
@@ -106,6 +106,11 @@ class SamplingParams:
             raise ValueError(f"ignore_eos is True; it must be False with {name}, which ends the output")
         if self.json_schema is not None:
             _check_schema(self.json_schema)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether `json_schema` or `regex` limits the output."""
+        return self.json_schema is not None or self.regex is not None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

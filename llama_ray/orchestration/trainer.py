@@ -30,7 +30,6 @@ from llama_ray.storage.paths import absolute, is_uri
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
-from llama_ray.training.checkpointing.catalog import checkpoint_name
 from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
@@ -73,7 +72,7 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
             raise TrainingError(ending.error)
         if ending.stopped_at is not None:
             raise Stopped(ending.stopped_at)
-        return _register(job, run, store.join(job.directory, checkpoint_name(ending.step)))
+        return _register(job, run, store.join(job.directory, run_directory.checkpoint_name(ending.step)))
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """The output directory of training runs: which runs and which complete checkpoints it holds.
 
-A checkpoint is a directory `step_*`. The file that is written last, the marker, names all other files with their
-lengths and SHA-256. A directory without a marker is not a checkpoint; a checkpoint with a file that does not match the
-marker is damaged. Both are skipped.
+A checkpoint is a directory that `checkpoint_name` names. The file that is written last, the marker, names all other
+files with their lengths and SHA-256. A directory without a marker is not a checkpoint; a checkpoint with a file that
+does not match the marker is damaged. Both are skipped. Whatever else lies there is the user's: a copy or a link under
+another name is never continued from, and nothing that was not written here is deleted.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from llama_ray.storage import store
@@ -19,6 +22,24 @@ from llama_ray.utils.errors import first_line
 MARKER = "training.json"
 
 _GCS_RETRY_S = 1
+_OWN_FILE = re.compile(
+    # What a checkpoint is written as, and the temporary names under which a killed run may have left it.
+    r"(?P<name>(?:model|optimizer)-rank[0-9]{5,}\.safetensors|model\.safetensors\.index\.json"
+    r"|(?:config|generation_config|tokenizer|tokenizer_config|training)\.json)"
+    r"|\.(?P<partial>[\w.-]+)\.[0-9a-f]{8}"
+)
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the directory name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """Return the step whose `checkpoint_name` is `name`; None for any other name."""
+    match = re.fullmatch(r"step_([0-9]{8,})", name)
+    step = int(match[1]) if match else -1
+    return step if checkpoint_name(step) == name else None
 
 
 def check_writable(output_dir: str) -> None:
@@ -37,17 +58,22 @@ def check_writable(output_dir: str) -> None:
 
 
 def latest_run(output_dir: str) -> str:
-    """Return the name of the run in `output_dir` that saved a checkpoint last. Raises StorageError if there is none."""
-    runs = {
+    """Return the name of the run in `output_dir` that saved a checkpoint last. Raises StorageError if there is none.
+
+    A copy of a run is not considered beside the run itself, however new its files are.
+    """
+    newest = {
         name: last
         for name in store.list_directories(output_dir)
         if (last := latest_checkpoint(store.join(output_dir, name)))
     }
+    identities = {name: _identity(checkpoint) for name, checkpoint in newest.items()}
+    runs = [n for n, (run, id) in identities.items() if run == n or identities.get(run) != (run, id)]
     if not runs:
         raise store.StorageError(
             f"output_dir {output_dir} holds no run to resume; check --output_dir, or leave out --resume"
         )
-    return max(runs, key=lambda name: _modified_ns(store.join(runs[name], MARKER)))
+    return max(runs, key=lambda name: _modified_ns(store.join(newest[name], MARKER)))
 
 
 def latest_checkpoint(run: str) -> str | None:
@@ -56,11 +82,18 @@ def latest_checkpoint(run: str) -> str | None:
 
 
 def list_checkpoints(run: str) -> list[str]:
-    """Return the directories in `run` that have a marker, newest first, without further checks."""
-    filesystem, path = store.open_storage(run)
-    names = sorted((n for n in store.list_directories(run) if n.startswith("step_")), reverse=True)
+    """Return the directories in `run` that have a marker, newest first, without further checks.
+
+    One whose marker tells of another step is a copy that the user made, and not listed.
+    """
+    steps = {
+        step: name for name in store.list_directories(run) if (step := checkpoint_step(name)) is not None
+    }
+    checkpoints = {step: store.join(run, steps[step]) for step in sorted(steps, reverse=True)}
     return [
-        store.join(run, name) for name in names if filesystem.get_file_info(f"{path}/{name}/{MARKER}").is_file
+        checkpoint
+        for step, checkpoint in checkpoints.items()
+        if _has_marker(checkpoint) and (read_marker(checkpoint) or {}).get("step", step) == step
     ]
 
 
@@ -100,16 +133,44 @@ def changed_content(checkpoint: str, files: Iterable[str]) -> str | None:
 
 
 def remove_checkpoint(checkpoint: str) -> None:
-    """Delete a checkpoint, its marker first, so that after a crash the rest does not count as a checkpoint."""
-    store.delete(store.join(checkpoint, MARKER))
+    """Delete a checkpoint, its marker first, so that after a crash the rest does not count as a checkpoint.
+
+    Files that are not part of a checkpoint stay, and so does what a link leads to.
+    """
     filesystem, path = store.open_storage(checkpoint)
-    if filesystem.get_file_info(path).type.name == "Directory":
+    if store.is_local(checkpoint) and Path(path).is_symlink():
+        Path(path).unlink()
+        return
+    names = set((read_marker(checkpoint) or {"files": {}})["files"])
+    store.delete(store.join(checkpoint, MARKER))
+    for name in store.list_files(checkpoint):
+        if name in names or _is_own(name):
+            store.delete(store.join(checkpoint, name))
+    is_empty = not store.list_files(checkpoint) and not store.list_directories(checkpoint)
+    if is_empty and filesystem.get_file_info(path).type.name == "Directory":
         filesystem.delete_dir(path)
 
 
 def _damaged(checkpoint: str, reason: str) -> str:
     warnings.warn(f"{checkpoint} is damaged and skipped: {reason}", stacklevel=3)
     return reason
+
+
+def _identity(checkpoint: str) -> tuple[str, str | None]:
+    """Return the name of the directory of the run that saved `checkpoint`, and its MLflow run."""
+    marker = read_marker(checkpoint) or {}
+    return marker.get("run", ""), marker.get("run_id")
+
+
+def _has_marker(checkpoint: str) -> bool:
+    filesystem, path = store.open_storage(store.join(checkpoint, MARKER))
+    return bool(filesystem.get_file_info(path).is_file)
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file of this name in a checkpoint's directory was written by a run, or by one that was killed."""
+    match = _OWN_FILE.fullmatch(name)
+    return match is not None and (match["partial"] is None or _is_own(match["partial"]))
 
 
 def _modified_ns(file: str) -> int:

@@ -210,7 +210,7 @@ def _decide(new: Version, old: Version | None, policy: Policy, alias: str) -> tu
             f"{label} and version {old.version}, the {alias}, were validated on different data, so their losses "
             "do not compare; --promote always moves the alias anyway"
         )
-    if loss < best or math.isnan(best):
+    if loss < best or not math.isfinite(best):
         return True, f"{label} is better: validation loss {versus}"
     return False, f"{label} is not better: validation loss {versus}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,3 +130,41 @@ def test_a_removed_checkpoint_is_gone_and_may_be_removed_again(tmp_path: Path) -
     for _ in range(2):
         run_directory.remove_checkpoint(str(checkpoint))
         assert list(tmp_path.iterdir()) == []
+
+
+def test_the_users_files_in_a_removed_checkpoint_stay(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 1)
+    (checkpoint / "notes.txt").write_text("the good one")
+    (checkpoint / "config.json.bak").write_text("{}")
+    run_directory.remove_checkpoint(str(checkpoint))
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json.bak", "notes.txt"]
+
+
+def test_what_a_killed_run_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step_00000001"
+    checkpoint.mkdir()
+    for name in ("model-rank00003.safetensors", "tokenizer.json", ".training.json.0123abcd"):
+        (checkpoint / name).write_text("half")
+    run_directory.remove_checkpoint(str(checkpoint))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", [0, 1, 12_345_678, 123_456_789])
+def test_a_name_gives_back_its_step(step: int) -> None:
+    assert run_directory.checkpoint_step(run_directory.checkpoint_name(step)) == step
+
+
+def test_a_copy_of_a_run_is_not_the_latest_run(tmp_path: Path) -> None:
+    for name, run, id, saved_at in (
+        ("a", "a", "1", 1000),
+        ("a.bak", "a", "1", 3000),
+        ("renamed", "b", "2", 2000),
+    ):
+        marker = write_checkpoint(tmp_path / name, 1) / MARKER
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"run": run, "run_id": id}))
+        os.utime(marker, (saved_at, saved_at))
+    assert run_directory.latest_run(str(tmp_path)) == "renamed"
+    shutil.rmtree(tmp_path / "renamed")
+    assert run_directory.latest_run(str(tmp_path)) == "a"
+    shutil.rmtree(tmp_path / "a")
+    assert run_directory.latest_run(str(tmp_path)) == "a.bak"

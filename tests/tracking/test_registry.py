@@ -150,6 +150,17 @@ def test_only_a_better_loss_on_the_same_data_takes_the_alias(add: Callable[..., 
     assert promote("contest", 8, policy="if_better", uri=store).reason == "version 8 is champion already"
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_champion_without_a_finite_loss_gives_way(
+    add: Callable[..., Version], store: str, loss: float
+) -> None:
+    name = f"gives-way-{loss}".replace("--", "-minus-")
+    first = add(name, loss)
+    assert not promote(name, first.version, policy="always", uri=store).promoted
+    MlflowClient(store).set_registered_model_alias(name, "champion", str(first.version))
+    assert promote(name, add(name, 2.0).version, policy="if_better", uri=store).promoted
+
+
 def test_references_resolve_and_follow_the_alias(add: Callable[..., Version], store: str) -> None:
     first, second = add("moves"), add("moves")
     for version in (first, second):

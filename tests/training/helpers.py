@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llama_ray.model.llama import Llama
-from llama_ray.training.checkpointing.catalog import checkpoint_name
+from llama_ray.storage.run_directory import checkpoint_name
 from llama_ray.training.checkpointing.checkpointer import CheckpointResult
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
-from llama_ray.training.checkpointing.catalog import checkpoint_name
+from llama_ray.storage.run_directory import checkpoint_name
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.hosts.interrupt import Interrupt, Stopped

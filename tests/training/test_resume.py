@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llama_ray.model.checkpoint import CheckpointError
 from llama_ray.model.config import LlamaConfig
-from llama_ray.training.checkpointing.catalog import checkpoint_name
+from llama_ray.storage.run_directory import checkpoint_name
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.loop import train
 from llama_ray.training.reporting.observer import Console

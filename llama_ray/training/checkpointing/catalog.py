@@ -1,15 +1,13 @@
-"""The checkpoints of a run: their names, which one to continue from, and which ones to delete."""
+"""The checkpoints of a run: which one to continue from, and which ones to delete."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 from llama_ray.storage import run_directory, store
 from llama_ray.training.hosts.group import HostGroup
 from llama_ray.training.parallel.process_group import rank, world_size
-
-
-def checkpoint_name(step: int) -> str:
-    """Return the directory name of a step's checkpoint; names sort as steps do."""
-    return f"step_{step:08d}"
 
 
 def latest_valid_checkpoint(run: str, timeout_s: int) -> str | None:
@@ -35,15 +33,28 @@ def latest_valid_checkpoint(run: str, timeout_s: int) -> str | None:
 def prune(run: str, step: int, keep: int) -> None:
     """Delete the checkpoints of `run` up to `step`, except the newest `keep` and the one with the best validation loss.
 
-    If several checkpoints followed the same validation, the earliest counts: its weights are nearest to those measured.
+    A loss that is not finite is never the best one, and only losses on the data of the newest checkpoint compare. If
+    several checkpoints followed the same validation, the earliest counts: its weights are nearest to those measured.
     """
-    done = [c for c in run_directory.list_checkpoints(run) if store.name_of(c) <= checkpoint_name(step)]
-    losses: dict[str, float] = {}
-    for checkpoint in done:
-        loss = (run_directory.read_marker(checkpoint) or {}).get("validation_loss")
-        if loss is not None:
-            losses[checkpoint] = loss
-    best = min(losses, key=lambda c: (losses[c], c), default=None)
+    markers = {c: run_directory.read_marker(c) or {} for c in run_directory.list_checkpoints(run)}
+    done = [c for c in markers if (run_directory.checkpoint_step(store.name_of(c)) or 0) <= step]
+    best = _best({c: markers[c] for c in done})
     for checkpoint in done[keep:]:
         if checkpoint != best:
             run_directory.remove_checkpoint(checkpoint)
+
+
+def _best(markers: dict[str, dict[str, Any]]) -> str | None:
+    """Return the checkpoint with the lowest finite validation loss; `markers` is from the newest to the oldest."""
+    losses: dict[str, float] = {}
+    newest = next(iter(markers.values()), {})
+    for checkpoint, marker in reversed(markers.items()):
+        loss = marker.get("validation_loss")
+        if loss is not None and math.isfinite(loss) and _data(marker) == _data(newest):
+            losses[checkpoint] = loss
+    # The first of equals, which is the oldest.
+    return min(losses, key=lambda c: losses[c], default=None)
+
+
+def _data(marker: dict[str, Any]) -> object:
+    return marker.get("loader", {}).get("data")

@@ -22,7 +22,7 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import hf_name, save_config, write_json
 from llama_ray.model.llama import Llama
 from llama_ray.storage import run_directory, store
-from llama_ray.training.checkpointing.catalog import checkpoint_name, prune
+from llama_ray.training.checkpointing.catalog import prune
 from llama_ray.training.checkpointing.files import commit, make_empty, staging
 from llama_ray.training.checkpointing.host_copy import HostCopies
 from llama_ray.training.checkpointing.progress import FileRecord, Progress
@@ -144,7 +144,7 @@ class Checkpointer:
 
     def _write(self, files: RankFiles, progress: Progress, start: float) -> CheckpointResult:
         """Write one checkpoint, in the thread of each worker; all workers come to the same result."""
-        directory = store.join(self.run, checkpoint_name(progress.step))
+        directory = store.join(self.run, run_directory.checkpoint_name(progress.step))
         reports = self._group.gather(self._write_own_files(directory, files))
         error = next((report.error for report in reports if report.error), None)
         if rank() == 0:
@@ -205,7 +205,7 @@ class Checkpointer:
                 content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
                 write_json(local / _INDEX, content)
                 records[_INDEX] = commit(local / _INDEX, store.join(directory, _INDEX))
-        marker = progress.marker(dict(sorted(records.items())))
+        marker = progress.marker(store.name_of(self.run), dict(sorted(records.items())))
         store.write_text(store.join(directory, run_directory.MARKER), marker)
         _failure(lambda: prune(self.run, progress.step, self.keep))
 

@@ -12,8 +12,9 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from serve_app.client import ModelClient, ReplicaClient
-from serve_app.errors import ApiError, ErrorResponse, validation_error
+from serve_app.errors import INTERNAL_ERROR, ApiError, ErrorResponse, validation_error
 from serve_app.messages import Started
+from serve_app.middleware import PanicsAsErrors
 from serve_app.protocol import CompletionRequest, CompletionResponse, Health, ModelCard, ModelList
 from serve_app.responses import CompletionWriter, EventStream
 
@@ -72,6 +73,7 @@ def create_api(model: ModelClient) -> FastAPI:
     async def playground() -> HTMLResponse:
         return HTMLResponse(page)
 
+    api.add_middleware(PanicsAsErrors)
     api.add_exception_handler(ApiError, _on_api_error)
     api.add_exception_handler(RequestValidationError, _on_validation_error)
     api.add_exception_handler(HTTPException, _on_http_exception)
@@ -118,4 +120,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     # Starlette raises it again after the response, so it is in the log with its traceback.
-    return _error_response(ApiError(500, "internal error; the server's log has the details"))
+    return _error_response(ApiError(500, INTERNAL_ERROR))

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+INTERNAL_ERROR = "internal error; the server's log has the details"
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 from collections import defaultdict
@@ -23,8 +24,12 @@ from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.generation.stats import EngineStats
 from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking import registry
+from llama_ray.utils.panics import panics_as_errors
+from serve_app.errors import INTERNAL_ERROR
 from serve_app.logprobs import LogprobWriter
 from serve_app.messages import ChoiceDelta, Event, Failure, GenerationRequest, ModelInfo, Started
+
+_log = logging.getLogger(__name__)
 
 DType = Literal["float32", "bfloat16", "float16"]
 DEFAULT_OPTIONS = EngineOptions(max_num_seqs=16)
@@ -96,6 +101,16 @@ class LlamaReplica:
         for more; a request that does not stream gets one list, at its end. Cancelling the call, or closing the
         iterator, frees what the request holds in the engine.
         """
+        try:
+            with panics_as_errors():
+                async with aclosing(self._events(request)) as events:
+                    async for event in events:
+                        yield event
+        except Exception:
+            _log.exception("a request fails")
+            yield Failure(500, INTERNAL_ERROR)
+
+    async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         if request.model not in self._info.names:
             yield Failure(404, self._info.not_served(request.model), code="model_not_found", param="model")
             return

@@ -11,6 +11,7 @@ from llama_ray.generation.engine import Engine, Prompt
 from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
+from llama_ray.utils.panics import panics_as_errors
 
 
 class EngineCrashed(RuntimeError):
@@ -59,7 +60,8 @@ class EngineLoop:
             self._thread = None
         if self._thread is None:
             try:
-                self._thread = EngineThread(self._load(), _deliver)
+                with panics_as_errors():
+                    self._thread = EngineThread(self._load(), _deliver)
             except Exception as error:
                 raise EngineLost(f"{type(error).__name__}: {error}") from error
         return self._thread

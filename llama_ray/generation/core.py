@@ -24,6 +24,7 @@ from llama_ray.generation.speculation.proposer import Proposer, accepted
 from llama_ray.generation.stats import StepStats
 from llama_ray.utils.errors import first_line
 from llama_ray.utils.memory import is_out_of_memory
+from llama_ray.utils.panics import panics_as_errors
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class Core:
         _release_memory()
         return None
 
+    @panics_as_errors()
     def _compute(self, plan: StepPlan) -> _Computed:
         if self._proposer is not None:
             self._proposer.propose(plan)
@@ -186,7 +188,8 @@ class Core:
         if not self._scheduler.knows(sequence):
             return
         try:
-            delta = sequence.append(samples)
+            with panics_as_errors():
+                delta = sequence.append(samples)
         except Exception as error:
             # Its tokens give no text, or its grammar refuses them.
             _log.exception("request %d fails", sequence.request_id)

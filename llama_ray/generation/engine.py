@@ -36,6 +36,7 @@ from llama_ray.generation.speculation.proposer import Proposer
 from llama_ray.generation.stats import EngineStats
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.utils.panics import panics_as_errors
 
 Prompt = str | Sequence[int]
 
@@ -211,6 +212,7 @@ class Engine:
             )
         return [self.prepare(ids, params) for ids, params in zip(encoded, sampling_params, strict=True)]
 
+    @panics_as_errors()
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids: text starts with bos if the tokenizer has one, ids stay as they are.
 
@@ -233,6 +235,7 @@ class Engine:
         """Queue a request; return its id, which its deltas carry. Raises ValueError if it cannot be served."""
         return self.add(self.prepare(prompt, sampling_params))
 
+    @panics_as_errors()
     def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
         """Return a request that has been checked, for `add`. Raises ValueError if it cannot be served.
 
@@ -243,20 +246,26 @@ class Engine:
         self._limits.check(ids, params)
         return Request(ids, params, [self._grammars.constraint(params) for _ in range(params.n)])
 
+    @panics_as_errors()
     def add(self, request: Request) -> int:
         """Queue a request that this engine has prepared; return its id. Never waits for long."""
         params = request.params
         with self._lock:
             request_id = next(self._requests)
             seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-            leader: SequenceState | None = None
-            for index, constraint in enumerate(request.constraints):
-                stream = self.tokenizer.stream() if self.tokenizer else None
-                text = TextOutput(stream, params.stop_strings, params.min_tokens)
-                candidate = SequenceState(
+        # Without the lock, which steps need, and all before the first is queued, in case one of them fails.
+        candidates: list[SequenceState] = []
+        for index, constraint in enumerate(request.constraints):
+            stream = self.tokenizer.stream() if self.tokenizer else None
+            text = TextOutput(stream, params.stop_strings, params.min_tokens)
+            leader = candidates[0] if candidates else None
+            candidates.append(
+                SequenceState(
                     request_id, index, request.prompt, params, seed, text, self.eos_ids, constraint, leader
                 )
-                leader = leader or candidate
+            )
+        with self._lock:
+            for candidate in candidates:
                 self._scheduler.add(candidate)
             self._submitted += 1
         return request_id

@@ -50,6 +50,8 @@ class EngineThread(Generic[Receiver]):
     @property
     def ended(self) -> str | None:
         """Why the engine has ended, by a crash or by `stop`; None while it runs."""
+        if self._ended is None and not self._thread.is_alive():
+            return "the engine's thread is gone"
         return self._ended
 
     def submit(self, prompt: Prompt, sampling_params: SamplingParams, receiver: Receiver) -> int:
@@ -62,8 +64,8 @@ class EngineThread(Generic[Receiver]):
     def add(self, request: Request, receiver: Receiver) -> int:
         """Queue a request that the engine has prepared; return its id. Raises GenerationError as `submit` does."""
         with self._wake:
-            if self._ended is not None:
-                raise GenerationError(self._ended)
+            if self.ended is not None:
+                raise GenerationError(self.ended)
             request_id = self.engine.add(request)
             self._requests[request_id] = _Unfinished(receiver, request.params.n)
             self._wake.notify()
@@ -83,32 +85,31 @@ class EngineThread(Generic[Receiver]):
         self.engine.close()
 
     def _run(self) -> None:
+        reason = "the engine's thread ended"
         try:
             while self._wait_for_work():
                 by_request: dict[int, list[Delta]] = defaultdict(list)
                 for delta in self.engine.step():
                     by_request[delta.request_id].append(delta)
                 with self._wake:
-                    self._deliver(
-                        [
-                            (request.receiver, deltas)
-                            for request_id, deltas in by_request.items()
-                            if (request := self._take(request_id, deltas)) is not None
-                        ]
-                    )
-        except Exception as error:
-            # Whatever it was, the receivers must hear of it.
+                    known = [(i, deltas) for i, deltas in by_request.items() if i in self._requests]
+                    self._deliver([(self._requests[i].receiver, deltas) for i, deltas in known])
+                    # Only now: if a delivery crashes, all of them hear of it.
+                    for request_id, deltas in known:
+                        self._count(request_id, deltas)
+        except BaseException as error:
+            reason = f"the engine crashed: {type(error).__name__}: {error}"
             _log.exception("the engine's thread ends")
-            self._end(f"the engine crashed: {type(error).__name__}: {error}")
+        finally:
+            # Whatever it was, the receivers must hear of it.
+            self._end(reason)
 
-    def _take(self, request_id: int, deltas: list[Delta]) -> _Unfinished[Receiver] | None:
-        """Return the request of deltas, and forget it if they are its last; None if it was aborted."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            request.candidates -= sum(delta.finish_reason is not None for delta in deltas)
-            if not request.candidates:
-                del self._requests[request_id]
-        return request
+    def _count(self, request_id: int, deltas: list[Delta]) -> None:
+        """Note which candidates of a request have finished, and forget it after the last one."""
+        request = self._requests[request_id]
+        request.candidates -= sum(delta.finish_reason is not None for delta in deltas)
+        if not request.candidates:
+            del self._requests[request_id]
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work (True) or the engine has ended (False)."""

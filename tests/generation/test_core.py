@@ -169,7 +169,7 @@ def test_thousands_of_requests_leave_no_blocks_or_memory_behind(tokenizer: Token
 
 
 @contextmanager
-def failing(model: Llama, fails: Callable[[torch.Tensor], Exception | None]) -> Iterator[list[int]]:
+def failing(model: Llama, fails: Callable[[torch.Tensor], BaseException | None]) -> Iterator[list[int]]:
     """Make the model raise what `fails` returns for its input; yield the sizes of the attempted forward passes."""
     sizes: list[int] = []
 
@@ -213,11 +213,24 @@ def test_a_single_token_that_runs_out_of_memory_fails_its_request(model: Llama, 
     assert len(engine.generate([[1, 2]], PARAMS)[0].token_ids) == 40
 
 
-def test_only_the_request_that_breaks_a_step_fails(model: Llama, tokenizer: Tokenizer) -> None:
+class Panicked(BaseException):
+    """As pyo3's PanicException, which is no Exception either."""
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (RuntimeError("token 17\nis bad"), "RuntimeError: token 17"),
+        (Panicked("token 17\nis bad"), "Panic: Panicked: token 17"),
+    ],
+)
+def test_only_the_request_that_breaks_a_step_fails(
+    model: Llama, tokenizer: Tokenizer, cause: BaseException, message: str
+) -> None:
     params = dataclasses.replace(PARAMS, seed=4, logit_bias={17: -100.0})
     good = Engine(model, tokenizer).generate([[1, 2, 3], [5]], params)
     engine = Engine(model, tokenizer)
-    with failing(model, lambda tokens: RuntimeError("token 17\nis bad") if (tokens == 17).any() else None):
+    with failing(model, lambda tokens: cause if (tokens == 17).any() else None):
         ids = [engine.submit(p, params) for p in ([1, 2, 3], [4, 17, 6], [5])]
         tokens: dict[int, list[int]] = defaultdict(list)
         errors = {}
@@ -226,7 +239,7 @@ def test_only_the_request_that_breaks_a_step_fails(model: Llama, tokenizer: Toke
                 tokens[delta.request_id] += delta.token_ids
                 if delta.error:
                     errors[delta.request_id] = delta.error
-    assert errors == {ids[1]: "RuntimeError: token 17"}
+    assert errors == {ids[1]: message}
     assert [tokens[ids[0]], tokens[ids[2]]] == [c.token_ids for c in good]
 
 

@@ -87,24 +87,27 @@ def test_stop_gives_open_requests_the_reason_and_refuses_new_ones(
         thread.submit("b", PARAMS, "late")
 
 
+class Panicked(BaseException):
+    """As pyo3's PanicException, which is no Exception either."""
+
+
+@pytest.mark.parametrize("cause", [MemoryError("gone"), Panicked("gone"), SystemExit("gone")], ids=repr)
 def test_a_crash_of_the_engine_reaches_all_receivers(
-    thread: EngineThread[str], delivered: Delivered, monkeypatch: pytest.MonkeyPatch
+    thread: EngineThread[str], delivered: Delivered, monkeypatch: pytest.MonkeyPatch, cause: BaseException
 ) -> None:
     both_submitted = threading.Event()
 
     def crash() -> None:
         both_submitted.wait(30)
-        raise MemoryError("gone")
+        raise cause
 
     monkeypatch.setattr(thread.engine, "step", crash)
     thread.submit("a", LONG, "running")
     thread.submit("b", LONG, "waiting")
     both_submitted.set()
     got = dict(delivered.get(timeout=30) for _ in range(2))
-    assert {name: str(error) for name, error in got.items()} == {
-        "running": "the engine crashed: MemoryError: gone",
-        "waiting": "the engine crashed: MemoryError: gone",
-    }
-    assert thread.ended == "the engine crashed: MemoryError: gone"
-    with pytest.raises(GenerationError, match="the engine crashed: MemoryError: gone"):
+    reason = f"the engine crashed: {type(cause).__name__}: gone"
+    assert {name: str(error) for name, error in got.items()} == {"running": reason, "waiting": reason}
+    assert thread.ended == reason
+    with pytest.raises(GenerationError, match=reason):
         thread.submit("c", LONG, "late")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from llama_ray.data.tokenizer import Tokenizer
 from serve_app.api import create_api
-from serve_app.errors import ApiError
+from serve_app.errors import INTERNAL_ERROR, ApiError
 from serve_app.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
 from serve_app.protocol import Health
 from serve_app.replica import LlamaReplica
@@ -72,6 +73,27 @@ def test_an_error_before_the_first_byte_has_a_status(model: LocalModel, http: Te
         response = http.post("/v1/completions", json=BODY | {"stream": stream})
         assert response.status_code == 500
         assert response.json()["error"]["type"] == "server_error"
+
+
+class Panicked(BaseException):
+    """As pyo3's PanicException, which is no Exception either."""
+
+
+@pytest.mark.parametrize("method", ["encode", "stream"])
+def test_a_panic_of_a_native_library_fails_its_request_alone(
+    http: TestClient, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def panic(*arguments: object, **options: object) -> None:
+        raise Panicked("index out of bounds")
+
+    body = BODY | {"max_tokens": 3}
+    expected = http.post("/v1/completions", json=body | {"seed": 1}).json()["choices"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, method, panic)
+        response = http.post("/v1/completions", json=body)
+        assert response.status_code == 500
+        assert response.json()["error"]["message"] == INTERNAL_ERROR
+    assert http.post("/v1/completions", json=body | {"seed": 1}).json()["choices"] == expected
 
 
 def test_health_is_503_if_the_model_does_not_answer(http: TestClient) -> None:

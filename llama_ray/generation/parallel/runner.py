@@ -15,6 +15,7 @@ from llama_ray.generation.parallel.calls import Step
 from llama_ray.generation.parallel.ranks import TIMEOUT_S, Ranks
 from llama_ray.generation.parallel.workers import Workers
 from llama_ray.generation.scheduling.step_plan import StepPlan
+from llama_ray.utils.panics import panics_as_errors
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class RankRunner(Runner):
         """
         self.ranks.sums = self.ranks.gathers = 0
         try:
-            for source, target in copies:
-                self.cache.copy_block(source, target)
-            return RankResult(logits=super().forward(batch))
+            with panics_as_errors():
+                for source, target in copies:
+                    self.cache.copy_block(source, target)
+                return RankResult(logits=super().forward(batch))
         except RunnerError:
             raise
         except Exception as error:

@@ -25,6 +25,7 @@ from llama_ray.model.checkpoint import load_model
 from llama_ray.model.llama import Llama
 from llama_ray.utils.errors import first_line
 from llama_ray.utils.memory import is_out_of_memory
+from llama_ray.utils.panics import panics_as_errors
 
 _log = logging.getLogger(__name__)
 
@@ -42,25 +43,29 @@ class Worker:
     def answer(self, call: Call[Any]) -> Any:
         """Return the answer to a call, or a `Failure`."""
         try:
-            match call:
-                case Load():
-                    return self._load(call)
-                case Connect(directory):
-                    self.ranks = Ranks(directory, self.rank, self.size, self.backend.device)
-                case CountBlocks():
-                    return self._count_blocks(call)
-                case Reserve(num_blocks):
-                    self.runner = RankRunner(self.backend, num_blocks, self.ranks)
-                case Step():
-                    self._step(call)
-                case _:
-                    raise TypeError(f"the call is {type(call).__name__}, which no worker knows")
+            with panics_as_errors():
+                return self._answer(call)
         except RunnerError as error:
             # Another rank is the cause; rank 0 finds out which.
             return Failure(RuntimeError, str(error))
         except Exception as error:
             _log.exception("rank %d: %s failed", self.rank, type(call).__name__)
             return Failure(_kind(error), first_line(error))
+
+    def _answer(self, call: Call[Any]) -> Any:
+        match call:
+            case Load():
+                return self._load(call)
+            case Connect(directory):
+                self.ranks = Ranks(directory, self.rank, self.size, self.backend.device)
+            case CountBlocks():
+                return self._count_blocks(call)
+            case Reserve(num_blocks):
+                self.runner = RankRunner(self.backend, num_blocks, self.ranks)
+            case Step():
+                self._step(call)
+            case _:
+                raise TypeError(f"the call is {type(call).__name__}, which no worker knows")
         return None
 
     def _load(self, call: Load) -> int:
@@ -80,7 +85,8 @@ class Worker:
     def _step(self, call: Step) -> None:
         """Raise an error after which the ranks are in step; any other error ends the process."""
         try:
-            result = self.runner.compute(call.batch, call.copies)
+            with panics_as_errors():
+                result = self.runner.compute(call.batch, call.copies)
         except RunnerError:
             raise
         except Exception:

@@ -87,7 +87,9 @@ class SequenceState:
         leader: SequenceState | None = None,
     ) -> None:
         self.request_id, self.index = request_id, index
-        self.prompt, self.output = list(prompt), list[int]()
+        # Candidates of a request share what none of them changes.
+        self.prompt: list[int] = leader.prompt if leader else list(prompt)
+        self.output: list[int] = []
         self.tokens = list(prompt)
         self.params, self.seed = params, seed
         self.leader, self.followers = leader, list[SequenceState]()
@@ -101,7 +103,11 @@ class SequenceState:
             PromptReport(params, len(prompt)) if leader is None else leader.prompt_report
         )
         self.stats = RequestStats(arrived=time.monotonic(), prompt_tokens=len(prompt))
-        self.end_ids = frozenset([*(() if params.ignore_eos else eos_ids), *params.stop_token_ids])
+        self.end_ids: frozenset[int] = (
+            leader.end_ids
+            if leader
+            else frozenset([*(() if params.ignore_eos else eos_ids), *params.stop_token_ids])
+        )
         self.counts = TokenCounts.of(params, prompt)
         self.constraint = constraint
         self._text = text

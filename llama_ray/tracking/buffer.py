@@ -1,4 +1,4 @@
-"""A run that training logs to without waiting for the tracking server, even if the server is unreachable."""
+"""A run that training logs to without waiting for the tracking server, even if it is unreachable or refuses."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
-
+from llama_ray.tracking.errors import is_passing
 from llama_ray.tracking.runs import Point, Run
-from llama_ray.tracking.uri import TrackingError
 from llama_ray.utils.errors import first_line
 
 _MAX_POINTS = 100_000
 _POINTS_PER_REQUEST = 50
 _MAX_WAITING_ACTIONS = 32
-_UNREACHABLE = (MlflowException, TrackingError, SQLAlchemyError, OSError)
 _log = logging.getLogger(__name__)
 
 Action = Callable[[Run], None]
 
 
+class _Piece(NamedTuple):
+    """What goes to the server at once: points, or an action."""
+
+    points: list[Point]
+    name: str = ""
+    action: Action | None = None
+
+
 class BufferedRun:
     """Logs to a run from its own thread, in order; while the server is unreachable it buffers and retries.
 
-    After a restart training repeats some steps. Metrics that the run has at these steps are not sent again.
+    What the server refuses for good is dropped and counted; a run that was deleted takes nothing from then on. After a
+    restart training repeats some steps. Metrics that the run has at these steps are not sent again.
 
     Args:
         retry_s: The first pause before a retry and the longest one, in seconds; each pause is twice the one before.
@@ -51,12 +56,19 @@ class BufferedRun:
         self._changed = threading.Condition()
         self._closing = False
         self._last_steps: dict[str, int] = {}
+        self._points_per_request = _POINTS_PER_REQUEST
+        self._num_refused = 0
+        self._refusal = ""
+        self._lost = False
         self._thread = threading.Thread(target=self._send_until_closed, name="mlflow", daemon=True)
         self._thread.start()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Queue all `metrics` of one step."""
         with self._changed:
+            if self._lost:
+                self._num_refused += 1
+                return
             if len(self._points) >= _MAX_POINTS:
                 # A long outage costs half of the resolution, not its beginning.
                 _log.warning(
@@ -69,6 +81,9 @@ class BufferedRun:
     def do(self, name: str, action: Action) -> None:
         """Queue `action` behind all metrics logged so far; it replaces a queued action of the same name."""
         with self._changed:
+            if self._lost:
+                self._num_refused += 1
+                return
             self._actions.pop(name, None)
             self._actions[name] = action
             while len(self._actions) > _MAX_WAITING_ACTIONS:
@@ -89,7 +104,7 @@ class BufferedRun:
             self._changed.notify_all()
 
     def close(self, timeout_s: float = 60.0) -> bool:
-        """Send what is queued, within `timeout_s`; return whether all points were sent."""
+        """Send what is queued, within `timeout_s`; return whether all points were sent, and warn if not."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -98,27 +113,63 @@ class BufferedRun:
             left = len(self._points)
         if left:
             _log.warning("MLflow stayed unreachable; %d points of run %s are lost", left, self.run_id)
-        return not left
+        if self._num_refused:
+            _log.warning(
+                "MLflow refused %d points and artifacts of run %s (%s); they are lost",
+                self._num_refused,
+                self.run_id,
+                self._refusal,
+            )
+        return not left and not self._num_refused
 
     def _send_until_closed(self) -> None:
         pause_s = self._first_pause_s
         with contextlib.ExitStack() as until_closed:
             run: Run | None = None
-            while self._wait_for_work():
+            while piece := self._wait_for_work():
                 try:
                     run = run or self._attach(until_closed)
-                    self._send_some(run)
+                    self._send(run, piece)
                     pause_s = self._first_pause_s
-                except _UNREACHABLE as error:
+                # Stores of artifacts raise the exceptions of their own libraries; none may end this thread.
+                except Exception as error:
+                    if not is_passing(error):
+                        self._give_up(run, piece, error)
+                        continue
                     _log.warning("MLflow is unreachable; metrics are buffered (%s)", first_line(error))
                     self._pause(pause_s)
                     pause_s = min(2 * pause_s, self._longest_pause_s)
 
-    def _wait_for_work(self) -> bool:
-        """Wait until something is queued; return False if the run was closed and nothing is."""
+    def _give_up(self, run: Run | None, piece: _Piece, error: Exception) -> None:
+        """Drop what the server has refused with `error`: everything, if the run itself does not exist any more."""
+        self._refusal = self._refusal or first_line(error)
+        if run is None or self._is_gone():
+            with self._changed:
+                self._lost = True
+                self._num_refused += len(self._points) + len(self._actions)
+                self._points.clear()
+                self._actions.clear()
+        elif len(piece.points) > 1:
+            # One of them may be to blame for all.
+            self._points_per_request = 1
+        else:
+            self._num_refused += 1
+            self._drop(piece)
+
+    def _is_gone(self) -> bool:
+        try:
+            Run.attach(self.run_id, self._uri)
+        except Exception as error:
+            return not is_passing(error)
+        return False
+
+    def _wait_for_work(self) -> _Piece | None:
+        """Wait until something is queued and return the oldest points, else the oldest action; None once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._points or self._actions or self._closing)
-            return bool(self._points or self._actions)
+            if self._points:
+                return _Piece(list(islice(self._points, self._points_per_request)))
+            return _Piece([], *next(iter(self._actions.items()))) if self._actions else None
 
     def _attach(self, until_closed: contextlib.ExitStack) -> Run:
         run = Run.attach(self.run_id, self._uri)
@@ -134,26 +185,22 @@ class BufferedRun:
         if closing:
             time.sleep(self._first_pause_s)
 
-    def _send_some(self, run: Run) -> None:
-        """Send the oldest points, or run the oldest action if there are no points."""
-        with self._changed:
-            points = list(islice(self._points, _POINTS_PER_REQUEST))
-            name, action = next(iter(self._actions.items()), ("", None))
-        if points:
-            run.log_points((step, at, self._new(metrics, step)) for step, at, metrics in points)
-            self._drop_sent(points)
-        elif action:
-            action(run)
-            with self._changed:
-                if self._actions.get(name) is action:
-                    del self._actions[name]
+    def _send(self, run: Run, piece: _Piece) -> None:
+        if piece.action:
+            piece.action(run)
+        else:
+            run.log_points((step, at, self._new(metrics, step)) for step, at, metrics in piece.points)
+            self._points_per_request = min(2 * self._points_per_request, _POINTS_PER_REQUEST)
+        self._drop(piece)
 
-    def _drop_sent(self, points: list[Point]) -> None:
-        # `log_metrics` may have dropped every second point meanwhile.
-        sent = {id(point) for point in points}
+    def _drop(self, piece: _Piece) -> None:
+        # Meanwhile `log_metrics` may have dropped every second point, and `do` may have replaced the action.
+        done = {id(point) for point in piece.points}
         with self._changed:
-            first = [self._points.popleft() for _ in range(min(len(points), len(self._points)))]
-            self._points.extendleft(point for point in reversed(first) if id(point) not in sent)
+            first = [self._points.popleft() for _ in range(min(len(done), len(self._points)))]
+            self._points.extendleft(point for point in reversed(first) if id(point) not in done)
+            if piece.action and self._actions.get(piece.name) is piece.action:
+                del self._actions[piece.name]
 
     def _new(self, metrics: dict[str, float], step: int) -> dict[str, float]:
         return {name: value for name, value in metrics.items() if step > self._last_steps.get(name, -1)}

@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import get_local_path_or_none
 
+from llama_ray.tracking.errors import TrackingError, reported
 from llama_ray.tracking.lock import locked
 from llama_ray.tracking.package import CHECKPOINT_PATH
-from llama_ray.tracking.uri import TrackingError
-from llama_ray.utils.errors import first_line
 
 CACHE = Path("~/.cache/llama_ray/models")
 
@@ -23,11 +20,12 @@ CACHE = Path("~/.cache/llama_ray/models")
 def fetch(client: MlflowClient, name: str, version: int, cache_dir: Path | None = None) -> Path:
     """Return the local Hugging Face directory of a version that exists; see `registry.download`."""
     uri = str(client.tracking_uri)
-    location = client.get_model_version_download_uri(name, str(version))
+    with reported(f"models:/{name}/{version} cannot be looked up at {uri}", "correct MLFLOW_TRACKING_URI"):
+        location = client.get_model_version_download_uri(name, str(version))
     artifact = f"{location.rstrip('/')}/{CHECKPOINT_PATH}"
-    parts = urlsplit(artifact)
-    if parts.scheme in ("", "file"):
-        return _local(Path(url2pathname(parts.path)), name, version)
+    # MLflow unquotes a path, too, where it stores artifacts.
+    if local := get_local_path_or_none(artifact):  # type: ignore[no-untyped-call]
+        return _local(Path(local), name, version)
     # A new database starts again at version 1. The location contains a random id, so its key differs.
     key = hashlib.sha256("\n".join((uri, name, str(version), location)).encode()).hexdigest()[:12]
     folder = (cache_dir or CACHE).expanduser() / name
@@ -42,15 +40,15 @@ def fetch(client: MlflowClient, name: str, version: int, cache_dir: Path | None 
         # A killed process may have left it.
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            files = mlflow.artifacts.download_artifacts(
-                artifact_uri=artifact, dst_path=str(partial), tracking_uri=uri
-            )
-        except (MlflowException, OSError) as error:
+            with reported(
+                f"models:/{name}/{version} cannot be downloaded from {artifact}", "try again later"
+            ):
+                files = mlflow.artifacts.download_artifacts(
+                    artifact_uri=artifact, dst_path=str(partial), tracking_uri=uri
+                )
+        except TrackingError:
             shutil.rmtree(partial, ignore_errors=True)
-            reason = first_line(error)
-            raise TrackingError(
-                f"models:/{name}/{version} cannot be downloaded from {artifact}: {reason}"
-            ) from error
+            raise
         if not (Path(files) / "config.json").is_file():
             shutil.rmtree(partial)
             raise _not_ours(name, version)

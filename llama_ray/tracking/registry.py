@@ -18,10 +18,11 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
+from llama_ray.tracking.errors import TrackingError, reported
 from llama_ray.tracking.fetch import fetch
 from llama_ray.tracking.package import check_checkpoint, write_model
 from llama_ray.tracking.runs import Run
-from llama_ray.tracking.uri import TrackingError, connect
+from llama_ray.tracking.uri import connect
 from llama_ray.tracking.versions import (
     Version,
     alias_holder,
@@ -31,6 +32,7 @@ from llama_ray.tracking.versions import (
     latest_version,
     resolve_version,
 )
+from llama_ray.utils.redact import redact
 
 __all__ = [
     "CHAMPION",
@@ -76,34 +78,35 @@ def register(
     stores its source, so nothing is pickled, and runs it once here as a check. The model finds the checkpoint at
     `context.artifacts["checkpoint"]`; if its `predict` declares `model_input: list[str]`, it receives a list, whether
     the caller passed strings or a data frame. The status of the run does not change. Raises ValueError for an invalid
-    name or directory, before anything is uploaded.
+    name or directory, before anything is uploaded, and TrackingError for whatever MLflow or its stores refuse.
     """
     check_name(name)
     check_checkpoint(checkpoint)
     client = connect(run.uri)
-    _create_registered_model(client, name)
-    model_id, location = _log_model(
-        client,
-        run,
-        name=name,
-        tags=tags,
-        measured=_last_validation(run, validation_loss),
-        checkpoint=checkpoint,
-        python_model=python_model,
-    )
-    ours = {"validation_loss": repr(float(validation_loss)), "data_fingerprint": data_fingerprint}
-    with _default_uri(run.uri):
-        # The UI links a version to its model by a source of this form. With a database URI, MLflow looks it up at the
-        # default tracking URI, which set_tracking_uri may have pointed elsewhere.
-        linkable = run.uri.startswith("http") or mlflow.get_tracking_uri() == run.uri
-        created = client.create_model_version(
-            name,
-            source=f"models:/{model_id}" if linkable else location,
-            run_id=run.run_id,
-            tags=ours | dict(tags),
-            description=description,
-            model_id=model_id,
+    with reported(f"model {name!r} cannot be registered", "correct that, and register it again"):
+        _create_registered_model(client, name)
+        model_id, location = _log_model(
+            client,
+            run,
+            name=name,
+            tags=tags,
+            measured=_last_validation(run, validation_loss),
+            checkpoint=checkpoint,
+            python_model=python_model,
         )
+        ours = {"validation_loss": repr(float(validation_loss)), "data_fingerprint": data_fingerprint}
+        with _default_uri(run.uri):
+            # The UI links a version to its model by a source of this form. With a database URI, MLflow looks it up at
+            # the default tracking URI, which set_tracking_uri may have pointed elsewhere.
+            linkable = run.uri.startswith("http") or mlflow.get_tracking_uri() == run.uri
+            created = client.create_model_version(
+                name,
+                source=f"models:/{model_id}" if linkable else location,
+                run_id=run.run_id,
+                tags=ours | dict(tags),
+                description=redact(description),
+                model_id=model_id,
+            )
     return from_mlflow(created)
 
 
@@ -169,13 +172,15 @@ def promote(
 
     `if_better` requires a validation loss below that of the alias' current version, measured on the same data; if no
     version has the alias, the new one takes it. A version without a finite loss never takes it, under no policy.
+    Raises TrackingError.
     """
     client = connect(uri)
-    new = find(client, f"models:/{name}/{version}")
-    old = alias_holder(client, name, alias)
-    promoted, reason = _decide(new, old, policy, alias)
-    if promoted:
-        client.set_registered_model_alias(name, alias, str(version))
+    with reported(f"version {version} of {name!r} cannot become {alias}", "set the alias in MLflow's UI"):
+        new = find(client, f"models:/{name}/{version}")
+        old = alias_holder(client, name, alias)
+        promoted, reason = _decide(new, old, policy, alias)
+        if promoted:
+            client.set_registered_model_alias(name, alias, str(version))
     return PromotionDecision(promoted, reason)
 
 

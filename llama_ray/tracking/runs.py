@@ -1,4 +1,4 @@
-"""One MLflow run for one training run.
+"""One MLflow run for one training run; no secret of a URI is stored in it.
 
 The driver creates the run; the process that trains attaches to it by `run_id` and `uri`. All calls use MlflowClient:
 there is no active run and no other global state, so nothing can end the run by accident.
@@ -7,6 +7,7 @@ there is no active run and no other global state, so nothing can end the run by 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import time
@@ -28,9 +29,11 @@ from mlflow.utils.validation import (
     MAX_PARAMS_TAGS_PER_BATCH,
 )
 
+from llama_ray.tracking.errors import TrackingError, reported
 from llama_ray.tracking.figures import loss_curve
-from llama_ray.tracking.uri import TrackingError, artifact_location, connect, tracking_uri
+from llama_ray.tracking.uri import artifact_location, connect, tracking_uri, without_user
 from llama_ray.utils.errors import first_line
+from llama_ray.utils.redact import redact
 
 _DIGEST_CHARACTERS = 12
 """Of a fingerprint, as the UI shows it beside the name of a data set."""
@@ -39,6 +42,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 Point = tuple[int, int, dict[str, float]]
 """(step, time in ms since 1970, metrics)."""
+
+_log = logging.getLogger(__name__)
 
 
 class Run:
@@ -67,27 +72,30 @@ class Run:
         """
         uri = uri or tracking_uri()
         client = connect(uri)
-        experiment_id = _experiment(client, experiment, uri)
-        created = client.create_run(
-            experiment_id, run_name=name, tags={**tags, "mlflow.note.content": description}
-        )
-        run = cls(client, created.info.run_id, experiment_id)
-        entries = [Param(key, _clip(str(value))) for key, value in _flatten(params)]
-        for start in range(0, len(entries), MAX_PARAMS_TAGS_PER_BATCH):
-            client.log_batch(run.run_id, params=entries[start : start + MAX_PARAMS_TAGS_PER_BATCH])
+        with reported(
+            f"run {name!r} cannot be created at {uri}", "correct MLFLOW_TRACKING_URI or --experiment"
+        ):
+            experiment_id = _experiment(client, experiment, uri)
+            created = client.create_run(
+                experiment_id,
+                run_name=name,
+                tags=_redacted({**tags, "mlflow.note.content": description}),
+            )
+            run = cls(client, created.info.run_id, experiment_id)
+            entries = [Param(key, _clip(redact(str(value)))) for key, value in _flatten(params)]
+            for start in range(0, len(entries), MAX_PARAMS_TAGS_PER_BATCH):
+                client.log_batch(run.run_id, params=entries[start : start + MAX_PARAMS_TAGS_PER_BATCH])
         return run
 
     @classmethod
     def attach(cls, run_id: str, uri: str | None = None) -> Run:
-        """Return the run with this id. Raises TrackingError if it does not exist or was deleted.
+        """Return the run with this id. Raises TrackingError if it does not exist, was deleted, or cannot be read.
 
         Unlike `create`, this retries an unreachable server for minutes, as MLflow does.
         """
         client = connect(uri, patient=True)
-        try:
+        with reported(f"no run {run_id} at {client.tracking_uri}", "correct MLFLOW_TRACKING_URI"):
             info = client.get_run(run_id).info
-        except MlflowException as error:
-            raise TrackingError(f"no run {run_id} at {client.tracking_uri}: {first_line(error)}") from error
         if info.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"run {run_id} was deleted; bring it back with: mlflow runs restore --run-id {run_id}"
@@ -96,7 +104,7 @@ class Run:
 
     @property
     def uri(self) -> str:
-        """The tracking URI, the same in every process."""
+        """The tracking URI, the same in every process; that of a database may hold a password."""
         return str(self._client.tracking_uri)
 
     @property
@@ -108,7 +116,7 @@ class Run:
         """
         if not self.uri.startswith("http"):
             return None
-        page = f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        page = f"{without_user(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"{page}?workflowType=machine_learning"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -141,20 +149,31 @@ class Run:
         return list(by_step.values())
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Store the configuration as the artifact `config.yaml`, in the given order."""
-        self.log_text(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True), "config.yaml")
+        """Store the configuration as the artifact `config.yaml`, in the given order.
+
+        It is the first artifact of a run. Raises TrackingError if the experiment's artifacts cannot be stored.
+        """
+        location = self._client.get_run(self.run_id).info.artifact_uri
+        with reported(
+            f"artifacts cannot be stored at {location}", "correct that storage, or give another --experiment"
+        ):
+            self.log_text(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True), "config.yaml")
 
     def log_dataset(self, name: str, *, fingerprint: str, source: str, sizes: Mapping[str, int]) -> None:
-        """Link the training data to the run: the UI shows it on the run's page and in the list of runs."""
+        """Link the training data to the run: the UI shows it on the run's page and in the list of runs.
+
+        Raises TrackingError.
+        """
         dataset = Dataset(
-            name,
+            redact(name),
             fingerprint[:_DIGEST_CHARACTERS],
             "local",
-            json.dumps({"uri": source}),
+            json.dumps({"uri": redact(source)}),
             profile=json.dumps(dict(sizes)),
         )
         context = InputTag(MLFLOW_DATASET_CONTEXT, "training")
-        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [context])])
+        with reported(f"run {self.run_id} cannot be written", "correct that"):
+            self._client.log_inputs(self.run_id, [DatasetInput(dataset, [context])])
 
     def log_text(self, text: str, path: str) -> None:
         """Store `text` as the artifact `path`; replaces an existing one."""
@@ -196,7 +215,7 @@ class Run:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags."""
-        for key, value in tags.items():
+        for key, value in _redacted(tags).items():
             self._client.set_tag(self.run_id, key, value)
 
     @contextmanager
@@ -216,12 +235,18 @@ class Run:
             monitor.finish()
 
     def reopen(self) -> None:
-        """Mark a run that had ended as RUNNING, before it is resumed."""
-        self._client.update_run(self.run_id, status="RUNNING")
+        """Mark a run that had ended as RUNNING, before it is resumed. Raises TrackingError."""
+        with reported(f"run {self.run_id} cannot be continued", "correct that, or start a new run"):
+            self._client.update_run(self.run_id, status="RUNNING")
 
     def finish(self, status: Status) -> None:
-        """End the run with this status."""
-        self._client.set_terminated(self.run_id, status)
+        """End the run with this status; warn if MLflow does not take it, because what was trained is kept anyway."""
+        try:
+            self._client.set_terminated(self.run_id, status)
+        except Exception as error:
+            _log.warning(
+                "MLflow does not show that run %s is %s (%s)", self.run_id, status, first_line(error)
+            )
 
 
 def _experiment(client: MlflowClient, name: str, uri: str) -> str:
@@ -258,6 +283,10 @@ def _clip(value: str) -> str:
     return value if len(value) <= MAX_PARAM_VAL_LENGTH else value[: MAX_PARAM_VAL_LENGTH - 1] + "…"
 
 
+def _redacted(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: redact(value) for key, value in tags.items()}
+
+
 def _finite(value: float) -> float:
     return float(value) if math.isfinite(value) else math.nan
 
@@ -268,4 +297,4 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
+    return value if value is None or isinstance(value, bool | int | float) else redact(str(value))

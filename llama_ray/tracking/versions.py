@@ -11,9 +11,12 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from llama_ray.tracking.uri import TrackingError, connect
+from llama_ray.tracking.errors import TrackingError, reported
+from llama_ray.tracking.uri import connect
 
-_REF = re.compile(r"models:/(?P<name>[^/:@'\"]+)(?:/(?P<version>[1-9][0-9]*)|@(?P<alias>[\w-]+))")
+_REF = re.compile(
+    r"models:/(?P<name>(?!\.{1,2}[/@])[^/:@'\"]+)(?:/(?P<version>[1-9][0-9]*)|@(?P<alias>[\w-]+))"
+)
 _NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """Error codes of MLflow; the latter is for an alias that is not set."""
 _LISTED = 10
@@ -77,14 +80,15 @@ def find(client: MlflowClient, ref: str) -> Version:
             f"{ref!r} is not a model reference; give models:/NAME/VERSION or models:/NAME@ALIAS"
         )
     name, number, alias = match["name"], match["version"], match["alias"]
-    try:
-        if alias is not None:
-            return from_mlflow(client.get_model_version_by_alias(name, alias))
-        return from_mlflow(client.get_model_version(name, number))
-    except MlflowException as error:
-        if error.error_code not in _NOT_FOUND:
-            raise
-        raise TrackingError(f"{ref}: {_existing_names(client, name, alias)}") from error
+    with reported(f"{ref} cannot be looked up at {client.tracking_uri}", "correct MLFLOW_TRACKING_URI"):
+        try:
+            if alias is not None:
+                return from_mlflow(client.get_model_version_by_alias(name, alias))
+            return from_mlflow(client.get_model_version(name, number))
+        except MlflowException as error:
+            if error.error_code not in _NOT_FOUND:
+                raise
+            raise TrackingError(f"{ref}: {_existing_names(client, name, alias)}") from error
 
 
 def alias_holder(client: MlflowClient, name: str, alias: str) -> Version | None:

@@ -16,7 +16,7 @@ from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.checkpoint import CheckpointError
 from llama_ray.pretrained import load_pretrained, save_pretrained
-from llama_ray.tracking.uri import TrackingError
+from llama_ray.tracking.errors import TrackingError
 from serve_app.messages import ChoiceDelta, Event, Failure, GenerationRequest, Started
 from serve_app.replica import LlamaReplica
 from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from llama_ray.tracking.errors import TrackingError
 from llama_ray.tracking.runs import Run
-from llama_ray.tracking.uri import TrackingError
 
 
 def artifact(run: Run, path: str) -> Path:

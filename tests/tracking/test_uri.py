@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.tracking.uri import TrackingError, artifact_location, connect, tracking_uri
+from llama_ray.tracking.errors import TrackingError
+from llama_ray.tracking.uri import artifact_location, connect, tracking_uri
 
 
 def test_the_default_is_an_absolute_sqlite_file_with_artifacts_beside_it(

@@ -1,0 +1,86 @@
+"""Errors of MLflow and of its stores: as one line for the user, and whether they pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+from llama_ray.utils.errors import UserError, first_line
+
+_PASSING_CODES = frozenset(
+    {
+        "ABORTED",
+        "CANCELLED",
+        "DEADLINE_EXCEEDED",
+        # A proxy answers so while its server is away; MLflow itself says RESOURCE_DOES_NOT_EXIST.
+        "ENDPOINT_NOT_FOUND",
+        "INTERNAL_ERROR",
+        "REQUEST_LIMIT_EXCEEDED",
+        "RESOURCE_CONFLICT",
+        "RESOURCE_EXHAUSTED",
+        "TEMPORARILY_UNAVAILABLE",
+    }
+)
+_LASTING_OS_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+class TrackingError(UserError):
+    """A tracking server, run, model or reference that does not exist or cannot be used."""
+
+
+@contextmanager
+def reported(what: str, way_out: str) -> Iterator[None]:
+    """Raise whatever fails in the block as a TrackingError: `WHAT (REASON); WAY OUT`."""
+    try:
+        yield
+    except TrackingError:
+        raise
+    # Stores of artifacts raise the exceptions of their own libraries.
+    except Exception as error:
+        raise TrackingError(f"{what} ({reason(error)}); {way_out}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Return in a few words what has failed, which clients wrap in several exceptions."""
+    if isinstance(error, MlflowException) and error.error_code != "INTERNAL_ERROR":
+        return first_line(error)
+    innermost = error
+    while innermost.__cause__ or innermost.__context__:
+        innermost = innermost.__cause__ or innermost.__context__ or innermost
+    return first_line(innermost)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same call may succeed later: a store that is away or busy, not one that refuses."""
+    if isinstance(error, TrackingError):
+        return error.__cause__ is not None and is_passing(error.__cause__)
+    if isinstance(error, MlflowException):
+        cause = error.__cause__
+        return is_passing(cause) if isinstance(cause, DBAPIError) else error.error_code in _PASSING_CODES
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+    status = _http_status(error)
+    if status is not None:
+        return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in (
+            HTTPStatus.REQUEST_TIMEOUT,
+            HTTPStatus.TOO_MANY_REQUESTS,
+        )
+    if isinstance(error, OSError):
+        return not isinstance(error, _LASTING_OS_ERRORS)
+    # Clients of object stores have classes of their own, such as EndpointConnectionError and ReadTimeoutError.
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return any("Connection" in name or "Timeout" in name for name in names)
+
+
+def _http_status(error: BaseException) -> int | None:
+    """Return the status that the exception of an HTTP client has: of requests, or of botocore."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        status = getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None

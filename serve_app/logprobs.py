@@ -10,12 +10,11 @@ from serve_app.messages import Logprobs
 
 
 class LogprobWriter:
-    """Converts the log-probabilities of one choice as its tokens arrive."""
+    """Converts the log-probabilities of one choice, a continuation of `prompt`, as its tokens arrive."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = tokenizer.stream()
-        self._offset = 0
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], constrained: bool) -> None:
+        self._stream = tokenizer.stream(prompt, at_start=not constrained)
+        self._length = 0
 
     def write(self, positions: Sequence[TokenLogprob]) -> Logprobs:
         """Return the next positions' entries."""
@@ -25,8 +24,11 @@ class LogprobWriter:
             logprobs.tokens.append(name)
             logprobs.token_logprobs.append(position.logprob)
             logprobs.top_logprobs.append(self._top(position, name))
-            logprobs.text_offset.append(self._offset)
-            self._offset += len(self._stream.push(position.token_id))
+            added = self._stream.push(position.token_id)
+            # Bytes of an unfinished character, which become U+FFFD now, belong to the tokens before.
+            before = len(added) - len(name) if added.endswith(name) else 0
+            logprobs.text_offset.append(self._length + before)
+            self._length += len(added)
         return logprobs
 
     def _top(self, position: TokenLogprob, name: str) -> dict[str, float]:
@@ -39,5 +41,5 @@ class LogprobWriter:
         return top
 
     def _name(self, token_id: int) -> str:
-        text = self._tokenizer.decode([token_id], skip_special=False)
-        return f"token_id:{token_id}" if not text or "\ufffd" in text else text
+        name = self._stream.name(token_id)
+        return f"token_id:{token_id}" if name is None else name

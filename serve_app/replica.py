@@ -148,7 +148,10 @@ class LlamaReplica:
         self, request: GenerationRequest, prompts: list[list[int]], batches: AsyncIterator[list[PromptDelta]]
     ) -> AsyncIterator[list[ChoiceDelta]]:
         n = request.params.n
-        writers: dict[int, LogprobWriter] = defaultdict(lambda: LogprobWriter(self._tokenizer))
+        writers: list[LogprobWriter] = []
+        if request.params.logprobs is not None:
+            constrained = request.params.regex is not None or request.params.json_schema is not None
+            writers = [LogprobWriter(self._tokenizer, ids, constrained) for ids in prompts for _ in range(n)]
         if request.echo:
             texts = self._echo(request, prompts)
             yield [ChoiceDelta(i * n + j, text) for i, text in enumerate(texts) for j in range(n)]
@@ -160,7 +163,7 @@ class LlamaReplica:
         return [prompt if isinstance(prompt, str) else self._tokenizer.decode(ids) for prompt, ids in given]
 
 
-def _choice_delta(index: int, delta: Delta, writers: dict[int, LogprobWriter]) -> ChoiceDelta:
+def _choice_delta(index: int, delta: Delta, writers: Sequence[LogprobWriter]) -> ChoiceDelta:
     logprobs = None if delta.logprobs is None else writers[index].write(delta.logprobs)
     return ChoiceDelta(index, delta.text, len(delta.token_ids), logprobs, delta.finish_reason)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llama_ray.data.shards import INFO_FILE, SPLITS, DatasetError, DatasetInfo, read_info, write_info
-from llama_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from llama_ray.data.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE
 
 _STAGING = ".partial"
 

@@ -88,7 +88,7 @@ def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
     started = time.monotonic()
     output = Path(config.output)
     corpus = find_corpus(config.source, config.max_bytes, config.seed)
-    given = None if config.tokenizer is None else _load_tokenizer(config.tokenizer)
+    given = None if config.tokenizer is None else Tokenizer.load(config.tokenizer).for_documents()
     fingerprint = _fingerprint(config, corpus, given)
     found = finished_dataset(output, fingerprint, config.overwrite)
     if found is not None:
@@ -115,13 +115,6 @@ def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
         f"vocabulary {info.vocab_size:,}, {time.monotonic() - started:.0f} s"
     )
     return info
-
-
-def _load_tokenizer(path: str) -> Tokenizer:
-    tokenizer = Tokenizer.load(path)
-    # Raises an error now if the bos or eos that all documents need is missing.
-    tokenizer.encode("", bos=True, eos=True)
-    return tokenizer
 
 
 def _fingerprint(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer | None) -> str:

@@ -11,12 +11,18 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from llama_ray.data.text_stream import TextStream, text_stream
+from llama_ray.data.text_stream import TextDecoder, TextStream
+from llama_ray.data.tokenizer_files import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    TokenizerError,
+    content,
+    read_tokenizer,
+    special_tokens,
+)
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
 
 # The split of GPT-4's cl100k_base as Llama 3 uses it: contractions, words with at most one leading character that is
 # neither letter nor digit, numbers of at most three digits, punctuation, line ends, spaces.
@@ -27,10 +33,6 @@ PATTERN = (
 # Without a tokenizer_config.json, the first of these names that the vocabulary holds is bos or eos.
 _BOS_NAMES = (BOS, "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = (EOS, "</s>", "<eos>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be trained, read or used; the message is one line with the way out."""
 
 
 class Tokenizer:
@@ -49,12 +51,13 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self._backend = backend
         self._config = config
-        added = backend.get_added_tokens_decoder()
-        self._special = frozenset(id for id, token in added.items() if token.special)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self.bos_id = _special_id("bos_token", config, vocabulary, _BOS_NAMES)
         self.eos_id = _special_id("eos_token", config, vocabulary, _EOS_NAMES)
+        special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        special |= {vocabulary[name] for name in special_tokens(config) if name in vocabulary}
+        self._decoder = TextDecoder(backend, special)
         canonical = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
         self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -104,29 +107,7 @@ class Tokenizer:
         The `tokenizer_config.json` beside it names bos and eos; for those that it does not name, well-known names in
         the vocabulary are used. Raises TokenizerError for a missing or unreadable file.
         """
-        path = Path(path)
-        file = path / TOKENIZER_FILE if path.is_dir() else path
-        if not file.is_file():
-            raise TokenizerError(
-                f"no tokenizer at {file}; give a {TOKENIZER_FILE} or a directory that holds one "
-                "(transformers' save_pretrained writes it)"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # The library raises bare Exception.
-            raise TokenizerError(
-                f"{file} cannot be read as a Hugging Face {TOKENIZER_FILE} ({error}); save it again"
-            ) from error
-        config_file = file.with_name(CONFIG_FILE)
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        except ValueError as error:
-            raise TokenizerError(
-                f"{config_file} is not JSON ({error}); correct it or save it again"
-            ) from error
-        if not isinstance(config, dict):
-            raise TokenizerError(f"{config_file} holds a {type(config).__name__}; it must hold a JSON object")
-        return cls(backend, config)
+        return cls(*read_tokenizer(Path(path)))
 
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer can also read."""
@@ -158,14 +139,45 @@ class Tokenizer:
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return [*start, *ids, *end]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of `text` as a prompt: with bos where the tokenizer's own post-processor adds it.
+
+        The ids are those of transformers' AutoTokenizer, but for special tokens in `text`, which are characters here.
+        Raises TokenizerError for a lone surrogate.
+        """
+        _check_characters(text)
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
+        return ids
+
+    def for_documents(self) -> Tokenizer:
+        """Return the tokenizer of a model that is trained on documents between bos and eos.
+
+        Such a model's prompts begin with bos. Most tokenizers see to that already and are returned as they are; others
+        name a bos and do not add it. Raises TokenizerError for a tokenizer without bos or eos.
+        """
+        bos_id, eos_id = _checked(self.bos_id, "bos_token"), _checked(self.eos_id, "eos_token")
+        added = self.encode_prompt("")
+        if added[:1] == [bos_id]:
+            return self
+        bos, eos = self._name(bos_id), self._name(eos_id)
+        ends = added[-1:] == [eos_id]
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A", eos] if ends else [bos, "$A"], special_tokens=[(bos, bos_id), (eos, eos_id)]
+        )
+        return Tokenizer(backend, self._config)
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary are ignored."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
-        return text
+        return self._decoder.text(ids, skip_special)
 
-    def stream(self) -> TextStream:
-        """Return a decoder for token ids that arrive one by one."""
-        return text_stream(self._backend, self._special)
+    def stream(self, prompt: Sequence[int] = (), at_start: bool = True) -> TextStream:
+        """Return a decoder for token ids that arrive one by one after those of `prompt`.
+
+        The text of `prompt` followed by the stream's is the text of all ids. With `at_start` False the stream's text
+        keeps a leading space, even if `prompt` has no text.
+        """
+        return self._decoder.stream(prompt, at_start)
 
     def _name(self, id: int | None) -> str | None:
         return None if id is None else self._backend.id_to_token(id)
@@ -199,14 +211,12 @@ def _check_characters(text: str) -> None:
 def _special_id(
     key: str, config: dict[str, Any], vocabulary: dict[str, int], well_known: tuple[str, ...]
 ) -> int | None:
-    """Return the id that `config[key]` names (a string, {"content": ...} or null), else that of a well-known name."""
+    """Return the id of the token that `config[key]` names, else that of a well-known name; None if it names none."""
     if key not in config:
         return next((vocabulary[name] for name in well_known if name in vocabulary), None)
-    named = config[key]
-    if isinstance(named, dict):
-        named = named.get("content")
+    named = content(config[key])
     if named is None:
         return None
     if named not in vocabulary:
-        raise TokenizerError(f"{CONFIG_FILE} names {key} {named!r}; name one that is in the vocabulary")
+        raise TokenizerError(f"{CONFIG_FILE} names {key} {named!r:.80}; name one that is in the vocabulary")
     return vocabulary[named]

@@ -214,7 +214,7 @@ class Engine:
 
     @panics_as_errors()
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return a prompt's token ids: text starts with bos if the tokenizer has one, ids stay as they are.
+        """Return a prompt's token ids: text gets bos if the tokenizer adds it to prompts, ids stay as they are.
 
         Raises ValueError for text without a tokenizer, and for a prompt that is neither text nor ids.
         """
@@ -223,7 +223,7 @@ class Engine:
                 raise ValueError(
                     "this model has no tokenizer to encode text with; give the prompt as token ids"
                 )
-            return self.tokenizer.encode(prompt, bos=self.tokenizer.bos_id is not None)
+            return self.tokenizer.encode_prompt(prompt)
         try:
             return [operator.index(token) for token in prompt]
         except TypeError:
@@ -256,7 +256,9 @@ class Engine:
         # Without the lock, which steps need, and all before the first is queued, in case one of them fails.
         candidates: list[SequenceState] = []
         for index, constraint in enumerate(request.constraints):
-            stream = self.tokenizer.stream() if self.tokenizer else None
+            # What a grammar allows is the text itself: none of it is dropped at the start.
+            at_start = constraint is None
+            stream = self.tokenizer.stream(request.prompt, at_start) if self.tokenizer else None
             text = TextOutput(stream, params.stop_strings, params.min_tokens)
             leader = candidates[0] if candidates else None
             candidates.append(

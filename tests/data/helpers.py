@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from llama_ray.data.corpus import find_corpus
 from llama_ray.data.documents import read
@@ -41,8 +41,44 @@ def byte_fallback() -> Tokenizer:
     return Tokenizer(backend, {})
 
 
+def nested_byte_level() -> Tokenizer:
+    """A byte-level tokenizer whose decoder is a sequence in a sequence."""
+    backend = tokenizers.Tokenizer.from_str(ours().to_json())
+    backend.decoder = decoders.Sequence([decoders.Sequence([decoders.ByteLevel()]), decoders.Fuse()])
+    return Tokenizer(backend, {})
+
+
+def metaspace() -> Tokenizer:
+    """A tokenizer built like that of T5 or of newer exports of Llama 2, without the normalizer of `byte_fallback`."""
+    backend = tokenizers.Tokenizer.from_str(byte_fallback().to_json())
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace("▁", "first", split=False)]
+    )
+    return Tokenizer(backend, {})
+
+
+def word_piece() -> Tokenizer:
+    """A tokenizer that writes spaces between its words only when it decodes."""
+    words = ["[UNK]", "a", "##b", "the", ".", "é", "e"]
+    backend = tokenizers.Tokenizer(
+        models.WordPiece({word: id for id, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    return Tokenizer(backend, {})
+
+
 OURS = ours()
 BYTE_FALLBACK = byte_fallback()
+KINDS = {
+    "byte_level": OURS,
+    "nested_byte_level": nested_byte_level(),
+    "byte_fallback": BYTE_FALLBACK,
+    "metaspace": metaspace(),
+    "word_piece": word_piece(),
+}
 
 ANY_TEXT = st.one_of(
     st.text(),

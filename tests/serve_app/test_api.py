@@ -79,7 +79,7 @@ class Panicked(BaseException):
     """As pyo3's PanicException, which is no Exception either."""
 
 
-@pytest.mark.parametrize("method", ["encode", "stream"])
+@pytest.mark.parametrize("method", ["encode_prompt", "stream"])
 def test_a_panic_of_a_native_library_fails_its_request_alone(
     http: TestClient, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -1,0 +1,109 @@
+"""The files of a Hugging Face tokenizer: `tokenizer.json`, and what stands beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+MORE_CHAT_TEMPLATES = "additional_chat_templates"
+
+_SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+# As transformers names them; `additional_special_tokens` was renamed.
+_LISTS_OF_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be trained, read or used; the message is one line with the way out."""
+
+
+def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Return the tokenizer of a directory, or of a `tokenizer.json`, and its configuration, {} if it has none.
+
+    The configuration is `tokenizer_config.json` with what older and newer versions of transformers keep in files of
+    their own: special tokens and chat templates. Tokens that only the configuration adds are added to the tokenizer.
+    Raises TokenizerError for a missing or unreadable file.
+    """
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise TokenizerError(
+            f"no tokenizer at {file}; give a {TOKENIZER_FILE} or a directory that holds one "
+            "(transformers' save_pretrained writes it)"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises bare Exception.
+        raise TokenizerError(
+            f"{file} cannot be read as a Hugging Face {TOKENIZER_FILE} ({error}); save it again"
+        ) from error
+    config = _read_object(file.with_name(CONFIG_FILE))
+    if "added_tokens_decoder" in config:
+        try:
+            _add_tokens(backend, _added(config))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise TokenizerError(
+                f"{file.with_name(CONFIG_FILE)}: added_tokens_decoder cannot be read ({error}); save it again"
+            ) from error
+    else:
+        # Since transformers 4.34 that file repeats what tokenizer_config.json says.
+        config |= _read_object(file.with_name(_SPECIAL_TOKENS_FILE))
+    templates = _read_chat_templates(file.parent)
+    return backend, config | ({"chat_template": templates} if templates else {})
+
+
+def content(token: object) -> str | None:
+    """Return the text of a token in a configuration: a string, {"content": ...} or null."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise TokenizerError(f"{CONFIG_FILE} names the token {text!r:.80}; it must be a string or null")
+    return text
+
+
+def special_tokens(config: dict[str, Any]) -> Iterator[str]:
+    """Yield all tokens that a configuration names as special; they may be missing from the vocabulary."""
+    named = [value for key, value in config.items() if key.endswith("_token") and not isinstance(value, bool)]
+    for key in _LISTS_OF_SPECIAL_TOKENS:
+        value = config.get(key) or ()
+        named += value.values() if isinstance(value, dict) else value
+    named += [token for token in _added(config).values() if isinstance(token, dict) and token.get("special")]
+    yield from (text for token in named if (text := content(token)) is not None)
+
+
+def _added(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("added_tokens_decoder") or {}
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, added: dict[str, Any]) -> None:
+    """Add tokens that `tokenizer.json` lacks, in the order of their ids, as transformers does."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    tokens = [AddedToken(**token) for _, token in sorted(added.items(), key=lambda item: int(item[0]))]
+    backend.add_tokens([token for token in tokens if token.content not in known])
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in `file`; {} if there is no such file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise TokenizerError(f"{file} is not JSON ({error}); correct it or save it again") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{file} holds a {type(value).__name__}; it must hold a JSON object")
+    return value
+
+
+def _read_chat_templates(directory: Path) -> str | list[dict[str, str]] | None:
+    """Return the chat templates that are files, in the form of `tokenizer_config.json`."""
+    files = {file.stem: file for file in sorted((directory / MORE_CHAT_TEMPLATES).glob("*.jinja"))}
+    if (directory / CHAT_TEMPLATE_FILE).is_file():
+        files["default"] = directory / CHAT_TEMPLATE_FILE
+    templates = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    if templates.keys() <= {"default"}:
+        return templates.get("default")
+    return [{"name": name, "template": text} for name, text in templates.items()]

@@ -1,12 +1,14 @@
 # `make demo` shows the whole path on this machine, `make check` is for while you work, `make test` checks everything.
 VENV ?= .venv
 PYTHON ?= python3
+# Options of `make gpu`, for instance GPU="--parts tests,decode".
+GPU ?=
 BIN := $(VENV)/bin
 # Two processes, and no more on larger machines: tests start processes of their own.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo stop check test lint format clean
+.PHONY: help install demo stop check test gpu lint format clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -30,6 +32,9 @@ check: lint ## lint, types, and all tests that need no Ray: 4 minutes on 2 cores
 
 test: lint ## lint, types and the whole suite, with its coverage: under 12 minutes on 2 cores
 	$(PYTEST) --cov --cov-report=term:skip-covered
+
+gpu: ## on a GPU, without the environment: its tests, then training and decoding against the card's limits, in 8 minutes
+	$(PYTHON) benchmarks/gpu.py $(GPU)
 
 lint: install
 	$(BIN)/ruff check

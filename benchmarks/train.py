@@ -25,17 +25,11 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
-from torch import Tensor, nn
+from peers.training import Contestant, ours, transformers
 
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.hf_config import to_hf
-from llama_ray.model.llama import Llama
-from llama_ray.training.config import Precision, TrainConfig
-from llama_ray.training.optimizers.build import build_optimizer
-from llama_ray.training.parallel.layout import SINGLE_WORKER
-from llama_ray.training.parallel.parallelize import parallelize
+from llama_ray.training.config import Precision
 from llama_ray.training.reporting.metrics import peak_flops, peak_memory_bytes
-from llama_ray.training.step import Stepper
 from llama_ray.utils.errors import first_line
 
 CONTESTANTS = ("ours eager", "ours compiled", "transformers eager", "transformers compiled")
@@ -217,65 +211,6 @@ def matrix_product_flops(device: torch.device, precision: Precision, now: Callab
         (a @ a)[0, 0].item()
         best = min(best, now() - start)
     return 2 * size**3 / best
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A trained model; `step(inputs, targets)`, both [batch, seq], takes one optimizer step and returns the loss."""
-
-    step: Callable[[Tensor, Tensor], Tensor]
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def move(self, device: torch.device) -> None:
-        """Move weights and optimizer state to `device`."""
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(device)
-        for state in self.optimizer.state.values():
-            for key, value in state.items():
-                # Step counters (scalars) stay where the fused optimizer keeps them.
-                if value.dim():
-                    state[key] = value.to(device)
-
-
-def ours(config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool) -> Contestant:
-    """Build our model and optimizer; a step is that of the training loop."""
-    train = TrainConfig(precision=precision)
-    model = parallelize(Llama(config, device="meta"), train, SINGLE_WORKER, device, compile_blocks=compiled)
-    optimizer = build_optimizer(model, train)
-    stepper = Stepper(model, optimizer, train, device=device)
-    return Contestant(lambda inputs, targets: stepper.step([(inputs, targets)]).loss, model, optimizer)
-
-
-def transformers(
-    config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool
-) -> Contestant:
-    """Build LlamaForCausalLM; a step is that of the usual loop: its own loss, autocast, clipping, fused AdamW."""
-    from transformers import LlamaConfig as HFConfig
-    from transformers import LlamaForCausalLM
-
-    train = TrainConfig(precision=precision)
-    plain = (
-        LlamaForCausalLM(
-            HFConfig(**to_hf(config, dtype="float32", bos_id=None, eos_id=None), attn_implementation="sdpa")
-        )
-        .float()
-        .to(device)
-    )
-    plain.config.use_cache = False
-    model = torch.compile(plain) if compiled else plain
-    optimizer = build_optimizer(plain, train)
-
-    def step(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss: Tensor = model(input_ids=inputs, labels=targets, shift_labels=targets).loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(plain.parameters(), train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return Contestant(step, plain, optimizer)
 
 
 if __name__ == "__main__":

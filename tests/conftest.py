@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
+import torch
 
 CLUSTERS = {"ray_cluster", "nodes"}
 RAY = (
@@ -55,10 +56,12 @@ def group(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that need Ray, and put the groups that take longest first."""
+    """Mark tests that need Ray, skip those that need a GPU, and put the groups that take longest first."""
     for item in items:
         if CLUSTERS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
         if item.get_closest_marker("ray") and group(item.nodeid) not in ("e2e", "ray"):
             raise pytest.UsageError(f"{item.nodeid} needs Ray; add its module to RAY in tests/conftest.py")
     items.sort(key=lambda item: _precedence(group(item.nodeid)))

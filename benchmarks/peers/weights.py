@@ -25,7 +25,7 @@ def random_model(config: LlamaConfig, device: torch.device | str = "cpu") -> Lla
     """Return a model with random bfloat16 weights, the same for one config, device and version of torch."""
     torch.manual_seed(0)
     with torch.no_grad():
-        model = Llama(config, device=device).to(torch.bfloat16)
+        model = Llama(config, device=device, dtype=torch.bfloat16)
         for name, weight in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weight.mul_(SHARPNESS)

@@ -155,7 +155,7 @@ def test_a_gloo_group_gathers_without_a_default_group(tmp_path: Path) -> None:
         group.abort()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
+@pytest.mark.cuda
 def test_an_nccl_group_gathers_without_a_default_group(tmp_path: Path) -> None:
     with needed_for("tensor-parallel generation on GPUs"):
         store = dist.FileStore(str(tmp_path / "store"), 1)

@@ -58,7 +58,7 @@ def parallelize(
         if compile_blocks:
             # Only the forward function: FSDP's hooks stay outside of the graph, and no name changes.
             block.forward = torch.compile(block.forward)
-    if layout.sharded and layout.data_world > 1:
+    if layout.mesh is not None and "shard" in (layout.mesh.mesh_dim_names or ()):
         _fully_shard(model, config.precision, layout)
     if fresh:
         model.materialize(device)

@@ -1,0 +1,107 @@
+"""Training steps of ours and of transformers' model: tokens a second, MFU, peak memory, and a profile of one step."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from peers.training import Contestant, ours, transformers
+from torch import Tensor
+
+from llama_ray.training.reporting.metrics import peak_flops, peak_memory_bytes
+from on_gpu.results import Results
+from on_gpu.setting import Setting
+from on_gpu.timing import free, wait, wall_s
+
+ROUNDS, STEPS = 5, 3
+OURS, THEIRS = "ours compiled", "transformers compiled"
+
+
+def large(setting: Setting, results: Results) -> None:
+    """1.1B, 8 x 2048 tokens, and a profile of one step."""
+    _measure(setting, results, "1.1B", 8, 2048, ours, profile=True)
+
+
+def large_peer(setting: Setting, results: Results) -> None:
+    """Transformers' model on the same work, compiled as a whole."""
+    _measure(setting, results, "1.1B", 8, 2048, transformers)
+    mine = Results(setting.out, "train").value("train", _case(setting, "1.1B", 8, 2048, ours))
+    theirs = results.value("train-peer", _case(setting, "1.1B", 8, 2048, transformers))
+    if mine and theirs:
+        results.add("1.1B, 8 x 2048, ours / transformers", mine / theirs, "x")
+
+
+def long_sequences(setting: Setting, results: Results) -> None:
+    """1.1B, 4 x 4096 tokens."""
+    _measure(setting, results, "1.1B", 4, 4096, ours)
+
+
+def small(setting: Setting, results: Results) -> None:
+    """134M, 16 x 1024 tokens."""
+    _measure(setting, results, "134M", 16, 1024, ours)
+
+
+def _case(setting: Setting, name: str, batch: int, length: int, make: Callable[..., Contestant]) -> str:
+    return f"{name}, {batch} x {length}, {OURS if make is ours else THEIRS}"
+
+
+def _measure(
+    setting: Setting,
+    results: Results,
+    name: str,
+    batch: int,
+    length: int,
+    make: Callable[..., Contestant],
+    *,
+    profile: bool = False,
+) -> None:
+    device, case = setting.device, _case(setting, name, batch, length, make)
+    config = setting.config(name, max_seq_len=length)
+    batch, length = setting.size(batch, 2), setting.size(length, 32)
+    free(device)
+    start = time.perf_counter()
+    # A trial compiles nothing: the compiler of a CPU takes half a minute.
+    contestant = make(config, "bf16", device, compiled=not setting.tiny)
+    tokens = torch.randint(config.vocab_size, (batch, length + 1), device=device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    losses = [contestant.step(inputs, targets).item() for _ in range(3)]
+    first_s = time.perf_counter() - start
+    seconds = [
+        wall_s(lambda: _steps(contestant, inputs, targets), device) / STEPS
+        for _ in range(setting.size(ROUNDS, 1))
+    ]
+    median = statistics.median(seconds)
+    rate = batch * length / median
+    flops = rate * config.flops_per_token(length)
+    spread = (max(seconds) - min(seconds)) / median
+    peak = peak_memory_bytes(device) / 2**30
+    note = f"peak {peak:.1f} GiB, {1000 * median:.1f} ms a step, spread {spread:.1%}, first 3 steps {first_s:.0f} s"
+    results.add(case, rate, "tok/s", flops / peak_flops(device, "bf16"), "the data sheet's bf16", note)
+    if not losses[-1] < losses[0]:
+        raise RuntimeError(f"the loss of {case} does not fall: {losses}")
+    if profile:
+        _profile(setting, lambda: _steps(contestant, inputs, targets, 1))
+
+
+def _steps(contestant: Contestant, inputs: Tensor, targets: Tensor, count: int = STEPS) -> None:
+    for _ in range(count):
+        contestant.step(inputs, targets)
+
+
+def _profile(setting: Setting, step: Callable[[], object]) -> None:
+    """Write `train-profile.txt`, the kernels by time, and `train-profile.json.gz`, for chrome://tracing."""
+    with torch.profiler.profile() as profiler:
+        step()
+        wait(setting.device)
+    by = "self_cuda_time_total" if setting.on_gpu else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=90)
+    (setting.out / "train-profile.txt").write_text(table)
+    trace = setting.out / "train-profile.json"
+    profiler.export_chrome_trace(str(trace))
+    with trace.open("rb") as plain, gzip.open(f"{trace}.gz", "wb") as packed:
+        shutil.copyfileobj(plain, packed)
+    trace.unlink()

@@ -1,7 +1,7 @@
 """The CPU kernels beside plain torch on the same numbers: bandwidth, operations/s, microseconds.
 
-    python benchmarks/kernels.py --threads 2                     # 3 minutes on 2 cores
-    python benchmarks/kernels.py --threads 2 --only attention    # one part
+    python benchmarks/cpu_kernels.py --threads 2                     # 3 minutes on 2 cores
+    python benchmarks/cpu_kernels.py --threads 2 --only attention    # one part
 
 Needs a C++ compiler and 4 GB of memory. Products run through all matrices of a 134M model in turn, as a step does, so
 that weights come from memory and not from a cache. Each line alternates between the kernels and torch, and prints

@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from llama_ray.generation.backends.batch import StepBatch
-from llama_ray.generation.backends.cuda.attention import PROMPT_ROWS, ROWS, attend
+from llama_ray.generation.backends.cuda.attention import attend
 from llama_ray.generation.backends.cuda.elementwise import rotate_and_store
+from llama_ray.generation.backends.cuda.tiles import (
+    PROGRAMS_PER_PROCESSOR,
+    decode_tile,
+    processors,
+    prompt_tile,
+    splits,
+)
 from llama_ray.model.config import LlamaConfig
 
 
@@ -15,7 +22,8 @@ class PagedCache:
     """A `KVCache` for Triton kernels. Keys and values: [blocks, block_size, kv_heads, head_dim] per layer.
 
     A step never waits for the device, so it can be captured in a CUDA graph. With `batch_invariant` prompt tokens are
-    computed in the same tiles as decoded ones, which reads more memory.
+    computed in the same tiles as decoded ones, which reads more memory, and each context by one program, which leaves
+    most processors idle where a few sequences with long contexts are decoded.
     """
 
     def __init__(
@@ -29,7 +37,13 @@ class PagedCache:
         batch_invariant: bool = False,
     ) -> None:
         self.block_size = block_size
-        self.prompt_rows = ROWS if batch_invariant else PROMPT_ROWS
+        self.decode_tile = decode_tile(config.head_dim, dtype)
+        self.prompt_tile = self.decode_tile if batch_invariant else prompt_tile(config.head_dim, dtype)
+        self.processors = processors(torch.device(device))
+        self.arrived: Tensor | None = None
+        if not batch_invariant:
+            programs = PROGRAMS_PER_PROCESSOR * self.processors
+            self.arrived = torch.zeros(programs, dtype=torch.int32, device=device)
         shape = (2, config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self._blocks = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = self._blocks.unbind(0)
@@ -67,6 +81,12 @@ class PagedAttend:
 
     def _attend(self, layer: int, query: Tensor) -> Tensor:
         cache, batch = self._cache, self._batch
+        sequences, width = batch.block_table.shape
+        decode = len(query) == sequences
+        parts = 1
+        if decode and cache.arrived is not None:
+            # The width of the table, not the contexts, because a graph is recorded once for all contexts.
+            parts = splits(sequences * cache.keys.shape[3], width * cache.block_size, cache.processors)
         return attend(
             query,
             cache.keys[layer],
@@ -74,5 +94,7 @@ class PagedAttend:
             batch.query_start,
             batch.context_len,
             batch.block_table,
-            cache.prompt_rows,
+            cache.decode_tile if decode else cache.prompt_tile,
+            splits=parts,
+            arrived=cache.arrived,
         )

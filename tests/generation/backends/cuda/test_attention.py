@@ -8,72 +8,13 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed (the CPU build of torch comes without)")
 
 from llama_ray.generation.backends.batch import StepBatch
-from llama_ray.generation.backends.cuda.attention import ROWS
-from llama_ray.generation.backends.cuda.cache import PagedCache
-from llama_ray.generation.backends.kv_cache import TorchCache
-from llama_ray.model.config import LlamaConfig
+from llama_ray.generation.backends.cuda.attention import attend
+from llama_ray.generation.backends.cuda.tiles import AttentionTile
 from llama_ray.model.layers import rotate
-from llama_ray.utils.integers import ceil_div
+from tests.generation.backends.cuda.helpers import filled, inputs, make_config, step
 
-BLOCK_SIZE = 16
 CHUNKS = [(40, 40), (1, 70), (1, 1), (5, 48), (17, 33), (1, 32), (64, 64)]
 """(queries, context length) of whole prompts, later chunks of prompts, and decoding sequences."""
-
-
-def make_config(heads: int = 4, kv_heads: int = 2, dim: int = 16) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=8,
-        hidden_size=heads * dim,
-        num_layers=2,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=dim,
-        intermediate_size=8,
-    )
-
-
-def step(chunks: list[tuple[int, int]], device: torch.device, seed: int = 0) -> StepBatch:
-    """Return a step of sequences whose blocks are scattered over 64; the table has one more column than needed."""
-    generator = torch.Generator().manual_seed(seed)
-    free = (torch.randperm(63, generator=generator) + 1).tolist()
-    width = max(ceil_div(context, BLOCK_SIZE) for _, context in chunks) + 1
-    table = torch.zeros(len(chunks), width, dtype=torch.int32)
-    positions = [torch.arange(context - queries, context) for queries, context in chunks]
-    slots = []
-    for row, (_, context), at in zip(table, chunks, positions, strict=True):
-        count = ceil_div(context, BLOCK_SIZE)
-        row[:count] = torch.tensor([free.pop() for _ in range(count)])
-        slots.append(row[at // BLOCK_SIZE].long() * BLOCK_SIZE + at % BLOCK_SIZE)
-    starts = torch.tensor([0, *(queries for queries, _ in chunks)]).cumsum(0).int()
-    batch = (torch.zeros(int(starts[-1]), dtype=torch.long), torch.cat(positions), torch.cat(slots), starts)
-    contexts = torch.tensor([context for _, context in chunks], dtype=torch.int32)
-    return StepBatch(
-        *(t.to(device) for t in (*batch, contexts, table, torch.arange(len(chunks)))),
-    )
-
-
-def filled(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> tuple[PagedCache, TorchCache]:
-    """Return both caches with the same random contents, NaN in blocks that no sequence of `step` has."""
-    caches = (
-        PagedCache(config, 66, dtype, device, BLOCK_SIZE),
-        TorchCache(config, 66, dtype, device, BLOCK_SIZE),
-    )
-    generator = torch.Generator().manual_seed(1)
-    for layer in range(config.num_layers):
-        for name in ("keys", "values"):
-            content = torch.randn(getattr(caches[1], name)[0].shape, generator=generator)
-            content[0] = content[64:] = torch.nan
-            for cache in caches:
-                getattr(cache, name)[layer].copy_(content)
-    return caches
-
-
-def inputs(config: LlamaConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        torch.randn(1, heads, tokens, config.head_dim, generator=generator).to(device, dtype)
-        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    ]
 
 
 @pytest.mark.parametrize("chunks", [CHUNKS, CHUNKS[:1], [(1, 33)], [(1, c) for c in (1, 16, 17, 80, 3)]])
@@ -111,8 +52,7 @@ def test_a_query_gives_the_same_bits_in_a_mix_alone_and_as_a_decoded_token(
 ) -> None:
     dtype = torch.float32 if precise else half
     config = make_config()
-    ours, _ = filled(config, dtype, device)
-    ours.prompt_rows = ROWS
+    ours, _ = filled(config, dtype, device, batch_invariant=True)
     batch = step(CHUNKS, device)
     qkv = inputs(config, len(batch.tokens), dtype, device)
     mixed = ours.attend(batch)(0, *qkv)
@@ -145,6 +85,45 @@ def test_a_query_gives_the_same_bits_in_a_mix_alone_and_as_a_decoded_token(
             )
             again = ours.attend(decoded)(0, *(t[:, :, row] for t in qkv))
             assert torch.equal(again, mixed[:, :, row])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "splits"),
+    [(2, 2, 64, 2), (4, 1, 128, 3), (8, 1, 12, 4), (8, 1, 64, 7), (3, 1, 16, 8), (20, 1, 16, 2)],
+)
+def test_a_context_that_programs_share_equals_the_plain_cache(
+    heads: int, kv_heads: int, dim: int, splits: int, device: torch.device
+) -> None:
+    """Contexts end before, at and after the borders of parts; the table's other entries are of no block."""
+    config = make_config(heads, kv_heads, dim)
+    ours, reference = filled(config, torch.float32, device)
+    batch = step([(1, context) for context in (1, 31, 32, 33, 64, 65, 130, 250)], device)
+    qkv = inputs(config, 8, torch.float32, device)
+    expected = reference.attend(batch)(0, *qkv)[0].transpose(0, 1)
+    for name in ("keys", "values"):
+        getattr(ours, name)[0].copy_(getattr(reference, name)[0])
+    used = torch.arange(batch.block_table.shape[1], device=device) * 16 < batch.context_len[:, None]
+    table = torch.where(used, batch.block_table, 1 << 30)
+    arrived = torch.zeros(8 * kv_heads, dtype=torch.int32, device=device)
+    query, steps = qkv[0][0].transpose(0, 1), (batch.query_start, batch.context_len, table)
+    tile = AttentionTile(16, 32, 4, 2)
+    for _ in range(2):
+        got = attend(query, ours.keys[0], ours.values[0], *steps, tile, splits=splits, arrived=arrived)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        assert not arrived.any()
+
+
+@pytest.mark.parametrize("context", [1, 300, 1000])
+def test_the_cache_lets_programs_share_the_context_of_a_single_sequence(
+    context: int, device: torch.device, half: torch.dtype
+) -> None:
+    config = make_config(4, 2, 16)
+    ours, reference = filled(config, half, device)
+    batch = step([(1, context)], device)
+    qkv = inputs(config, 1, half, device)
+    torch.testing.assert_close(
+        ours.attend(batch)(0, *qkv), reference.attend(batch)(0, *qkv), atol=0.005, rtol=0.02
+    )
 
 
 def test_joined_projections_are_rotated_stored_and_attended(device: torch.device) -> None:

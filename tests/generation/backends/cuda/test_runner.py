@@ -19,7 +19,7 @@ from llama_ray.generation.backends.quantize import Quantization, quantize
 from llama_ray.generation.backends.runner import Runner
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from tests.generation.backends.cuda.test_attention import BLOCK_SIZE, step
+from tests.generation.backends.cuda.helpers import BLOCK_SIZE, step
 from tests.generation.helpers import dequantize
 from tests.small_models import random_model
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from llama_ray.utils.fields import shown
 
 T = TypeVar("T")
 
@@ -70,10 +73,11 @@ def main(job: Callable[[], None]) -> NoReturn:
 
 def read_bytes(text: str, flag: str) -> int:
     """Return the bytes that `text` means: `80GiB`, `80 GB` or a plain number. Else raises ValueError with the flag."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
-    if match and match[1].count(".") < 2 and (unit := match[2].upper() or "B") in _UNITS:
-        return int(float(match[1]) * _UNITS[unit])
-    raise ValueError(f"{flag} is {text!r}; write a number and a unit, such as 80GiB or 24GB")
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    size = float(match[1]) * _UNITS.get(match[2].upper() or "B", math.nan) if match else math.nan
+    if math.isfinite(size):
+        return int(size)
+    raise ValueError(f"{flag} is {shown(text)}; write a number and a unit, such as 80GiB or 24GB")
 
 
 def _underscored(argv: Sequence[str]) -> list[str]:

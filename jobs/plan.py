@@ -20,6 +20,7 @@ from llama_ray.training.planning.plan import (
 )
 from llama_ray.training.planning.search import nearest_that_fits
 from llama_ray.training.planning.step_trace import TRACED_DEPTHS
+from llama_ray.utils.fields import Limits
 
 CHANGEABLE_FLAGS = (
     "parallelism",
@@ -39,6 +40,7 @@ def run() -> None:
     shape = {name: flags[name] for name in SHAPE_FLAGS if flags[name] is not None}
     model = LlamaConfig.preset(flags.preset, **shape)
     config = TrainConfig(**{name: flags[name] for name in TRAINING_FLAGS})
+    Limits(above=0).check("tokens", flags.tokens, float)
     cluster = Cluster(
         gpu_memory_bytes=read_bytes(flags.gpu_memory, "gpu_memory"),
         **{name: flags[name] for name in CLUSTER_FLAGS},

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import ray.data
@@ -29,6 +29,7 @@ from llama_ray.data.shards import (
 from llama_ray.data.sources import SourceError
 from llama_ray.data.tokenizer import Tokenizer, check_vocab_size
 from llama_ray.storage.paths import is_uri
+from llama_ray.utils.fields import check_fields, limits
 
 TOKENIZER_SAMPLE_BYTES = 100_000_000
 """A tokenizer is trained on at most this much text; more takes long and changes few merges."""
@@ -56,24 +57,17 @@ class PrepareConfig:
 
     source: str
     output: str
-    vocab_size: int = 32000
+    vocab_size: int = field(default=32000, metadata=limits(1))
     tokenizer: str | None = None
-    validation_fraction: float = 0.01
-    seed: int = 0
-    max_bytes: int | None = None
+    validation_fraction: float = field(default=0.01, metadata=limits(above=0, below=1))
+    seed: int = field(default=0, metadata=limits(0, 2**63 - 1))
+    max_bytes: int | None = field(default=None, metadata=limits(1, 2**63 - 1))
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction is {self.validation_fraction}; it must be above 0 and below 1"
-            )
+        check_fields(self)
         if self.tokenizer is None:
             check_vocab_size(self.vocab_size)
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ValueError(f"max_bytes is {self.max_bytes}; it must be at least 1")
         if is_uri(self.output):
             raise ValueError(f"output is {self.output!r}; give a directory on storage that all nodes share")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llama_ray.generation.backends.quantize import Quantization
+from llama_ray.utils.fields import check_fields, limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,24 +24,15 @@ class RunOptions:
         num_draft_tokens: Draft tokens of a sequence in one step, if there is a draft model or prompt lookup.
     """
 
-    max_num_seqs: int = 64
-    max_seq_len: int | None = None
-    max_num_batched_tokens: int | None = None
-    kv_cache_memory_bytes: int | None = None
+    max_num_seqs: int = field(default=64, metadata=limits(1))
+    max_seq_len: int | None = field(default=None, metadata=limits(2))
+    max_num_batched_tokens: int | None = field(default=None, metadata=limits(1))
+    kv_cache_memory_bytes: int | None = field(default=None, metadata=limits(1, 2**63 - 1))
     enable_prefix_caching: bool = True
-    num_draft_tokens: int = 4
+    num_draft_tokens: int = field(default=4, metadata=limits(1))
 
     def __post_init__(self) -> None:
-        self._check_least(
-            1, "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "num_draft_tokens"
-        )
-        self._check_least(2, "max_seq_len")
-
-    def _check_least(self, least: int, *names: str) -> None:
-        for name in names:
-            value: int | None = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +54,10 @@ class EngineOptions(RunOptions):
     batch_invariant: bool = False
     draft_model: str | None = None
     prompt_lookup: bool = False
-    tensor_parallel: int = 1
+    tensor_parallel: int = field(default=1, metadata=limits(1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(1, "tensor_parallel")
         if self.prompt_lookup and self.draft_model is not None:
             raise ValueError(
                 f"draft_model is {self.draft_model} and prompt_lookup is on; choose one of them to draft tokens"

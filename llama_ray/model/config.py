@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
+
+from llama_ray.utils.fields import check_fields, limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,16 +19,13 @@ class RopeScaling:
     """
 
     rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
+    factor: float = field(metadata=limits(1))
+    low_freq_factor: float = field(default=1.0, metadata=limits(above=0))
+    high_freq_factor: float = field(default=4.0, metadata=limits(above=0))
+    original_max_seq_len: int = field(default=8192, metadata=limits(1))
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
-            raise ValueError(f"rope_type is {self.rope_type!r}; it must be 'linear' or 'llama3'")
-        if self.factor < 1:
-            raise ValueError(f"the rope scaling factor is {self.factor}; it must be at least 1")
+        check_fields(self, "rope_scaling.")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor is {self.low_freq_factor}; it must be below high_freq_factor, "
@@ -38,7 +37,7 @@ class RopeScaling:
 class LlamaConfig:
     """The shape of a LLaMA (Touvron et al. 2023, arXiv:2302.13971).
 
-    Raises ValueError for an impossible shape.
+    Raises ValueError for an impossible shape. The upper limits are far above any model; they catch mistyped numbers.
 
     Args:
         vocab_size: Entries of the vocabulary.
@@ -56,30 +55,21 @@ class LlamaConfig:
         tie_embeddings: Whether the output projection shares the weights of the embedding.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    intermediate_size: int
-    max_seq_len: int = 2048
-    rope_theta: float = 10_000.0
+    vocab_size: int = field(metadata=limits(1, 2**24))
+    hidden_size: int = field(metadata=limits(1, 2**20))
+    num_layers: int = field(metadata=limits(1, 2**14))
+    num_heads: int = field(metadata=limits(1, 2**16))
+    num_kv_heads: int = field(default=0, metadata=limits(0, 2**16))
+    head_dim: int = field(default=0, metadata=limits(0, 2**16))
+    intermediate_size: int = field(metadata=limits(1, 2**24))
+    max_seq_len: int = field(default=2048, metadata=limits(1, 2**27))
+    rope_theta: float = field(default=10_000.0, metadata=limits(above=0))
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-6
+    norm_eps: float = field(default=1e-6, metadata=limits(above=0, most=1))
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "intermediate_size",
-            "max_seq_len",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_fields(self)
         # The dataclass is frozen; the two fields whose defaults depend on others are set once, here.
         if self.num_kv_heads == 0:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
@@ -95,15 +85,11 @@ class LlamaConfig:
                 f"head_dim is {self.head_dim}; it must be even, because rotary embedding rotates pairs; change "
                 "hidden_size or num_heads, or give head_dim"
             )
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads, {self.num_kv_heads}; "
                 "change one of them"
             )
-        if self.rope_theta <= 0:
-            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:

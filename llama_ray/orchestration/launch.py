@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llama_ray.tracking.registry import Policy, check_name
+from llama_ray.utils.fields import Limits, check_fields, limits, shown
+
+_MAX_WORKERS = 2**17
+"""More GPUs than any cluster has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +37,17 @@ class LaunchConfig:
     experiment: str = "llama-ray"
     register_as: str = "llama-ray"
     promote: Policy = "if_better"
-    max_failures: int = 3
-    resize_interval_s: float = 60.0
+    max_failures: int = field(default=3, metadata=limits(0))
+    resize_interval_s: float = field(default=60.0, metadata=limits(above=0, most=10**9))
 
     def __post_init__(self) -> None:
+        check_fields(self)
         least, most = self.workers
         if not 1 <= least <= most:
             raise ValueError(_bad_world_size(self.world_size))
+        Limits(most=_MAX_WORKERS).check("world_size", most, int)
         if self.register_as:
             check_name(self.register_as)
-        if self.promote not in ("if_better", "always", "never"):
-            raise ValueError(f"promote is {self.promote!r}; choose if_better, always or never")
-        if self.max_failures < 0:
-            raise ValueError(f"max_failures is {self.max_failures}; it must be at least 0")
         if self.run_name and self.resume:
             raise ValueError("run_name and resume are both given; --resume NAME already names the run")
 
@@ -60,4 +62,5 @@ class LaunchConfig:
 
 
 def _bad_world_size(world_size: int | str) -> str:
-    return f"world_size is {world_size}; it must be a number from 1 up, or a range such as 2..8"
+    text = shown(world_size).strip("'")
+    return f"world_size is {text}; it must be a number from 1 up, or a range such as 2..8"

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from llama_ray.utils.fields import check_fields, limits
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Parallelism = Literal["auto", "ddp", "fsdp", "hsdp"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["cosine", "linear", "wsd"]
-
-_CHOICES = {
-    "precision": get_args(Precision),
-    "parallelism": get_args(Parallelism),
-    "activation_checkpointing": get_args(ActivationCheckpointing),
-    "optimizer": get_args(OptimizerName),
-    "schedule": get_args(ScheduleName),
-}
-_MINIMUM = {
-    "epochs": 1,
-    "max_steps": 1,
-    "batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "seq_len": 0,
-    "warmup_steps": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "z_loss": 0,
-    "max_skipped_steps": 1,
-    "tensor_parallel": 1,
-    "fsdp_size": 0,
-    "profile_steps": 0,
-    "collective_timeout_s": 1,
-    "log_every": 1,
-    "validate_every": 1,
-    "validation_batches": 0,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
-    "checkpoint_copies_mib": 64,
-    "seed": 0,
-}
-_BETWEEN_0_AND_1 = ("min_learning_rate_ratio", "decay_fraction", "beta1", "beta2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,53 +66,41 @@ class TrainConfig:
         seed: Seed of the initial weights and of the order of the data.
     """
 
-    epochs: int = 1
-    max_steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    seq_len: int = 0
+    epochs: int = field(default=1, metadata=limits(1))
+    max_steps: int | None = field(default=None, metadata=limits(1))
+    batch_size: int = field(default=8, metadata=limits(1))
+    gradient_accumulation_steps: int = field(default=1, metadata=limits(1))
+    seq_len: int = field(default=0, metadata=limits(0))
     precision: Precision = "bf16"
-    learning_rate: float = 3e-4
-    min_learning_rate_ratio: float = 0.1
-    warmup_steps: int | None = None
+    learning_rate: float = field(default=3e-4, metadata=limits(above=0))
+    min_learning_rate_ratio: float = field(default=0.1, metadata=limits(0, 1))
+    warmup_steps: int | None = field(default=None, metadata=limits(0))
     schedule: ScheduleName = "cosine"
-    decay_fraction: float = 0.2
+    decay_fraction: float = field(default=0.2, metadata=limits(0, 1))
     optimizer: OptimizerName = "adamw"
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    z_loss: float = 0.0
-    max_skipped_steps: int = 10
+    weight_decay: float = field(default=0.1, metadata=limits(0))
+    beta1: float = field(default=0.9, metadata=limits(0, below=1))
+    beta2: float = field(default=0.95, metadata=limits(0, below=1))
+    max_grad_norm: float = field(default=1.0, metadata=limits(0))
+    z_loss: float = field(default=0.0, metadata=limits(0))
+    max_skipped_steps: int = field(default=10, metadata=limits(1))
     parallelism: Parallelism = "auto"
-    tensor_parallel: int = 1
-    fsdp_size: int = 0
+    tensor_parallel: int = field(default=1, metadata=limits(1))
+    fsdp_size: int = field(default=0, metadata=limits(0))
     activation_checkpointing: ActivationCheckpointing = "none"
-    log_every: int = 10
-    validate_every: int | None = None
-    validation_batches: int = 50
-    checkpoint_every: int | None = None
-    keep_checkpoints: int = 3
-    checkpoint_copies_mib: int | None = None
+    log_every: int = field(default=10, metadata=limits(1))
+    validate_every: int | None = field(default=None, metadata=limits(1))
+    validation_batches: int = field(default=50, metadata=limits(0))
+    checkpoint_every: int | None = field(default=None, metadata=limits(1))
+    keep_checkpoints: int = field(default=3, metadata=limits(1))
+    checkpoint_copies_mib: int | None = field(default=None, metadata=limits(64))
     compile: bool | None = None
-    profile_steps: int = 0
-    collective_timeout_s: int = 600
-    seed: int = 0
+    profile_steps: int = field(default=0, metadata=limits(0, 1000))
+    collective_timeout_s: int = field(default=600, metadata=limits(1))
+    seed: int = field(default=0, metadata=limits(0, 2**63 - 1))
 
     def __post_init__(self) -> None:
-        for name, minimum in _MINIMUM.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} is {value}; it must be at least {minimum}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        for name in _BETWEEN_0_AND_1:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {listed}")
+        check_fields(self)
         if self.fsdp_size and self.parallelism != "hsdp":
             raise ValueError(
                 f"fsdp_size is {self.fsdp_size}; it must be 0 with parallelism {self.parallelism}; "

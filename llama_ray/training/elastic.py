@@ -6,6 +6,9 @@ from dataclasses import replace
 
 from llama_ray.training.config import TrainConfig
 
+_LISTED = 20
+"""Numbers of workers that a message lists."""
+
 
 def for_workers(config: TrainConfig, workers: int, planned: int) -> TrainConfig:
     """Return `config`, which was written for `planned` data-parallel workers, for `workers` of them.
@@ -34,7 +37,7 @@ def check_range(config: TrainConfig, least: int, most: int, tensor_parallel: int
     bad = [n for n in range(least, most + 1) if n % tensor_parallel or total % (n // tensor_parallel)]
     if bad:
         raise ValueError(
-            f"world_size {least}..{most} includes {', '.join(map(str, bad))}, which cannot share the global batch of "
+            f"world_size {least}..{most} includes {_listed(bad)}, which cannot share the global batch of "
             f"{total} sequences; {_numbers_that_work(total, least, most, tensor_parallel)}; give one of these, a "
             "smaller range, or another batch_size"
         )
@@ -44,4 +47,8 @@ def _numbers_that_work(total: int, least: int, most: int, tensor_parallel: int =
     good = [
         n for n in range(least, most + 1) if n % tensor_parallel == 0 and total % (n // tensor_parallel) == 0
     ]
-    return f"{', '.join(map(str, good))} would work" if good else "no number in the range would work"
+    return f"{_listed(good)} would work" if good else "no number in the range would work"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:_LISTED])) + (", ..." if len(numbers) > _LISTED else "")

@@ -52,3 +52,24 @@ def test_an_unusable_number_of_workers_is_one_line_before_ray_starts() -> None:
     assert job.stderr == (
         "error: world_size is 8..2; it must be a number from 1 up, or a range such as 2..8\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rate", ".nan", "learning_rate is nan; it must be above 0"),
+        ("beta1", "1", "beta1 is 1.0; it must be at least 0 and below 1"),
+        ("z_loss", "1e400", "z_loss is inf; it must be at most 3.4e+38"),
+        ("seed", str(2**64), f"seed is {2**64}; it must be at most {2**63 - 1}"),
+        ("world_size", f"1..{2**64}", f"world_size is {2**64}; it must be at most 131072"),
+        ("norm_eps", ".inf", "norm_eps is inf; it must be above 0 and at most 1"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line_from_flags_and_from_a_file(
+    tmp_path: Path, name: str, value: str, message: str
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"{name}: {value}\n")
+    for flags in ((f"--{name}", value), ("--config", str(settings))):
+        job = run_here("train.py", *flags)
+        assert (job.returncode, job.stderr) == (2, f"error: {message}\n")

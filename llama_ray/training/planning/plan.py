@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import ActivationCheckpointing, TrainConfig
 from llama_ray.training.parallel.layout import GIB, Layout, choose_layout
 from llama_ray.training.planning.memory_trace import Memory
 from llama_ray.training.planning.step_trace import StepTrace, trace_step
-from llama_ray.training.planning.traffic import Collective, Links
+from llama_ray.training.planning.traffic import MAX_GPUS, Collective, Links
+from llama_ray.utils.fields import Limits, limits
 
 RUNTIME_BYTES = int(1.5 * GIB)
 """GPU memory that is assumed to hold no tensors: the CUDA context, NCCL's channels, cuBLAS's workspaces."""
@@ -26,17 +27,12 @@ _RECOMPUTATION: dict[ActivationCheckpointing, float] = {"none": 1.0, "selective"
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster(Links):
-    """The GPUs of a run, one worker each, and the links between them. Values that are not positive raise ValueError."""
+    """The GPUs of a run, one worker each, and the links between them. Values out of range raise ValueError."""
 
-    gpus: int
-    gpu_memory_bytes: int
-    gpu_flops: float = 989e12
+    gpus: int = field(metadata=limits(1, MAX_GPUS))
+    gpu_memory_bytes: int = field(metadata=limits(1, 2**50))
+    gpu_flops: float = field(default=989e12, metadata=limits(above=0))
     """Dense FLOP/s of one GPU in the run's precision, from the data sheet; by default those of an H100 in bf16."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}; it must be above 0")
 
     def layout(self, model: LlamaConfig, config: TrainConfig) -> Layout:
         """Return the layout of a run on all GPUs. Raises ValueError if they cannot be divided as asked."""
@@ -131,7 +127,6 @@ def make_plan(model: LlamaConfig, config: TrainConfig, cluster: Cluster, *, mfu:
 
     Raises ValueError if the GPUs cannot be divided as asked.
     """
-    if not 0 < mfu <= 1:
-        raise ValueError(f"mfu is {mfu}; it must be above 0 and at most 1")
+    Limits(above=0, most=1).check("mfu", mfu, float)
     layout = cluster.layout(model, config)
     return Plan(model, config, cluster, layout, trace_step(model, config, layout), mfu)

@@ -11,12 +11,10 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import ActivationCheckpointing, TrainConfig
 from llama_ray.training.parallel.layout import state_bytes
 from llama_ray.training.planning.plan import Cluster, Plan, make_plan
+from llama_ray.training.planning.traffic import MAX_GPUS
 
 MAX_TRACES = 24
 """Configurations to trace before the search gives up, as each takes seconds."""
-
-MAX_GPUS = 16384
-"""GPUs of the largest cluster to suggest: Llama 3 405B was trained on as many (arXiv:2407.21783)."""
 
 _CHECKPOINTING: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
 """Modes from the most memory to the least; each costs one more than the one before."""

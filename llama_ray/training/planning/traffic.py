@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch.distributed.tensor import DTensor
 
+from llama_ray.utils.fields import check_fields, limits
 from llama_ray.utils.torch_private import TorchDispatchMode, collective_call
+
+MAX_GPUS = 16384
+"""GPUs of the largest cluster to plan for: Llama 3 405B was trained on as many (arXiv:2407.21783)."""
 
 _OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
 
@@ -27,15 +31,21 @@ Traffic = Mapping[Collective, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """The links between GPUs. Bandwidths are bytes/s of one GPU in each direction, from the data sheets."""
+    """The links between GPUs. Bandwidths are bytes/s of one GPU in each direction, from the data sheets.
 
-    gpus_per_node: int = 8
-    node_bandwidth: float = 450e9
+    Values out of range raise ValueError.
+    """
+
+    gpus_per_node: int = field(default=8, metadata=limits(1, MAX_GPUS))
+    node_bandwidth: float = field(default=450e9, metadata=limits(above=0))
     """Of NVLink 4, as in an H100 or H200, whose 900 GB/s count both directions."""
-    network_bandwidth: float = 50e9
+    network_bandwidth: float = field(default=50e9, metadata=limits(above=0))
     """Of an adapter with 400 Gb/s per GPU."""
-    reached: float = 0.8
+    reached: float = field(default=0.8, metadata=limits(above=0, most=1))
     """Share of both bandwidths that collectives reach."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def seconds(self, collective: Collective, size: float) -> float:
         """Return the seconds that a ring takes for `size` bytes, by its slowest link; latency is left out.

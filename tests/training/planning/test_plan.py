@@ -68,5 +68,5 @@ def test_an_impossible_mfu_is_refused(mfu: float) -> None:
 
 
 def test_a_cluster_without_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match="gpu_memory_bytes is 0; it must be above 0"):
+    with pytest.raises(ValueError, match="gpu_memory_bytes is 0; it must be at least 1"):
         Cluster(gpus=1, gpu_memory_bytes=0)

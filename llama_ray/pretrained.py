@@ -49,10 +49,11 @@ def load_pretrained(
     if not (directory / "tokenizer.json").is_file():
         return model, None
     tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    needed = tokenizer.needed_vocab_size()
+    if needed > model.config.vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens; it must have at most "
-            f"{model.config.vocab_size}, the model's vocab_size; give the model's own tokenizer"
+            f"{directory}: the tokenizer has {needed} tokens; it must have at most {model.config.vocab_size}, the "
+            "model's vocab_size; give the model's own tokenizer"
         )
     return model, tokenizer
 
@@ -63,5 +64,9 @@ def save_pretrained(model: Llama, tokenizer: Tokenizer | None, directory: str | 
     bos_id = eos_id = None
     if tokenizer is not None:
         tokenizer.save(directory)
-        bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
+        # A token that the model lacks is not named, because readers would look for its row.
+        bos_id, eos_id = (
+            id if id is not None and id < model.config.vocab_size else None
+            for id in (tokenizer.bos_id, tokenizer.eos_id)
+        )
     save_model(model, directory, bos_id=bos_id, eos_id=eos_id)

@@ -122,10 +122,17 @@ class Tokenizer:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
 
-    def to_json(self) -> str:
-        """Return what `save` writes to `tokenizer.json`, for libraries that parse it."""
+    def to_json(self, vocab_size: int | None = None) -> str:
+        """Return what `save` writes to `tokenizer.json`, for libraries that parse it.
+
+        With the `vocab_size` of a model, added tokens that the model lacks (see `needed_vocab_size`) are left out.
+        """
         text: str = self._backend.to_str()
-        return text
+        if vocab_size is None or vocab_size >= self.vocab_size:
+            return text
+        content = json.loads(text)
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+        return json.dumps(content)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the token ids of `text`, after bos and before eos if asked for.
@@ -178,6 +185,16 @@ class Tokenizer:
         keeps a leading space, even if `prompt` has no text.
         """
         return self._decoder.stream(prompt, at_start)
+
+    def needed_vocab_size(self) -> int:
+        """Return the vocabulary size that a model needs at least: `vocab_size`, but for added tokens at the end.
+
+        Other libraries add such tokens (padding, for example) without a row in the model's embedding. Text is encoded
+        without them, and a model cannot generate them.
+        """
+        added = self._backend.get_added_tokens_decoder().keys() - set(self.encode_prompt(""))
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        return max((id for id in ids if id not in added), default=-1) + 1
 
     def _name(self, id: int | None) -> str | None:
         return None if id is None else self._backend.id_to_token(id)

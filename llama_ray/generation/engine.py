@@ -21,6 +21,7 @@ from llama_ray.generation.backends.runner import RunnerError
 from llama_ray.generation.caches import make_caches
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.core import Core
+from llama_ray.generation.end_of_text import all_eos_ids
 from llama_ray.generation.limits import Limits
 from llama_ray.generation.loading import load
 from llama_ray.generation.options import EngineOptions, RunOptions
@@ -62,7 +63,7 @@ class Engine:
     order of arrival; with None each process draws others. `eos_ids` end a completion beside the tokenizer's own
     end-of-text token. `sharded` is given if `model` is rank 0's shard of a model on several ranks; the processes of the
     other ranks end with `close`, with a `with` block, and when the engine is garbage-collected. Raises ValueError for
-    options that do not fit the model or the free memory.
+    options and ids that do not fit the model or the free memory.
 
     `submit` and `abort` may be called from any thread; `step` and `generate` from one thread at a time.
     """
@@ -84,8 +85,7 @@ class Engine:
         self.tokenizer, self.config = tokenizer, backend.model.config
         self.max_num_seqs = options.max_num_seqs
         self.max_seq_len = _max_seq_len(options, self.config)
-        own_eos = {tokenizer.eos_id} if tokenizer is not None else set()
-        self.eos_ids = frozenset(e for e in {*own_eos, *eos_ids} if e is not None)
+        self.eos_ids = all_eos_ids(tokenizer, eos_ids, self.config.vocab_size)
         self._sharded = sharded
         self._weight_bytes = sharded.weight_bytes if sharded else backend.weight_bytes
         caches = make_caches(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import torch
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.backends.prepare import prepare
+from llama_ray.generation.end_of_text import stored_eos_ids
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer
+from llama_ray.model.checkpoint import load_config
 from llama_ray.pretrained import load_pretrained, resolve
 
 
@@ -36,7 +37,7 @@ def load(
     """See `Engine.from_pretrained`."""
     directory = resolve(ref)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    eos_ids = _eos_ids(directory)
+    eos_ids = stored_eos_ids(directory, load_config(directory).vocab_size)
     proposer = _load_proposer(options, dtype, device)
     quantization, batch_invariant = options.quantization, options.batch_invariant
     if options.tensor_parallel == 1:
@@ -54,17 +55,3 @@ def _load_proposer(
         draft, _ = load_pretrained(options.draft_model, dtype=dtype, device=device)
         return DraftModel(prepare(draft, options.quantization, batch_invariant=options.batch_invariant))
     return PromptLookup() if options.prompt_lookup else None
-
-
-def _eos_ids(directory: Path) -> list[int]:
-    """Return `eos_token_id` of generation_config.json (one or several) if the checkpoint has that file."""
-    file = directory / "generation_config.json"
-    if not file.is_file():
-        return []
-    try:
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is not a JSON object ({error}); save the checkpoint again or remove the file"
-        ) from error
-    return [ids] if isinstance(ids, int) else list(ids or ())

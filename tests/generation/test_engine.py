@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import threading
 from collections import defaultdict
@@ -152,17 +151,6 @@ def test_end_of_text_stops_unless_ignored(model: Llama, tokenizer: Tokenizer) ->
 
     at_once = SamplingParams(temperature=0, logit_bias={eos: 1000.0})
     assert Engine(model, tokenizer).generate(["x"], at_once)[0].token_ids == [eos]
-
-
-def test_eos_ids_of_generation_config_end_a_completion_too(
-    model: Llama, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    save_pretrained(model, tokenizer, tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert Engine.from_pretrained(tmp_path, device="cpu").eos_ids == {7, 9, tokenizer.eos_id}
-    (tmp_path / "generation_config.json").write_text("[")
-    with pytest.raises(ValueError, match=r"generation_config\.json is not a JSON object"):
-        Engine.from_pretrained(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])

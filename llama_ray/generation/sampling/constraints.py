@@ -63,7 +63,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Collection[int]) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._eos_ids = sorted(e for e in eos_ids if e < vocab_size)
+        self._eos_ids = sorted(eos_ids)
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._backend: LLTokenizer | None = None
@@ -106,7 +106,7 @@ class Grammars:
         if self._backend is None:
             try:
                 self._backend = LLTokenizer(
-                    tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos_ids
+                    tokenizer.to_json(self._vocab_size), n_vocab=self._vocab_size, eos_token=self._eos_ids
                 )
             except ValueError as error:
                 cause = _one_line(str(error))

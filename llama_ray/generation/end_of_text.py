@@ -1,0 +1,59 @@
+"""Which token ids end a completion: those that a checkpoint and its tokenizer name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from llama_ray.data.tokenizer import Tokenizer
+
+
+def stored_eos_ids(directory: Path, vocab_size: int) -> list[int]:
+    """Return `eos_token_id` (one or several) of generation_config.json or, if that names none, of config.json.
+
+    Raises ValueError for a file that is not a JSON object, and for anything but ids below `vocab_size`.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        stored = _read_object(file).get("eos_token_id")
+        ids: list[int] = stored if isinstance(stored, list) else [] if stored is None else [stored]
+        if ids:
+            check_eos_ids(ids, vocab_size, f"{file}: eos_token_id", "correct the file")
+            return ids
+    return []
+
+
+def check_eos_ids(ids: Collection[object], vocab_size: int, name: str, way_out: str) -> None:
+    """Raise ValueError unless all `ids` are token ids below `vocab_size`; `name` is what they are in the message."""
+    for id in ids:
+        # In Python True is an integer, too.
+        if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < vocab_size:
+            shown = json.dumps(id, default=str)[:80]
+            raise ValueError(
+                f"{name} is {shown}; it must be a token id of the model, 0 to {vocab_size - 1}, or several; {way_out}"
+            )
+
+
+def all_eos_ids(tokenizer: Tokenizer | None, eos_ids: Collection[int], vocab_size: int) -> frozenset[int]:
+    """Return `eos_ids` and the tokenizer's own end-of-text token, unless the model cannot generate that.
+
+    Raises ValueError for an id in `eos_ids` that is not one of the model's, 0 to vocab_size - 1.
+    """
+    check_eos_ids(eos_ids, vocab_size, "eos_ids", "give others")
+    own = None if tokenizer is None else tokenizer.eos_id
+    return frozenset(eos_ids) | (frozenset([own]) if own is not None and own < vocab_size else frozenset())
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in `file`; {} if there is no such file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not a JSON object ({error}); save the checkpoint again or remove the file"
+        ) from error
+    return content

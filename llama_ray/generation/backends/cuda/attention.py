@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from llama_ray.generation.backends.cuda.attention_kernels import attend_kernel, decode_kernel
-from llama_ray.generation.backends.cuda.tiles import ROWS, AttentionTile
+from llama_ray.generation.backends.cuda.tiles import MOST_SPLITS, ROWS, AttentionTile
 
 _LOG2_E = 1.4426950408889634
 """Scales scores so that exp2 computes the softmax."""
@@ -43,9 +43,10 @@ def attend(
     """Attend with each query of a step to the context up to its own position; return [tokens, heads, head_dim].
 
     `query` is [tokens, heads, head_dim], contiguous in its last dimension; `keys` and `values` of one layer are
-    [blocks, block_size, kv_heads, head_dim]; the others are as in `StepBatch`. If each sequence has one query, `splits`
-    programs can share its context; they count in `arrived`, int32 with at least sequences * kv_heads zeros, and leave
-    zeros. In tiles of 16 rows without splits, a prompt token's result is the same as if it had been decoded.
+    [blocks, block_size, kv_heads, head_dim]; the others are as in `StepBatch`. If each sequence has one query, up to
+    MOST_SPLITS programs can share its context: `splits`. They count in `arrived`, int32 with at least sequences *
+    kv_heads zeros, and leave zeros. In tiles of 16 rows without splits, a prompt token's result is the same as if it
+    had been decoded.
     """
     tokens, heads, dim = query.shape
     _, block_size, kv_heads, _ = keys.shape
@@ -96,7 +97,6 @@ def attend(
         _parts(sequences * heads * splits, dim, query.device) if splits > 1 else (None,) * 3
     )
     group_padded = triton.next_power_of_2(group)
-    splits_padded = triton.next_power_of_2(splits)
     decode_kernel[(sequences, kv_heads, splits)](
         out,
         query,
@@ -108,12 +108,13 @@ def attend(
         largest,
         total,
         arrived if splits > 1 else None,
+        splits,
         *strides,
         scale,
         GROUP_PADDED=group_padded,
-        SPLITS=splits,
-        SPLITS_PADDED=splits_padded,
-        TOGETHER=max(1, min(splits_padded, _JOINED // (group_padded * dim_padded))),
+        SPLIT=splits > 1,
+        MOST_PARTS=MOST_SPLITS,
+        TOGETHER=max(1, min(MOST_SPLITS, _JOINED // (group_padded * dim_padded))),
         **shape,
     )
     return out

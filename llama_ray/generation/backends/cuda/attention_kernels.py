@@ -71,14 +71,14 @@ def _join(
     GROUP_PADDED: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
     """Write the result of a sequence's query heads [GROUP, DIM], given `parts` parts of its context."""
     row = tl.arange(0, GROUP_PADDED)
     d = tl.arange(0, DIM_PADDED)
     # Other processors wrote the parts: read them from the L2 cache, which all share.
-    all_parts = tl.arange(0, SPLITS_PADDED)
+    all_parts = tl.arange(0, MOST_PARTS)
     at_all = all_parts[:, None] * GROUP + row[None, :]
     exist = (all_parts < parts)[:, None] & (row < GROUP)[None, :]
     all_largest = tl.load(part_largest + at_all, mask=exist, other=float("-inf"), cache_modifier=".cg")
@@ -110,7 +110,7 @@ _UNALIGNED = ["query_start", "context_len", "block_table", "part_largest", "part
 """Arguments that may be parts of tensors: their alignment makes no difference, so there is one kernel for any."""
 
 
-@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=_UNALIGNED)
+@triton.jit(do_not_specialize=["splits", "table_stride"], do_not_specialize_on_alignment=_UNALIGNED)
 def decode_kernel(
     out,
     query,
@@ -122,6 +122,7 @@ def decode_kernel(
     part_largest,
     part_total,
     arrived,
+    splits,
     table_stride,
     out_stride,
     query_stride_token,
@@ -137,8 +138,8 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -148,7 +149,7 @@ def decode_kernel(
     split = tl.program_id(2)
     context = tl.load(context_len + sequence)
     # The parts are equal multiples of KEYS, so a short context has fewer of them.
-    length = tl.cdiv(tl.cdiv(context, SPLITS), KEYS) * KEYS
+    length = tl.cdiv(tl.cdiv(context, splits), KEYS) * KEYS
     parts = tl.cdiv(context, length)
     if split >= parts:
         return
@@ -189,9 +190,9 @@ def decode_kernel(
         sums = sums / total[:, None]
         target = out + token * out_stride + (head * DIM)[:, None] + d[None, :]
         tl.store(target, sums.to(out.dtype.element_ty), mask=mask)
-    elif SPLITS > 1:
+    elif SPLIT:
         unit = token * tl.num_programs(1) + kv_head
-        at = (unit * SPLITS + split) * GROUP + row
+        at = (unit * splits + split) * GROUP + row
         tl.store(part_sums + (at * DIM)[:, None] + d[None, :], sums, mask=mask)
         tl.store(part_largest + at, largest, mask=valid)
         tl.store(part_total + at, total, mask=valid)
@@ -203,7 +204,7 @@ def decode_kernel(
             tl.debug_barrier()
             # The next step counts from 0 again.
             tl.store(arrived + unit, 0)
-            begin = unit * (SPLITS * GROUP)
+            begin = unit * splits * GROUP
             _join(
                 out + token * out_stride + kv_head * (GROUP * DIM),
                 part_sums + begin * DIM,
@@ -214,7 +215,7 @@ def decode_kernel(
                 GROUP_PADDED,
                 DIM,
                 DIM_PADDED,
-                SPLITS_PADDED,
+                MOST_PARTS,
                 TOGETHER,
             )
 

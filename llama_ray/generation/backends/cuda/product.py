@@ -8,20 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from llama_ray.generation.backends.cuda.tiles import INVARIANT_ROWS, ProductTile, product_tile
 from llama_ray.generation.backends.quantize import GROUP_SIZE, Quantization, quantize
 
 _UNIT = 2 * GROUP_SIZE
 """Inputs of two groups, whose int4 values share GROUP_SIZE bytes: the first group is in the low halves."""
-_SHARED_BYTES = 96 * 1024
-"""Shared memory that a program can use on every GPU since Ampere."""
-_TILE_OUTPUTS = ((6144, 32), (12288, 64))
-"""(limit, tile): weights with fewer than `limit` outputs are divided into tiles of `tile` outputs, so that each
-processor of a large GPU gets about one tile, or several."""
-_LARGEST_TILE_OUTPUTS = 128
-_PLAIN_STEP = 64
-"""Inputs that a program multiplies at a time with plain weights; `_UNIT` with quantised ones."""
-FEW_ROWS, MANY_ROWS = 16, 64
-"""Rows of a tile: for decoding steps, and for all others."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -88,21 +79,17 @@ def _multiply(
     )
 
 
-def multiply(x: Tensor, weight: Tensor, scales: Tensor | None = None, *, rows_in_tile: int) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, scales: Tensor | None, tile: ProductTile) -> Tensor:
     """Return `x` [rows, inputs] @ weight.T [rows, outputs], rounded once from fp32 sums.
 
     `weight` is [outputs, inputs] in the dtype of x; int8 with `scales` fp32 [outputs]; or uint8 from `pack` with
-    `scales` [groups, outputs]. Inputs are summed in one order, in tiles whose shape depends only on the weight and on
-    `rows_in_tile`: for one value of it, a row's result does not depend on the other rows.
+    `scales` [groups, outputs]. Inputs are summed in an order that depends on the tile alone, so for one tile a row's
+    result does not depend on the other rows.
     """
     rows, inputs = x.shape
     outputs = len(weight)
-    bits = {torch.int8: 8, torch.uint8: 4}.get(weight.dtype, 16)
-    height = _tile_outputs(outputs, x.dtype)
-    step = _UNIT if bits < 16 else _PLAIN_STEP
-    stage = height * step * (weight.itemsize if bits > 4 else 1) + rows_in_tile * step * x.itemsize
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    _multiply[(triton.cdiv(rows, rows_in_tile), triton.cdiv(outputs, height))](
+    _multiply[(triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs))](
         out,
         x,
         weight,
@@ -112,23 +99,16 @@ def multiply(x: Tensor, weight: Tensor, scales: Tensor | None = None, *, rows_in
         inputs,
         x.stride(0),
         weight.stride(0),
-        BITS=bits,
-        OUT=height,
-        ROWS=rows_in_tile,
-        STEP=step,
-        EVEN=inputs % step == 0,
+        BITS={torch.int8: 8, torch.uint8: 4}.get(weight.dtype, 16),
+        OUT=tile.outputs,
+        ROWS=tile.rows,
+        STEP=tile.step,
+        EVEN=inputs % tile.step == 0,
         PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=max(2, min(5, _SHARED_BYTES // stage)),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return out
-
-
-def _tile_outputs(outputs: int, dtype: torch.dtype) -> int:
-    if dtype is torch.float32:
-        # Without tensor cores, small tiles are faster.
-        return _TILE_OUTPUTS[0][1]
-    return next((tile for limit, tile in _TILE_OUTPUTS if outputs < limit), _LARGEST_TILE_OUTPUTS)
 
 
 def pack(values: Tensor) -> Tensor:
@@ -169,5 +149,5 @@ class Product(nn.Module):
         if self.scales is None and not self.batch_invariant:
             return F.linear(x, self.weight)
         rows = x.reshape(-1, x.shape[-1])
-        rows_in_tile = FEW_ROWS if len(rows) <= FEW_ROWS and not self.batch_invariant else MANY_ROWS
-        return multiply(rows, self.weight, self.scales, rows_in_tile=rows_in_tile).view(*x.shape[:-1], -1)
+        tile = product_tile(self.weight, INVARIANT_ROWS if self.batch_invariant else len(rows), x.dtype)
+        return multiply(rows, self.weight, self.scales, tile).view(*x.shape[:-1], -1)

@@ -7,6 +7,7 @@ from torch import nn
 pytest.importorskip("triton", reason="Triton is not installed (the CPU build of torch comes without)")
 
 from llama_ray.generation.backends.cuda.product import Product, multiply
+from llama_ray.generation.backends.cuda.tiles import ProductTile
 from llama_ray.generation.backends.quantize import Quantization, quantize
 from tests.generation.helpers import dequantize
 
@@ -63,4 +64,6 @@ def test_int4_takes_half_a_byte_per_weight_and_two_bytes_per_scale(
 
 def test_rows_need_not_be_contiguous(device: torch.device) -> None:
     w, x = weight(40, 128, device, torch.float32), inputs(12, 128, device, torch.float32)
-    torch.testing.assert_close(multiply(x[::3], w, rows_in_tile=16), x[::3] @ w.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        multiply(x[::3], w, None, ProductTile(16, 32, 64, 4, 2)), x[::3] @ w.T, atol=1e-5, rtol=1e-5
+    )

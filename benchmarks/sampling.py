@@ -19,7 +19,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from llama_ray.generation.backends.prepare import sampler_ops
-from llama_ray.generation.sampling.constraints import Constraint
+from llama_ray.generation.constraints.grammar import Constraint
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts
 from llama_ray.generation.sampling.sampler import Sampler

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from llama_ray.generation.backends.runner import Runner, RunnerError, StepLogits
+from llama_ray.generation.constraints.grammar import Constraint
+from llama_ray.generation.constraints.waiting import ask
 from llama_ray.generation.sampling.logprobs import token_logprobs
 from llama_ray.generation.sampling.row import DraftRow, Row
 from llama_ray.generation.sampling.sampler import Sample, Sampler
@@ -122,6 +124,7 @@ class Core:
     def _compute(self, plan: StepPlan) -> _Computed:
         if self._proposer is not None:
             self._proposer.propose(plan)
+        _ask_for_masks(plan)
         logits = self._runner.run(plan)
         rows: list[Row] = []
         for chunk in plan.chunks:
@@ -187,6 +190,10 @@ class Core:
         """Append sampled tokens to a sequence of which `computed` tokens are in the cache."""
         if not self._scheduler.knows(sequence):
             return
+        if samples[0].pending:
+            # The next step computes the last token again.
+            self._advance(sequence, computed - 1)
+            return
         try:
             with panics_as_errors():
                 delta = sequence.append(samples)
@@ -225,6 +232,18 @@ class Core:
             draft_tokens=now["draft_tokens"],
             accepted_tokens=now["accepted_tokens"],
         )
+
+
+def _ask_for_masks(plan: StepPlan) -> None:
+    """Have the masks of constrained sequences computed while the model computes."""
+    drafts: dict[Constraint, Sequence[int]] = {}
+    for chunk in plan.chunks:
+        if chunk.complete:
+            if (constraint := chunk.sequence.constraint) is not None:
+                chunk.draft = constraint.covered(chunk.draft)
+                drafts[constraint] = chunk.draft
+            drafts |= {fork.constraint: () for fork in chunk.forks if fork.constraint is not None}
+    ask(drafts)
 
 
 def _report_prompts(logits: StepLogits) -> None:

@@ -20,6 +20,8 @@ from llama_ray.generation.backends.prepare import as_backend
 from llama_ray.generation.backends.runner import RunnerError
 from llama_ray.generation.caches import make_caches
 from llama_ray.generation.completion import Completion, GenerationError
+from llama_ray.generation.constraints.grammar import Constraint
+from llama_ray.generation.constraints.grammars import Grammars
 from llama_ray.generation.core import Core
 from llama_ray.generation.end_of_text import all_eos_ids
 from llama_ray.generation.limits import Limits
@@ -27,7 +29,6 @@ from llama_ray.generation.loading import load
 from llama_ray.generation.options import EngineOptions, RunOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.progress import ProgressBar
-from llama_ray.generation.sampling.constraints import Constraint, Grammars
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.blocks import BlockPool
 from llama_ray.generation.scheduling.scheduler import Scheduler
@@ -48,7 +49,7 @@ class Request:
 
     prompt: list[int]
     params: SamplingParams
-    constraints: list[Constraint | None]
+    constraints: Sequence[Constraint | None]
 
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 256, 2048
@@ -145,7 +146,8 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """End the processes of the other ranks, if there are any; steps then raise RunnerError."""
+        """End the processes of the other ranks and of grammars, if there are any; steps then raise RunnerError."""
+        self._grammars.close()
         if self._sharded is not None:
             self._sharded.close()
 
@@ -244,7 +246,9 @@ class Engine:
         params = sampling_params or SamplingParams()
         ids = self.encode(prompt)
         self._limits.check(ids, params)
-        return Request(ids, params, [self._grammars.constraint(params) for _ in range(params.n)])
+        if (grammar := params.grammar) is None:
+            return Request(ids, params, [None] * params.n)
+        return Request(ids, params, self._grammars.constraints(*grammar, params.n))
 
     @panics_as_errors()
     def add(self, request: Request) -> int:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llama_ray.generation.backends.quantize import QuantizedWeight
+from llama_ray.generation.constraints.grammar import Constraint
 from llama_ray.generation.engine import Engine
-from llama_ray.generation.sampling.constraints import Constraint
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts
 from llama_ray.generation.sampling.sampler import Sample, Sampler
@@ -87,8 +87,12 @@ class Row:
 
 
 def sample(logits: Tensor, rows: list[Row], sampler: Sampler | None = None) -> list[Sample]:
-    """Sample once, from a copy of the logits."""
-    return (sampler or Sampler()).sample(logits.clone(), rows)
+    """Sample from copies of the logits until every row's mask has come."""
+    sampler = sampler or Sampler()
+    while True:
+        samples = sampler.sample(logits.clone(), rows)
+        if not any(sample.pending for sample in samples):
+            return samples
 
 
 def random_logits(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -111,6 +111,16 @@ class SamplingParams:
     def constrained(self) -> bool:
         """Whether `json_schema` or `regex` limits the output."""
         return self.json_schema is not None or self.regex is not None
+
+    @property
+    def grammar(self) -> tuple[Literal["json_schema", "regex"], str] | None:
+        """What limits the output, as text; None if nothing does."""
+        if self.regex is not None:
+            return "regex", self.regex
+        if self.json_schema is None:
+            return None
+        schema = self.json_schema
+        return "json_schema", schema if isinstance(schema, str) else json.dumps(schema)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -13,15 +13,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llama_ray.generation.sampling.constraints import TokenMasks, forbid_tokens
+from llama_ray.generation.constraints.grammar import Constraint, Ending
+from llama_ray.generation.constraints.waiting import Patience
 from llama_ray.generation.sampling.draw import TORCH_OPS, SamplerOps, SamplingTensors, argmax
 from llama_ray.generation.sampling.logprobs import token_logprobs
+from llama_ray.generation.sampling.masks import TokenMasks, forbid_tokens
 from llama_ray.generation.sampling.metadata import RowGroup, SamplingMetadata
 from llama_ray.generation.sampling.params import TokenLogprob
 from llama_ray.generation.sampling.row import Row, below_min_tokens
+from llama_ray.utils.integers import ceil_div
 
 NOT_FINITE = (
     "the model's logits are not finite (its numbers overflowed or its weights hold NaN); "
@@ -32,11 +36,23 @@ _REDRAW = -1
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row's outcome. If no token could be drawn, `token_id` is None and `error` says why."""
+    """One row's outcome: a token, an error, or the ending that the row's constraint makes.
+
+    None of them if the row's mask has not come yet: then the same position is sampled again in a later step.
+    """
 
     token_id: int | None
     logprob: TokenLogprob | None
     error: str | None = None
+    ending: Ending | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether the row's mask has not come yet."""
+        return self.token_id is None and self.error is None and self.ending is None
+
+
+_PENDING = Sample(None, None)
 
 
 class Sampler:
@@ -47,7 +63,7 @@ class Sampler:
 
     def __init__(self, ops: SamplerOps = TORCH_OPS) -> None:
         self._ops = ops
-        self._masks = TokenMasks()
+        self._masks, self._patience = TokenMasks(), Patience()
         self._metadata: SamplingMetadata | None = None
 
     @torch.inference_mode()
@@ -60,7 +76,7 @@ class Sampler:
         # Not finite if the row holds NaN or +inf, or -inf only.
         largest = logits.amax(-1)
         raw = logits[metadata.logprob_index] if metadata.logprob_rows else None
-        errors = self._adjust(logits, rows, metadata)
+        without_token = self._adjust(logits, rows, metadata)
         keys = None if metadata.greedy else metadata.noise_keys(rows)
         tokens: list[int] = self._draw(logits, metadata.groups, keys).tolist()
         finite = [math.isfinite(value) for value in largest.tolist()]
@@ -72,14 +88,16 @@ class Sampler:
             Sample(token, None) if ok else Sample(None, None, NOT_FINITE)
             for token, ok in zip(tokens, finite, strict=True)
         ]
-        for i, error in errors.items():
-            samples[i] = Sample(None, None, error)
+        for i, sample in without_token.items():
+            # A step that overflowed is an error, whatever the constraint says.
+            if finite[i]:
+                samples[i] = sample
         if raw is not None:
             self._report(raw, rows, metadata.logprob_rows, samples)
         return samples
 
-    def _adjust(self, logits: Tensor, rows: Sequence[Row], metadata: SamplingMetadata) -> dict[int, str]:
-        """Apply penalties, bias and masks to the logits in place; return errors of constraints by row."""
+    def _adjust(self, logits: Tensor, rows: Sequence[Row], metadata: SamplingMetadata) -> dict[int, Sample]:
+        """Apply penalties, bias and masks to the logits in place; return rows that can have no token."""
         if metadata.penalties is not None:
             counts = [(rows[i].counts, rows[i].draft) for i in metadata.penalty_rows]
             metadata.penalties.apply(logits, [c.after(draft) for c, draft in counts if c is not None])
@@ -90,19 +108,29 @@ class Sampler:
             _forbid_ends(logits, rows, metadata.min_tokens_rows)
         return self._constrain(logits, rows, metadata) if metadata.constraint_rows else {}
 
-    def _constrain(self, logits: Tensor, rows: Sequence[Row], metadata: SamplingMetadata) -> dict[int, str]:
-        """Forbid in place what the rows' constraints do not allow; return errors by row."""
-        constraints = [c for i in metadata.constraint_rows if (c := rows[i].constraint) is not None]
-        drafts = [rows[i].draft for i in metadata.constraint_rows]
-        allowed = self._masks.allowed(constraints, drafts, logits.shape[-1])
-        errors = {}
-        for i, constraint, bits in zip(metadata.constraint_rows, constraints, allowed, strict=True):
-            if below_min_tokens(rows[i]):
-                forbid_tokens(bits, rows[i].end_ids)
-            if (error := constraint.error) is not None:
-                errors[i] = error
+    def _constrain(
+        self, logits: Tensor, rows: Sequence[Row], metadata: SamplingMetadata
+    ) -> dict[int, Sample]:
+        """Forbid in place what the rows' constraints do not allow; return rows that can have no token."""
+        constrained = [(i, c, rows[i].draft) for i in metadata.constraint_rows if (c := rows[i].constraint)]
+        drafts: dict[Constraint, Sequence[int]] = {}
+        for _, constraint, draft in constrained:
+            drafts[constraint] = max(drafts.get(constraint, ()), draft, key=len)
+        self._patience.wait(drafts, alone=len(constrained) == len(rows))
+        allowed = np.full((len(constrained), ceil_div(logits.shape[-1], 32) * 4), 0xFF, dtype=np.uint8)
+        without_token = {}
+        for (i, constraint, draft), bits in zip(constrained, allowed, strict=True):
+            outcome = constraint.outcome(draft)
+            if outcome is None:
+                without_token[i] = _PENDING
+            elif isinstance(outcome, Ending):
+                without_token[i] = Sample(None, None, ending=outcome)
+            else:
+                bits[:] = outcome
+                if below_min_tokens(rows[i]):
+                    forbid_tokens(bits, rows[i].end_ids)
         self._masks.apply(logits, metadata.constraint_index, allowed)
-        return errors
+        return without_token
 
     def _draw(self, logits: Tensor, groups: Sequence[RowGroup], keys: Tensor | None) -> Tensor:
         """Return tokens int64 [rows]; `_REDRAW` for rows that must be drawn from more candidates."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llama_ray.generation.sampling.constraints import Constraint
+from llama_ray.generation.constraints.grammar import Constraint, Ending
 from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 from llama_ray.generation.sampling.penalties import TokenCounts
 from llama_ray.generation.sampling.sampler import NOT_FINITE, Sample
@@ -15,7 +16,9 @@ from llama_ray.generation.scheduling.prompt_report import PromptReport
 from llama_ray.generation.scheduling.text import TextOutput
 from llama_ray.generation.stats import RequestStats
 
-FinishReason = Literal["stop", "length", "error"]
+_log = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length", "constraint", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,9 @@ class Delta:
     the tokens of a stop string, which the text leaves out. `logprobs` has an entry for each token, or is None if the
     request did not ask for them; `prompt_logprobs`, for each prompt token but the first, comes with the first delta.
     `finish_reason` is set on the candidate's last delta, with its `stats`: "stop" (end-of-text or stop token, stop
-    string, or a complete match of `regex` or `json_schema`), "length" (`max_tokens`), or "error" with the cause in
-    `error`.
+    string, or a complete match of `regex` or `json_schema`), "length" (`max_tokens`), "constraint" (the output cannot
+    go on as `regex` or `json_schema` want it, or finding out how exceeds the limits of a step), or "error" with the
+    cause in `error`.
     """
 
     request_id: int
@@ -128,7 +132,10 @@ class SequenceState:
         return self.prompt_report.complete
 
     def append(self, samples: Sequence[Sample]) -> Delta:
-        """Append sampled tokens, in order, until the sequence ends; a sample without a token ends it with an error."""
+        """Append sampled tokens, in order, until the sequence ends; a sample without a token ends it.
+
+        The output of a constrained sequence is complete or not when its constraint says so: at the next sample.
+        """
         texts: list[str] = []
         token_ids: list[int] = []
         logprobs: list[TokenLogprob] | None = None if self.params.logprobs is None else []
@@ -136,6 +143,10 @@ class SequenceState:
         # All candidates of a request report its prompt, with their first delta.
         prompt_logprobs = None if self.output else self.prompt_report.entries
         for sample in samples:
+            if sample.ending is not None or (self.constraint and not self.tokens_left and not sample.error):
+                text, finish = self._end(sample.ending)
+                texts.append(text)
+                break
             if sample.token_id is None:
                 reason = sample.error or NOT_FINITE
                 return self._delta("".join(texts), token_ids, logprobs, "error", reason)
@@ -161,12 +172,21 @@ class SequenceState:
         text, stopped = ("", False) if at_end else self._text.push(token)
         if self.constraint is not None and not at_end:
             self.constraint.push(token)
-            at_end = self.constraint.finished and self.constraint.error is None
-        done = at_end or len(self.output) >= self.params.max_tokens
+        done = at_end or (not self.tokens_left and self.constraint is None)
         if done and not stopped:
             rest, stopped = self._text.finish()
             text += rest
         return text, "stop" if at_end or stopped else "length" if done else None
+
+    def _end(self, ending: Ending | None) -> tuple[str, FinishReason]:
+        """End without a further token, as the constraint wants it or (None) because there are `max_tokens`."""
+        text, stopped = self._text.finish()
+        if stopped or (ending is not None and ending.reason is None):
+            return text, "stop"
+        if not self.tokens_left:
+            return text, "length"
+        _log.warning("request %d ends: json_schema or regex: %s", self.request_id, ending and ending.reason)
+        return text, "constraint"
 
     def _delta(
         self,

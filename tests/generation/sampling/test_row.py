@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.sampling.constraints import Grammars
+from llama_ray.generation.constraints.grammars import Grammars
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.row import DraftRow
 from llama_ray.generation.sampling.sampler import Sample, Sampler
@@ -21,12 +23,15 @@ CONSTRAINED = [
 
 
 @pytest.fixture(scope="module")
-def grammars(tokenizer: Tokenizer) -> Grammars:
-    return Grammars(tokenizer, VOCAB_SIZE, {EOS})
+def grammars(tokenizer: Tokenizer) -> Iterator[Grammars]:
+    grammars = Grammars(tokenizer, VOCAB_SIZE, {EOS})
+    yield grammars
+    grammars.close()
 
 
 def new_row(params: SamplingParams, grammars: Grammars) -> Row:
-    return Row(params, seed=11, end_ids={EOS}, constraint=grammars.constraint(params))
+    constraint = grammars.constraints(*params.grammar, 1)[0] if params.grammar else None
+    return Row(params, seed=11, end_ids={EOS}, constraint=constraint)
 
 
 def generate(row: Row, count: int) -> list[Sample]:
@@ -57,7 +62,7 @@ def test_a_draft_row_draws_what_its_row_draws_at_that_position(
         astray = [DraftRow(row, [*draft[:k], *wrong[k : k + 1]]) for k in range(len(draft))]
         batch = [row, *right, *astray]
         logits = torch.stack([logits_after(r, VOCAB_SIZE) for r in batch])
-        assert sampler.sample(logits, batch)[: 1 + len(right)] == expected[n:]
+        assert sample(logits, batch, sampler)[: 1 + len(right)] == expected[n:]
         row.push(finished.output[n])
 
 

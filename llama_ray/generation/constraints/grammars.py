@@ -1,0 +1,148 @@
+"""The grammars of an engine: what can be enforced is found out once, in a process of its own, at a bounded cost."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+from importlib.util import find_spec
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.constraints.grammar import Constraint, Grammar
+from llama_ray.generation.constraints.limits import (
+    COMPILE_CPU_S,
+    MAX_CACHED_GRAMMARS,
+    MAX_GRAMMAR_BYTES,
+    MAX_IDLE_PROCESSES,
+    MEMORY_BYTES,
+    QUICK_CPU_S,
+    QUICK_LANES,
+    SLOW_LANES,
+    WALL_CLOCK_FACTOR,
+)
+from llama_ray.generation.constraints.messages import Kind
+from llama_ray.generation.constraints.processes import Death, GrammarProcess, Template
+
+_ATTEMPTS = 3
+"""Times to begin again when a process is lost that has not exceeded its limits."""
+_START_TIMEOUT_S = 120.0
+"""For the template to read the tokenizer, on a machine that is busy."""
+
+
+class Grammars:
+    """Makes constraints for one tokenizer and model. Safe to call from any thread.
+
+    `vocab_size` is the model's; ids that the tokenizer does not know are never allowed. `eos_ids` are the tokens that
+    may end an output. Processes start with the first constraint, and end with `close` or with this object.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Collection[int]) -> None:
+        self._missing: str | None = None
+        eos_ids = sorted(eos_ids)
+        if tokenizer is None or not eos_ids:
+            self._missing = f"a model with {'a tokenizer' if tokenizer is None else 'an end-of-text token'}"
+        elif find_spec("llguidance") is None:
+            self._missing = "the package llguidance"
+        # Now rather than at the first request, whose neighbours would wait for a large vocabulary.
+        json = "" if tokenizer is None or self._missing else tokenizer.to_json(vocab_size)
+        self._template = Template(json, vocab_size, eos_ids)
+        self._quick = threading.BoundedSemaphore(QUICK_LANES)
+        self._slow = threading.BoundedSemaphore(SLOW_LANES)
+        # Guards the rest, whose most recently used entries come last.
+        self._lock = threading.Lock()
+        self._known: OrderedDict[tuple[Kind, bytes], Grammar] = OrderedDict()
+        self._running: OrderedDict[int, Grammar] = OrderedDict()
+
+    def constraints(self, kind: Kind, text: str, count: int) -> list[Constraint]:
+        """Return constraints for `count` empty outputs; waits while the grammar is compiled.
+
+        Raises ValueError if it cannot be enforced within the limits, or the model has no tokenizer or no end-of-text
+        token.
+        """
+        if self._missing is not None:
+            raise ValueError(f"{kind} needs {self._missing}, which is missing here")
+        data = text.encode()
+        if len(data) > MAX_GRAMMAR_BYTES:
+            raise ValueError(
+                f"{kind} has {len(data)} bytes; it must have at most {MAX_GRAMMAR_BYTES}; simplify it"
+            )
+        grammar = self._grammar(kind, data)
+        with grammar.checking:
+            if not grammar.checked:
+                self._check(grammar)
+                grammar.checked = True
+        if grammar.refusal is not None:
+            raise ValueError(f"{kind} cannot be enforced: {grammar.refusal}")
+        return [Constraint(grammar) for _ in range(count)]
+
+    def close(self) -> None:
+        """End all processes; grammars then cannot be compiled or followed any more."""
+        self._template.close()
+
+    def _grammar(self, kind: Kind, text: bytes) -> Grammar:
+        with self._lock:
+            grammar = self._known.get((kind, text))
+            if grammar is None:
+                grammar = Grammar(kind, text, self._restart, self._template.death_of)
+                self._known[kind, text] = grammar
+                if len(self._known) > MAX_CACHED_GRAMMARS:
+                    self._known.popitem(last=False)
+            self._known.move_to_end((kind, text))
+            return grammar
+
+    def _check(self, grammar: Grammar) -> None:
+        """Compile a grammar; either it has a process then, or a refusal."""
+        for _ in range(_ATTEMPTS):
+            with self._quick:
+                death = self._attempt(grammar, QUICK_CPU_S)
+            if death is not None and death.of_time:
+                with self._slow:
+                    death = self._attempt(grammar, COMPILE_CPU_S)
+            if death is None:
+                return
+            if self._template.refusal is not None:
+                grammar.refusal = f"this tokenizer cannot be used: {self._template.refusal}"
+                return
+            if death.of_time:
+                grammar.refusal = (
+                    f"it takes more than {COMPILE_CPU_S:g} s of processor time to compile; simplify it"
+                )
+                return
+            if death.of_cost:
+                limit = f"{MEMORY_BYTES >> 20} MiB"
+                grammar.refusal = (
+                    f"it takes more than {limit} of memory to compile, or crashes ({death}); simplify it"
+                )
+                return
+        raise RuntimeError(f"the process that compiles a {grammar.kind} was lost {_ATTEMPTS} times ({death})")
+
+    def _attempt(self, grammar: Grammar, cpu_s: float) -> Death | None:
+        """Compile a grammar; return how its process ended, or None if the grammar has it, or a refusal, now."""
+        process = self._template.start(grammar.kind, grammar.text, cpu_s)
+        try:
+            if not process.has_news(_START_TIMEOUT_S + cpu_s * WALL_CLOCK_FACTOR):
+                return Death(None)
+            grammar.refusal = process.read()
+        except (EOFError, OSError):
+            return self._template.death_of(process)
+        finally:
+            if process.busy:
+                process.close()
+        if grammar.refusal is None:
+            grammar.adopt(process)
+            self._note_running(grammar)
+        return None
+
+    def _restart(self, grammar: Grammar) -> GrammarProcess:
+        """Start a process for a grammar that is known to compile."""
+        self._note_running(grammar)
+        return self._template.start(grammar.kind, grammar.text, COMPILE_CPU_S)
+
+    def _note_running(self, grammar: Grammar) -> None:
+        """Note that a grammar has a process, and end those that have waited longest for a candidate."""
+        with self._lock:
+            self._running[id(grammar)] = grammar
+            self._running.move_to_end(id(grammar))
+            for old in list(self._running.values())[:-MAX_IDLE_PROCESSES]:
+                if old.retire():
+                    del self._running[id(old)]

@@ -1,0 +1,55 @@
+"""What an engine and its grammars' processes send each other. Imported by both: standard library only."""
+
+from __future__ import annotations
+
+import json
+from multiprocessing.connection import Connection
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal["json_schema", "regex"]
+
+
+class Job(NamedTuple):
+    """The first message about a grammar's process, to the template that forks it.
+
+    Its text is at the beginning of the memory that the process and the engine share, `length` bytes.
+    """
+
+    number: int
+    kind: Kind
+    length: int
+    cpu_s: float
+
+
+class Question(NamedTuple):
+    """One candidate whose masks are wanted: for the position after its tokens, and after each token of `draft`.
+
+    `tokens` are those that the process does not know yet.
+    """
+
+    candidate: int
+    tokens: list[int]
+    draft: list[int]
+
+
+class Answer(NamedTuple):
+    """Masks `first` to `first + masks - 1` of the shared memory; fewer than asked for if a draft token is not allowed.
+
+    `finished` is the number of the mask where the output is complete, so that only an end-of-text token may follow, and
+    `error` why no mask can be computed after the last one.
+    """
+
+    first: int
+    masks: int
+    finished: int | None
+    error: str | None
+
+
+def send(connection: Connection, message: object) -> None:
+    """Send a message of lists, numbers and strings."""
+    connection.send_bytes(json.dumps(message).encode())
+
+
+def receive(connection: Connection) -> Any:
+    """Wait for a message; raise EOFError or OSError if the other side has gone."""
+    return json.loads(connection.recv_bytes())

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.model.checkpoint import CheckpointError, WeightSlicer, load_model, save_model
+from llama_ray.model.checkpoint import WeightSlicer, load_model, save_model
 from llama_ray.model.llama import Llama
+from llama_ray.model.weight_files import CheckpointError
 from llama_ray.storage.paths import is_model_ref
 
 # Imported only for a reference to the registry: a directory must load without MLflow, and this module may not depend

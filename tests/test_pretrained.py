@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.model.checkpoint import CheckpointError
 from llama_ray.model.llama import Llama
+from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_pretrained, save_pretrained
 from tests.small_models import FOX, random_model, small_config, small_tokenizer
 

@@ -5,35 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.hf_config import from_hf, to_hf
+from llama_ray.model.hf_config import from_hf, quantization, to_hf
 from llama_ray.model.llama import Llama
-from llama_ray.model.sharded_safetensors import StoredTensor, open_tensors
+from llama_ray.model.sharded_safetensors import StoredTensor
+from llama_ray.model.weight_checks import check_tensors, refuse_quantized
+from llama_ray.model.weight_files import INDEX, SINGLE, CheckpointError, open_weights
 from llama_ray.storage.atomic import replacing, replacing_path
 
 MAX_SHARD_BYTES = 4 * 1024**3
 """`save_model` starts another file beyond this size."""
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_RANK_FILES = (
-    "model-rank*.safetensors"  # Of a training run, one a worker; see `llama_ray.model.sharded_safetensors`.
-)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 WeightSlicer = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
 """The name and shape of a parameter -> the slice of it, in each dimension, that this process keeps."""
-
-
-class CheckpointError(ValueError):
-    """A directory that cannot be read as a LLaMA checkpoint; the message gives the reason and the way out."""
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
@@ -42,9 +36,13 @@ def load_config(directory: str | Path) -> LlamaConfig:
     if not path.is_file():
         raise CheckpointError(f"{directory} holds no config.json; give the directory of a saved LLaMA model")
     try:
-        return from_hf(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        config = from_hf(content)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if kind := quantization(content):
+        refuse_quantized(path.parent, kind)
+    return config
 
 
 def load_model(
@@ -61,17 +59,19 @@ def load_model(
     Raises CheckpointError for a missing, truncated or unsafe file, and for missing, surplus or misshapen tensors.
     """
     directory = Path(directory)
-    model = Llama(load_config(directory), device="meta")
-    with ExitStack() as stack:
-        stored = _open_all(_weight_files(directory), stack)
-        _check_names_and_shapes(directory, stored, model)
+    config = load_config(directory)
+    # The memory that is given, not the device that new tensors happen to be made on.
+    with ExitStack() as stack, torch.device("cpu"):
+        stored = open_weights(directory, stack)
+        model = Llama(_resolve_tied_head(stored, config), device="meta")
+        check_tensors(directory, stored, {hf_name(n): tuple(p.shape) for n, p in model.named_parameters()})
         slices: dict[str, tuple[slice, ...]] = {}
         if slicer is not None:
             slices = {n: slicer(n, tuple(p.shape)) for n, p in model.named_parameters()}
             for name, kept in slices.items():
                 _slice_parameter(model, name, kept)
             model.tie_weights()
-        model.to(dtype or stored["model.embed_tokens.weight"].dtype)
+        model.to(dtype or stored[_EMBEDDING].dtype)
         model.materialize(device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -98,13 +98,13 @@ def save_model(
     shards = list(_split(tensors, max_shard_bytes))
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
-        file = _SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         with replacing_path(directory / file) as partial:
             save_file({n: tensors[n].cpu().contiguous() for n in names}, partial, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(t.nbytes for t in tensors.values())
-        write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     save_config(model.config, model.embed_tokens.weight.dtype, directory, bos_id=bos_id, eos_id=eos_id)
 
 
@@ -146,29 +146,6 @@ def _split(tensors: dict[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
     yield shard
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / _INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [n for n in names if not (directory / n).is_file()]
-        if missing:
-            raise CheckpointError(f"{directory} lacks {', '.join(missing)}, named in {_INDEX}; copy it again")
-        return [directory / n for n in names]
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    if files := sorted(directory.glob(_RANK_FILES)):
-        return files
-    pickled = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
-    if pickled:
-        raise CheckpointError(
-            f"{directory} holds {pickled[0]}, a pickle, which can run code and is not opened; rewrite it where you "
-            "trust it with transformers: AutoModelForCausalLM.from_pretrained(D).save_pretrained(NEW)"
-        )
-    raise CheckpointError(
-        f"{directory} holds no model.safetensors; give the directory of a saved LLaMA model"
-    )
-
-
 def _slice_parameter(model: Llama, name: str, kept: tuple[slice, ...]) -> None:
     """Replace a parameter on the meta device by one of the slice's shape."""
     owner, _, attribute = name.rpartition(".")
@@ -179,38 +156,18 @@ def _slice_parameter(model: Llama, name: str, kept: tuple[slice, ...]) -> None:
         module.out_features, module.in_features = weight.shape
 
 
-def _open_all(files: list[Path], stack: ExitStack) -> dict[str, StoredTensor]:
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            open_tensors(file, stack, stored)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is damaged or cut short ({error}); copy or save it again"
-            ) from error
-    return stored
+def _resolve_tied_head(stored: dict[str, StoredTensor], config: LlamaConfig) -> LlamaConfig:
+    """Give the embedding of a tied model its name, and return the config that the stored tensors follow.
 
-
-def _check_names_and_shapes(directory: Path, stored: dict[str, StoredTensor], model: Llama) -> None:
-    expected = {hf_name(name): tuple(p.shape) for name, p in model.named_parameters()}
-    # Older exports hold the rotary frequencies, some a second copy of a tied head; both follow from the rest.
-    surplus = {n for n in stored if n not in expected and not n.endswith("rotary_emb.inv_freq")}
-    if model.config.tie_embeddings:
-        surplus.discard("lm_head.weight")
-    missing = expected.keys() - stored.keys()
-    for what, names in (("lacks", missing), ("has unexpected", surplus)):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise CheckpointError(
-                f"{directory} {what} {shown}; give weights and config.json of the same model"
-            )
-    for name, shape in expected.items():
-        if not stored[name].complete:
-            raise CheckpointError(
-                f"{directory} lacks slices of {name}; copy it again, with all {_RANK_FILES} files"
-            )
-        if stored[name].shape != shape:
-            raise CheckpointError(
-                f"{directory}: {name} is {list(stored[name].shape)}; config.json says {list(shape)}; "
-                "give weights and config.json of the same model"
-            )
+    A tied weight may be stored under the name of the head, of the embedding, or of both. As in transformers, a head
+    that differs from the embedding is a weight of its own, whatever the config says.
+    """
+    if not config.tie_embeddings or _HEAD not in stored:
+        return config
+    if _EMBEDDING in stored:
+        head, embedding = stored[_HEAD], stored[_EMBEDDING]
+        if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
+            return replace(config, tie_embeddings=False)
+    head = stored.pop(_HEAD)
+    stored.setdefault(_EMBEDDING, head)
+    return config

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from llama_ray.model.config import LlamaConfig, RopeScaling
+from llama_ray.utils.fields import shown
 
 ARCHITECTURE = "LlamaForCausalLM"
+_ARCHITECTURES = (ARCHITECTURE, "LLaMAForCausalLM", "llama")
+"""The second is that of the first conversions of LLaMA, the third a model type without an architecture."""
 
 
 def to_hf(config: LlamaConfig, *, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
@@ -55,11 +58,13 @@ def from_hf(hf: dict[str, Any]) -> LlamaConfig:
 
     Raises ValueError for another architecture, and for variants of LLaMA that `Llama` does not implement.
     """
-    architecture = (hf.get("architectures") or [hf.get("model_type", "nothing")])[0]
-    if architecture not in (ARCHITECTURE, "llama"):
+    if not isinstance(hf, dict):
+        raise ValueError(f"it holds a {type(hf).__name__}; it must hold a JSON object")
+    architecture = _architecture(hf)
+    if architecture not in _ARCHITECTURES:
         raise ValueError(f"the architecture is {architecture}; it must be {ARCHITECTURE}")
     for switch in ("attention_bias", "mlp_bias"):
-        if hf.get(switch):
+        if _switch(hf, switch):
             raise ValueError(f"{switch} is true; only models without biases can be loaded")
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {hf['hidden_act']!r}; it must be 'silu' (SwiGLU)")
@@ -67,9 +72,7 @@ def from_hf(hf: dict[str, Any]) -> LlamaConfig:
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; give the config.json of a LLaMA model")
 
-    # transformers 5 writes both into `rope_parameters`, earlier versions `rope_theta` and `rope_scaling` separately.
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0
+    rope = _rope(hf)
     return LlamaConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
@@ -79,11 +82,22 @@ def from_hf(hf: dict[str, Any]) -> LlamaConfig:
         head_dim=hf.get("head_dim") or 0,
         intermediate_size=hf["intermediate_size"],
         max_seq_len=hf.get("max_position_embeddings", 2048),
-        rope_theta=float(theta),
+        rope_theta=_number(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
         rope_scaling=_scaling(rope),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        tie_embeddings=_switch(hf, "tie_word_embeddings"),
     )
+
+
+def quantization(hf: dict[str, Any]) -> str | None:
+    """Return the name of the format in which the content of a `config.json` says that weights are quantized."""
+    for key in ("quantization_config", "compression_config"):
+        entry = hf.get(key)
+        if isinstance(entry, dict) and entry:
+            named = entry.get("quant_method") or entry.get("quant_algo") or entry.get("format")
+            bits = any(entry.get(switch) for switch in ("load_in_4bit", "load_in_8bit"))
+            return str(named)[:40] if named else "bitsandbytes" if bits else "a format without a name"
+    return None
 
 
 _REQUIRED = (
@@ -95,18 +109,67 @@ _REQUIRED = (
 )
 
 
+def _architecture(hf: dict[str, Any]) -> object:
+    """Return the model type of another family, else the architecture, else the model type."""
+    kind, named = hf.get("model_type"), hf.get("architectures")
+    if kind not in (None, "llama"):
+        return kind
+    if isinstance(named, list) and named:
+        return named[0]
+    return named or kind or "nothing"
+
+
+def _switch(hf: dict[str, Any], name: str) -> bool:
+    value = hf.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} is {shown(value)}; it must be true or false")
+    return bool(value)
+
+
+def _rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings: `rope_parameters`, as transformers 5 writes them, or the earlier `rope_scaling`."""
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = hf.get(name) or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{name} is {shown(rope)}; it must be an object or null")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{name} differs between layers; it must be the same for all of them")
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ValueError(f"partial_rotary_factor is {shown(partial)}; it must be 1, or be left out")
+    return rope
+
+
+# The settings that each kind of scaling needs, under our names.
+_SCALING_FIELDS = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_seq_len": "original_max_position_embeddings",
+    },
+}
+
+
 def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
-    if kind == "linear":
-        return RopeScaling(rope_type="linear", factor=float(rope["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            rope_type="llama3",
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_seq_len=int(rope["original_max_position_embeddings"]),
+    if not isinstance(kind, str) or kind not in _SCALING_FIELDS:
+        raise ValueError(f"the rope scaling is {shown(kind)}; it must be 'linear' or 'llama3'")
+    names = _SCALING_FIELDS[kind]
+    missing = [name for name in names.values() if rope.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"the rope scaling {kind!r} lacks {', '.join(missing)}; complete it as in the model's own config.json"
         )
-    raise ValueError(f"the rope scaling is {kind!r}; it must be 'linear' or 'llama3'")
+    fields = {field: rope[name] for field, name in names.items()}
+    original = {"original_max_seq_len": fields.pop("original_max_seq_len")} if kind == "llama3" else {}
+    factors = {field: _number(value) for field, value in fields.items()}
+    return RopeScaling(rope_type=kind, **factors, **original)  # type: ignore[arg-type]
+
+
+def _number(value: Any) -> Any:
+    """Return a whole number as the float that it stands for where a float is meant; the config checks the rest."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -27,11 +27,17 @@ class StoredTensor:
     def __init__(self, name: str) -> None:
         self._name = name
         self._slices: list[tuple[Any, tuple[int, ...]]] = []
+        self.is_slice = False
 
     def add(self, file: Any, offsets: tuple[int, ...] | None) -> None:
         """Add the slice that the open `file` holds; `offsets` is its first index, None where it is the whole tensor."""
         shape = file.get_slice(self._name).get_shape()
         self._slices.append((file, offsets or (0,) * len(shape)))
+        self.is_slice = offsets is not None
+
+    def extend(self, other: StoredTensor) -> None:
+        """Add the slices of `other`, which is of the same name."""
+        self._slices += other._slices
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,6 +53,11 @@ class StoredTensor:
         """Dtype in the file."""
         file, offsets = self._slices[0]
         return file.get_slice(self._name)[tuple(slice(0, 1) for _ in offsets)].dtype  # type: ignore[no-any-return]
+
+    @property
+    def kind(self) -> str:
+        """Dtype in the first of its files, as safetensors names it, such as "BF16"."""
+        return str(self._slices[0][0].get_slice(self._name).get_dtype())
 
     @property
     def complete(self) -> bool:
@@ -77,10 +88,12 @@ def _relative(spans: list[tuple[int, int]], base: list[tuple[int, int]]) -> tupl
     return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(spans, base, strict=True))
 
 
-def open_tensors(path: Path, stack: ExitStack, stored: dict[str, StoredTensor]) -> None:
-    """Add the tensors of the file `path` to `stored`; `stack` closes the file. Raises SafetensorError or OSError."""
+def open_tensors(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
+    """Return the tensors of the file `path` by name; `stack` closes it. Raises SafetensorError or OSError."""
     file = stack.enter_context(safe_open(path, framework="pt"))
     sharding = json.loads((file.metadata() or {}).get(SHARDING_INFO, "{}"))
+    stored: dict[str, StoredTensor] = {}
     for name in file.keys():  # noqa: SIM118  (not a mapping)
-        offsets = tuple(sharding[name]["saved_offsets"]) if name in sharding else None
-        stored.setdefault(name, StoredTensor(name)).add(file, offsets)
+        stored[name] = StoredTensor(name)
+        stored[name].add(file, tuple(sharding[name]["saved_offsets"]) if name in sharding else None)
+    return stored

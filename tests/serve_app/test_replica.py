@@ -14,7 +14,7 @@ from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.model.checkpoint import CheckpointError
+from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_pretrained, save_pretrained
 from llama_ray.tracking.errors import TrackingError
 from serve_app.messages import ChoiceDelta, Event, Failure, GenerationRequest, Started

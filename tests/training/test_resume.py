@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_ray.model.checkpoint import CheckpointError
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.weight_files import CheckpointError
 from llama_ray.storage.run_directory import checkpoint_name
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.loop import train

@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, Replicate
 
-from llama_ray.model.checkpoint import CheckpointError, hf_name
+from llama_ray.model.checkpoint import hf_name
 from llama_ray.model.llama import Llama
+from llama_ray.model.weight_files import CheckpointError
 from llama_ray.training.checkpointing.progress import Progress, load_progress
 from llama_ray.training.checkpointing.tensor_file import TensorShard, in_file_order
 from llama_ray.utils.torch_private import shard_offsets

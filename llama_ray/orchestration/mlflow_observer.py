@@ -22,7 +22,7 @@ from llama_ray.training.parallel.process_group import world_size
 from llama_ray.training.reporting.observer import Console, Metrics
 
 _STARTS_FILE = "starts.json"
-"""A list of (last step before, number of workers), one for each time that workers started."""
+"""A list of (MLflow run, last step before, number of workers), one for each time that workers started."""
 _NUM_PROMPTS, _PROMPT_TOKENS, _SAMPLE_TOKENS = 3, 16, 64
 
 
@@ -44,13 +44,21 @@ class MLflowObserver(Console):
         super().started(schedule, progress, layout)
         if self.run:
             self.run.restore(progress.unsent)
-            # Stored beside the checkpoints, because these workers may die before MLflow has the tags.
-            starts = [*json.loads(store.read_text(self._starts) or "[]"), (progress.step, world_size())]
-            store.write_text(self._starts, json.dumps(starts))
+            starts = self._record_start(self.run.run_id, progress.step)
             tags = {"total_steps": str(schedule.total_steps), "layout": layout}
             for n, (step, workers) in enumerate(starts[1:], 1):
                 tags |= {"restarts": str(n), f"restart.{n}": f"after step {step}, {workers} workers"}
             self.run.do("started", lambda run: run.set_tags(tags))
+
+    def _record_start(self, run_id: str, step: int) -> list[tuple[int, int]]:
+        """Return (last step before, number of workers) of each start that belongs to the MLflow run.
+
+        The directory may also know starts of an attempt of the same name that died before its first checkpoint.
+        """
+        # Stored beside the checkpoints, because these workers may die before MLflow has the tags.
+        starts = [*json.loads(store.read_text(self._starts) or "[]"), (run_id, step, world_size())]
+        store.write_text(self._starts, json.dumps(starts))
+        return [start[1:] for start in starts if start[0] == run_id]
 
     def logged(self, step: int, metrics: Metrics) -> None:
         """See `Observer`."""

@@ -38,6 +38,7 @@ RAY = (
     "tests/data/test_prepare.py",
     "tests/jobs/test_generate.py",
     "tests/jobs/test_prepare_data.py",
+    "tests/orchestration/test_placement_groups.py",
     "tests/serve_app/test_serving.py",
     "tests/serve_app/test_serving_errors.py",
 )

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-
-from ray.train.torch import TorchConfig
-
-# `ray.train` exports these at run time, but type checkers see the classes of the first version there.
-from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from llama_ray.data.shards import SPLITS, DatasetInfo, read_info
 from llama_ray.model.config import LlamaConfig
@@ -24,7 +16,8 @@ from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.publish import publish
 from llama_ray.orchestration.report import describe_run, describe_version, short_count
 from llama_ray.orchestration.resources import check_workers, uses_gpu
-from llama_ray.orchestration.worker import Ending, WorkerPlan, forget_out_of_memory, run_worker
+from llama_ray.orchestration.worker import Ending, WorkerPlan
+from llama_ray.orchestration.worker_group import run_workers
 from llama_ray.storage import run_directory, store
 from llama_ray.storage.paths import absolute, is_uri
 from llama_ray.tracking.registry import PromotionDecision, Version
@@ -34,7 +27,6 @@ from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.elastic import check_range
-from llama_ray.training.errors import TrainingError
 from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.preflight import check_run
 
@@ -57,9 +49,9 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
     """Train `model` on the prepared directory `data` with Ray Train, logged as one MLflow run, and register it.
 
     Needs a Ray connection. Raises ValueError with one line for everything that can be checked without a worker,
-    before one starts; TrainingError if the run failed and a restart would not help; Stopped if SIGINT or SIGTERM made
-    the workers save and end; otherwise what Ray Train raises after the last restart. The MLflow run is then marked
-    FAILED, or KILLED if it was stopped.
+    before one starts; TrainingError if the run failed and a restart would not help, or was the last one allowed;
+    Stopped if SIGINT or SIGTERM made the workers save and end. The MLflow run is then marked FAILED, or KILLED if it
+    was stopped.
     """
     job = _check(model, config, launch, data)
     with _mlflow_run(job) as run:
@@ -68,8 +60,6 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
             flush=True,
         )
         ending = _train(job, run)
-        if ending.error:
-            raise TrainingError(ending.error)
         if ending.stopped_at is not None:
             raise Stopped(ending.stopped_at)
         return _register(job, run, store.join(job.directory, run_directory.checkpoint_name(ending.step)))
@@ -180,46 +170,17 @@ def _settings(job: _Job) -> dict[str, dict[str, object]]:
 
 def _train(job: _Job, run: Run) -> Ending:
     """Run the workers, restarted after failures, until they end."""
-    # An earlier launch of the same run may have left these.
+    # An earlier launch of the same run may have left it.
     withdraw_stop(job.directory)
-    forget_out_of_memory(job.directory)
-
-    least, most = job.launch.workers
+    most = job.launch.workers[1]
     plan = WorkerPlan(job.model, job.config, job.data, job.directory, most, run.run_id, run.uri)
-    trainer = TorchTrainer(
-        partial(run_worker, plan),
-        torch_config=TorchConfig(timeout_s=job.config.collective_timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most),
-            use_gpu=job.gpu,
-            resources_per_worker={"CPU": 1, "GPU": 1} if job.gpu else {"CPU": 1},
-            elastic_resize_monitor_interval_s=job.launch.resize_interval_s,
-        ),
-        run_config=RunConfig(
-            name=job.name,
-            storage_path=job.launch.output_dir,
-            failure_config=FailureConfig(max_failures=job.launch.max_failures),
-            worker_runtime_env={"env_vars": _worker_environment()},
-            # The observer reports progress itself.
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
 
     def stop() -> None:
         request_stop(job.directory)
         # Mark the run at once: `ray job stop` kills the driver after three seconds.
         run.finish("KILLED")
 
-    # The annotation of `fit` names the first version's result.
-    ending: Ending = until_signal(trainer.fit, stop).return_value  # type: ignore[attr-defined]
-    return ending
-
-
-def _worker_environment() -> dict[str, str]:
-    """Return the variables that workers need; they do not inherit the driver's environment."""
-    tracking = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
-    # Ray Train would send each printed line through its logger, and so show it twice.
-    return tracking | {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+    return until_signal(lambda: run_workers(plan, job.launch, gpu=job.gpu), stop)
 
 
 def _register(job: _Job, run: Run, checkpoint: str) -> Outcome:

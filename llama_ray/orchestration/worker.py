@@ -1,9 +1,7 @@
-"""What every worker of a training run does: the training loop, observed, and a verdict on how it ended."""
+"""What every worker of a training run does: the training loop, observed, and what becomes of its errors."""
 
 from __future__ import annotations
 
-import json
-import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,23 +10,21 @@ import torch
 from ray.train.torch import get_device
 
 from llama_ray.model.config import LlamaConfig
+from llama_ray.orchestration.failures import may_pass
 from llama_ray.orchestration.interrupts import InterruptWatcher
 from llama_ray.orchestration.mlflow_observer import MLflowObserver
 from llama_ray.orchestration.resources import cpu_threads
-from llama_ray.storage import store
 from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint
 from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.elastic import for_workers
-from llama_ray.training.errors import OutOfMemory, TrainingError
+from llama_ray.training.errors import TrainingError
 from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.loop import train
 from llama_ray.training.parallel.process_group import rank, world_size
-
-_OUT_OF_MEMORY_FILE = "out_of_memory.json"
-"""The steps at which workers of this launch ran out of memory, in order."""
+from llama_ray.utils.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -46,43 +42,25 @@ class WorkerPlan:
 
 @dataclass(frozen=True)
 class Ending:
-    """How the workers ended, if a restart would not help: after the last step, stopped, or with an error."""
+    """How the workers ended without an error: after the last step, or stopped."""
 
     step: int = 0
     stopped_at: int | None = None
-    error: str = ""
 
 
 def run_worker(plan: WorkerPlan) -> Ending:
     """Train in the process group that Ray Train has made, from the latest valid checkpoint.
 
-    Whatever this raises, Ray Train answers with a restart of all workers.
+    Whatever this raises ends the group; TrainingError ends the run, see `failures`.
     """
-    # Ray Train logs a line for each rank and report otherwise.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    out_of_memory_steps = _read_out_of_memory_steps(plan.directory)
-    if len(out_of_memory_steps) > 1 and out_of_memory_steps[-1] == out_of_memory_steps[-2]:
-        return Ending(
-            error=f"a worker ran out of memory at step {out_of_memory_steps[-1]} twice; lower batch_size (and raise "
-            "gradient_accumulation_steps), or use activation_checkpointing or more workers, and --resume"
-        )
     try:
         return Ending(_train(plan).step)
     except Stopped as error:
         return Ending(stopped_at=error.step)
-    except OutOfMemory as error:
-        # A restart helps if something else had taken the memory.
-        steps = [*out_of_memory_steps, error.step]
-        store.write_text(store.join(plan.directory, _OUT_OF_MEMORY_FILE), json.dumps(steps))
-        raise
-    except TrainingError as error:
-        # All workers raise it together, and would again after a restart.
-        return Ending(error=str(error))
-
-
-def forget_out_of_memory(directory: str) -> None:
-    """Delete the record of steps that ran out of memory, so that a new launch may try them again."""
-    store.delete(store.join(directory, _OUT_OF_MEMORY_FILE))
+    except ValueError as error:
+        if may_pass(error):
+            raise
+        raise TrainingError(one_line(error)) from error
 
 
 def _train(plan: WorkerPlan) -> Progress:
@@ -109,8 +87,3 @@ def _train(plan: WorkerPlan) -> Progress:
     finally:
         if run:
             run.close()
-
-
-def _read_out_of_memory_steps(directory: str) -> list[int]:
-    steps: list[int] = json.loads(store.read_text(store.join(directory, _OUT_OF_MEMORY_FILE)) or "[]")
-    return steps

@@ -16,3 +16,8 @@ def first_line(error: BaseException) -> str:
     """Return the first line of the message of `error` without secrets; its class if it has no message."""
     lines = redact(str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return the whole message of `error` in one line without secrets; its class if it has no message."""
+    return " ".join(redact(str(error)).split()) or type(error).__name__

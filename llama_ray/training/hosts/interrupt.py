@@ -25,7 +25,11 @@ class Stopped(Exception):
     """The run was asked to stop; its last checkpoint is that of `step`."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped after step {step}, as asked; --resume goes on from there")
+        super().__init__(
+            f"stopped after step {step}, as asked; --resume goes on from there"
+            if step
+            else "stopped before the first checkpoint, as asked; start it again without --resume"
+        )
         self.step = step
 
 

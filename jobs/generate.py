@@ -76,9 +76,8 @@ def _check_mode(flags: Namespace, parser: ArgumentParser) -> None:
 
 def _batch(flags: Namespace, params: SamplingParams, options: EngineOptions) -> None:
     # A single prompt does not wait for Ray.
-    import ray
-
     from llama_ray.batch_inference.job import BatchJob
+    from llama_ray.orchestration.cluster import connect
 
     config = from_flags(
         BatchConfig,
@@ -94,7 +93,7 @@ def _batch(flags: Namespace, params: SamplingParams, options: EngineOptions) -> 
         print(f"{job.output.location} is complete already ({job.finished.rows:,} rows): nothing to do")
         return
     if job.remaining:
-        ray.init(log_to_driver=False)
+        connect(log_to_driver=False)
     line = ProgressLine()
     job.run(log=line.log, progress=line.show)
 

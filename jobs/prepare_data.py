@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-import ray
 from _cli import main, parse
 from jsonargparse import ArgumentParser
 
 from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.data.sources import BUILTIN
+from llama_ray.orchestration.cluster import connect
 from llama_ray.storage.paths import absolute, existing
 
 
 def run() -> None:
     """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one) and prepare the data."""
     config = _config()
-    ray.init(log_to_driver=False)
+    connect(log_to_driver=False)
     # `prepare` reports the progress itself.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     prepare(config, log=lambda line: print(line, flush=True))

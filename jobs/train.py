@@ -7,7 +7,6 @@ import sys
 from argparse import SUPPRESS, Action
 from typing import Any
 
-import ray
 from _cli import main, parse
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -15,6 +14,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.data.shards import read_info
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
+from llama_ray.orchestration.cluster import connect
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.storage.paths import absolute, existing
@@ -31,7 +31,7 @@ def run() -> None:
     config = TrainConfig(**_fields_of(TrainConfig, flags))
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
     shape = _shape(flags)
-    ray.init()
+    connect()
     data = existing(flags.data) if flags.data else _builtin(shape.vocab_size)
     if flags.vocab_size is None and flags.preset is None:
         shape = dataclasses.replace(shape, vocab_size=read_info(data).vocab_size)

@@ -6,12 +6,14 @@ import dataclasses
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from llama_ray.utils.fields import shown
+from llama_ray.utils.redact import redact
 
 T = TypeVar("T")
 
@@ -60,14 +62,20 @@ def from_flags(kind: type[T], flags: Namespace, **values: Any) -> T:
 
 
 def main(job: Callable[[], None]) -> NoReturn:
-    """Run `job` and exit: with code 0, 130 after Ctrl-C, or 2 and one line `error: ...` on stderr for a ValueError."""
+    """Run `job` and exit: with code 0, 130 after Ctrl-C, or 2 and one line `error: ...` on stderr for a ValueError.
+
+    Other exceptions are bugs or outages: they show their traceback, in which a library may have quoted a URI.
+    """
     try:
         job()
     except ValueError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("error:", " ".join(redact(str(error)).split()), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        print(redact(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+        sys.exit(1)
     sys.exit(0)
 
 

@@ -24,6 +24,7 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.checkpoint import load_config
 from llama_ray.pretrained import resolve
 from llama_ray.storage.paths import absolute, existing, existing_ref
+from llama_ray.utils.redact import redact
 
 SHAPE = (*SHAPE_FLAGS, "max_seq_len")
 BATCH_ONLY = ("output", "prompt_field", "replicas", "max_num_seqs", "overwrite")
@@ -90,7 +91,9 @@ def _batch(flags: Namespace, params: SamplingParams, options: EngineOptions) -> 
     )
     job = BatchJob(config)
     if job.finished is not None:
-        print(f"{job.output.location} is complete already ({job.finished.rows:,} rows): nothing to do")
+        print(
+            f"{redact(job.output.location)} is complete already ({job.finished.rows:,} rows): nothing to do"
+        )
         return
     if job.remaining:
         connect(log_to_driver=False)

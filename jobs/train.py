@@ -21,6 +21,7 @@ from llama_ray.storage.paths import absolute, existing
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.hosts.interrupt import Stopped
+from llama_ray.utils.redact import redact
 
 DEFAULT_PRESET = "llama-30m"
 
@@ -41,8 +42,11 @@ def run() -> None:
         print(stopped, flush=True)
         return
     except TrainingError as error:
-        sys.exit(f"error: {error}")
-    print(f"validation loss {outcome.validation_loss:.4f}; last checkpoint {outcome.checkpoint}", flush=True)
+        sys.exit(f"error: {redact(str(error))}")
+    print(
+        f"validation loss {outcome.validation_loss:.4f}; last checkpoint {redact(outcome.checkpoint)}",
+        flush=True,
+    )
     if outcome.version and outcome.decision:
         print(f"registered {outcome.version.uri}; {outcome.decision.reason}", flush=True)
 

@@ -26,12 +26,15 @@ _API_TARGET = 100.0
 class ServeArgs(BaseModel):
     """Arguments of `build`, `key=value` after `serve run serve_app.app:build` or `args` in a config file."""
 
-    model_config = ConfigDict(extra="forbid")
+    # The URI may hold a password.
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     model: str = Field(
         "models:/llama-ray@champion", description="A directory, models:/name/7 or models:/name@alias."
     )
-    tracking_uri: str = Field(default_factory=tracking_uri, description="URI of the MLflow registry.")
+    tracking_uri: str = Field(
+        default_factory=tracking_uri, repr=False, description="URI of the MLflow registry."
+    )
     dtype: DType | None = Field(None, description="Compute in this type; default: the stored one.")
     engine: EngineOptions = Field(
         DEFAULT_OPTIONS,

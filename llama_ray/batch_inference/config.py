@@ -12,6 +12,7 @@ from typing import Any, Literal
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.utils.errors import UserError
+from llama_ray.utils.redact import RedactedRepr
 
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -20,8 +21,8 @@ class BatchError(UserError):
     """A job that cannot start or continue."""
 
 
-@dataclass(frozen=True)
-class BatchConfig:
+@dataclass(frozen=True, repr=False)
+class BatchConfig(RedactedRepr):
     """What to answer, with which model, and where the answers go.
 
     Args:

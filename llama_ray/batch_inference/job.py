@@ -8,7 +8,6 @@ commits its answers.
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -26,9 +25,10 @@ from llama_ray.batch_inference.replica import ReplicaConfig
 from llama_ray.orchestration.resources import nodes
 from llama_ray.pretrained import resolve
 from llama_ray.storage.paths import is_model_ref
-from llama_ray.tracking.uri import tracking_uri
+from llama_ray.tracking.environment import open_variables, secret_variables
 from llama_ray.tracking.versions import resolve_version
 from llama_ray.utils.integers import ceil_div
+from llama_ray.utils.redact import redact
 
 Log = Callable[[str], None]
 
@@ -86,14 +86,15 @@ class BatchJob:
         total, left = self.input.num_rows, sum(partition.num_rows for partition in partitions)
         kept = total - left
         log(
-            f"{total:,} rows in {self.config.input}" + (f", {kept:,} of them answered before" if kept else "")
+            f"{total:,} rows in {redact(self.config.input)}"
+            + (f", {kept:,} of them answered before" if kept else "")
         )
         if size is not None:
             log(f"{size.replicas} {'replica' if size.replicas == 1 else 'replicas'}, loading the model")
             self._answer(partitions, size, lambda c: progress(_progress(c, kept, total, started)))
         self.finished = self.output.finish(self.record, self.input.partitions)
         log(
-            f"{self.config.output}: {self.finished.rows:,} rows, {self.finished.errors:,} of them errors, "
+            f"{redact(self.config.output)}: {self.finished.rows:,} rows, {self.finished.errors:,} of them errors, "
             f"{self.finished.prompt_tokens:,} prompt and {self.finished.generated_tokens:,} generated tokens; "
             f"{left:,} rows in {time.monotonic() - started:.1f} s"
         )
@@ -135,21 +136,22 @@ class BatchJob:
                 "dtype": config.dtype and getattr(torch, config.dtype),
                 **asdict(config.engine),
             },
+            secrets=secret_variables() if self._uses_registry else {},
         )
         counts = Counts()
         for result in answer_partitions(
-            partitions, size, replica_config, config.engine.max_num_seqs, self._registry_environment()
+            partitions,
+            size,
+            replica_config,
+            config.engine.max_num_seqs,
+            open_variables() if self._uses_registry else {},
         ):
             counts += result
             on_progress(counts)
 
-    def _registry_environment(self) -> dict[str, str]:
-        """What workers need to find a registered model; they do not inherit the driver's environment."""
-        refs = (self._ref, self.config.engine.draft_model or "")
-        if not any(is_model_ref(ref) for ref in refs):
-            return {}
-        mlflow = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
-        return mlflow | {"MLFLOW_TRACKING_URI": tracking_uri()}
+    @property
+    def _uses_registry(self) -> bool:
+        return any(is_model_ref(ref) for ref in (self._ref, self.config.engine.draft_model or ""))
 
     def _made_from(self, earlier: JobRecord | None) -> dict[str, Any]:
         seed = self.config.seed

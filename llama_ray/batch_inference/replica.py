@@ -23,13 +23,17 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.orchestration.resources import cpu_threads
 from llama_ray.storage.store import StorageError
 from llama_ray.utils.errors import first_line
+from llama_ray.utils.redact import RedactedRepr
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ReplicaConfig:
-    """What a replica needs to know. `directory` receives the answers; `engine` has `Engine.from_pretrained` options."""
+@dataclass(frozen=True, repr=False)
+class ReplicaConfig(RedactedRepr):
+    """What a replica needs to know. `directory` receives the answers; `engine` has `Engine.from_pretrained` options.
+
+    `secrets` are environment variables that Ray must not show.
+    """
 
     checkpoint: str
     directory: str
@@ -38,6 +42,7 @@ class ReplicaConfig:
     prompt_field: str
     replicas_on_node: int
     engine: dict[str, Any] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 class Replica:
@@ -47,6 +52,7 @@ class Replica:
     """
 
     def __init__(self, config: ReplicaConfig) -> None:
+        os.environ.update(config.secrets)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The engine uses the cores.
         self._config = config
         self._failure = ""

@@ -30,6 +30,7 @@ from llama_ray.data.sources import SourceError
 from llama_ray.data.tokenizer import Tokenizer, check_vocab_size
 from llama_ray.storage.paths import is_uri
 from llama_ray.utils.fields import check_fields, limits
+from llama_ray.utils.redact import RedactedRepr, redact
 
 TOKENIZER_SAMPLE_BYTES = 100_000_000
 """A tokenizer is trained on at most this much text; more takes long and changes few merges."""
@@ -40,8 +41,8 @@ _MAX_GROUPS = 4096
 Log = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class PrepareConfig:
+@dataclass(frozen=True, repr=False)
+class PrepareConfig(RedactedRepr):
     """What to make a dataset from, and where to write it.
 
     Args:
@@ -89,13 +90,13 @@ def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
         log(f"{output} already holds this dataset ({found.tokens('train'):,} training tokens); nothing to do")
         return found
     documents = _split(corpus, config.validation_fraction, config.seed)
-    log(f"{len(corpus.documents):,} documents, {corpus.size / 1e6:.1f} MB from {config.source}")
+    log(f"{len(corpus.documents):,} documents, {corpus.size / 1e6:.1f} MB from {redact(config.source)}")
     with staging_directory(output) as staging:
         tokenizer = given or _train_tokenizer(documents["train"], config, log)
         tokenizer.save(staging)
         shards = _write_shards(documents, tokenizer, staging, not corpus.single_file, log)
         info = DatasetInfo(
-            source=config.source,
+            source=redact(config.source),
             seed=config.seed,
             fingerprint=fingerprint,
             vocab_size=tokenizer.vocab_size,

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from llama_ray.tracking.registry import Policy, check_name
 from llama_ray.utils.fields import Limits, check_fields, limits, shown
+from llama_ray.utils.redact import RedactedRepr
 
 _MAX_WORKERS = 2**17
 """More GPUs than any cluster has."""
+LATEST = "latest"
+"""What `resume` says for the run that saved last."""
+_MAX_NAME_BYTES = 128
+"""A file system has room for 255, and Ray Train and MLflow append to the name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaunchConfig:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LaunchConfig(RedactedRepr):
     """Where a run happens, where it stores its checkpoints, and what becomes of its model.
 
     Args:
@@ -20,7 +26,8 @@ class LaunchConfig:
             trains on as many workers as the cluster has room for, and follows as nodes come and go; the global batch
             stays that of the largest number.
         output_dir: Directory or URI that every node can reach; each run has a directory of its own in it.
-        run_name: Name of that directory and of the MLflow run; by default the model's size and the time.
+        run_name: Name of that directory and of the MLflow run: letters, digits, '-', '_' and '.'; by default the
+            model's size, the time and a random number.
         resume: Name of a run in output_dir to continue; 'latest' is the one that saved last.
         experiment: MLflow experiment that the run belongs to.
         register_as: Name to register the finished model under; an empty name registers nothing.
@@ -48,6 +55,11 @@ class LaunchConfig:
         Limits(most=_MAX_WORKERS).check("world_size", most, int)
         if self.register_as:
             check_name(self.register_as)
+        for flag, name in (("run_name", self.run_name), ("resume", self.resume)):
+            if name is not None:
+                _check_run_name(flag, name)
+        if self.run_name == LATEST:
+            raise ValueError(f"run_name is {LATEST}, which means another run to --resume; give another name")
         if self.run_name and self.resume:
             raise ValueError("run_name and resume are both given; --resume NAME already names the run")
 
@@ -59,6 +71,15 @@ class LaunchConfig:
             return int(least), int(most or least)
         except ValueError:
             raise ValueError(_bad_world_size(self.world_size)) from None
+
+
+def _check_run_name(flag: str, name: str) -> None:
+    """Raise ValueError unless `name` names one directory, on any storage and in one line."""
+    if not re.fullmatch(r"\w([\w.-]*\w)?", name) or len(name.encode()) > _MAX_NAME_BYTES:
+        raise ValueError(
+            f"{flag} is {shown(name)}; it must be at most {_MAX_NAME_BYTES} bytes of letters, digits, '-', "
+            "'_' and '.', without '-' and '.' at its ends; give another name"
+        )
 
 
 def _bad_world_size(world_size: int | str) -> str:

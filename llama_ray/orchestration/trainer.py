@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +13,16 @@ from pathlib import Path
 from llama_ray.data.shards import SPLITS, DatasetInfo, read_info
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
-from llama_ray.orchestration.launch import LaunchConfig
+from llama_ray.orchestration.launch import LATEST, LaunchConfig
 from llama_ray.orchestration.publish import publish
 from llama_ray.orchestration.report import describe_run, describe_version, short_count
 from llama_ray.orchestration.resources import check_workers, uses_gpu
 from llama_ray.orchestration.worker import Ending, WorkerPlan
 from llama_ray.orchestration.worker_group import run_workers
 from llama_ray.storage import run_directory, store
+from llama_ray.storage.claim import claimed
 from llama_ray.storage.paths import absolute, is_uri
+from llama_ray.tracking.environment import secret_variables
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
@@ -29,6 +32,7 @@ from llama_ray.training.config import TrainConfig
 from llama_ray.training.elastic import check_range
 from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.preflight import check_run
+from llama_ray.utils.redact import redact
 
 _RUN_FILE = "run.json"
 """The MLflow run of a run's directory."""
@@ -54,11 +58,9 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
     was stopped.
     """
     job = _check(model, config, launch, data)
-    with _mlflow_run(job) as run:
-        print(
-            f"run {job.name}: checkpoints in {job.directory}, MLflow run {run.run_id} at {run.url or run.uri}",
-            flush=True,
-        )
+    with claimed(job.directory), _mlflow_run(job) as run:
+        where = f"checkpoints in {job.directory}, MLflow run {run.run_id} at {run.url or run.uri}"
+        print(f"run {job.name}: {redact(where)}", flush=True)
         ending = _train(job, run)
         if ending.stopped_at is not None:
             raise Stopped(ending.stopped_at)
@@ -100,28 +102,44 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
 def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:
     """Return the run's name, and the checkpoint that it resumes from."""
     if launch.resume:
-        name = run_directory.latest_run(launch.output_dir) if launch.resume == "latest" else launch.resume
+        name = run_directory.latest_run(launch.output_dir) if launch.resume == LATEST else launch.resume
         checkpoint = run_directory.latest_checkpoint(store.join(launch.output_dir, name))
         if checkpoint is None:
             raise store.StorageError(
                 f"{launch.output_dir} holds no checkpoint of run {name!r}; check --output_dir, or leave out --resume"
             )
         return name, checkpoint
-    name = launch.run_name or f"llama-{short_count(model.num_parameters())}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # Ray Train continues a run whose name it finds; only --resume may mean that.
+    name = launch.run_name or _new_name(model)
+    _refuse_trained(launch, name)
+    return name, None
+
+
+def _new_name(model: LlamaConfig) -> str:
+    """Return a name that no other launch takes, even in the same second."""
+    time_and_number = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    return f"llama-{short_count(model.num_parameters())}-{time_and_number}"
+
+
+def _refuse_trained(launch: LaunchConfig, name: str) -> None:
+    """Raise StorageError if the run has checkpoints: workers continue from those that they find."""
     if run_directory.latest_checkpoint(store.join(launch.output_dir, name)):
         raise store.StorageError(
             f"{launch.output_dir} holds run {name!r} already; use --resume {name} to go on, or another --run_name"
         )
-    return name, None
 
 
 @contextmanager
 def _mlflow_run(job: _Job) -> Iterator[Run]:
     """Open the MLflow run of `job`, and mark at the end how it ended."""
-    run = _resumed_run(job) or _new_run(job)
-    run.log_config(_settings(job) | {"launch": vars(job.launch)})
+    if not job.launch.resume:
+        # A launch of this name may have ended since it was checked.
+        _refuse_trained(job.launch, job.name)
+    resumed = _resumed_run(job)
+    run = resumed or _new_run(job)
     try:
+        if resumed is None:
+            _describe(run, job)
+        run.log_config(_settings(job) | {"launch": vars(job.launch)})
         yield run
     except BaseException as error:
         run.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit | Stopped) else "FAILED")
@@ -142,22 +160,25 @@ def _new_run(job: _Job) -> Run:
     most = job.launch.workers[1]
     settings = _settings(job)
     settings["model"]["num_parameters"] = job.model.num_parameters()
-    run = Run.create(
+    return Run.create(
         experiment=job.launch.experiment,
         name=job.name,
         params=settings | {"world_size": job.launch.world_size},
         tags=standard_tags(world_size=most, device="gpu" if job.gpu else "cpu"),
         description=describe_run(job.model, job.config, job.info, most),
     )
+
+
+def _describe(run: Run, job: _Job) -> None:
+    """Tie the new run to its data and its directory."""
     run.log_dataset(
         job.info.source,
         fingerprint=job.info.fingerprint,
         source=job.data,
         sizes={f"{split}_tokens": job.info.tokens(split) for split in SPLITS},
     )
-    record = {"run_id": run.run_id, "tracking_uri": run.uri}
+    record = {"run_id": run.run_id, "tracking_uri": redact(run.uri)}
     store.write_text(store.join(job.directory, _RUN_FILE), json.dumps(record))
-    return run
 
 
 def _settings(job: _Job) -> dict[str, dict[str, object]]:
@@ -173,7 +194,9 @@ def _train(job: _Job, run: Run) -> Ending:
     # An earlier launch of the same run may have left it.
     withdraw_stop(job.directory)
     most = job.launch.workers[1]
-    plan = WorkerPlan(job.model, job.config, job.data, job.directory, most, run.run_id, run.uri)
+    plan = WorkerPlan(
+        job.model, job.config, job.data, job.directory, most, run.run_id, run.uri, secret_variables()
+    )
 
     def stop() -> None:
         request_stop(job.directory)

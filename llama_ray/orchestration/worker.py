@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray.train
 import torch
@@ -25,11 +26,15 @@ from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.loop import train
 from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.utils.errors import one_line
+from llama_ray.utils.redact import RedactedRepr
 
 
-@dataclass(frozen=True)
-class WorkerPlan:
-    """What the driver tells every worker. `config` is written for `planned_workers`; fewer may run."""
+@dataclass(frozen=True, repr=False)
+class WorkerPlan(RedactedRepr):
+    """What the driver tells every worker. `config` is written for `planned_workers`; fewer may run.
+
+    `secrets` are environment variables that Ray must not show.
+    """
 
     model: LlamaConfig
     config: TrainConfig
@@ -38,6 +43,7 @@ class WorkerPlan:
     planned_workers: int
     run_id: str
     tracking_uri: str
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ def run_worker(plan: WorkerPlan) -> Ending:
 
     Whatever this raises ends the group; TrainingError ends the run, see `failures`.
     """
+    os.environ.update(plan.secrets)
     try:
         return Ending(_train(plan).step)
     except Stopped as error:

@@ -8,7 +8,6 @@ and restarts are made and counted in the driver.
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 
@@ -30,7 +29,9 @@ from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.placement_groups import remove_orphans
 from llama_ray.orchestration.worker import Ending, WorkerPlan, run_worker
 from llama_ray.storage import run_directory, store
+from llama_ray.tracking.environment import open_variables
 from llama_ray.training.errors import TrainingError
+from llama_ray.utils.redact import redact
 
 
 def run_workers(plan: WorkerPlan, launch: LaunchConfig, *, gpu: bool) -> Ending:
@@ -70,7 +71,7 @@ class _Restarts:
         if self._failures <= self._most:
             return f"{reason(error)}; restart {self._failures} of at most {self._most}"
         # With the tracebacks, which are of use if the reason is an error of the program.
-        print(error, file=sys.stderr, flush=True)
+        print(redact(str(error)), file=sys.stderr, flush=True)
         raise TrainingError(
             f"{reason(error)}, after {self._most} restarts; --resume goes on from the newest checkpoint, "
             "--max_failures N allows more restarts"
@@ -89,6 +90,7 @@ class _Restarts:
 
 def _trainer(plan: WorkerPlan, launch: LaunchConfig, gpu: bool) -> TorchTrainer:
     least, most = launch.workers
+    filesystem, path = store.open_storage(launch.output_dir)
     return TorchTrainer(
         partial(run_worker, plan),
         torch_config=TorchConfig(timeout_s=plan.config.collective_timeout_s),
@@ -100,7 +102,9 @@ def _trainer(plan: WorkerPlan, launch: LaunchConfig, gpu: bool) -> TorchTrainer:
         ),
         run_config=RunConfig(
             name=store.name_of(plan.directory),
-            storage_path=launch.output_dir,
+            # Not the URI, which may hold a key: Ray's dashboard shows it.
+            storage_path=path,
+            storage_filesystem=filesystem,
             # Only a preempted node, which is announced, leads to a restart within Ray Train.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             worker_runtime_env={"env_vars": _worker_environment()},
@@ -112,9 +116,8 @@ def _trainer(plan: WorkerPlan, launch: LaunchConfig, gpu: bool) -> TorchTrainer:
 
 def _worker_environment() -> dict[str, str]:
     """Return the variables that workers need; they do not inherit the driver's environment."""
-    tracking = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     # Ray Train would send each printed line through its logger, and so show it twice.
-    return tracking | {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+    return open_variables() | {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
 
 
 def _newest_step(directory: str) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from llama_ray.storage import store
 from llama_ray.utils.errors import first_line
+from llama_ray.utils.redact import redact
 
 MARKER = "training.json"
 
@@ -73,7 +74,7 @@ def latest_run(output_dir: str) -> str:
         raise store.StorageError(
             f"output_dir {output_dir} holds no run to resume; check --output_dir, or leave out --resume"
         )
-    return max(runs, key=lambda name: _modified_ns(store.join(newest[name], MARKER)))
+    return max(runs, key=lambda name: store.modified_ns(store.join(newest[name], MARKER)))
 
 
 def latest_checkpoint(run: str) -> str | None:
@@ -152,7 +153,7 @@ def remove_checkpoint(checkpoint: str) -> None:
 
 
 def _damaged(checkpoint: str, reason: str) -> str:
-    warnings.warn(f"{checkpoint} is damaged and skipped: {reason}", stacklevel=3)
+    warnings.warn(f"{redact(checkpoint)} is damaged and skipped: {reason}", stacklevel=3)
     return reason
 
 
@@ -171,11 +172,6 @@ def _is_own(name: str) -> bool:
     """Whether a file of this name in a checkpoint's directory was written by a run, or by one that was killed."""
     match = _OWN_FILE.fullmatch(name)
     return match is not None and (match["partial"] is None or _is_own(match["partial"]))
-
-
-def _modified_ns(file: str) -> int:
-    filesystem, path = store.open_storage(file)
-    return filesystem.get_file_info(path).mtime_ns or 0
 
 
 def _with_short_retries(location: str) -> str:

@@ -120,6 +120,12 @@ def delete(file: str) -> None:
         filesystem.delete_file(path)
 
 
+def modified_ns(file: str) -> int:
+    """Return when `file` was written, in ns since 1970 by the clock of its storage; 0 if it does not exist."""
+    filesystem, path = open_storage(file)
+    return filesystem.get_file_info(path).mtime_ns or 0
+
+
 def sha256(file: str) -> str:
     """Return the hexadecimal SHA-256 of a file's content."""
     filesystem, path = open_storage(file)

@@ -69,7 +69,7 @@ def connect(uri: str | None = None, *, patient: bool = False) -> MlflowClient:
     elif scheme in _DATABASES and not patient:
         _check_database(uri)
     # Databricks and the schemes of plug-ins are for MLflow to know.
-    with reported(f"MLFLOW_TRACKING_URI={uri} cannot be used", _URIS):
+    with reported(f"MLFLOW_TRACKING_URI={uri} is not a tracking URI that MLflow can use here", _URIS):
         return MlflowClient(tracking_uri=uri)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 _HIDDEN = "***"
@@ -35,3 +36,12 @@ def _without_user(match: re.Match[str]) -> str:
     if not user or (scheme.lower() in _AZURE and ":" not in user):
         return match[0]
     return f"{scheme}://{_HIDDEN}@"
+
+
+class RedactedRepr:
+    """Gives a dataclass with `repr=False` a repr without secrets."""
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        values = (f"{f.name}={redact(repr(getattr(self, f.name)))}" for f in fields if f.repr)
+        return f"{type(self).__name__}({', '.join(values)})"

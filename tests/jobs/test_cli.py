@@ -25,7 +25,7 @@ def job():
     if flags.prompt == "fail":
         raise ValueError("two\\nlines")
     if flags.prompt == "bug":
-        raise RuntimeError("bug")
+        raise RuntimeError("bug at http://user:hidden@host")
     print(flags.batch_size, flags.prompt, flags.rest, *([flags.fast] if flags.fast else []))
 
 main(job)
@@ -57,6 +57,7 @@ def test_user_errors_give_one_line_and_exit_code_2() -> None:
         (["--fast", "maybe"], "error: --fast is maybe; it must be bool (--help"),
         (["--kind", "c"], "error: --kind is c; it must be a or b (--help"),
         (["--nonsense", "x"], "error: unrecognized arguments: --nonsense"),
+        (["--batch-size", "s3://key:hidden@b"], "error: --batch_size is s3://***@b; it must be int (--help"),
     ):
         failed = run(*arguments)
         assert failed.returncode == 2
@@ -68,3 +69,4 @@ def test_bugs_keep_their_traceback() -> None:
     failed = run("--prompt", "bug")
     assert failed.returncode == 1
     assert "Traceback" in failed.stderr
+    assert failed.stderr.endswith("RuntimeError: bug at http://***@host\n")

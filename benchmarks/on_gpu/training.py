@@ -12,6 +12,7 @@ import torch
 from peers.training import Contestant, ours, transformers
 from torch import Tensor
 
+from llama_ray.training.config import Precision
 from llama_ray.training.reporting.metrics import peak_flops, peak_memory_bytes
 from on_gpu.results import Results
 from on_gpu.setting import Setting
@@ -29,8 +30,8 @@ def large(setting: Setting, results: Results) -> None:
 def large_peer(setting: Setting, results: Results) -> None:
     """Transformers' model on the same work, compiled as a whole."""
     _measure(setting, results, "1.1B", 8, 2048, transformers)
-    mine = Results(setting.out, "train").value("train", _case(setting, "1.1B", 8, 2048, ours))
-    theirs = results.value("train-peer", _case(setting, "1.1B", 8, 2048, transformers))
+    mine = Results(setting.out, "train").value("train", _case("1.1B", 8, 2048, ours, "bf16"))
+    theirs = results.value("train-peer", _case("1.1B", 8, 2048, transformers, "bf16"))
     if mine and theirs:
         results.add("1.1B, 8 x 2048, ours / transformers", mine / theirs, "x")
 
@@ -40,13 +41,18 @@ def long_sequences(setting: Setting, results: Results) -> None:
     _measure(setting, results, "1.1B", 4, 4096, ours)
 
 
+def float8(setting: Setting, results: Results) -> None:
+    """1.1B, 8 x 2048 tokens, the products of the blocks in float8; MFU counts them as bf16."""
+    _measure(setting, results, "1.1B", 8, 2048, ours, "fp8" if setting.on_gpu else "bf16")
+
+
 def small(setting: Setting, results: Results) -> None:
     """134M, 16 x 1024 tokens."""
     _measure(setting, results, "134M", 16, 1024, ours)
 
 
-def _case(setting: Setting, name: str, batch: int, length: int, make: Callable[..., Contestant]) -> str:
-    return f"{name}, {batch} x {length}, {OURS if make is ours else THEIRS}"
+def _case(name: str, batch: int, length: int, make: Callable[..., Contestant], precision: Precision) -> str:
+    return f"{name}, {batch} x {length}, {precision}, {OURS if make is ours else THEIRS}"
 
 
 def _measure(
@@ -56,16 +62,17 @@ def _measure(
     batch: int,
     length: int,
     make: Callable[..., Contestant],
+    precision: Precision = "bf16",
     *,
     profile: bool = False,
 ) -> None:
-    device, case = setting.device, _case(setting, name, batch, length, make)
+    device, case = setting.device, _case(name, batch, length, make, precision)
     config = setting.config(name, max_seq_len=length)
     batch, length = setting.size(batch, 2), setting.size(length, 32)
     free(device)
     start = time.perf_counter()
     # A trial compiles nothing: the compiler of a CPU takes half a minute.
-    contestant = make(config, "bf16", device, compiled=not setting.tiny)
+    contestant = make(config, precision, device, compiled=not setting.tiny)
     tokens = torch.randint(config.vocab_size, (batch, length + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     losses = [contestant.step(inputs, targets).item() for _ in range(3)]

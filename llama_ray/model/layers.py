@@ -15,7 +15,7 @@ from llama_ray.model.config import LlamaConfig, RopeScaling
 
 
 class Attend(Protocol):
-    """Attention of queries to keys and values: of the same sequence in training, of a cache in generation.
+    """Attention of queries to the keys and values of a cache, as in generation.
 
     Called once a layer, with `query` [batch, num_heads, seq, head_dim] and `key` and `value`
     [batch, num_kv_heads, seq, head_dim], queries and keys rotated. Returns a tensor of `query`'s shape.
@@ -24,15 +24,15 @@ class Attend(Protocol):
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...  # noqa: D102
 
 
-def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Let each position attend to itself and to earlier positions of its sequence; see `Attend`."""
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Let each position attend to itself and to earlier positions of its sequence; shapes as in `Attend`."""
     short = query.shape[2] <= SHORT_SEQUENCE and query.requires_grad
     if short and query.device.type == "cpu" and query.dtype is torch.bfloat16:
-        return blockwise_attention(layer, query, key, value)
-    return flash_attention(layer, query, key, value)
+        return blockwise_attention(query, key, value)
+    return flash_attention(query, key, value)
 
 
-def flash_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention by torch's kernel, which never stores the scores."""
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
@@ -44,7 +44,7 @@ SHORT_SEQUENCE = 1024
 _QUERY_BLOCK = 128
 
 
-def blockwise_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def blockwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention by matrix products: each block of queries with the keys up to the block's end.
 
     In bf16 on a CPU, forward and backward together take half the time of torch's kernel. The memory for scores is
@@ -167,14 +167,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, kv, bias=False)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, hidden, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """[batch, seq, hidden] -> [batch, seq, hidden]."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden]; without `attend`, by `causal_attention`."""
         # The projections determine the number of heads: under tensor parallelism each rank has a part of them.
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        # In training nothing reads the layer's number: torch.compile would compile each layer for its own.
+        out = causal_attention(q, k, v) if attend is None else attend(self.layer, q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -202,7 +204,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.layers import Attend, Block, RMSNorm, RotaryEmbedding, causal_attention
+from llama_ray.model.layers import Attend, Block, RMSNorm, RotaryEmbedding
 from llama_ray.model.loss import Head
 
 INIT_STD = 0.02
@@ -90,7 +90,7 @@ class Llama(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        attend: Attend = causal_attention,
+        attend: Attend | None = None,
         *,
         targets: Tensor | None = None,
         scale: Tensor | float = 1.0,
@@ -104,14 +104,12 @@ class Llama(nn.Module):
             self.hidden(tokens, positions, attend), targets, scale, z_loss
         )
 
-    def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Int64 [batch, seq] -> hidden states after the last norm [batch, seq, hidden_size].
 
-        `positions` (int64 [seq] or [batch, seq]) default to 0 .. seq-1; `attend` defines which keys a query attends to.
-        Raises ValueError for a position at or beyond `max_seq_len`. `positions` on an accelerator are not checked,
-        because that would make the host wait for the device.
+        `positions` (int64 [seq] or [batch, seq]) default to 0 .. seq-1. Without `attend` each position attends to
+        itself and to those before it. Raises ValueError for a position at or beyond `max_seq_len`. `positions` on an
+        accelerator are not checked, because that would make the host wait for the device.
         """
         limit = self.config.max_seq_len
         if positions is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ IGNORE_INDEX = -100
 
 CHUNK_BYTES = 16 * 1024**2
 """fp32 logits of a chunk of tokens; more where `hidden_size` tokens need more, see `_chunk_tokens`."""
+
+ChunkLoss = Callable[..., tuple[Tensor, Tensor | None]]
+"""Computes the loss of a chunk of tokens and its gradient, see `_chunk_loss`."""
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -31,6 +35,11 @@ class Head(nn.Linear):
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)
+        self._chunk_loss: ChunkLoss = _chunk_loss
+
+    def compile_loss(self) -> None:
+        """Fuse the operations of the loss around its matrix products, with torch.compile."""
+        self._chunk_loss = torch.compile(_chunk_loss, dynamic=False)
 
     def forward(
         self,
@@ -42,7 +51,7 @@ class Head(nn.Linear):
         """[..., hidden_size] -> logits [..., vocab_size]; with `targets`, the result of `head_loss`."""
         if targets is None:
             return super().forward(hidden)
-        return head_loss(hidden, self.weight, targets, scale, z_loss)
+        return head_loss(hidden, self.weight, targets, scale, z_loss, self._chunk_loss)
 
 
 def head_loss(
@@ -51,6 +60,7 @@ def head_loss(
     targets: Tensor,
     scale: Tensor | float = 1.0,
     z_loss: float = 0.0,
+    chunk_loss: ChunkLoss | None = None,
 ) -> Tensor:
     """`cross_entropy_sum` of `hidden @ weight.T`, without the logits of all tokens in memory at once.
 
@@ -61,13 +71,21 @@ def head_loss(
 
     Tokens are processed in chunks. The gradients of a chunk are computed together with its loss, while its logits are
     in memory, so nothing is recomputed. `scale` is the factor that the objective will be multiplied by before
-    `backward`: in bf16 and fp16 the gradients are rounded at that scale, as without chunks.
+    `backward`: in bf16 and fp16 the gradients are rounded at that scale, as without chunks. `chunk_loss` replaces
+    `_chunk_loss` by a compiled form of it.
     """
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     result: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, -2), weight, targets.flatten(), scale, z_loss, compute, differentiate
+        hidden.flatten(0, -2),
+        weight,
+        targets.flatten(),
+        scale,
+        z_loss,
+        compute,
+        differentiate,
+        chunk_loss or _chunk_loss,
     )
     return result
 
@@ -83,6 +101,7 @@ class _HeadLoss(torch.autograd.Function):
         z_loss: float,
         compute: torch.dtype,
         differentiate: bool,
+        chunk_loss: ChunkLoss,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(compute)
@@ -94,7 +113,7 @@ class _HeadLoss(torch.autograd.Function):
             for start in range(0, len(targets), chunk):
                 tokens = slice(start, start + chunk)
                 states = hidden[tokens].to(compute)
-                loss, grad = _chunk_loss(states, matrix, targets[tokens], scale, z_loss, differentiate)
+                loss, grad = chunk_loss(states, matrix, targets[tokens], scale, z_loss, differentiate)
                 sums += loss
                 if grad_hidden is not None and grad is not None:
                     grad_hidden[tokens] = grad @ matrix
@@ -114,7 +133,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         ratio = grads[0][0] / ctx.scale
         # In place, because they may be large. Autograd refuses a second backward pass through the same graph.
-        return grad_hidden.mul_(ratio), grad_weight.mul_(ratio), None, None, None, None, None
+        return grad_hidden.mul_(ratio), grad_weight.mul_(ratio), None, None, None, None, None, None
 
 
 def _chunk_loss(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from llama_ray.data.shards import SPLITS, DatasetInfo, read_info
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
@@ -31,6 +33,7 @@ from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.elastic import check_range
 from llama_ray.training.hosts.interrupt import Stopped
+from llama_ray.training.parallel.float8 import check_float8
 from llama_ray.training.preflight import check_run
 from llama_ray.utils.redact import redact
 
@@ -91,6 +94,8 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
     check_workers(least, gpu=gpu)
     if least == most:
         check_workers(most, gpu=gpu)
+    if not gpu:
+        check_float8(config, torch.device("cpu"))
     check_range(config, least, most, config.tensor_parallel)
     launch = replace(launch, output_dir=absolute(launch.output_dir))
     run_directory.check_writable(launch.output_dir)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from llama_ray.utils.fields import check_fields, limits
 
-Precision = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 Parallelism = Literal["auto", "ddp", "fsdp", "hsdp"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 OptimizerName = Literal["adamw", "muon"]
@@ -26,8 +26,9 @@ class TrainConfig:
         batch_size: Sequences per worker and micro-step.
         gradient_accumulation_steps: Micro-steps per optimizer step; ddp exchanges gradients in the last one only.
         seq_len: Tokens per sequence; 0 means the model's max_seq_len.
-        precision: Number format of matrix products: bf16 or fp16 (with a gradient scaler) by autocast, or fp32.
-            Weights and optimizer state are fp32 in all three.
+        precision: Number format of matrix products: bf16 or fp16 (with a gradient scaler) by autocast, fp32, or fp8:
+            float8 with a scale a tensor in the blocks' projections and bf16 elsewhere, on GPUs that have float8 units.
+            Weights and optimizer state are fp32 in all of them.
         learning_rate: The highest learning rate, reached after the warm-up.
         min_learning_rate_ratio: The learning rate at the end of the schedule, as a share of `learning_rate`.
         warmup_steps: Steps of linear warm-up; by default a tenth of the run, at most 2000.
@@ -105,6 +106,10 @@ class TrainConfig:
             raise ValueError(
                 f"fsdp_size is {self.fsdp_size}; it must be 0 with parallelism {self.parallelism}; "
                 "drop it or choose hsdp"
+            )
+        if self.precision == "fp8" and self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel}; it must be 1 with precision fp8; use bf16, or fsdp alone"
             )
 
     def to_dict(self) -> dict[str, Any]:

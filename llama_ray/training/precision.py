@@ -6,5 +6,10 @@ import torch
 
 from llama_ray.training.config import Precision
 
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""The dtype of matrix products by precision; in bf16 and fp16 they run under autocast, on fp32 parameters."""
+DTYPES: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.bfloat16,
+}
+"""The dtype that autocast computes in by precision, on fp32 parameters; with fp8 the blocks' products are in float8."""

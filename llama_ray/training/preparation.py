@@ -18,6 +18,7 @@ from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.hosts.interrupt import Interrupt, InterruptAgreement
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.compilation import should_compile
+from llama_ray.training.parallel.float8 import check_float8
 from llama_ray.training.parallel.layout import Layout, choose_layout, memory_per_worker
 from llama_ray.training.parallel.parallelize import parallelize
 from llama_ray.training.parallel.process_group import local_world_size, rank, world_size
@@ -41,6 +42,7 @@ def prepare_run(
     poll_interrupt: Callable[[], Interrupt],
 ) -> TrainingRun:
     """Build everything that a run needs, and fill it from `resume_from`. Every worker must call it; see `train`."""
+    check_float8(config, device)
     layout = _layout(model_config, config, device)
     # Without this, torch draws a random seed in each process.
     torch.manual_seed(config.seed + layout.data_rank)

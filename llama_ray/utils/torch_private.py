@@ -116,6 +116,16 @@ def reduce_scatter_op() -> Any:
     return torch.ops._c10d_functional.reduce_scatter_tensor.default
 
 
+def scaled_mm(
+    left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype, fast: bool
+) -> Tensor:
+    """Multiply float8 matrices: (left * left_scale) @ (right * right_scale); without it, there is no precision fp8.
+
+    `left` is row-major, `right` column-major; `fast` adds up some sums in fewer bits.
+    """
+    return torch._scaled_mm(left, right, left_scale, right_scale, out_dtype=dtype, use_fast_accum=fast)
+
+
 def gloo_group(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """Make a process group on the loopback device, apart from torch's default group.
 

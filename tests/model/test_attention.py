@@ -17,7 +17,7 @@ def test_blockwise_attention_equals_the_kernel_in_values_and_gradients(kv_heads:
     results = []
     for attend in (blockwise_attention, flash_attention):
         q, k, v = (heads(n, seq, torch.float32, i) for i, n in enumerate((4, kv_heads, kv_heads)))
-        out = attend(0, q, k, v)
+        out = attend(q, k, v)
         weight = torch.linspace(-1, 1, out.numel()).view_as(out)
         results.append((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
     for ours, theirs in zip(*results, strict=True):
@@ -26,8 +26,8 @@ def test_blockwise_attention_equals_the_kernel_in_values_and_gradients(kv_heads:
 
 def test_rounding_scores_to_bf16_adds_no_more_error_than_bf16_inputs() -> None:
     q, k, v = (heads(4, 256, torch.float32, i) for i in range(3))
-    exact = flash_attention(0, q, k, v)
+    exact = flash_attention(q, k, v)
     rounded = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    error = (causal_attention(0, *rounded).float() - exact).abs()
-    kernel = (flash_attention(0, *rounded).float() - exact).abs()
+    error = (causal_attention(*rounded).float() - exact).abs()
+    kernel = (flash_attention(*rounded).float() - exact).abs()
     assert error.mean() < 2 * kernel.mean()

@@ -65,7 +65,7 @@ def test_the_given_attention_is_called_once_a_layer() -> None:
         assert q.shape == (1, 4, 5, 16)
         assert k.shape == v.shape == (1, 2, 5, 16)
         seen.append(layer)
-        return causal_attention(layer, q, k, v)
+        return causal_attention(q, k, v)
 
     model(torch.zeros(1, 5, dtype=torch.int64), attend=spy)
     assert seen == [0, 1]

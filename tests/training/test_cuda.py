@@ -18,6 +18,7 @@ from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
 from llama_ray.training.optimizers.build import build_optimizer
+from llama_ray.training.parallel.float8 import MIN_CAPABILITY
 from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout
 from llama_ray.training.parallel.parallelize import gather_model, parallelize
 from llama_ray.training.reporting.metrics import peak_memory_bytes
@@ -68,6 +69,15 @@ def test_compilation_accumulation_and_recomputation_change_losses_by_rounding_on
     plain = run_on(CUDA, tiny, replace(TWELVE_STEPS, compile=False), dataset)
     other = run_on(CUDA, tiny, replace(TWELVE_STEPS, **settings), dataset)
     assert losses(other) == pytest.approx(losses(plain), rel=2e-2)
+
+
+def test_float8_learns_as_bf16_does(tiny: LlamaConfig, dataset: Path) -> None:
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        pytest.skip("this GPU has no float8 units")
+    expected = run_on(CUDA, tiny, replace(TWELVE_STEPS, compile=False), dataset)
+    for compile_blocks in (False, True):
+        config = replace(TWELVE_STEPS, precision="fp8", compile=compile_blocks)
+        assert losses(run_on(CUDA, tiny, config, dataset)) == pytest.approx(losses(expected), rel=5e-2)
 
 
 def test_muon_trains_as_on_a_cpu(tiny: LlamaConfig, dataset: Path) -> None:

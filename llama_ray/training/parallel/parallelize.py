@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import Precision, TrainConfig
+from llama_ray.training.parallel.float8 import use_float8
 from llama_ray.training.parallel.layout import Layout
 from llama_ray.training.parallel.process_group import rank
 from llama_ray.training.parallel.recompute import checkpoint_block
@@ -50,6 +51,8 @@ def parallelize(
         raise ValueError(
             f"the model is on {model.embed_tokens.weight.device}; it must be on the meta device to be sharded"
         )
+    if config.precision == "fp8":
+        use_float8(model, config.batch_size * (config.seq_len or model.config.max_seq_len))
     if layout.tensor > 1:
         assert layout.mesh is not None
         apply_tensor_parallel(model, layout.mesh["tensor"])
@@ -58,6 +61,8 @@ def parallelize(
         if compile_blocks:
             # Only the forward function: FSDP's hooks stay outside of the graph, and no name changes.
             block.forward = torch.compile(block.forward)
+    if compile_blocks and device.type == "cuda":
+        model.lm_head.compile_loss()
     if layout.mesh is not None and "shard" in (layout.mesh.mesh_dim_names or ()):
         _fully_shard(model, config.precision, layout)
     if fresh:

@@ -13,7 +13,7 @@ from llama_ray.training.config import ActivationCheckpointing
 from llama_ray.utils.torch_private import reduce_scatter_op
 
 _aten = torch.ops.aten
-_MATMULS = {_aten.mm.default, _aten.addmm.default, _aten.linear.default}
+_MATMULS = {_aten.mm.default, _aten.addmm.default, _aten.linear.default, _aten._scaled_mm.default}
 _ATTENTION = {
     getattr(_aten, name).default
     for name in (

@@ -97,13 +97,18 @@ def watch_step(stepper: Stepper, model: Llama, micro_batches: Sequence[Batch]) -
 
 def _trace(model_config: LlamaConfig, config: TrainConfig, layout: Layout) -> StepTrace:
     """Trace all layers of the model."""
+    if config.precision == "fp8":
+        # The CPU stands for the GPU, see below; memory and traffic are those of bf16.
+        config = replace(config, precision="bf16")
     # DDP's constructor communicates real bytes, so a replicated model is traced as that of a single worker.
     replicated = not layout.sharded and layout.world_size > 1
     # The CPU stands for the GPU, because FSDP would ask a CUDA device for streams.
     device = torch.device("cpu")
     model = Llama(model_config, device="meta")
     # GPUs attend with a kernel that keeps no scores; on a CPU the model might not.
-    model.forward = partial(model.forward, attend=flash_attention)  # type: ignore[method-assign]
+    model.forward = partial(  # type: ignore[method-assign]
+        model.forward, attend=lambda layer, *heads: flash_attention(*heads)
+    )
     with fake_process_group(layout.world_size) if layout.world_size > 1 else nullcontext():
         traced = SINGLE_WORKER if replicated else layout.with_mesh(device)
         # Before tensors are fake, because meshes look up ranks in tensors of their own.

@@ -12,7 +12,7 @@ from llama_ray.generation.backends.cpu import abi, ops
 from llama_ray.generation.backends.cpu.cache import CpuAttend
 from llama_ray.generation.backends.cpu.linear import Format, PackedLinear, check_format
 from llama_ray.generation.backends.huge_pages import Arena
-from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU
+from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU, causal_attention
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import Head
 
@@ -66,7 +66,7 @@ class PackedBlocks(nn.Module):
             append_post_product(block.get_submodule("mlp"), "down_proj", post_product)
         self._in_one_call = False
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         if not self._in_one_call or not isinstance(attend, CpuAttend):
             for block in self.blocks:
@@ -124,7 +124,7 @@ class PackedBlock(nn.Module):
             norms[0].weight.dtype == torch.bfloat16,
         )
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
@@ -153,13 +153,14 @@ class PackedAttention(nn.Module):
         self.qkv_proj = PackedLinear(torch.cat(weights), format, arena=arena)
         self.o_proj = PackedLinear(attention.o_proj.weight, format, arena=arena)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         qkv = self.qkv_proj(x)
         ops.rope_(qkv, self.heads[0] + self.heads[1], self.head_dim, *rope)
         # Views of one tensor, [batch, heads, seq, head_dim]: the kernel reads them without a copy.
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(self.heads, 1)
-        return self.o_proj(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        out = causal_attention(q, k, v) if attend is None else attend(self.layer, q, k, v)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class PackedSwiGLU(nn.Module):

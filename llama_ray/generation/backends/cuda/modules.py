@@ -11,7 +11,7 @@ from llama_ray.generation.backends.cuda.cache import PagedAttend
 from llama_ray.generation.backends.cuda.elementwise import rms_norm, swiglu
 from llama_ray.generation.backends.cuda.product import Product
 from llama_ray.generation.backends.quantize import Quantization
-from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU, rotate
+from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU, causal_attention, rotate
 from llama_ray.model.llama import Llama
 
 
@@ -40,7 +40,7 @@ class FusedAttention(nn.Module):
         self.qkv_proj = Product(_joined(*parts), quantization, batch_invariant)
         self.o_proj = Product(attention.o_proj.weight, quantization, batch_invariant)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]; on a paged cache the batch size is 1."""
         qkv = self.qkv_proj(x)
         if isinstance(attend, PagedAttend):
@@ -49,7 +49,8 @@ class FusedAttention(nn.Module):
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in qkv.split(self._widths, -1)
         )
-        out = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        out = causal_attention(q, k, v) if attend is None else attend(self.layer, q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

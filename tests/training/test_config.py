@@ -12,7 +12,7 @@ from llama_ray.training.config import Schedule, TrainConfig
     [
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
-        ({"precision": "fp8"}, "precision is 'fp8'; choose bf16, fp16 or fp32"),
+        ({"precision": "fp4"}, "precision is 'fp4'; choose bf16, fp16, fp32 or fp8"),
         ({"beta2": 1.5}, "beta2 is 1.5; it must be at least 0 and below 1"),
         ({"max_steps": 0}, "max_steps is 0; it must be at least 1"),
         ({"schedule": "step"}, "schedule is 'step'; choose cosine, linear or wsd"),

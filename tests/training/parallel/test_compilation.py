@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+from functools import partial
+from unittest.mock import patch
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.llama import Llama
+from llama_ray.training.config import TrainConfig
 from llama_ray.training.parallel.compilation import should_compile
+from llama_ray.training.parallel.layout import SINGLE_WORKER
+from llama_ray.training.parallel.parallelize import parallelize
 
 
 @pytest.mark.parametrize(("steps", "pays"), [(10, False), (10_000, True)])
@@ -16,3 +25,17 @@ def test_on_a_cpu_only_a_long_run_is_compiled_and_it_says_why(steps: int, pays: 
 
 def test_on_a_gpu_even_a_short_run_is_compiled() -> None:
     assert should_compile(torch.device("cuda"), 1, 1e9)[0]
+
+
+def test_all_layers_share_one_compiled_graph() -> None:
+    """What differs between layers must not be compiled in: torch gives up after eight graphs, and the rest is eager."""
+    shape = LlamaConfig.preset("llama-tiny", num_layers=10)
+    counter = CompileCounter()
+    with patch("torch.compile", partial(torch.compile, backend=counter)):
+        model = parallelize(
+            Llama(shape), TrainConfig(), SINGLE_WORKER, torch.device("cpu"), compile_blocks=True
+        )
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, targets=tokens)
+    assert counter.frame_count == 1

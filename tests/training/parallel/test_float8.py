@@ -51,7 +51,7 @@ def test_losses_and_gradients_are_those_of_bf16_up_to_the_rounding_of_float8() -
 
 
 def test_a_size_that_the_kernels_do_not_take_is_named() -> None:
-    with pytest.raises(ValueError, match="batch_size x seq_len is 40; with precision fp8 .* multiple of 16"):
+    with pytest.raises(ValueError, match=r"batch_size x seq_len is 40; with precision fp8 .* multiple of 16"):
         use_float8(make_model(), 40)
     with pytest.raises(ValueError, match=r"outputs of mlp.gate_proj is 168; .*; use bf16"):
         use_float8(make_model(intermediate_size=168), TOKENS)

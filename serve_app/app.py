@@ -27,7 +27,7 @@ class ServeArgs(BaseModel):
     """Arguments of `build`, `key=value` after `serve run serve_app.app:build` or `args` in a config file."""
 
     # The URI may hold a password.
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     model: str = Field(
         "models:/llama-ray@champion", description="A directory, models:/name/7 or models:/name@alias."

@@ -8,6 +8,10 @@ from typing import Any
 from pydantic import BaseModel
 
 INTERNAL_ERROR = "internal error; the server's log has the details"
+_MAX_MISTAKES = 5
+"""Mistakes of a body that are named; the others are counted."""
+_MAX_MESSAGE, _MAX_NAME = 1000, 100
+"""Characters of a message and of the name of a field, both of which may hold what the client has sent."""
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -38,6 +42,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
+        message, param = cut(message, _MAX_MESSAGE), param and cut(param, _MAX_NAME)
         super().__init__(message)
         self.status, self.retry_after_s = status, retry_after_s
         kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
@@ -52,20 +57,28 @@ def bad_request(param: str | None, message: str) -> ApiError:
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """Return the 400 for a body that pydantic refuses, with all mistakes in one line."""
     field = next((error["loc"][1] for error in errors if len(error["loc"]) > 1), None)
-    return bad_request(field if isinstance(field, str) else None, "; ".join(map(_message, errors)))
+    messages = [_message(error) for error in errors[:_MAX_MISTAKES]]
+    if more := len(errors) - len(messages):
+        messages.append(f"and {more:,} more")
+    return bad_request(field if isinstance(field, str) else None, "; ".join(messages))
+
+
+def cut(text: str, limit: int = _MAX_NAME) -> str:
+    """Return `text` with at most `limit` characters."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _message(error: Mapping[str, Any]) -> str:
     # The first part of a location is "body".
-    field = ".".join(str(part) for part in error["loc"][1:] if part != "[key]")
+    field = ".".join(cut(str(part)) for part in error["loc"][1:] if part != "[key]")
     if error["type"] == "json_invalid":
         return f"the body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}"
+    if error["type"] == "value_error":
+        return f"{field} {error['ctx']['error']}".strip()
     if not field:
         return "the body must be a JSON object, sent with Content-Type: application/json"
     if error["type"] == "extra_forbidden":
         return f"{field} is not a field that this server knows; leave it out"
     if error["type"] == "missing":
         return f"{field} is required"
-    if error["type"] == "value_error":
-        return f"{field} {error['ctx']['error']}"
     return f"{field}: {error['msg'][:1].lower()}{error['msg'][1:]}"

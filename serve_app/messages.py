@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_ray.generation.sampling.params import SamplingParams
+from serve_app.errors import cut
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ModelInfo:
 
     def not_served(self, name: str) -> str:
         """Return the message for a request that asks for another model."""
-        return f"model {name!r} is not served here; ask for {' or '.join(map(repr, self.names))}"
+        return f"model {cut(name)!r} is not served here; ask for {' or '.join(map(repr, self.names))}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -17,21 +18,41 @@ from pydantic import (
     model_validator,
 )
 
-from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.sampling.params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams, token_id
+from llama_ray.utils.fields import shown
 from serve_app.errors import bad_request
 from serve_app.messages import GenerationRequest, Logprobs, ModelInfo
 
 MAX_CHOICES = 128
 """Choices of one request: prompts times n."""
-MAX_STOP_STRINGS = 16
+MAX_FIELDS = 100
+"""Fields of an object of the API's own; more of them are a mistake, and naming each would take long."""
+_NO_EFFECT = "Accepted for compatibility; has no effect."
 
 # Fields that mean the same in a body and in SamplingParams. The others differ: JSON has more forms of `stop` and no
 # tuples, and OpenAI's response has no place for the log-probabilities of a prompt.
 _SHARED_FIELDS = tuple(
     f.name for f in fields(SamplingParams) if f.name not in ("stop", "stop_token_ids", "prompt_logprobs")
 )
-# JSON's keys are strings.
-TokenId = Annotated[int, Field(strict=False)]
+
+
+def _at_most(limit: int) -> BeforeValidator:
+    """Refuse a list or an object with more entries, before each of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (list, Mapping)) and len(value) > limit:
+            raise ValueError(f"has {len(value):,} entries; it must have at most {limit:,}")
+        return value
+
+    return BeforeValidator(check)
+
+
+TokenId = Annotated[int, BeforeValidator(token_id)]
+# One mistake of a list is enough, where there may be millions.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+StopTokenIds = Annotated[TokenIds, _at_most(MAX_STOP_TOKEN_IDS)]
+LogitBias = Annotated[dict[TokenId, float], _at_most(MAX_LOGIT_BIAS)]
 
 
 class _StrictBody(BaseModel):
@@ -43,7 +64,24 @@ class _StrictBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_default(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and len(data) > MAX_FIELDS:
+            raise ValueError(f"the object has {len(data):,} fields; leave out those that are no parameters")
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
+
+
+class _WithoutEffect(_StrictBody):
+    """Fields of OpenAI's API that clients send and that do not change a text."""
+
+    user: Any = Field(None, description=_NO_EFFECT)
+    safety_identifier: Any = Field(None, description=_NO_EFFECT)
+    metadata: Any = Field(None, description=_NO_EFFECT)
+    store: Any = Field(None, description=_NO_EFFECT)
+    service_tier: Any = Field(None, description=_NO_EFFECT)
+    prompt_cache_key: Any = Field(None, description=_NO_EFFECT)
+    prompt_cache_retention: Any = Field(None, description=_NO_EFFECT)
+    reasoning_effort: Any = Field(None, description=_NO_EFFECT)
+    verbosity: Any = Field(None, description=_NO_EFFECT)
+    parallel_tool_calls: Any = Field(None, description=_NO_EFFECT)
 
 
 class StreamOptions(_StrictBody):
@@ -52,13 +90,16 @@ class StreamOptions(_StrictBody):
     include_usage: bool = Field(
         False, description="End the stream with a chunk that has no choices but the token counts."
     )
+    include_obfuscation: bool = Field(
+        False, description="Accepted for compatibility; chunks are never padded with random characters."
+    )
 
 
-class CompletionRequest(_StrictBody):
+class CompletionRequest(_WithoutEffect):
     """The body of `POST /v1/completions`. OpenAI has the fields before `top_k`; vLLM has those from there on, too."""
 
     model: str = Field(description="A name that GET /v1/models lists.")
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="Text or token ids to continue; a list of them is completed in one batch."
     )
     max_tokens: int = Field(16, description="Tokens to generate at most.")
@@ -72,7 +113,7 @@ class CompletionRequest(_StrictBody):
     best_of: int | None = Field(None, description="Not supported, except with the value of n.")
     stream: bool = Field(False, description="Send the text as server-sent events, as it is generated.")
     stream_options: StreamOptions | None = None
-    stop: str | list[str] = Field([], description="Up to 16 strings; the text ends before the first of them.")
+    stop: str | Texts = Field([], description="Up to 16 strings; the text ends before the first of them.")
     seed: int | None = Field(None, description="The same request with the same seed gets the same tokens.")
     logprobs: int | None = Field(
         None,
@@ -86,8 +127,7 @@ class CompletionRequest(_StrictBody):
     frequency_penalty: float = Field(
         0.0, description="Lower the logits of tokens for each time that they occurred."
     )
-    logit_bias: dict[TokenId, float] | None = Field(None, description="Token id -> what to add to its logit.")
-    user: str | None = Field(None, description="Accepted for compatibility; has no effect.")
+    logit_bias: LogitBias | None = Field(None, description="Token id -> what to add to its logit.")
     top_k: int = Field(0, description="Sample from this many most probable tokens; 0 keeps all.")
     min_p: float = Field(
         0.0, description="Sample from tokens at least this probable, relative to the most probable one."
@@ -97,7 +137,7 @@ class CompletionRequest(_StrictBody):
     )
     ignore_eos: bool = Field(False, description="Go on after an end-of-text token.")
     min_tokens: int = Field(0, description="Tokens to generate before the text may end.")
-    stop_token_ids: list[int] = Field([], description="End the text as an end-of-text token does.")
+    stop_token_ids: StopTokenIds = Field([], description="End the text as an end-of-text token does.")
     json_schema: dict[str, Any] | None = Field(None, description="The text is JSON that this schema allows.")
     regex: str | None = Field(None, description="The whole text matches this expression (Rust's syntax).")
 
@@ -125,12 +165,7 @@ class CompletionRequest(_StrictBody):
 
     def generation_request(self) -> GenerationRequest:
         """Return what a replica is asked. Raises ApiError (400) for values that are out of range or not supported."""
-        self._check()
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if len(stop) > MAX_STOP_STRINGS:
-            raise bad_request(
-                "stop", f"stop has {len(stop)} strings; it must have at most {MAX_STOP_STRINGS}"
-            )
         try:
             params = SamplingParams(
                 stop=stop,
@@ -142,6 +177,7 @@ class CompletionRequest(_StrictBody):
             found = re.match(r"\w+", str(error))
             param = found[0] if found and found[0] in type(self).model_fields else None
             raise bad_request(param, str(error)) from None
+        self._check()
         return GenerationRequest(self.model, self.prompts, params, self.echo, self.stream)
 
     def _check(self) -> None:
@@ -152,7 +188,8 @@ class CompletionRequest(_StrictBody):
             )
         if self.best_of not in (None, self.n):
             raise bad_request(
-                "best_of", f"best_of {self.best_of} is not supported; leave it out, or set it to n ({self.n})"
+                "best_of",
+                f"best_of {shown(self.best_of)} is not supported; leave it out, or set it to n ({self.n})",
             )
         if self.echo and self.logprobs is not None:
             raise bad_request(

@@ -9,12 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from llama_ray.batch_inference.partitions import Line
 from llama_ray.generation.sampling.params import SamplingParams
 
-_PARAMS = TypeAdapter(SamplingParams)
 _PARAM_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
@@ -67,11 +64,9 @@ def params_of(fields: Mapping[str, Any], base: SamplingParams, seed: int, row: i
         )
     defaults = {name: getattr(base, name) for name in _PARAM_NAMES} | {"seed": row_seed(seed, row)}
     try:
-        return _PARAMS.validate_python(defaults | {k: v for k, v in given.items() if v is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = f"{first['loc'][0]}: " if first["loc"] else ""
-        raise RowError(f"sampling_params: {name}{first['msg'].removeprefix('Value error, ')}") from None
+        return SamplingParams.from_json(defaults | {k: v for k, v in given.items() if v is not None})
+    except ValueError as error:
+        raise RowError(f"sampling_params: {error}") from None
 
 
 def row_seed(seed: int, row: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.utils.fields import shown
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,6 @@ class Limits:
             raise ValueError(
                 "the prompt is empty and the model has no token to begin with; give at least one token"
             )
-        named = (*ids, *(params.logit_bias or ()), *params.stop_token_ids)
-        outside = next((t for t in named if not 0 <= t < vocab_size), None)
-        if outside is not None:
-            raise ValueError(
-                f"token id {outside} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
-            )
         if len(ids) >= self.max_seq_len:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens, which leaves no room for an answer within max_seq_len "
@@ -39,5 +35,10 @@ class Limits:
                 f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed max_seq_len "
                 f"{self.max_seq_len}; set max_tokens to at most {self.max_seq_len - len(ids)} or shorten the prompt"
             )
+        for token in itertools.chain(ids, params.logit_bias or (), params.stop_token_ids):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"token id {shown(token)} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
+                )
         if params.stop_strings and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and this model has none")

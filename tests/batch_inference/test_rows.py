@@ -81,9 +81,9 @@ def test_a_row_overrides_single_sampling_params() -> None:
             {"temprature": 1},
             "'temprature' is not known; it must be one of max_tokens, min_tokens, temperature",
         ),
-        ({"temperature": "hot"}, "sampling_params: temperature: Input should be a valid number"),
-        ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer"),
-        ({"top_p": 7}, "sampling_params: top_p is 7.0; it must be above 0"),
+        ({"temperature": "hot"}, "sampling_params: temperature is 'hot'; it must be a number"),
+        ({"max_tokens": 1.5}, "max_tokens is 1.5; it must be a whole number"),
+        ({"top_p": 7}, "sampling_params: top_p is 7; it must be above 0"),
         ([1], "'sampling_params' is a list; it must be an object"),
     ],
 )

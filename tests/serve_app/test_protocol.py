@@ -103,11 +103,11 @@ def test_a_prompt_is_text_or_token_ids_one_or_several(prompt: object, prompts: o
         ({"stop": ["s"] * 17}, "stop", "stop has 17 strings; it must have at most 16"),
         ({"stop": ""}, "stop", "a string or several, none of them empty"),
         ({"temperature": "0.5"}, "temperature", "temperature: input should be a valid number"),
-        ({"temperature": -0.5}, "temperature", "temperature is -0.5; it must be 0 (greedy) or above"),
+        ({"temperature": -0.5}, "temperature", "temperature is -0.5; it must be at least 0"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be at least 1"),
         ({"n": True}, "n", "n: input should be a valid integer"),
-        ({"n": 0}, "n", "n is 0; it must be 1 to 128"),
-        ({"logprobs": 21}, "logprobs", "logprobs is 21; it must be 0 to 20"),
+        ({"n": 0}, "n", "n is 0; it must be at least 1"),
+        ({"logprobs": 21}, "logprobs", "logprobs is 21; it must be at most 20"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias.a: input should be a valid integer"),
         ({"model": None}, "model", "model is required"),
     ],
@@ -126,3 +126,59 @@ def test_all_mistakes_of_a_body_are_named_at_once() -> None:
     message = str(refusal(topk=3, temperature="hot"))
     assert "topk" in message
     assert "temperature" in message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {f"k{i}": 1 for i in range(50_000)}},
+        {"logit_bias": {"k" * 100_000: 1}},
+        {"prompt": "p", **{f"field{i}": 1 for i in range(10_000)}},
+        {"f" * 100_000: 1},
+        {"stop": ["s" * 100_000, ""]},
+        {"stop_token_ids": ["x"] * 100_000},
+        {"prompt": [[1.5] * 100_000]},
+        *({name: int("9" * 4000)} for name in ("max_tokens", "min_tokens", "n", "best_of", "top_k", "seed")),
+    ],
+    ids=lambda fields: "-".join(list(fields)[:2])[:30],
+)
+def test_an_error_names_a_few_mistakes_and_cuts_what_the_client_sent(fields: dict[str, Any]) -> None:
+    error = refusal(**fields).response.error
+    assert len(error.message) <= 1000
+    assert len(error.param or "") <= 100
+    assert "\n" not in error.message
+
+
+def test_mistakes_beyond_the_first_few_are_counted() -> None:
+    message = str(refusal(logit_bias={f"k{i}": 1 for i in range(500)}))
+    assert message.startswith("logit_bias.k0: input should be a valid integer; ")
+    assert message.endswith("; and 495 more")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "user": "u",
+            "safety_identifier": "s",
+            "metadata": {"k": "v"},
+            "store": True,
+            "service_tier": "auto",
+            "prompt_cache_key": "k",
+            "prompt_cache_retention": "24h",
+            "reasoning_effort": "low",
+            "verbosity": "low",
+            "parallel_tool_calls": False,
+        },
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+    ],
+)
+def test_fields_of_openai_without_effect_on_the_text_are_accepted(fields: dict[str, Any]) -> None:
+    plain = CompletionRequest.model_validate(BODY | {"stream": "stream" in fields}).generation_request()
+    assert CompletionRequest.model_validate(BODY | fields).generation_request() == plain
+
+
+@pytest.mark.parametrize("key", ["1.0", " 1", "1 ", "+1", "1_0", "01", "٣", "1e2", "-1", "", "0x1"])
+def test_a_key_of_logit_bias_is_a_token_id_in_plain_digits(key: str) -> None:
+    assert refusal(logit_bias={key: 1}).response.error.param == "logit_bias"

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,12 +87,9 @@ def _bias(
     params: Sequence[SamplingParams], vocab_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
     """Return flat indices into the batch's logits and what `logit_bias` adds there; None if no row has one."""
-    pairs = [
-        (i * vocab_size + token, value)
-        for i, p in enumerate(params)
-        for token, value in (p.logit_bias or {}).items()
-    ]
-    if not pairs:
+    biases = [(i, p.bias) for i, p in enumerate(params)]
+    flat = [i * vocab_size + bias[0] for i, bias in biases if bias is not None]
+    if not flat:
         return None
-    flat, values = zip(*pairs, strict=True)
-    return torch.tensor(flat, device=device), torch.tensor(values, dtype=torch.float32, device=device)
+    values = np.concatenate([bias[1] for _, bias in biases if bias is not None])
+    return torch.from_numpy(np.concatenate(flat)).to(device), torch.from_numpy(values).to(device)

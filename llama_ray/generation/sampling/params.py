@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_ray.utils.fields import Limits, check_fields, limits, shown
 
 MAX_LOGPROBS = 20
 MAX_N = 128
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS, MAX_STOP_TOKEN_IDS = 16, 1000, 128
+MAX_LOGIT_BIAS = 1024
+"""All of these cost time at every token of every candidate."""
+_TOKEN_ID = Limits(least=0)
+# So large that it forbids a token or leaves no other one, and so small that no sum of logits overflows.
+_BIAS = Limits(least=-1e30, most=1e30)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen, and when its generation ends.
 
-    Raises ValueError if a value is out of range, if `json_schema` is not a JSON object, and if `json_schema`, `regex`
-    and `ignore_eos` are combined.
+    Raises ValueError if a value is out of range or of another type, if `json_schema` is not a JSON object, and if
+    `json_schema`, `regex` and `ignore_eos` are combined.
 
     Args:
         max_tokens: Limit of new tokens, at least 1.
@@ -31,13 +43,15 @@ class SamplingParams:
         min_p: Keep tokens with at least this share of the most probable token's probability, from 0, which keeps all,
             to 1 (arXiv:2407.01082).
         seed: The same seed (-2^63 to 2^64 - 1) gives the same tokens; None draws a seed at submission.
-        stop: A string or several, none empty; generation ends where one would appear, and the text ends before it.
-        stop_token_ids: Token ids that end the generation as an end-of-text token does; the text ends before them.
+        stop: A string or up to 16, of 1 to 1000 characters; generation ends where one would appear, and the text ends
+            before it.
+        stop_token_ids: Up to 128 token ids that end the generation as an end-of-text token does; the text ends before
+            them.
         repetition_penalty: Positive logits of tokens in prompt and output are divided by it, negative ones multiplied,
-            so that above 1 they become less likely; above 0, and 1 is off (Keskar et al. 2019, arXiv:1909.05858).
+            so that above 1 they become less likely; 0.001 to 1000, and 1 is off (Keskar et al. 2019, arXiv:1909.05858).
         presence_penalty: Subtracted from the logits of tokens in the output, as in OpenAI's API; -2 to 2, and 0 is off.
         frequency_penalty: Subtracted once for each occurrence of a token in the output; -2 to 2, and 0 is off.
-        logit_bias: Token id -> a finite number that is added to its logit.
+        logit_bias: Token id -> what is added to its logit, -1e30 to 1e30; up to 1024 of them.
         logprobs: Report the natural log-probability of each sampled token and of this many most probable ones (0 to
             20); None reports nothing. They are of the raw logits, before anything above.
         prompt_logprobs: The same for the prompt's own tokens, from the second on.
@@ -48,53 +62,67 @@ class SamplingParams:
         ignore_eos: Continue after an end-of-text token; not with `json_schema` or `regex`, which end with one.
     """
 
-    max_tokens: int = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
+    max_tokens: int = field(default=16, metadata=limits(1))
+    min_tokens: int = field(default=0, metadata=limits(0))
+    temperature: float = field(default=1.0, metadata=limits(0))
+    top_k: int = field(default=0, metadata=limits(0))
+    top_p: float = field(default=1.0, metadata=limits(above=0, most=1))
+    min_p: float = field(default=0.0, metadata=limits(0, 1))
+    seed: int | None = field(default=None, metadata=limits(-(2**63), 2**64 - 1))
     stop: str | tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = field(default=1.0, metadata=limits(0.001, 1000))
+    presence_penalty: float = field(default=0.0, metadata=limits(-2, 2))
+    frequency_penalty: float = field(default=0.0, metadata=limits(-2, 2))
     logit_bias: Mapping[int, float] | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: int | None = field(default=None, metadata=limits(0, MAX_LOGPROBS))
+    prompt_logprobs: int | None = field(default=None, metadata=limits(0, MAX_LOGPROBS))
     json_schema: Mapping[str, Any] | str | None = None
     regex: str | None = None
-    n: int = 1
+    n: int = field(default=1, metadata=limits(1, MAX_N))
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        in_range = 0 <= self.min_tokens <= self.max_tokens
-        _check("min_tokens", self.min_tokens, in_range, f"0 (off) to max_tokens, {self.max_tokens}")
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or above")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or above")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 (off) and 1")
-        if self.seed is not None:
-            _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "-2^63 to 2^64 - 1")
-        usable = all(isinstance(s, str) and s for s in self.stop_strings)
-        _check("stop", repr(self.stop), usable, "a string or several, none of them empty")
-        for token in self.stop_token_ids:
-            is_id = isinstance(token, int) and token >= 0
-            _check("stop_token_ids", self.stop_token_ids, is_id, "token ids, integers from 0 on")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0 (1 is off)")
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "between -2 and 2")
-        for token, bias in (self.logit_bias or {}).items():
-            _check(f"logit_bias[{token}]", bias, math.isfinite(bias), "a finite number")
-        for name in ("logprobs", "prompt_logprobs"):
-            number = getattr(self, name)
-            if number is not None:
-                _check(name, number, 0 <= number <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+        check_fields(self)
+        _check(
+            "min_tokens",
+            self.min_tokens,
+            self.min_tokens <= self.max_tokens,
+            f"at most max_tokens, {self.max_tokens}",
+        )
+        self._check_stops()
+        self._check_bias()
         self._check_constraint()
-        _check("n", self.n, 1 <= self.n <= MAX_N, f"1 to {MAX_N}")
+
+    def _check_stops(self) -> None:
+        stop, ids = self.stop, self.stop_token_ids
+        are_strings = isinstance(stop, (str, tuple, list)) and all(
+            isinstance(s, str) for s in self.stop_strings
+        )
+        _check(
+            "stop", stop, are_strings and all(self.stop_strings), "a string or several, none of them empty"
+        )
+        _check_number("stop", "strings", len(self.stop_strings), MAX_STOP_STRINGS)
+        _check_number(
+            "stop",
+            "characters in one string",
+            max(map(len, self.stop_strings), default=0),
+            MAX_STOP_CHARACTERS,
+        )
+        _check("stop_token_ids", ids, isinstance(ids, Collection) and not isinstance(ids, str), "token ids")
+        _check_number("stop_token_ids", "entries", len(ids), MAX_STOP_TOKEN_IDS)
+        for token in ids:
+            _TOKEN_ID.check("stop_token_ids has a token id that", token, int)
+
+    def _check_bias(self) -> None:
+        bias = self.logit_bias
+        if bias is None:
+            return
+        _check("logit_bias", bias, isinstance(bias, Mapping), "token ids with what to add to their logits")
+        _check_number("logit_bias", "entries", len(bias), MAX_LOGIT_BIAS)
+        for token, value in bias.items():
+            _TOKEN_ID.check("logit_bias has a token id that", token, int)
+            _BIAS.check(f"logit_bias[{token}]", value, float)
 
     def _check_constraint(self) -> None:
         if not self.constrained:
@@ -107,10 +135,30 @@ class SamplingParams:
         if self.json_schema is not None:
             _check_schema(self.json_schema)
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the parameters that a JSON object holds: it has no tuples, and its keys are strings.
+
+        Raises TypeError for names that are no parameters, and ValueError as the class does.
+        """
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        if isinstance(bias := given.get("logit_bias"), dict):
+            given["logit_bias"] = {token_id(key): value for key, value in bias.items()}
+        return cls(**given)
+
     @property
     def constrained(self) -> bool:
         """Whether `json_schema` or `regex` limits the output."""
         return self.json_schema is not None or self.regex is not None
+
+    @cached_property
+    def bias(self) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """`logit_bias` as token ids and what to add to their logits; None if it is empty."""
+        if not self.logit_bias:
+            return None
+        return np.array([*self.logit_bias], dtype=np.int64), np.array(
+            [*self.logit_bias.values()], dtype=np.float32
+        )
 
     @property
     def grammar(self) -> tuple[Literal["json_schema", "regex"], str] | None:
@@ -141,9 +189,20 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
+def token_id(key: Any) -> Any:
+    """Return the token id that a key of a JSON object stands for, in plain digits; any other key unchanged."""
+    # Python also takes "1_0", " 1" and digits of other scripts for integers.
+    return int(key) if isinstance(key, str) and re.fullmatch("0|[1-9][0-9]{0,18}", key) else key
+
+
 def _check(name: str, value: object, ok: bool, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"{name} is {value}; it must be {allowed}")
+        raise ValueError(f"{name} is {shown(value)}; it must be {allowed}")
+
+
+def _check_number(name: str, what: str, number: int, most: int) -> None:
+    if number > most:
+        raise ValueError(f"{name} has {number:,} {what}; it must have at most {most:,}")
 
 
 def _check_schema(schema: Mapping[str, Any] | str) -> None:

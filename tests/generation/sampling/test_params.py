@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -12,27 +13,30 @@ from llama_ray.generation.sampling.params import SamplingParams
     ("values", "message"),
     [
         ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
-        ({"min_tokens": 17}, "min_tokens is 17; it must be 0 (off) to max_tokens, 16"),
+        ({"min_tokens": 17}, "min_tokens is 17; it must be at most max_tokens, 16"),
         ({"min_tokens": -1}, "min_tokens is -1"),
-        ({"temperature": -0.1}, "temperature is -0.1; it must be 0 (greedy) or above"),
+        ({"temperature": -0.1}, "temperature is -0.1; it must be at least 0"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
-        ({"top_k": -1}, "top_k is -1; it must be 0 (off) or above"),
-        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1 (off)"),
+        ({"top_k": -1}, "top_k is -1; it must be at least 0"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"min_p": 1.01}, "min_p is 1.01"),
-        ({"seed": 2**64}, "seed is 18446744073709551616; it must be -2^63 to 2^64 - 1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be at most 18446744073709551615"),
         ({"stop": ""}, "stop is ''; it must be a string or several, none of them empty"),
         ({"stop": ("a", "")}, "stop is ('a', ''); it must be a string or several"),
-        ({"stop_token_ids": (3, -1)}, "stop_token_ids is (3, -1); it must be token ids, integers from 0 on"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0 (1 is off)"),
-        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; it must be between -2 and 2"),
+        ({"stop_token_ids": (3, -1)}, "stop_token_ids has a token id that is -1; it must be at least 0"),
+        (
+            {"repetition_penalty": 0.0},
+            "repetition_penalty is 0.0; it must be at least 0.001 and at most 1000",
+        ),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; it must be at least -2 and at most 2"),
         ({"frequency_penalty": -3.0}, "frequency_penalty is -3.0"),
-        ({"logit_bias": {5: math.inf}}, "logit_bias[5] is inf; it must be a finite number"),
-        ({"logprobs": 21}, "logprobs is 21; it must be 0 to 20"),
-        ({"prompt_logprobs": -1}, "prompt_logprobs is -1; it must be 0 to 20"),
+        ({"logit_bias": {5: math.inf}}, "logit_bias[5] is inf; it must be at least -1e+30 and at most 1e+30"),
+        ({"logprobs": 21}, "logprobs is 21; it must be at most 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1; it must be at least 0"),
         ({"json_schema": "[1]"}, "json_schema is [1]; it must be a JSON object"),
-        ({"n": 0}, "n is 0; it must be 1 to 128"),
+        ({"n": 0}, "n is 0; it must be at least 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_name_value_and_limit(
@@ -42,6 +46,87 @@ def test_a_value_out_of_range_is_refused_with_its_name_value_and_limit(
         SamplingParams(**values)  # type: ignore[arg-type]
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+NUMBERS = [
+    f.name
+    for f in dataclasses.fields(SamplingParams)
+    if type(f.default) in (int, float) or "logprobs" in f.name
+]
+ODD = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    2**31,
+    2**63,
+    2**64,
+    10**5000,
+    1e39,
+    -1e39,
+    1e-46,
+    0.5,
+    True,
+    "1",
+    [1],
+    {},
+]
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "seed", "stop_token_ids", "logit_bias"])
+def test_an_odd_number_is_refused_in_a_short_line_or_has_a_meaning_in_every_type(name: str) -> None:
+    for odd in ODD:
+        given = {"stop_token_ids": (3, odd), "logit_bias": {3: odd}}.get(name, odd)
+        try:
+            SamplingParams(**{name: given})  # type: ignore[arg-type]
+        except ValueError as refused:
+            message = str(refused)
+            assert name in message
+            assert len(message) < 250
+        else:
+            assert not isinstance(odd, (bool, str, list, dict))
+            kept = float(odd)
+            assert math.isfinite(kept)
+            assert abs(kept) < 3.5e38
+            assert name == "logit_bias" or kept == int(kept) or kept == 0.5
+
+
+@pytest.mark.parametrize("key", [True, 1.0, "1", -1, 2**63, None])
+def test_a_key_of_logit_bias_is_a_token_id(key: object) -> None:
+    with pytest.raises(ValueError, match="logit_bias has a token id that is"):
+        SamplingParams(logit_bias={key: 1.0})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"logit_bias": dict.fromkeys(range(1025), 1.0)},
+            "logit_bias has 1,025 entries; it must have at most 1,024",
+        ),
+        (
+            {"stop_token_ids": tuple(range(980_000))},
+            "stop_token_ids has 980,000 entries; it must have at most 128",
+        ),
+        ({"stop": ("s",) * 17}, "stop has 17 strings; it must have at most 16"),
+        ({"stop": "s" * 1001}, "stop has 1,001 characters in one string; it must have at most 1,000"),
+        ({"stop": 5}, "stop is 5; it must be a string or several"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5; it must be token ids"),
+        ({"logit_bias": [5]}, "logit_bias is [5]; it must be token ids"),
+        ({"ignore_eos": "no"}, "ignore_eos is 'no'; it must be true or false"),
+    ],
+)
+def test_what_costs_time_at_every_token_is_bounded(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SamplingParams(**values)  # type: ignore[arg-type]
+
+
+def test_parameters_are_read_from_a_json_object() -> None:
+    values = {"stop": ["a"], "stop_token_ids": [1], "logit_bias": {"5": 2}, "max_tokens": 3}
+    assert SamplingParams.from_json(values) == SamplingParams(
+        stop=("a",), stop_token_ids=(1,), logit_bias={5: 2.0}, max_tokens=3
+    )
+    with pytest.raises(ValueError, match=r"logit_bias has a token id that is '5\.0'"):
+        SamplingParams.from_json({"logit_bias": {"5.0": 2}})
 
 
 def test_stop_strings_are_a_tuple_whether_one_or_several_were_given() -> None:

@@ -35,7 +35,7 @@ ANY_PARAMS = st.builds(
     temperature=st.just(0.0) | st.floats(1e-3, 5),
     top_k=st.just(0) | st.integers(0, 300),
     top_p=st.just(1.0) | st.floats(0.01, 1),
-    min_p=st.just(0.0) | st.floats(0, 1),
+    min_p=st.just(0.0) | st.floats(1e-37, 1),
     seed=st.integers(0, 2**63),
 )
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +69,37 @@ def test_logits_that_are_not_finite_fail_their_own_row_only(kernels: ctypes.CDLL
     clean = tokens(logits, some, cpu_sampler())
     logits[3] = poison
     assert tokens(logits, some, cpu_sampler()) == [*clean[:3], None, *clean[4:]]
+
+
+# The ends of what SamplingParams takes, and logits up to the largest biases.
+EXTREMES: dict[str, list[Any]] = {
+    "temperature": [0.0, 2**-126, 1e-30, 0.5, 1.0, 1e30, 3.4e38],
+    "top_k": [0, 1, 2, 64, 65, 2**31 - 1],
+    "top_p": [2**-126, 1e-20, 0.5, 1 - 2**-53, 1.0],
+    "min_p": [0.0, 2**-126, 0.5, 1 - 2**-53, 1.0],
+    "repetition_penalty": [0.001, 1.0, 1000.0],
+    "presence_penalty": [-2.0, 0.0, 2.0],
+    "frequency_penalty": [-2.0, -0.0, 2.0],
+    "logit_bias": [None, {0: 1e30}, {1: -1e30, 2: -100}, {0: -0.0, 1: 5, 2: 1e30}],
+    "seed": [-(2**63), 0, 2**64 - 1],
+}
+EXTREME_LOGITS = [-math.inf, -1e30, -5.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 7.5, 1e30]
+
+
+def test_at_the_extremes_the_kernel_and_torch_draw_the_same_allowed_token(kernels: ctypes.CDLL) -> None:
+    torch.set_num_threads(1)
+    rng = random.Random(0)
+    for batch in range(200):
+        params = [
+            SamplingParams(**{name: rng.choice(values) for name, values in EXTREMES.items()})
+            for _ in range(5)
+        ]
+        some = [Row(p, prompt=[1], output=[0, 2, 2], seed=p.seed or 0, index=i) for i, p in enumerate(params)]
+        extremes = torch.tensor([1.0, *rng.choices(EXTREME_LOGITS, k=rng.randrange(2, 12))])
+        logits = torch.cat([extremes, random_logits(rng.choice([0, 90, 1500]), seed=batch)]).expand(5, -1)
+        got = tokens(logits, some, cpu_sampler())
+        assert got == tokens(logits, some, Sampler()), (params, extremes)
+        assert all(token is not None and logits[0, token] > -math.inf for token in got), (params, extremes)
 
 
 def test_sampling_tensors_of_another_batch_size_are_refused(kernels: ctypes.CDLL) -> None:

@@ -6,10 +6,13 @@ import json
 
 import jsonschema
 import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.model.llama import Llama
 
 SCHEMA = {
     "type": "object",
@@ -68,6 +71,35 @@ def test_constrained_and_free_requests_share_a_batch(engine: Engine) -> None:
     assert texts == {
         (i, c): done.text for i, many in zip(ids, alone, strict=True) for c, done in enumerate(many)
     }
+
+
+@pytest.mark.parametrize(
+    ("regex", "max_tokens", "text", "finish_reason"),
+    [
+        ("zqzq", 4, "zqzq", "stop"),
+        ("zqzq", 3, "zqz", "length"),
+        ("(zq)*", 4, "zqzq", "length"),
+    ],
+)
+def test_a_constrained_output_stops_where_it_is_complete(
+    engine: Engine, tokenizer: Tokenizer, regex: str, max_tokens: int, text: str, finish_reason: str
+) -> None:
+    eos = tokenizer.eos_id
+    assert eos is not None
+    params = SamplingParams(regex=regex, max_tokens=max_tokens, logit_bias={eos: -100.0}, logprobs=0)
+    done = engine.generate("a", params)[0]
+    assert (done.text, done.finish_reason) == (text, finish_reason)
+    assert len(done.token_ids) == len(done.logprobs or ()) == len(text)
+
+
+def test_an_output_that_cannot_go_on_ends_with_what_it_has(model: Llama) -> None:
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "</s>": 1}, merges=[]))
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    backend.decoder = decoders.ByteLevel()
+    with Engine(model, Tokenizer(backend, {"eos_token": "</s>"})) as engine:
+        # No token spells b.
+        done = engine.generate([[0]], SamplingParams(regex="aaab", max_tokens=9))[0]
+    assert (done.text, done.finish_reason) == ("aaa", "constraint")
 
 
 def test_a_schema_that_cannot_be_enforced_is_refused_at_once(engine: Engine) -> None:

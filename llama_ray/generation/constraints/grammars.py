@@ -33,10 +33,19 @@ class Grammars:
     """Makes constraints for one tokenizer and model. Safe to call from any thread.
 
     `vocab_size` is the model's; ids that the tokenizer does not know are never allowed. `eos_ids` are the tokens that
-    may end an output. Processes start with the first constraint, and end with `close` or with this object.
+    may end an output; `compile_cpu_s` is the processor time that compiling a grammar may take. Processes start with the
+    first constraint, and end with `close` or with this object.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_ids: Collection[int],
+        *,
+        compile_cpu_s: float = COMPILE_CPU_S,
+    ) -> None:
+        self._compile_cpu_s = compile_cpu_s
         self._missing: str | None = None
         eos_ids = sorted(eos_ids)
         if tokenizer is None or not eos_ids:
@@ -97,7 +106,7 @@ class Grammars:
                 death = self._attempt(grammar, QUICK_CPU_S)
             if death is not None and death.of_time:
                 with self._slow:
-                    death = self._attempt(grammar, COMPILE_CPU_S)
+                    death = self._attempt(grammar, self._compile_cpu_s)
             if death is None:
                 return
             if self._template.refusal is not None:
@@ -105,7 +114,7 @@ class Grammars:
                 return
             if death.of_time:
                 grammar.refusal = (
-                    f"it takes more than {COMPILE_CPU_S:g} s of processor time to compile; simplify it"
+                    f"it takes more than {self._compile_cpu_s:g} s of processor time to compile; simplify it"
                 )
                 return
             if death.of_cost:
@@ -136,7 +145,7 @@ class Grammars:
     def _restart(self, grammar: Grammar) -> GrammarProcess:
         """Start a process for a grammar that is known to compile."""
         self._note_running(grammar)
-        return self._template.start(grammar.kind, grammar.text, COMPILE_CPU_S)
+        return self._template.start(grammar.kind, grammar.text, self._compile_cpu_s)
 
     def _note_running(self, grammar: Grammar) -> None:
         """Note that a grammar has a process, and end those that have waited longest for a candidate."""

@@ -126,6 +126,9 @@ class Template:
                 if not _sent(self._control, job, descriptors):
                     self._launch()
                     _sent(self._control, job, descriptors)
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
             os.close(memory)

@@ -9,17 +9,21 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, BinaryIO, NamedTuple
 
-from llama_ray.data.sources import File, SourceError, files, open_file
+from llama_ray.data.files import File, SourceError, is_compressed, is_json_lines, open_file
+from llama_ray.data.left_out import COMPRESSED, EMPTY, HIDDEN, MATCHED_FOLDER, TAKEN_ALREADY, LeftOut
+from llama_ray.data.sources import files
 from llama_ray.storage import store
 from llama_ray.storage.paths import is_uri
+from llama_ray.utils.errors import printable
 
 MIN_PARTITION_ROWS, _MAX_PARTITION_ROWS = 32, 256
 _ROWS_BEFORE_PER_ROW = 64
 """A partition may have one row for each 64 rows before it."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_WITHOUT_ROWS = (EMPTY, HIDDEN, MATCHED_FOLDER, TAKEN_ALREADY)
 
 
 class Line(NamedTuple):
@@ -130,11 +134,17 @@ class _InputLine(NamedTuple):
 
 
 def _input_lines(source: str, is_output: Callable[[str], bool]) -> Iterator[_InputLine]:
-    for file in sorted(files(source), key=lambda file: file.name):
+    def refuse(piece: LeftOut) -> None:
+        if piece.reason in _WITHOUT_ROWS or not (piece.unit == "folder" or _is_requested(source, piece.name)):
+            return
+        name = printable(piece.name)
+        if piece.reason == COMPRESSED:
+            raise SourceError(f"{name} is compressed; decompress it first")
+        raise SourceError(f"cannot take rows from {name}: {piece.reason}")
+
+    for file in sorted(files(source, refuse)):
         if not _is_requested(source, file.name) or is_output(file.path):
             continue
-        if file.name.endswith(_COMPRESSED):
-            raise SourceError(f"{file.path} is compressed; decompress it first")
         with open_file(file.root, file.path) as stream:
             yield from _file_lines(file, _buffered(stream))
 
@@ -219,6 +229,7 @@ def _buffered(file: Any) -> BinaryIO:
 
 
 def _is_requested(source: str, name: str) -> bool:
-    """Whether the user named this file, by path or pattern; of a folder only `.jsonl` files count."""
+    """Whether the user named this file, by path or pattern; of a folder only `.jsonl` files, also compressed, count."""
     by_pattern = glob.has_magic(source) and not is_uri(source)
-    return name.endswith(".jsonl") or by_pattern or store.name_of(source) == name
+    plain = str(PurePath(name).with_suffix("")) if is_compressed(name) else name
+    return is_json_lines(plain) or by_pattern or store.name_of(source) == name

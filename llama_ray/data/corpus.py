@@ -1,17 +1,22 @@
-"""A corpus: the documents of a source, or a pseudo-random choice of them."""
+"""A corpus: the documents of a source, or a pseudo-random choice of them, and their division into splits."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llama_ray.data.documents import Document, split_file
-from llama_ray.data.sources import SourceError, files
+from llama_ray.data.documents import Document, read, split_file
+from llama_ray.data.files import SourceError
+from llama_ray.data.left_out import EMPTY, NOT_CHOSEN, LeftOut, Tally
+from llama_ray.data.sources import files
+from llama_ray.utils.errors import printable
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of a source, in a fixed order.
+    """The documents of a source, in a fixed order, and what of the source is not among them.
 
     `fingerprint` changes with the name, size or modification time of any file.
     """
@@ -19,16 +24,12 @@ class Corpus:
     source: str
     documents: list[Document]
     fingerprint: str
+    left_out: Tally
 
     @property
     def size(self) -> int:
         """Size in bytes."""
         return sum(document.size for document in self.documents)
-
-    @property
-    def single_file(self) -> bool:
-        """Whether all documents come from one file."""
-        return len({document.path for document in self.documents}) == 1
 
 
 def find_corpus(source: str, max_bytes: int | None = None, seed: int = 0) -> Corpus:
@@ -38,27 +39,33 @@ def find_corpus(source: str, max_bytes: int | None = None, seed: int = 0) -> Cor
     Raises SourceError if there is no text or the source cannot be read.
     """
     digest = hashlib.sha256()
-    documents: list[Document] = []
+    found: list[Document] = []
+    left_out = Tally()
     try:
-        for file in sorted(files(source), key=lambda file: file.name):
-            digest.update(f"{file.name}\0{file.size}\0{file.modified_ns}\n".encode())
-            documents.extend(split_file(file))
+        for file in sorted(files(source, left_out.add)):
+            content = f"{file.name}\0{file.size}\0{file.modified_ns}\n"
+            digest.update(content.encode(errors="surrogateescape"))
+            before = len(found)
+            found.extend(split_file(file))
+            if len(found) == before:
+                left_out.add(LeftOut("file", EMPTY, file.name))
     except OSError as error:
         raise SourceError(
-            f"cannot read source {source!r} ({error}); check its name and access rights"
+            f"cannot read source {printable(source)!r} ({printable(str(error))}); check its name and access rights"
         ) from error
+    if not found:
+        raise SourceError(
+            f"no text found in {printable(source)!r}{_reasons(left_out)}; give 'builtin', a text or .jsonl file, a "
+            "folder, a glob or a URI with text"
+        )
+    documents = found if max_bytes is None else sample(found, max_bytes, seed)
     if not documents:
         raise SourceError(
-            f"no text found in {source!r}; give 'builtin', a text or .jsonl file, a folder, a glob or a URI "
-            "with text"
+            f"max_bytes is {max_bytes}; it must be at least the size of a document of {printable(source)!r}; raise it"
         )
-    if max_bytes is not None:
-        documents = sample(documents, max_bytes, seed)
-        if not documents:
-            raise SourceError(
-                f"max_bytes is {max_bytes}; it must be at least the size of a document of {source!r}; raise it"
-            )
-    return Corpus(source, documents, digest.hexdigest())
+    for _ in range(len(found) - len(documents)):
+        left_out.add(LeftOut("document", NOT_CHOSEN, ""))
+    return Corpus(source, documents, digest.hexdigest(), left_out)
 
 
 def sample(documents: list[Document], max_bytes: int, seed: int) -> list[Document]:
@@ -72,3 +79,38 @@ def sample(documents: list[Document], max_bytes: int, seed: int) -> list[Documen
         chosen.add(index)
         total += documents[index].size
     return [document for index, document in enumerate(documents) if index in chosen]
+
+
+def divide(corpus: Corpus, fraction: float, seed: int) -> dict[str, list[Document]]:
+    """Divide the documents into splits by a hash of each, with at least one document that holds text in both.
+
+    Raises SourceError if no two documents hold text.
+    """
+    # Not `seed` itself: with max_bytes, the chosen documents are those whose number for it is small.
+    numbered = sorted((document.uniform(seed + 1), document) for document in corpus.documents)
+    not_text = Tally()
+    first = _first_with_text(numbered, not_text)
+    last = first and _first_with_text(numbered[: numbered.index(first) : -1], not_text)
+    if first is None or last is None:
+        raise SourceError(
+            f"{printable(corpus.source)!r} has {'no document' if first is None else '1 document'}"
+            f"{_reasons(corpus.left_out, not_text)}; training and validation need one each; give more text (a file is "
+            "cut into documents of 256 KiB, a .jsonl file by line)"
+        )
+    limit = min(max(fraction, first[0]), math.nextafter(last[0], 0))
+    splits: dict[str, list[Document]] = {"train": [], "validation": []}
+    for document in corpus.documents:
+        splits["train" if document.uniform(seed + 1) > limit else "validation"].append(document)
+    return splits
+
+
+def _first_with_text(
+    numbered: Iterable[tuple[float, Document]], not_text: Tally
+) -> tuple[float, Document] | None:
+    return next((pair for pair in numbered if any(True for _ in read(pair[1], not_text.add))), None)
+
+
+def _reasons(*tallies: Tally) -> str:
+    """Return why there is so little text, in parentheses."""
+    lines = [line for tally in tallies for line in tally.lines()]
+    return f" ({'; '.join(lines)})" if lines else ""

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from llama_ray.data.sources import File, SourceError, open_file
+from llama_ray.data.files import File, SourceError, has_changed, is_json_lines, open_file
+from llama_ray.data.left_out import LeaveOut, LeftOut
+from llama_ray.data.records import BYTE_ORDER_MARK, NotTextError, text_of_bytes, text_of_record
+from llama_ray.utils.errors import first_line, printable
 
 DOCUMENT_BYTES = 256 * 1024
 """A longer text file is cut into documents of at most this size."""
 
-
-class NotUTF8Error(SourceError):
-    """A document that is not UTF-8."""
+_WHOLE_BYTES = 1024 * 1024
+"""A `.jsonl` file of at most this size is read at once to find its lines."""
 
 
 class Document(NamedTuple):
-    """A byte range of a `File` (see there for `name`, `root` and `path`).
+    """A byte range of a file: one text, or in a `.jsonl` file some lines with one text each."""
 
-    It holds one text, or in a `.jsonl` file some lines with one text each.
-    """
-
-    name: str
-    root: str
-    path: str
+    file: File
     start: int
     stop: int
 
     @property
     def id(self) -> str:
         """Identifier of the document within its source."""
-        return f"{self.name}:{self.start}"
+        return f"{self.file.name}:{self.start}"
 
     @property
     def size(self) -> int:
@@ -41,96 +38,121 @@ class Document(NamedTuple):
 
     def uniform(self, seed: int) -> float:
         """Return a pseudo-random number in [0, 1) that depends on `seed` and `id` only."""
-        digest = hashlib.blake2b(f"{seed}:{self.id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") / 2**64
+        key = f"{seed}:{self.id}".encode(errors="surrogateescape")
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
 
 
 def split_file(file: File) -> Iterator[Document]:
     """Cut a text file into documents of at most DOCUMENT_BYTES, and a `.jsonl` file between lines."""
-    ends: Iterable[int] = [file.size]
-    if file.name.endswith(".jsonl"):
-        # About 1000 documents a file at most, to keep their list short. All lines of a document are in one split.
-        ends = _line_ends(file, min(file.size // 1000, DOCUMENT_BYTES))
+    starts: Iterable[int] = [0]
+    if is_json_lines(file.name):
+        starts = _line_starts(file)
     elif file.size > DOCUMENT_BYTES:
-        ends = _text_ends(file)
-    start = 0
-    for stop in ends:
-        if stop > start:
-            yield Document(file.name, file.root, file.path, start, stop)
-            start = stop
+        starts = _text_starts(file)
+    start = None
+    for next_start in starts:
+        if start is not None:
+            yield Document(file, start, next_start)
+        start = next_start
+    if start is not None:
+        yield Document(file, start, file.size)
 
 
-def read(document: Document) -> Iterator[str]:
-    """Yield the texts of a document, without empty ones.
+def read(document: Document, leave_out: LeaveOut) -> Iterator[str]:
+    """Yield the texts of a document, and call `leave_out` for a document or record that is not text.
 
-    Raises NotUTF8Error, and SourceError for a file that was removed or changed or has an invalid `.jsonl` line.
+    Raises SourceError for a file that was removed or changed since it was found.
     """
-    try:
-        with open_file(document.root, document.path) as file:
-            file.seek(document.start)
-            content = file.read(document.size)
-    except OSError as error:
-        raise SourceError(f"cannot read {document.path} ({error}); restore it or start again") from error
-    if len(content) != document.size:
-        raise SourceError(f"{document.path} became shorter while it was read; start again")
-    try:
-        text = content.decode("utf-8-sig" if document.start == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise NotUTF8Error(
-            f"{document.path} is not UTF-8 at byte {document.start + error.start}; convert it (iconv -t UTF-8)"
-        ) from error
-    if not document.name.endswith(".jsonl"):
-        if text:
+    file = document.file
+    content = _content(document)
+    records = is_json_lines(file.name)
+    for offset, piece in _lines(content) if records else [(0, content)]:
+        try:
+            text = text_of_record(piece) if records else text_of_bytes(piece)
+        except NotTextError as error:
+            position = document.start + offset + error.offset
+            unit = "record" if records else "document"
+            leave_out(LeftOut(unit, error.reason, file.name, file.root, file.path, position))
+        else:
             yield text
-        return
-    for line in text.split("\n"):
-        if line.strip():
-            yield from _line_text(line, document)
 
 
-def _line_text(line: str, document: Document) -> Iterator[str]:
+def _content(document: Document) -> bytes:
+    file = document.file
     try:
-        text = json.loads(line)["text"]
-        # JSON may escape half of a surrogate pair, which is not a character.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        with open_file(file.root, file.path) as stream:
+            stream.seek(document.start)
+            content: bytes = stream.read(document.size)
+            changed = has_changed(file, stream)
+    except OSError as error:
         raise SourceError(
-            f"{document.path} has an invalid line after byte {document.start}: {line[:80]!r}; it must be "
-            '{"text": "..."}'
+            f"cannot read {printable(file.path)} ({error.strerror or first_line(error)}); restore it or start again"
         ) from error
-    if text:
-        yield text
+    if changed:
+        raise _changed(file)
+    return content.removeprefix(BYTE_ORDER_MARK) if document.start == 0 else content
 
 
-def _line_ends(file: File, step: int) -> Iterator[int]:
-    """Yield the end of the first line that reaches `step` bytes beyond the previous end."""
+def _changed(file: File) -> SourceError:
+    return SourceError(f"{printable(file.path)} changed while it was read; start again")
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield each line that is not blank, with its offset."""
+    offset = 0
+    for line in content.split(b"\n"):
+        if line.strip():
+            yield offset, line
+        offset += len(line) + 1
+
+
+def _line_starts(file: File) -> Iterator[int]:
+    """Yield where documents of a `.jsonl` file begin: at the line after every `step` bytes, blank lines left out."""
+    # About 1000 documents a file at most, to keep their list short. All lines of a document are in one split.
+    step = min(file.size // 1000, DOCUMENT_BYTES)
     with open_file(file.root, file.path) as opened:
-        stop = 0
-        while stop < file.size:
-            position = stop + step
-            while position < file.size:
-                opened.seek(position)
-                block = opened.read(max(2 * step, 16 * 1024))
-                newline = block.find(b"\n")
-                if newline >= 0:
-                    position += newline + 1
-                    break
-                position += len(block) or file.size
-            stop = min(position, file.size)
-            yield stop
+        stream = io.BytesIO(opened.read(file.size)) if file.size <= _WHOLE_BYTES else opened
+        mark = stream.read(len(BYTE_ORDER_MARK))
+        start = _skip_blank(stream, len(mark) if mark == BYTE_ORDER_MARK else 0)
+        while start < file.size:
+            yield start
+            start = _skip_blank(stream, _line_end(stream, start + step))
 
 
-def _text_ends(file: File) -> Iterator[int]:
-    """Yield the best end in the last quarter of each DOCUMENT_BYTES: of a paragraph, else a line, else a character."""
+def _line_end(stream: BinaryIO, position: int) -> int:
+    """Return the end of the line in which `position` is."""
+    stream.seek(position)
+    while block := stream.read(16 * 1024):
+        if newline := block.find(b"\n") + 1:
+            return position + newline
+        position += len(block)
+    return position
+
+
+def _skip_blank(stream: BinaryIO, position: int) -> int:
+    """Return the position of the first byte from `position` on that is not white space."""
+    stream.seek(position)
+    while block := stream.read(1024):
+        if rest := block.lstrip():
+            return position + len(block) - len(rest)
+        position += len(block)
+    return position
+
+
+def _text_starts(file: File) -> Iterator[int]:
+    """Yield the best place in the last quarter of each DOCUMENT_BYTES: a paragraph, else a line, else a character."""
     tail = DOCUMENT_BYTES // 4
-    with open_file(file.root, file.path) as opened:
-        stop = 0
-        while stop + DOCUMENT_BYTES < file.size:
-            first = stop + DOCUMENT_BYTES - tail
-            opened.seek(first)
-            stop = first + _best_end(opened.read(tail))
-            yield stop
-        yield file.size
+    with open_file(file.root, file.path) as stream:
+        start = 0
+        yield start
+        while start + DOCUMENT_BYTES < file.size:
+            first = start + DOCUMENT_BYTES - tail
+            stream.seek(first)
+            block = stream.read(tail)
+            if len(block) < tail:
+                raise _changed(file)
+            start = first + _best_end(block)
+            yield start
 
 
 def _best_end(block: bytes) -> int:

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import ray
 import ray.data
 
-from llama_ray.data.corpus import Corpus, find_corpus, sample
-from llama_ray.data.documents import Document, NotUTF8Error, read
-from llama_ray.data.output_directory import finished_dataset, publish, staging_directory
+from llama_ray.data.corpus import Corpus, divide, find_corpus, sample
+from llama_ray.data.documents import Document, read
+from llama_ray.data.files import SourceError
+from llama_ray.data.left_out import Tally
+from llama_ray.data.output_directory import exclusive, finished_dataset, publish, staging_directory
 from llama_ray.data.shard_task import ShardResult, make_group, write_group
 from llama_ray.data.shards import (
     FORMAT_VERSION,
@@ -26,17 +29,20 @@ from llama_ray.data.shards import (
     shard_name,
     token_bytes,
 )
-from llama_ray.data.sources import SourceError
 from llama_ray.data.tokenizer import Tokenizer, check_vocab_size
 from llama_ray.storage.paths import is_uri
+from llama_ray.utils.errors import printable
 from llama_ray.utils.fields import check_fields, limits
-from llama_ray.utils.redact import RedactedRepr, redact
+from llama_ray.utils.ray_cluster import largest
+from llama_ray.utils.redact import RedactedRepr
 
 TOKENIZER_SAMPLE_BYTES = 100_000_000
 """A tokenizer is trained on at most this much text; more takes long and changes few merges."""
 
 _GROUP_BYTES = 4 * 1024 * 1024
 _MAX_GROUPS = 4096
+_RULES = 2
+"""Counts the changes of what is text, so that a dataset by older rules is not taken for one by these."""
 
 Log = Callable[[str], None]
 
@@ -58,7 +64,7 @@ class PrepareConfig(RedactedRepr):
 
     source: str
     output: str
-    vocab_size: int = field(default=32000, metadata=limits(1))
+    vocab_size: int = field(default=32000, metadata=limits(1, Tokenizer.LARGEST_VOCABULARY))
     tokenizer: str | None = None
     validation_fraction: float = field(default=0.01, metadata=limits(above=0, below=1))
     seed: int = field(default=0, metadata=limits(0, 2**63 - 1))
@@ -76,27 +82,43 @@ class PrepareConfig(RedactedRepr):
 def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
     """Make the dataset that `config` describes, unless it already exists.
 
-    The result depends on the configuration and the text only, not on the number of workers. Documents that are not
-    UTF-8 are skipped and counted, but are an error if the source is a single file. Raises a ValueError (SourceError,
-    TokenizerError, DatasetError) for anything that the user can correct; unfinished files are then removed.
+    The result depends on the configuration and the text only, not on the number of workers. What is not text is left
+    out; a line at the end counts and names it for each reason. If another process makes the same dataset, this one
+    waits for it. Raises a ValueError (SourceError, TokenizerError, DatasetError) for anything that the user can
+    correct; unfinished files are then removed.
     """
-    started = time.monotonic()
     output = Path(config.output)
     corpus = find_corpus(config.source, config.max_bytes, config.seed)
     given = None if config.tokenizer is None else Tokenizer.load(config.tokenizer).for_documents()
     fingerprint = _fingerprint(config, corpus, given)
     found = finished_dataset(output, fingerprint, config.overwrite)
-    if found is not None:
-        log(f"{output} already holds this dataset ({found.tokens('train'):,} training tokens); nothing to do")
-        return found
-    documents = _split(corpus, config.validation_fraction, config.seed)
-    log(f"{len(corpus.documents):,} documents, {corpus.size / 1e6:.1f} MB from {redact(config.source)}")
+    if found is None:
+        with exclusive(output, log):
+            found = finished_dataset(output, fingerprint, config.overwrite)
+            if found is None:
+                return _make(config, corpus, given, fingerprint, log)
+    log(f"{output} already holds this dataset ({found.tokens('train'):,} training tokens); nothing to do")
+    return found
+
+
+def _make(
+    config: PrepareConfig, corpus: Corpus, given: Tokenizer | None, fingerprint: str, log: Log
+) -> DatasetInfo:
+    started = time.monotonic()
+    output = Path(config.output)
+    log(f"{len(corpus.documents):,} documents, {corpus.size / 1e6:.1f} MB from {printable(config.source)}")
+    left_out = Tally()
+    left_out.merge(corpus.left_out)
+    for line in left_out.lines():
+        log(line)
+    _check_cpus(log)
+    documents = divide(corpus, config.validation_fraction, config.seed)
     with staging_directory(output) as staging:
         tokenizer = given or _train_tokenizer(documents["train"], config, log)
         tokenizer.save(staging)
-        shards = _write_shards(documents, tokenizer, staging, not corpus.single_file, log)
+        shards = _write_shards(documents, tokenizer, staging, left_out, log)
         info = DatasetInfo(
-            source=redact(config.source),
+            source=printable(config.source, limit=4096),
             seed=config.seed,
             fingerprint=fingerprint,
             vocab_size=tokenizer.vocab_size,
@@ -105,6 +127,11 @@ def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
             splits=_by_split(shards),
         )
         publish(staging, output, info)
+    log(
+        f"took {info.documents('train'):,} texts for training and {info.documents('validation'):,} for validation"
+    )
+    for line in left_out.lines():
+        log(line)
     log(
         f"{output}: {info.tokens('train'):,} training and {info.tokens('validation'):,} validation tokens, "
         f"vocabulary {info.vocab_size:,}, {time.monotonic() - started:.0f} s"
@@ -119,24 +146,8 @@ def _fingerprint(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer | N
     if tokenizer is not None:
         del settings["vocab_size"]
         settings["tokenizer"] = (tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id)
-    content = json.dumps([FORMAT_VERSION, settings, corpus.fingerprint], sort_keys=True)
+    content = json.dumps([FORMAT_VERSION, _RULES, settings, corpus.fingerprint], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _split(corpus: Corpus, fraction: float, seed: int) -> dict[str, list[Document]]:
-    """Divide the documents into splits by a hash of each, with at least one document in both."""
-    if len(corpus.documents) < 2:
-        raise SourceError(
-            f"{corpus.source!r} has 1 document; training and validation need one each; give more text "
-            "(a file is cut into documents of 256 KiB, a .jsonl file by line)"
-        )
-    # Not `seed` itself: with max_bytes, the chosen documents are those whose number for it is small.
-    numbers = [document.uniform(seed + 1) for document in corpus.documents]
-    limit = min(max(fraction, min(numbers)), sorted(numbers)[-2])
-    splits: dict[str, list[Document]] = {"train": [], "validation": []}
-    for document, number in zip(corpus.documents, numbers, strict=True):
-        splits["train" if number > limit else "validation"].append(document)
-    return splits
 
 
 def _train_tokenizer(documents: list[Document], config: PrepareConfig, log: Log) -> Tokenizer:
@@ -144,15 +155,9 @@ def _train_tokenizer(documents: list[Document], config: PrepareConfig, log: Log)
     size = sum(document.size for document in chosen) / 1e6
     log(f"training a tokenizer of {config.vocab_size:,} entries on {size:.1f} MB")
     started = time.monotonic()
-
-    def texts() -> Iterator[str]:
-        for document in chosen:
-            try:
-                yield from read(document)
-            except NotUTF8Error:
-                continue  # It is counted when it is tokenised.
-
-    tokenizer = Tokenizer.train(texts(), config.vocab_size)
+    # What is not text is counted when it is tokenised.
+    texts = (text for document in chosen for text in read(document, lambda piece: None))
+    tokenizer = Tokenizer.train(texts, config.vocab_size)
     fewer = "" if tokenizer.vocab_size == config.vocab_size else "; the text gives no more"
     log(f"tokenizer: {tokenizer.vocab_size:,} entries in {time.monotonic() - started:.1f} s{fewer}")
     return tokenizer
@@ -162,36 +167,34 @@ def _write_shards(
     documents: dict[str, list[Document]],
     tokenizer: Tokenizer,
     directory: Path,
-    skip_not_utf8: bool,
+    left_out: Tally,
     log: Log,
 ) -> dict[str, Shard]:
-    """Write a shard for each group of documents, in a task of its own, so shards are the same on any cluster."""
+    """Write a shard for each group of documents, in a task of its own, so shards are the same on any cluster.
+
+    Adds to `left_out` what the tasks leave out.
+    """
     total = sum(document.size for split in SPLITS for document in documents[split])
     groups = list(_groups(documents, max(_GROUP_BYTES, total // _MAX_GROUPS)))
     write = functools.partial(
-        write_group,
-        directory=str(directory),
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        skip_not_utf8=skip_not_utf8,
+        write_group, directory=str(directory), tokenizer_fingerprint=tokenizer.fingerprint
     )
     # The lines that we log are easier to read in a job's log.
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items(groups, override_num_blocks=len(groups)).map(write).iter_rows()
     started = time.monotonic()
     shards: dict[str, Shard] = {}
-    size = tokens = skipped = 0
+    size = tokens = 0
     for result in (ShardResult(**row) for row in rows):
         shard = _checked_shard(result, directory)
         shards[shard.file] = shard
         size += result.bytes
         tokens += shard.tokens
-        skipped += result.skipped
+        left_out.merge(Tally.from_json(result.left_out))
         log(
             f"tokenised {len(shards)} of {len(groups)} shards, {size / 1e6:.1f} of {total / 1e6:.1f} MB, "
             f"{tokens:,} tokens, {time.monotonic() - started:.0f} s"
         )
-    if skipped:
-        log(f"skipped {skipped:,} documents that are not UTF-8")
     return shards
 
 
@@ -224,10 +227,18 @@ def _checked_shard(result: ShardResult, directory: Path) -> Shard:
 
 
 def _by_split(shards: dict[str, Shard]) -> dict[str, tuple[Shard, ...]]:
-    splits = {
+    return {
         split: tuple(shards[name] for name in sorted(shards) if name.startswith(split)) for split in SPLITS
     }
-    for split, members in splits.items():
-        if not sum(shard.tokens for shard in members):
-            raise SourceError(f"the {split} split has no readable document; give more text in UTF-8")
-    return splits
+
+
+def _check_cpus(log: Log) -> None:
+    """Raise ValueError if the cluster has no CPU and can add none: tasks would wait for one without a word."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    cpus = largest("CPU")
+    if cpus < 1:
+        raise ValueError(f"this cluster has {cpus:g} CPUs; preparing data needs 1; add a node with CPUs")
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    if free.get("CPU", 0) < 1:
+        log("all CPUs of the cluster are in use; waiting for one")

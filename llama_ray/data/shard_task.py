@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from llama_ray.data.documents import Document, NotUTF8Error, read
+from llama_ray.data.documents import Document, read
+from llama_ray.data.files import File
+from llama_ray.data.left_out import Tally
 from llama_ray.data.shards import DatasetError, Tokens, token_bytes, write_shard
 from llama_ray.data.tokenizer import Tokenizer
 
@@ -21,15 +23,15 @@ from llama_ray.data.tokenizer import Tokenizer
 class ShardResult:
     """What became of a group of documents.
 
-    `bytes` counts all of the text, `skipped` the documents that are not UTF-8. `error` is a message for the user, or
-    empty: Ray would wrap an exception into a page of traceback.
+    `bytes` counts all bytes of the documents, `documents` the texts in them, and `left_out` is a `Tally` as JSON.
+    `error` is a message for the user, or empty: Ray would wrap an exception into a page of traceback.
     """
 
     file: str
     tokens: int = 0
     documents: int = 0
     bytes: int = 0
-    skipped: int = 0
+    left_out: str = ""
     error: str = ""
 
 
@@ -39,45 +41,37 @@ def make_group(file: str, documents: Sequence[Document]) -> dict[str, str]:
     return {"file": file, "documents": json.dumps(documents)}
 
 
-def write_group(
-    group: dict[str, Any], directory: str, tokenizer_fingerprint: str, skip_not_utf8: bool
-) -> dict[str, Any]:
+def write_group(group: dict[str, Any], directory: str, tokenizer_fingerprint: str) -> dict[str, Any]:
     """Write the shard of a row from `make_group` into `directory`; runs in a Ray worker.
 
     `directory` holds the tokenizer, too. Returns the fields of a `ShardResult`.
     """
     # A task has one CPU; the tokenizer would start a thread for each core of the machine.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = _load_tokenizer(directory, tokenizer_fingerprint)
     result = ShardResult(group["file"])
-    encoded = _encode_documents(group["documents"], tokenizer, skip_not_utf8, result)
+    left_out = Tally()
     try:
-        path = Path(directory, result.file)
-        result.tokens = write_shard(path, encoded, token_bytes(tokenizer.vocab_size))
+        tokenizer = _load_tokenizer(directory, tokenizer_fingerprint)
+        encoded = _encode_documents(group["documents"], tokenizer, result, left_out)
+        result.tokens = write_shard(Path(directory, result.file), encoded, token_bytes(tokenizer.vocab_size))
     except ValueError as error:
         result.error = str(error)
     except OSError as error:
         result.error = (
             f"cannot write to {directory} on a worker ({error}); free space or choose another output"
         )
+    result.left_out = left_out.to_json()
     return asdict(result)
 
 
 def _encode_documents(
-    documents: str, tokenizer: Tokenizer, skip_not_utf8: bool, result: ShardResult
+    documents: str, tokenizer: Tokenizer, result: ShardResult, left_out: Tally
 ) -> Iterator[Tokens]:
-    """Yield the token ids of each text, and count into `result`."""
-    for fields in json.loads(documents):
-        document = Document(*fields)
+    """Yield the token ids of each text, and count into `result` and `left_out`."""
+    for file, start, stop in json.loads(documents):
+        document = Document(File(*file), start, stop)
         result.bytes += document.size
-        try:
-            texts = list(read(document))
-        except NotUTF8Error:
-            if not skip_not_utf8:
-                raise
-            result.skipped += 1
-            continue
-        for text in texts:
+        for text in read(document, left_out.add):
             result.documents += 1
             yield np.array(tokenizer.encode(text, bos=True, eos=True), dtype=np.uint32)
 

@@ -43,6 +43,7 @@ class Tokenizer:
     """
 
     SMALLEST_VOCABULARY = 256 + 2
+    LARGEST_VOCABULARY = 2**24
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
         """Wrap a `tokenizers` object; `config` is its tokenizer_config.json, {} if it has none."""
@@ -67,7 +68,7 @@ class Tokenizer:
 
         The vocabulary always holds the 256 bytes and both special tokens; from little text it is smaller than
         `vocab_size`. The same texts in the same order give the same tokenizer. Raises TokenizerError for a `vocab_size`
-        below 258.
+        below 258 or above 2^24.
         """
         check_vocab_size(vocab_size)
         backend = tokenizers.Tokenizer(models.BPE())
@@ -206,6 +207,11 @@ def check_vocab_size(vocab_size: int) -> None:
         raise TokenizerError(
             f"vocab_size is {vocab_size}; it must be at least {Tokenizer.SMALLEST_VOCABULARY} (256 bytes and 2 special "
             "tokens)"
+        )
+    if vocab_size > Tokenizer.LARGEST_VOCABULARY:
+        raise TokenizerError(
+            f"vocab_size is {vocab_size}; it must be at most {Tokenizer.LARGEST_VOCABULARY}, for which the trainer "
+            "reserves memory"
         )
 
 

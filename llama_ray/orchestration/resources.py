@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 
 import ray
-from ray._private.state import state as cluster_state
+
+from llama_ray.utils.ray_cluster import largest
 
 
 def uses_gpu() -> bool:
     """Return whether the cluster has GPUs now or can add nodes with GPUs."""
-    return _most("GPU") > 0
+    return largest("GPU") > 0
 
 
 def check_workers(count: int, *, gpu: bool, flag: str = "world_size", each: int = 1) -> None:
@@ -21,7 +22,7 @@ def check_workers(count: int, *, gpu: bool, flag: str = "world_size", each: int 
     if count < 1:
         raise ValueError(f"{flag} is {count}; it must be at least 1")
     kind = "GPU" if gpu else "CPU"
-    most = int(_most(kind))
+    most = int(largest(kind))
     if most < each:
         raise ValueError(
             f"a worker needs {each} {kind}s, but this cluster has at most {most}; give it fewer, or add nodes"
@@ -46,10 +47,3 @@ def gpus() -> int:
 def cpu_threads(workers_on_node: int) -> int:
     """Return the threads of a CPU worker: its share of the cores that this process may use."""
     return max(1, len(os.sched_getaffinity(0)) // workers_on_node)
-
-
-def _most(resource: str) -> float:
-    now = float(ray.cluster_resources().get(resource, 0))  # type: ignore[no-untyped-call]
-    # Ray has no public call for the limits of an autoscaling cluster; None means that the cluster does not scale.
-    limits = cluster_state.get_max_resources_from_cluster_config() or {}
-    return max(now, float(limits.get(resource) or 0))

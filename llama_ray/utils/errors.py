@@ -21,3 +21,20 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """Return the whole message of `error` in one line without secrets; its class if it has no message."""
     return " ".join(redact(str(error)).split()) or type(error).__name__
+
+
+def printable(text: str, limit: int = 200) -> str:
+    r"""Return `text` without secrets on one line that any terminal can show, cut in the middle beyond `limit`.
+
+    What cannot be printed is escaped; a byte of a file name that is not UTF-8 becomes `\xNN`.
+    """
+    text = redact(text)
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return "".join(character if character.isprintable() else _escaped(character) for character in text)
+
+
+def _escaped(character: str) -> str:
+    # Python puts U+DC80 to U+DCFF in place of the bytes 0x80 to 0xFF of a file name that are not UTF-8.
+    byte = ord(character) - 0xDC00
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
@@ -10,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from llama_ray.data.corpus import find_corpus
 from llama_ray.data.documents import read
+from llama_ray.data.left_out import Tally
 from llama_ray.data.tokenizer import BOS, EOS, Tokenizer
 
 TEXTS = [
@@ -91,4 +96,29 @@ ANY_TEXT = st.one_of(
 
 def texts(source: Path | str) -> list[str]:
     """All texts of a source, in the order of its documents."""
-    return [text for document in find_corpus(str(source)).documents for text in read(document)]
+    return taken(source)[0]
+
+
+def taken(source: Path | str) -> tuple[list[str], list[str]]:
+    """All texts of a source, and a line for each reason why something was left out."""
+    corpus = find_corpus(str(source))
+    left_out = Tally()
+    left_out.merge(corpus.left_out)
+    found = [text for document in corpus.documents for text in read(document, left_out.add)]
+    return found, left_out.lines()
+
+
+@contextmanager
+def folder_without_root() -> Iterator[Path]:
+    """Make a folder, and be a user whom access rights bind: root may read everything."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
+            for path in Path(folder).iterdir():
+                path.chmod(0o777)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.corpus import find_corpus, sample
-from llama_ray.data.sources import SourceError
+from llama_ray.data.corpus import divide, find_corpus, sample
+from llama_ray.data.documents import read
+from llama_ray.data.files import SourceError
+from llama_ray.data.left_out import Tally
 
 
 def test_documents_keep_their_ids_when_the_folder_moves(folder: Path) -> None:
@@ -41,3 +43,26 @@ def test_the_fingerprint_changes_with_names_sizes_and_times(folder: Path) -> Non
     (folder / "b.txt").rename(folder / "c.txt")
     seen.add(find_corpus(str(folder)).fingerprint)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_not_text_is_never_all_of_a_split(tmp_path: Path, seed: int) -> None:
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_bytes(b"\xe9" if number > 1 else b"good text")
+        (tmp_path / f"{number}.jsonl").write_bytes(b"\n")
+    corpus = find_corpus(str(tmp_path))
+    splits = divide(corpus, 0.01, seed)
+    for documents in splits.values():
+        assert [text for document in documents for text in read(document, Tally().add)] == ["good text"]
+
+
+def test_documents_that_hold_no_text_are_not_enough(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.txt").write_bytes(b"\xe9")
+    (tmp_path / "c.bz2").write_bytes(b"BZh")
+    message = (
+        r"has 1 document \(left out 1 file \(c.bz2\): compressed; decompress them first; left out 1 document "
+        r"\(b.txt:1\): not UTF-8.*\); training and validation need one each"
+    )
+    with pytest.raises(SourceError, match=message):
+        divide(find_corpus(str(tmp_path)), 0.5, 0)

@@ -1,21 +1,34 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
+import json
+import math
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from llama_ray.data import prepare as module
-from llama_ray.data.corpus import find_corpus
-from llama_ray.data.documents import read
+from llama_ray.data.files import SourceError
 from llama_ray.data.loader import TokenDataset
 from llama_ray.data.prepare import PrepareConfig, prepare
-from llama_ray.data.shards import DatasetError, open_shard, read_info
-from llama_ray.data.sources import SourceError
+from llama_ray.data.shards import DatasetError, DatasetInfo, open_shard, read_info
 from llama_ray.data.tokenizer import Tokenizer, TokenizerError
+from tests.data.helpers import texts
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+FILES = [
+    "dataset.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "train-00000.bin",
+    "validation-00000.bin",
+]
 
 
 def files(directory: Path) -> dict[str, str]:
@@ -61,9 +74,7 @@ def test_each_document_is_in_one_split(config: PrepareConfig, corpus: Path) -> N
     assert (info.documents("train"), info.documents("validation")) == (len(train), len(validation))
     assert info.tokens("train") == len(TokenDataset(directory, "train"))
     assert info.tokenizer_fingerprint == Tokenizer.load(directory).fingerprint
-    assert sorted(files(directory)) == [
-        "dataset.json", "tokenizer.json", "tokenizer_config.json", "train-00000.bin", "validation-00000.bin",
-    ]  # fmt: skip
+    assert sorted(files(directory)) == FILES
     assert lines[0].startswith("40 documents")
     assert "tokenised 2 of 2 shards" in "\n".join(lines)
 
@@ -110,22 +121,80 @@ def test_a_given_tokenizer_is_used_as_it_is(config: PrepareConfig, tmp_path: Pat
         prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer")), lambda line: None)
 
 
-def test_documents_that_are_not_utf8_are_skipped_and_counted(config: PrepareConfig, corpus: Path) -> None:
+def test_a_summary_names_what_was_left_out_and_why(config: PrepareConfig, corpus: Path) -> None:
     (corpus / "latin.txt").write_bytes(b"caf\xe9")
+    (corpus / "more.jsonl.GZ").write_bytes(gzip.compress(b'{"text": "a"}'))
+    good = [json.dumps({"text": f"record {number}"}).encode() for number in range(60)]
+    for number in (3, 10, 20, 30):
+        good[number] = b'{"text": "\xff"}'
+    (corpus / "records.jsonl").write_bytes(b"\n".join(good))
     lines: list[str] = []
     info = prepare(config, lines.append)
-    assert "skipped 1 documents that are not UTF-8" in lines
-    assert info.documents("train") + info.documents("validation") == 40
+    assert info.documents("train") + info.documents("validation") == 40 + 56
+    summary = [line.partition(";")[0] for line in lines[-5:-1]]
+    assert summary[0].startswith(f"took {info.documents('train')} texts for training")
+    assert sorted(summary[1:]) == [
+        "left out 1 document (latin.txt:1): not UTF-8",
+        "left out 1 file (more.jsonl.GZ): compressed",
+        "left out 4 records (records.jsonl:4, records.jsonl:11, records.jsonl:21, ...): not UTF-8",
+    ]
+    # What is left out whole is known, and said, before the work begins.
+    assert "left out 1 file (more.jsonl.GZ): compressed; decompress them first" in lines[:2]
 
 
 def test_a_failed_preparation_leaves_no_files(config: PrepareConfig, corpus: Path) -> None:
-    (corpus / "bad.jsonl").write_text("not json\n")
-    with pytest.raises(SourceError, match=r"bad\.jsonl has an invalid line after byte 0") as raised:
+    for path in corpus.iterdir():
+        path.rename(path.with_suffix(".jsonl"))
+    with pytest.raises(
+        SourceError, match=r"has no document \(left out 820 records \(0.jsonl:1, .*not JSON"
+    ) as raised:
         prepare(config, lambda line: None)
     assert "\n" not in str(raised.value)
     assert not list(Path(config.output).iterdir())
-    (corpus / "bad.jsonl").unlink()
+    for path in corpus.iterdir():
+        path.rename(path.with_suffix(".txt"))
     prepare(config, lambda line: None)
+
+
+def test_a_file_that_changes_on_the_way_ends_the_preparation(config: PrepareConfig, corpus: Path) -> None:
+    def change(line: str) -> None:
+        if line.startswith("tokenizer:"):
+            (corpus / "7.txt").write_text("something else")
+
+    with pytest.raises(SourceError, match=r"7\.txt changed while it was read; start again") as raised:
+        prepare(config, change)
+    assert "\n" not in str(raised.value)
+    assert not list(Path(config.output).iterdir())
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same", "other"])
+def test_of_two_preparations_at_once_one_waits_for_the_other(config: PrepareConfig, same: bool) -> None:
+    second = config if same else dataclasses.replace(config, seed=1)
+    waiting = threading.Event()
+    heard: list[str] = []
+
+    def hear(line: str) -> None:
+        heard.append(line)
+        waiting.set()
+
+    with ThreadPoolExecutor(1) as threads:
+        futures: list[Future[DatasetInfo]] = []
+
+        def begin_second(line: str) -> None:
+            if line.startswith("training a tokenizer"):
+                futures.append(threads.submit(prepare, second, hear))
+                assert waiting.wait(60)
+
+        info = prepare(config, begin_second)
+        if same:
+            assert futures[0].result() == info
+            assert "already holds this dataset" in heard[1]
+        else:
+            with pytest.raises(DatasetError, match="made from other text or settings"):
+                futures[0].result()
+    assert heard[0] == f"another process is writing to {config.output}; waiting for it to end"
+    assert read_info(config.output) == info
+    assert sorted(files(Path(config.output))) == FILES
 
 
 def test_files_of_a_killed_preparation_are_replaced(config: PrepareConfig) -> None:
@@ -133,16 +202,17 @@ def test_files_of_a_killed_preparation_are_replaced(config: PrepareConfig) -> No
     (output / ".partial").mkdir(parents=True)
     (output / ".partial" / "train-00007.bin").write_text("half")
     (output / "train-00009.bin").write_text("moved before the end")
+    (output / ".dataset.json.0123abcd").write_text("half")
+    (output / ".lock").write_text("")
     prepare(config, lambda line: None)
-    assert "train-00009.bin" not in files(output)
-    assert "train-00007.bin" not in files(output)
+    assert sorted(files(output)) == FILES
 
 
 def test_one_large_file_is_divided_into_documents(config: PrepareConfig, tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("".join(f"Paragraph {number}, and a few words more.\n\n" for number in range(20_000)))
     prepare(dataclasses.replace(config, source=str(path)), lambda line: None)
-    parts = [text for document in find_corpus(str(path)).documents for text in read(document)]
+    parts = texts(path)
     directory = Path(config.output)
     assert sorted(documents(directory, "train") + documents(directory, "validation")) == sorted(parts)
 
@@ -158,9 +228,17 @@ def test_one_large_file_is_divided_into_documents(config: PrepareConfig, tmp_pat
         ({"output": "s3://bucket/data"}, "give a directory on storage that all nodes share"),
         ({"tokenizer": "{tmp}/corpus"}, "no tokenizer at"),
         ({"vocab_size": 257}, "vocab_size is 257; it must be at least 258"),
-        ({"validation_fraction": 1.0}, "validation_fraction is 1.0; it must be above 0 and below 1"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; it must be at most 16777216"),
+        *(
+            (
+                {"validation_fraction": fraction},
+                f"validation_fraction is {fraction}; it must be above 0 and below 1",
+            )
+            for fraction in (1.0, 0.0, 2.0, -1.0, math.nan, math.inf)
+        ),
         ({"max_bytes": 0}, "max_bytes is 0; it must be at least 1"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be at most"),
     ],
 )
 def test_invalid_settings_are_refused_in_one_line(

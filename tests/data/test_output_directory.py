@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_ray.data.output_directory import exclusive, finished_dataset
+from llama_ray.data.shards import DatasetError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from llama_ray.data.output_directory import exclusive, staging_directory
+with exclusive(Path(sys.argv[1]), print), staging_directory(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
+    output = tmp_path / "data"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.kill()
+    assert len(list(output.iterdir())) == 2  # What it left.
+    assert finished_dataset(output, "f", overwrite=False) is None
+    lines: list[str] = []
+    with exclusive(output, lines.append):
+        assert lines == []
+    assert not (output / ".lock").exists()
+
+
+def test_an_output_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(
+            DatasetError, match=r"cannot write to .*file/data \(Not a directory\); choose another output"
+        ),
+        exclusive(tmp_path / "file" / "data", print),
+    ):
+        pass

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizer_files import superseded_files
 from llama_ray.model.checkpoint import WeightSlicer, load_model, save_model
 from llama_ray.model.llama import Llama
 from llama_ray.model.weight_files import CheckpointError
@@ -60,14 +61,18 @@ def load_pretrained(
 
 
 def save_pretrained(model: Llama, tokenizer: Tokenizer | None, directory: str | Path) -> None:
-    """Write the Hugging Face LLaMA layout, which transformers and vLLM read as it is."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
+    """Write the Hugging Face LLaMA layout, which transformers and vLLM read as it is.
+
+    A model and a tokenizer that `directory` holds are replaced, once the new ones are complete; see `save_model`.
+    """
     bos_id = eos_id = None
+    files: dict[str, str] = {}
     if tokenizer is not None:
-        tokenizer.save(directory)
+        files = tokenizer.files()
         # A token that the model lacks is not named, because readers would look for its row.
         bos_id, eos_id = (
             id if id is not None and id < model.config.vocab_size else None
             for id in (tokenizer.bos_id, tokenizer.eos_id)
         )
-    save_model(model, directory, bos_id=bos_id, eos_id=eos_id)
+    superseded = dict.fromkeys(superseded_files(Path(directory), files))
+    save_model(model, directory, bos_id=bos_id, eos_id=eos_id, beside={**superseded, **files})

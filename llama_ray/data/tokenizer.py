@@ -19,7 +19,9 @@ from llama_ray.data.tokenizer_files import (
     content,
     read_tokenizer,
     special_tokens,
+    superseded_files,
 )
+from llama_ray.storage.replacement import Replacement
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
@@ -111,17 +113,25 @@ class Tokenizer:
         return cls(*read_tokenizer(Path(path)))
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer can also read."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(directory / TOKENIZER_FILE))
+        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer can also read.
+
+        Files of a tokenizer that `directory` holds are replaced or, where they would contradict the new ones, deleted.
+        """
+        files = self.files()
+        with Replacement(Path(directory), marker=TOKENIZER_FILE) as new:
+            for name, text in files.items():
+                new.write(name, text)
+            new.commit(superseded=superseded_files(Path(directory), files))
+
+    def files(self) -> dict[str, str]:
+        """Return what `save` writes: text by file name."""
         config = dict(self._config)
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         config.setdefault("bos_token", self._name(self.bos_id))
         config.setdefault("eos_token", self._name(self.eos_id))
         config.setdefault("clean_up_tokenization_spaces", False)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+        text: str = self._backend.to_str(pretty=True)
+        return {TOKENIZER_FILE: text, CONFIG_FILE: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
     def to_json(self, vocab_size: int | None = None) -> str:
         """Return what `save` writes to `tokenizer.json`, for libraries that parse it.

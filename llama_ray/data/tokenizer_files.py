@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 MORE_CHAT_TEMPLATES = "additional_chat_templates"
 
 _SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+_ADDED_TOKENS_FILE = "added_tokens.json"
+# The vocabulary of `tokenizer.json` in the formats of SentencePiece, GPT-2, BERT and Mistral.
+_VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 # As transformers names them; `additional_special_tokens` was renamed.
 _LISTS_OF_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -44,18 +47,52 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
             f"{file} cannot be read as a Hugging Face {TOKENIZER_FILE} ({error}); save it again"
         ) from error
     config = _read_object(file.with_name(CONFIG_FILE))
-    if "added_tokens_decoder" in config:
-        try:
-            _add_tokens(backend, _added(config))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise TokenizerError(
-                f"{file.with_name(CONFIG_FILE)}: added_tokens_decoder cannot be read ({error}); save it again"
-            ) from error
-    else:
-        # Since transformers 4.34 that file repeats what tokenizer_config.json says.
+    if "added_tokens_decoder" not in config:
+        # Since transformers 4.34 these files repeat what tokenizer_config.json says.
         config |= _read_object(file.with_name(_SPECIAL_TOKENS_FILE))
+        if ids := _read_object(file.with_name(_ADDED_TOKENS_FILE)):
+            config["added_tokens_decoder"] = _in_new_form(ids, set(special_tokens(config)))
+    try:
+        _add_tokens(backend, _added(config))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"{file.with_name(CONFIG_FILE)}: added_tokens_decoder cannot be read ({error}); save it again"
+        ) from error
     templates = _read_chat_templates(file.parent)
     return backend, config | ({"chat_template": templates} if templates else {})
+
+
+def superseded_files(directory: Path, files: Mapping[str, str]) -> list[str]:
+    """Return the names of files in `directory` that belong to the tokenizer there and not to that of `files`.
+
+    `files` are the texts of the new `tokenizer.json` and its configuration, or empty if there is no tokenizer any more.
+    What `read_tokenizer` reads is contained in them. The vocabulary in other formats stays beside the same tokenizer.
+    """
+    templates = [
+        f"{MORE_CHAT_TEMPLATES}/{file.name}" for file in (directory / MORE_CHAT_TEMPLATES).glob("*.jinja")
+    ]
+    names = [
+        TOKENIZER_FILE,
+        CONFIG_FILE,
+        _SPECIAL_TOKENS_FILE,
+        _ADDED_TOKENS_FILE,
+        CHAT_TEMPLATE_FILE,
+        *templates,
+    ]
+    if TOKENIZER_FILE not in files or not _is_same(directory / TOKENIZER_FILE, files[TOKENIZER_FILE]):
+        names += _VOCABULARY_FILES
+    return [name for name in names if name not in files]
+
+
+def _is_same(file: Path, text: str) -> bool:
+    """Return whether `file` holds the tokenizer of `text`, a new `tokenizer.json`."""
+    try:
+        old = tokenizers.Tokenizer.from_file(str(file))
+    except Exception:  # The library raises bare Exception.
+        return False
+    old.no_truncation()
+    old.no_padding()
+    return bool(json.loads(old.to_str()) == json.loads(text))
 
 
 def content(token: object) -> str | None:
@@ -78,6 +115,14 @@ def special_tokens(config: dict[str, Any]) -> Iterator[str]:
 
 def _added(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("added_tokens_decoder") or {}
+
+
+def _in_new_form(ids: dict[str, Any], special: set[str]) -> dict[str, Any]:
+    """Return the content of an `added_tokens.json`, ids by text, as `added_tokens_decoder` has it."""
+    return {
+        str(id): {"content": text, "special": text in special, "normalized": text not in special}
+        for text, id in ids.items()
+    }
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, added: dict[str, Any]) -> None:

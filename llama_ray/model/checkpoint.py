@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,12 +19,21 @@ from llama_ray.model.hf_config import from_hf, quantization, to_hf
 from llama_ray.model.llama import Llama
 from llama_ray.model.sharded_safetensors import StoredTensor
 from llama_ray.model.weight_checks import check_tensors, refuse_quantized
-from llama_ray.model.weight_files import INDEX, SINGLE, CheckpointError, open_weights
-from llama_ray.storage.atomic import replacing, replacing_path
+from llama_ray.model.weight_files import (
+    INDEX,
+    RANK_FILES,
+    SINGLE,
+    CheckpointError,
+    open_weights,
+    weight_file_names,
+)
+from llama_ray.storage.atomic import write_text
+from llama_ray.storage.replacement import Replacement
 
 MAX_SHARD_BYTES = 4 * 1024**3
 """`save_model` starts another file beyond this size."""
 
+CONFIG_FILE = "config.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 WeightSlicer = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
@@ -32,9 +42,15 @@ WeightSlicer = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
 
 def load_config(directory: str | Path) -> LlamaConfig:
     """Read `directory/config.json`. Raises CheckpointError."""
-    path = Path(directory) / "config.json"
+    path = Path(directory) / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{directory} holds no config.json; give the directory of a saved LLaMA model")
+        cut = any(path.parent.glob(f".{CONFIG_FILE}.*"))
+        way_out = (
+            "its last save was cut short: save it again"
+            if cut
+            else "give the directory of a saved LLaMA model"
+        )
+        raise CheckpointError(f"{directory} holds no {CONFIG_FILE}; {way_out}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         config = from_hf(content)
@@ -86,26 +102,52 @@ def save_model(
     bos_id: int | None = None,
     eos_id: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    beside: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
     """Write `config.json`, `generation_config.json` and `model*.safetensors`, which transformers reads unchanged.
 
-    Weights keep the model's dtype. Each file is replaced atomically. `config.json` is written last: a directory that
-    holds one is complete.
+    Weights keep the model's dtype. `beside` are further files by name, which come with them, or go where they are None.
+    Weights that `directory` holds are replaced once the new ones are complete; in the moment of the change it lacks
+    `config.json`, so a directory that holds one is whole. Raises CheckpointError for the directory of a training
+    checkpoint, whose weights belong to its optimizer.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    if training := next(directory.glob(RANK_FILES), None):
+        raise CheckpointError(
+            f"{directory} is a checkpoint of a training run ({training.name}); give another directory to save to"
+        )
     tensors = {hf_name(n): p.detach() for n, p in model.named_parameters()}
     shards = list(_split(tensors, max_shard_bytes))
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
-        with replacing_path(directory / file) as partial:
-            save_file({n: tensors[n].cpu().contiguous() for n in names}, partial, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(t.nbytes for t in tensors.values())
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    save_config(model.config, model.embed_tokens.weight.dtype, directory, bos_id=bos_id, eos_id=eos_id)
+    with Replacement(directory, marker=CONFIG_FILE) as new:
+        weight_map: dict[str, str] = {}
+        for i, names in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            weight_map |= dict.fromkeys(names, file)
+            save_file(
+                {n: tensors[n].cpu().contiguous() for n in names}, new.path(file), metadata={"format": "pt"}
+            )
+        if len(shards) > 1:
+            total = sum(t.nbytes for t in tensors.values())
+            new.write(INDEX, to_text({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        dtype = model.embed_tokens.weight.dtype
+        texts = {**config_files(model.config, dtype, bos_id=bos_id, eos_id=eos_id), **beside}
+        for name, text in texts.items():
+            if text is not None:
+                new.write(name, text)
+        gone = [name for name, text in beside.items() if text is None]
+        new.commit(superseded=[*weight_file_names(directory), *gone])
+
+
+def config_files(
+    config: LlamaConfig, dtype: torch.dtype, *, bos_id: int | None = None, eos_id: int | None = None
+) -> dict[str, str]:
+    """Return the texts of `generation_config.json` and `config.json`, by name, for weights of `dtype`."""
+    generation = {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "generation_config.json": to_text({k: v for k, v in generation.items() if v is not None}),
+        CONFIG_FILE: to_text(to_hf(config, dtype=name, bos_id=bos_id, eos_id=eos_id)),
+    }
 
 
 def save_config(
@@ -117,10 +159,8 @@ def save_config(
     eos_id: int | None = None,
 ) -> None:
     """Write `generation_config.json`, then `config.json`, for weights of `dtype`."""
-    generation = {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
-    write_json(directory / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-    name = str(dtype).removeprefix("torch.")
-    write_json(directory / "config.json", to_hf(config, dtype=name, bos_id=bos_id, eos_id=eos_id))
+    for name, text in config_files(config, dtype, bos_id=bos_id, eos_id=eos_id).items():
+        write_text(directory / name, text)
 
 
 def hf_name(name: str) -> str:
@@ -130,8 +170,12 @@ def hf_name(name: str) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` atomically: readers see the old file or the new one, also after a crash."""
-    with replacing(path) as file:
-        file.write(f"{json.dumps(content, indent=2)}\n".encode())
+    write_text(path, to_text(content))
+
+
+def to_text(content: dict[str, Any]) -> str:
+    """Return `content` as the text of a JSON file."""
+    return f"{json.dumps(content, indent=2)}\n"
 
 
 def _split(tensors: dict[str, Tensor], max_bytes: int) -> Iterator[list[str]]:

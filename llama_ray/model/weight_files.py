@@ -62,6 +62,12 @@ def open_weights(directory: Path, stack: ExitStack) -> dict[str, StoredTensor]:
     return stored
 
 
+def weight_file_names(directory: Path) -> list[str]:
+    """Return the names of all weight files in `directory` that `open_weights` may read, but for a training run's."""
+    shards = [path.name for path in directory.glob("model-*.safetensors") if SHARD.fullmatch(path.name)]
+    return [SINGLE, INDEX, *shards]
+
+
 def _read_index(directory: Path) -> dict[str, str] | None:
     """Return the file name of each tensor, or None if there is no index."""
     index = directory / INDEX

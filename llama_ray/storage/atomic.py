@@ -33,6 +33,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of the file `path` by `text`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def sync(path: Path) -> None:
     """Make the content of a file, or the names in a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -198,6 +198,18 @@ def test_special_tokens_in_a_file_of_their_own_are_read(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path / "copy").eos_id == ours.eos_id
 
 
+def test_added_tokens_in_a_file_of_their_own_are_read(tmp_path: Path) -> None:
+    write_foreign(tmp_path, NAMED | {"eos_token": "<turn>"})
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<plain>": 272, "<turn>": 271}))
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode_prompt("a <plain>t")
+    assert (ours.eos_id, ids) == (theirs.eos_token_id, theirs("a <plain>t").input_ids)
+    ours.save(tmp_path)
+    assert not (tmp_path / "added_tokens.json").exists()
+    copy = Tokenizer.load(tmp_path)
+    assert (copy.fingerprint, copy.eos_id, copy.encode_prompt("a <plain>t")) == (ours.fingerprint, 271, ids)
+
+
 def test_chat_templates_in_files_of_their_own_are_kept(tmp_path: Path) -> None:
     write_foreign(tmp_path, NAMED | {"chat_template": "old"})
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")

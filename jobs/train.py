@@ -11,6 +11,7 @@ from _cli import main, parse
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
+from llama_ray.data.files import BUILTIN
 from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.data.shards import read_info
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
@@ -32,8 +33,11 @@ def run() -> None:
     config = TrainConfig(**_fields_of(TrainConfig, flags))
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
     shape = _shape(flags)
+    builtin = None if flags.data else _builtin(shape.vocab_size)
     connect()
-    data = existing(flags.data) if flags.data else _builtin(shape.vocab_size)
+    if builtin:
+        prepare(builtin, log=lambda line: print(line, flush=True))
+    data = builtin.output if builtin else existing(flags.data)
     if flags.vocab_size is None and flags.preset is None:
         shape = dataclasses.replace(shape, vocab_size=read_info(data).vocab_size)
     try:
@@ -128,14 +132,10 @@ def _shape(flags: Namespace) -> LlamaConfig:
     return LlamaConfig.preset(flags.preset or DEFAULT_PRESET, **given)
 
 
-def _builtin(vocab_size: int) -> str:
-    """Return the directory of the built-in corpus with this vocabulary, prepared on first use."""
+def _builtin(vocab_size: int) -> PrepareConfig:
+    """Return how to prepare the built-in corpus with this vocabulary, which happens on first use."""
     output = absolute(f"data/builtin-{vocab_size}")
-    prepare(
-        PrepareConfig(source="builtin", output=output, vocab_size=vocab_size),
-        log=lambda line: print(line, flush=True),
-    )
-    return output
+    return PrepareConfig(source=BUILTIN, output=output, vocab_size=vocab_size)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def finished_dataset(output: Path, fingerprint: str, overwrite: bool) -> Dataset
         return info
     raise DatasetError(
         f"{output} holds a dataset made from other text or settings; choose another --output, or give --overwrite to "
-        "replace it"
+        "replace it (or delete it, where these flags are not offered)"
     )
 
 

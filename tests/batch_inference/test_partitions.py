@@ -81,6 +81,21 @@ def test_a_compressed_file_is_refused(tmp_path: Path) -> None:
         partition_input(str(tmp_path / "*"), is_not_output)
 
 
+def test_rows_of_a_folder_are_never_left_out_in_silence(tmp_path: Path) -> None:
+    write_rows(tmp_path / "A.JSONL", [{"prompt": "a"}])
+    write_rows(tmp_path / "b.ndjson", [{"prompt": "b"}])
+    (tmp_path / "notes.gz").write_bytes(b"{}\n")
+    assert partition_input(str(tmp_path), is_not_output).num_rows == 2
+    for name, message in (
+        ("c.jsonl.GZ", "is compressed"),
+        ("c.jsonl", "cannot take rows from c.jsonl: links"),
+    ):
+        (tmp_path / name).symlink_to("nowhere") if name == "c.jsonl" else (tmp_path / name).write_bytes(b"{}")
+        with pytest.raises(SourceError, match=message):
+            partition_input(str(tmp_path), is_not_output)
+        (tmp_path / name).unlink()
+
+
 def test_a_folder_that_contains_the_output_is_read_without_it(tmp_path: Path) -> None:
     write_rows(tmp_path / "out.jsonl2.jsonl", [{"prompt": "a"}])
     before = partition_input(str(tmp_path), is_not_output).fingerprint

@@ -12,7 +12,9 @@ from llama_ray.data.corpus import find_corpus
 from llama_ray.data.documents import read
 from llama_ray.data.files import SourceError
 from llama_ray.data.left_out import Tally
+from llama_ray.storage import store
 from tests.data.helpers import folder_without_root, taken, texts
+from tests.object_store import s3_server, uri
 
 
 def test_a_folder_gives_its_text_files_in_order_without_hidden_and_binary_ones(folder: Path) -> None:
@@ -211,3 +213,32 @@ def test_secrets_of_a_source_are_not_shown() -> None:
     with pytest.raises(SourceError) as raised:
         find_corpus("gopher://user:hunter2@host/corpus")
     assert "hunter2" not in str(raised.value)
+
+
+def test_a_bucket_follows_the_same_rules_as_a_folder() -> None:
+    objects = {
+        "DATA.JSONL": b'{"text": "one"}\n{"text": "\xe9"}',
+        "a.txt": b"two",
+        "more/README": b"three",
+        "b.jsonl.GZ": b"\x1f\x8b",
+        "empty.txt": b"",
+        "more/photo": b"\x89PNG\0",
+        ".hidden": b"hidden",
+    }
+    with s3_server() as port:
+        for name, content in objects.items():
+            with store.replacing(uri(port, f"corpus/{name}")) as stream:
+                stream.write(content)
+        assert texts(uri(port, "corpus")) == ["one", "two", "three"]
+        assert reasons(uri(port, "corpus")) == [
+            "left out 1 file (.hidden): hidden, with a name that begins with a dot",
+            "left out 1 file (b.jsonl.GZ): compressed",
+            "left out 1 file (empty.txt): empty",
+            "left out 1 file (more/photo): NUL characters in them, as in binary files and UTF-16",
+            "left out 1 record (DATA.JSONL:2): not UTF-8",
+        ]
+        [document] = find_corpus(uri(port, "corpus/a.txt")).documents
+        with store.replacing(uri(port, "corpus/a.txt")) as stream:
+            stream.write(b"longer")
+        with pytest.raises(SourceError, match=r"corpus/a\.txt changed while it was read"):
+            list(read(document, Tally().add))

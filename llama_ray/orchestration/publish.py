@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from llama_ray.pretrained import load_pretrained, save_pretrained
+from llama_ray.storage import run_directory
 from llama_ray.tracking.registry import Policy, PromotionDecision, Version, promote, register
 from llama_ray.tracking.runs import Run
+from llama_ray.tracking.versions import version_with_tag
 from llama_ray.training.config import Precision
 from llama_ray.training.precision import DTYPES
+
+_WEIGHTS_TAG = "weights"
+"""A version's tag with a fingerprint of its weights."""
 
 
 def publish(
@@ -28,13 +35,40 @@ def publish(
     """Register the model of a training checkpoint under `name`, and promote it to champion if `policy` allows it.
 
     The version has the weights in the precision of training (bf16 and fp16 take half the bytes of the checkpoint's
-    fp32) and no optimizer state.
+    fp32) and no optimizer state. If a version of `name` has these weights already, nothing is registered a second time.
     """
+    weights = _fingerprint(checkpoint, precision)
+    version = version_with_tag(name, _WEIGHTS_TAG, weights, uri=run.uri)
+    if version is None:
+        version = _register(
+            run,
+            checkpoint,
+            name=name,
+            precision=precision,
+            validation_loss=validation_loss,
+            data_fingerprint=data_fingerprint,
+            tags={**tags, _WEIGHTS_TAG: weights},
+            description=description,
+        )
+    return version, promote(name, version.version, policy=policy, uri=run.uri)
+
+
+def _register(
+    run: Run,
+    checkpoint: Path,
+    *,
+    name: str,
+    precision: Precision,
+    validation_loss: float,
+    data_fingerprint: str,
+    tags: Mapping[str, str],
+    description: str,
+) -> Version:
     model, tokenizer = load_pretrained(checkpoint, dtype=DTYPES[precision])
     with tempfile.TemporaryDirectory() as staging:
         exported = Path(staging, "model")
         save_pretrained(model, tokenizer, exported)
-        version = register(
+        return register(
             run,
             name=name,
             checkpoint=exported,
@@ -44,5 +78,10 @@ def publish(
             tags=tags,
             description=description,
         )
-    decision = promote(name, version.version, policy=policy, uri=run.uri)
-    return version, decision
+
+
+def _fingerprint(checkpoint: Path, precision: Precision) -> str:
+    """Return a digest of the weights that a version made from `checkpoint` has."""
+    files = (run_directory.read_marker(str(checkpoint)) or {"files": {}})["files"]
+    digests = {name: record["sha256"] for name, record in files.items() if name.startswith("model-rank")}
+    return hashlib.sha256(json.dumps([precision, digests], sort_keys=True).encode()).hexdigest()

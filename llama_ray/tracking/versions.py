@@ -72,6 +72,12 @@ def latest_version(name: str, uri: str | None = None) -> Version | None:
     return max(_versions(connect(uri), name), key=lambda version: version.version, default=None)
 
 
+def version_with_tag(name: str, key: str, value: str, uri: str | None = None) -> Version | None:
+    """Return the newest version of `name` whose tag `key` is `value`; None if there is none."""
+    found = [version for version in _versions(connect(uri), name) if version.tags.get(key) == value]
+    return max(found, key=lambda version: version.version, default=None)
+
+
 def find(client: MlflowClient, ref: str) -> Version:
     """Do what `resolve_version` does, with an existing client."""
     match = _REF.fullmatch(ref)

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from llama_ray.data.shards import DatasetError, open_shard, read_info
+from llama_ray.data.shards import DatasetError, content_fingerprint, open_shard, read_info
 from llama_ray.utils.integers import ceil_div, splitmix64
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """(inputs, targets), both int64 [batch, seq_len]; the target of a position is the next token."""
+
+
+class Position(TypedDict):
+    """A position in the data, as a checkpoint keeps it: what was trained on, and how far."""
+
+    epoch: int
+    global_batch: int
+    """Global batches of the epoch that were taken, of `global_batch_size` samples each."""
+    global_batch_size: int
+    num_samples: int
+    seq_len: int
+    seed: int
+    data: str
+    """See `TokenDataset.fingerprint`."""
 
 
 class TokenDataset:
@@ -47,6 +63,11 @@ class TokenDataset:
     def __len__(self) -> int:
         """Number of tokens."""
         return self.info.tokens(self.split)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the tokens of all splits; see `content_fingerprint`."""
+        return content_fingerprint(self.directory, self.info)
 
     def num_samples(self, seq_len: int) -> int:
         """Return the number of samples of `seq_len` tokens in the split."""
@@ -144,30 +165,45 @@ class Loader:
         self._global_batch += 1
         return micro_batches
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def steps(self) -> int:
+        """Global batches of today's size from the beginning of the first epoch to this position."""
+        return self._epoch * self.batches_per_epoch + self._global_batch
+
+    def state_dict(self) -> Position:
         """Return the position, equal on all ranks, to save in a checkpoint."""
         return {
             "epoch": self._epoch,
             "global_batch": self._global_batch,
             "global_batch_size": self.global_batch_size,
             "num_samples": self.num_samples,
+            "seq_len": self._seq_len,
             "seed": self._seed,
+            "data": self._dataset.fingerprint,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at the position `state`.
+    def load_state_dict(self, state: Position, *, allow_other_data: bool = False) -> bool:
+        """Continue at the position `state`; return whether it is one in this data.
 
         With another global batch size, for example on another number of workers, continue at the first whole global
-        batch after that position. Raises ValueError for another seed or other data, whose order would differ.
+        batch after that position. Other data, another seq_len and another seed have other samples or another order:
+        they raise ValueError, but with `allow_other_data` the position stays at the beginning.
         """
-        for name, mine in (("seed", self._seed), ("num_samples", self.num_samples)):
-            if state[name] != mine:
-                raise ValueError(
-                    f"the saved data position has {name} {state[name]}; this run has {mine}; resume with the same "
-                    "data, max_seq_len and seed, or start a new run"
-                )
+        mine = self.state_dict()
+        for name in ("data", "seed", "seq_len", "num_samples"):
+            # Positions saved by earlier versions lack some.
+            if state.get(name, mine[name]) == mine[name]:
+                continue
+            if allow_other_data:
+                return False
+            raise ValueError(
+                f"the checkpoint was trained with {name} {str(state[name])[:12]}; this run has {str(mine[name])[:12]} "
+                f"({self._dataset.directory}); resume with the same data, seq_len and seed, give --allow_other_data "
+                "to begin a first epoch of these, or start a new run"
+            )
         seen = state["global_batch"] * state["global_batch_size"]
         self._start(state["epoch"], min(ceil_div(seen, self.global_batch_size), self.batches_per_epoch))
+        return True
 
     def _start(self, epoch: int, global_batch: int) -> None:
         if epoch != self._epoch:

@@ -7,6 +7,7 @@ ids, little-endian uint16 if the vocabulary allows it, else uint32. Each documen
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ INFO_FILE = "dataset.json"
 SPLITS = ("train", "validation")
 _AGAIN = "prepare the data again (--overwrite)"
 _HEADER = struct.Struct("<8sIIQ")
+# A content fingerprint reads at most so many windows of so many bytes: 64 MiB.
+_WINDOWS, _WINDOW_BYTES = 4096, 1 << 14
 _DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 Tokens = npt.NDArray[np.integer]
@@ -120,6 +123,30 @@ def open_shard(path: Path) -> Tokens:
     if count == 0:  # An empty range cannot be mapped.
         return np.empty(0, dtype=_DTYPES[width])
     return np.memmap(path, dtype=_DTYPES[width], mode="r", offset=_HEADER.size, shape=(count,))
+
+
+def content_fingerprint(directory: Path, info: DatasetInfo) -> str:
+    """Return a digest of the tokens of all splits, wherever and whenever they were prepared.
+
+    Up to 64 MiB of shards are read whole. Of more, windows at even distances are, because reading all of a large
+    dataset takes minutes; together with the numbers of tokens and documents of each shard they tell datasets apart.
+    """
+    described = [[split, *map(asdict, info.splits[split])] for split in sorted(info.splits)]
+    digest = hashlib.sha256(json.dumps([info.tokenizer_fingerprint, described]).encode())
+    shards = [shard for split in sorted(info.splits) for shard in info.splits[split]]
+    total = sum(shard.tokens for shard in shards) * info.token_bytes
+    stride = max(_WINDOW_BYTES, total // _WINDOWS)
+    # Bytes of earlier shards, so that the windows are spread over all of them.
+    before = 0
+    for shard in shards:
+        size = shard.tokens * info.token_bytes
+        with (directory / shard.file).open("rb") as file:
+            for window in range(before - before % stride, before + size, stride):
+                start = max(window - before, 0)
+                file.seek(_HEADER.size + start)
+                digest.update(file.read(max(min(window + _WINDOW_BYTES - before, size) - start, 0)))
+        before += size
+    return digest.hexdigest()
 
 
 def write_info(directory: Path, info: DatasetInfo) -> None:

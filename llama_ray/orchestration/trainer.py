@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from llama_ray.orchestration.worker import Ending, WorkerPlan
 from llama_ray.orchestration.worker_group import run_workers
 from llama_ray.storage import run_directory, store
 from llama_ray.storage.claim import claimed
-from llama_ray.storage.paths import absolute, is_uri
+from llama_ray.storage.paths import absolute
 from llama_ray.tracking.environment import secret_variables
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
-from llama_ray.training.checkpointing.files import local_copy
+from llama_ray.training.checkpointing.files import local_copy, local_description
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.elastic import check_range
@@ -100,7 +100,8 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
     launch = replace(launch, output_dir=absolute(launch.output_dir))
     run_directory.check_writable(launch.output_dir)
     name, checkpoint = _name_and_checkpoint(model, launch)
-    check_run(model, config, data, most, Path(checkpoint) if checkpoint and not is_uri(checkpoint) else None)
+    with local_description(checkpoint) if checkpoint else nullcontext() as resume_from:
+        check_run(model, config, data, most, resume_from)
     return _Job(name, model, config, launch, str(Path(data).resolve()), read_info(data), gpu)
 
 
@@ -139,11 +140,9 @@ def _mlflow_run(job: _Job) -> Iterator[Run]:
     if not job.launch.resume:
         # A launch of this name may have ended since it was checked.
         _refuse_trained(job.launch, job.name)
-    resumed = _resumed_run(job)
-    run = resumed or _new_run(job)
+    run = _resumed_run(job) or _new_run(job)
     try:
-        if resumed is None:
-            _describe(run, job)
+        _describe(run, job)
         run.log_config(_settings(job) | {"launch": vars(job.launch)})
         yield run
     except BaseException as error:
@@ -175,7 +174,7 @@ def _new_run(job: _Job) -> Run:
 
 
 def _describe(run: Run, job: _Job) -> None:
-    """Tie the new run to its data and its directory."""
+    """Tie the run to its data, or to more data if it resumes with other ones, and to its directory."""
     run.log_dataset(
         job.info.source,
         fingerprint=job.info.fingerprint,
@@ -215,7 +214,7 @@ def _register(job: _Job, run: Run, checkpoint: str) -> Outcome:
     """Register the model of the last checkpoint, if the launch asks for that."""
     with local_copy(checkpoint) as local:
         progress = load_progress(local)
-        # The last step always validates.
+        # The last step validates, and so does a run without one.
         assert progress.validation_loss is not None
         version = decision = None
         if job.launch.register_as:

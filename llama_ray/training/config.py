@@ -31,7 +31,7 @@ class TrainConfig:
             Weights and optimizer state are fp32 in all of them.
         learning_rate: The highest learning rate, reached after the warm-up.
         min_learning_rate_ratio: The learning rate at the end of the schedule, as a share of `learning_rate`.
-        warmup_steps: Steps of linear warm-up; by default a tenth of the run, at most 2000.
+        warmup_steps: Steps of linear warm-up, at most those of the run; by default a tenth of them, at most 2000.
         schedule: How the learning rate falls after the warm-up: cosine, linear, or wsd (warm-up, stable, decay), which
             is constant until the last `decay_fraction` of the run and then linear.
         decay_fraction: The share of all steps in which wsd decays.
@@ -65,6 +65,8 @@ class TrainConfig:
         profile_steps: Steps to record with the torch profiler, after the first three; 0 records none.
         collective_timeout_s: Seconds that workers wait for each other before the run counts as hung.
         seed: Seed of the initial weights and of the order of the data.
+        allow_other_data: Whether a run may resume with other data, another seq_len or another seed than those of its
+            checkpoint; it then begins a first epoch of them, and `epochs` counts from there.
     """
 
     epochs: int = field(default=1, metadata=limits(1))
@@ -99,6 +101,7 @@ class TrainConfig:
     profile_steps: int = field(default=0, metadata=limits(0, 1000))
     collective_timeout_s: int = field(default=600, metadata=limits(1))
     seed: int = field(default=0, metadata=limits(0, 2**63 - 1))
+    allow_other_data: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -121,26 +124,44 @@ class TrainConfig:
 class Schedule:
     """How many steps a run has, and at which ones something happens: `TrainConfig` for data of a known size.
 
-    Steps are counted from 1.
+    Steps are counted from 1, whatever their global batches were. Epochs are counted in the data, so a run that resumed
+    with another global batch still ends after `epochs` passes.
     """
 
     total_steps: int
     warmup_steps: int
+    batches_per_epoch: int
     log_every: int
-    validate_every: int
-    checkpoint_every: int
+    validate_every: int | None
+    """None is the end of each epoch, as in `checkpoint_every`."""
+    checkpoint_every: int | None
+    in_epochs: bool
+    """Whether the length of the run is given in epochs."""
+    lead: int
+    """Steps taken beyond the position in the data; not 0 after a change of the global batch or of the data."""
 
     @classmethod
-    def of(cls, config: TrainConfig, batches_per_epoch: int) -> Schedule:
-        """Resolve the defaults of `config` that depend on the number of global batches in an epoch."""
-        total = config.max_steps or config.epochs * batches_per_epoch
-        warmup = min(total // 10, 2000) if config.warmup_steps is None else config.warmup_steps
+    def of(cls, config: TrainConfig, batches_per_epoch: int, lead: int = 0) -> Schedule:
+        """Resolve the defaults of `config` that depend on the number of global batches in an epoch.
+
+        Raises ValueError for a warm-up that is longer than the run.
+        """
+        length = config.max_steps or config.epochs * batches_per_epoch
+        warmup = min(length // 10, 2000) if config.warmup_steps is None else config.warmup_steps
+        if warmup > length:
+            raise ValueError(
+                f"warmup_steps is {warmup}; it must be at most {length}, the steps of the run, or learning_rate is "
+                "never reached; lower it, or leave it out for a tenth of them"
+            )
         return cls(
-            total_steps=total,
+            total_steps=length if config.max_steps else lead + length,
             warmup_steps=warmup,
+            batches_per_epoch=batches_per_epoch,
             log_every=config.log_every,
-            validate_every=config.validate_every or batches_per_epoch,
-            checkpoint_every=config.checkpoint_every or batches_per_epoch,
+            validate_every=config.validate_every,
+            checkpoint_every=config.checkpoint_every,
+            in_epochs=config.max_steps is None,
+            lead=lead,
         )
 
     def logs(self, step: int) -> bool:
@@ -149,8 +170,22 @@ class Schedule:
 
     def validates(self, step: int) -> bool:
         """Return whether `step` ends with a validation."""
-        return step % self.validate_every == 0 or step == self.total_steps
+        return self._is_due(step, self.validate_every)
 
     def saves(self, step: int) -> bool:
         """Return whether `step` ends with a checkpoint."""
-        return step % self.checkpoint_every == 0 or step == self.total_steps
+        return self._is_due(step, self.checkpoint_every)
+
+    def progress(self, step: int) -> tuple[int, int]:
+        """Return (step, steps of the run) as the learning rate counts them.
+
+        If the run's length is given in epochs, these are steps of today's global batch from the beginning of the data,
+        so that the rate is a function of the samples trained on.
+        """
+        lead = self.lead if self.in_epochs else 0
+        return step - lead, self.total_steps - lead
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        if step == self.total_steps:
+            return True
+        return step % every == 0 if every else (step - self.lead) % self.batches_per_epoch == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llama_ray.training.config import TrainConfig
+from llama_ray.training.parallel.layout import Layout
+from llama_ray.utils.integers import ceil_div
 
 _LISTED = 20
 """Numbers of workers that a message lists."""
@@ -15,7 +17,7 @@ def for_workers(config: TrainConfig, workers: int, planned: int) -> TrainConfig:
 
     The global batch stays `batch_size x gradient_accumulation_steps x planned` sequences. The number of micro-steps is
     recomputed, and `batch_size` becomes smaller if the share of a worker is not a multiple of it. Raises ValueError if
-    `workers` does not divide the global batch.
+    `workers` does not divide the global batch. A limited validation keeps its number of sequences, up to one batch.
     """
     total = config.batch_size * config.gradient_accumulation_steps * planned
     if total % workers:
@@ -25,7 +27,20 @@ def for_workers(config: TrainConfig, workers: int, planned: int) -> TrainConfig:
         )
     share = total // workers
     batch_size = max(n for n in range(1, min(config.batch_size, share) + 1) if share % n == 0)
-    return replace(config, batch_size=batch_size, gradient_accumulation_steps=share // batch_size)
+    return replace(
+        config,
+        batch_size=batch_size,
+        gradient_accumulation_steps=share // batch_size,
+        validation_batches=ceil_div(config.validation_batches * config.batch_size, batch_size),
+    )
+
+
+def for_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
+    """Return `config` for `layout`, which may have more tensor parallelism than asked for where `auto` picked it.
+
+    The workers of a tensor-parallel group see the same data, so more micro-steps keep the global batch.
+    """
+    return for_workers(config, layout.data_world, layout.world_size // config.tensor_parallel)
 
 
 def check_range(config: TrainConfig, least: int, most: int, tensor_parallel: int = 1) -> None:

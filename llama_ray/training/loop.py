@@ -39,7 +39,8 @@ def train(
 
     Returns how far the run got. Raises ValueError if data, model and configuration do not fit together,
     CheckpointError if `resume_from` is damaged, Stopped after an interrupt that asks for it, OutOfMemory, and
-    TrainingError if training cannot continue: the loss is not finite any more, or checkpoints cannot be stored.
+    TrainingError if training cannot continue, or has led to nothing: the loss is not finite, or checkpoints cannot be
+    stored. If no steps are left, the weights of `resume_from` are validated, unless they were.
     """
     check_run(model_config, config, data, world_size(), resume_from)
     run = prepare_run(
@@ -54,6 +55,7 @@ def train(
         poll_interrupt=poll_interrupt,
     )
     run.start()
+    run.measure_finished_run()
     with profiled(config.profile_steps if rank() == 0 else 0, observer.profiled) as profile_step:
         for step in run.remaining_steps():
             epoch = run.loader.epoch
@@ -65,4 +67,5 @@ def train(
             run.report_checkpoints()
             profile_step()
     run.finish()
+    run.check_success()
     return run.progress

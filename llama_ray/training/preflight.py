@@ -9,7 +9,8 @@ from llama_ray.data.shards import DatasetError, read_info
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import load_config
 from llama_ray.model.config import LlamaConfig
-from llama_ray.training.config import TrainConfig
+from llama_ray.training.checkpointing.progress import load_progress
+from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.parallel.layout import choose_layout
 
 
@@ -39,7 +40,7 @@ def check_run(
             f"vocab_size is {model.vocab_size}; it must be at least {info.vocab_size} as in the tokenizer of {data}; "
             f"give --vocab_size {info.vocab_size} or more, or prepare data with a smaller vocabulary"
         )
-    Loader(
+    loader = Loader(
         TokenDataset(data, "train"),
         seq_len=seq_len,
         batch_size=config.batch_size,
@@ -49,8 +50,12 @@ def check_run(
         seed=config.seed,
     )
     validation_batches(TokenDataset(data, "validation"), seq_len, config.batch_size)
+    Schedule.of(config, loader.batches_per_epoch)
     if resume_from is not None:
         _check_resume(model, tokenizer, data, resume_from)
+        position = load_progress(resume_from).loader
+        if position is not None:
+            loader.load_state_dict(position, allow_other_data=config.allow_other_data)
 
 
 def _check_resume(model: LlamaConfig, tokenizer: Tokenizer, data: str | Path, resume_from: Path) -> None:

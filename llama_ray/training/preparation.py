@@ -12,9 +12,10 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
-from llama_ray.training.checkpointing.progress import Progress
+from llama_ray.training.checkpointing.progress import Progress, load_progress
 from llama_ray.training.checkpointing.state import load_state
 from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.elastic import for_layout
 from llama_ray.training.hosts.interrupt import Interrupt, InterruptAgreement
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.compilation import should_compile
@@ -44,11 +45,17 @@ def prepare_run(
     """Build everything that a run needs, and fill it from `resume_from`. Every worker must call it; see `train`."""
     check_float8(config, device)
     layout = _layout(model_config, config, device)
+    config = for_layout(config, layout)
     # Without this, torch draws a random seed in each process.
     torch.manual_seed(config.seed + layout.data_rank)
     seq_len = config.seq_len or model_config.max_seq_len
     loader = _loader(config, data, layout, seq_len)
-    schedule = Schedule.of(config, loader.batches_per_epoch)
+    progress = Progress(run_id=run_id)
+    batch_change = ""
+    if resume_from is not None:
+        progress = load_progress(resume_from)
+        batch_change = _go_to(progress, loader, config)
+    schedule = Schedule.of(config, loader.batches_per_epoch, progress.step - loader.steps)
     flops_per_token = model_config.flops_per_token(seq_len)
     flops_per_step = flops_per_token * loader.global_batch_size * seq_len / world_size()
     compile_blocks, compile_reason = _compilation(config, device, schedule.total_steps, flops_per_step)
@@ -57,10 +64,8 @@ def prepare_run(
     model = parallelize(llama, config, layout, device, compile_blocks=compile_blocks)
     optimizer = build_optimizer(model, config)
     stepper = Stepper(model, optimizer, config, device=device, layout=layout)
-    progress = Progress(run_id=run_id)
     if resume_from is not None:
-        progress = load_state(resume_from, llama, optimizer, rank(), world_size())
-        loader.load_state_dict(progress.loader)
+        load_state(resume_from, llama, optimizer, rank(), world_size())
         stepper.scaler.load_state_dict(progress.scaler)
 
     throughput = Throughput(flops_per_token, peak_flops(device, config.precision), world_size())
@@ -70,13 +75,13 @@ def prepare_run(
     return TrainingRun(
         config=config,
         schedule=schedule,
-        description="; ".join(filter(None, (layout.reason, compile_reason))),
+        description="; ".join(filter(None, (layout.reason, compile_reason, batch_change))),
         seq_len=seq_len,
         loader=loader,
         validation=TokenDataset(data, "validation"),
         stepper=stepper,
         progress=progress,
-        skipped_steps=SkippedSteps(progress.skipped_steps, device),
+        skipped_steps=SkippedSteps(progress.skipped_steps, progress.skipped_in_a_row, device),
         throughput=throughput,
         checkpointer=checkpointer,
         interrupts=InterruptAgreement(poll_interrupt, config.collective_timeout_s),
@@ -100,6 +105,21 @@ def _loader(config: TrainConfig, data: str | Path, layout: Layout, seq_len: int)
         world_size=layout.data_world,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         seed=config.seed,
+    )
+
+
+def _go_to(progress: Progress, loader: Loader, config: TrainConfig) -> str:
+    """Continue at the position of `progress`; return a sentence if steps mean other samples than before."""
+    before = progress.loader
+    if before is None or not loader.load_state_dict(before, allow_other_data=config.allow_other_data):
+        # What was measured on the data before tells nothing about these.
+        progress.validation_loss = progress.validation_step = None
+        return f"other data than up to step {progress.step}: a first epoch of them begins"
+    if before["global_batch_size"] == loader.global_batch_size:
+        return ""
+    return (
+        f"global batch of {loader.global_batch_size} sequences, {before['global_batch_size']} up to step "
+        f"{progress.step}: an epoch has {loader.batches_per_epoch} steps"
     )
 
 

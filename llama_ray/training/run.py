@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,13 @@ class TrainingRun:
         self.observer.started(self.schedule, self.progress, self.description)
         self.throughput.resume()
 
+    def measure_finished_run(self) -> None:
+        """Validate the weights of a run that has no steps left, unless its validation loss is theirs."""
+        if self.remaining_steps() or self.progress.validation_step == self.progress.step:
+            return
+        self._validate(self.progress.step)
+        self.checkpointer.save_progress(self.progress)
+
     def remaining_steps(self) -> range:
         """Return the steps that are still to be taken, counted from 1."""
         return range(self.progress.step + 1, self.schedule.total_steps + 1)
@@ -62,15 +70,8 @@ class TrainingRun:
 
     def stop_if_diverged(self, step: int) -> None:
         """Read the counter of skipped steps, if `step` logs or saves. Raises TrainingError after too many in a row."""
-        if not (self.schedule.logs(step) or self.schedule.saves(step)):
-            return
-        self.progress.skipped_steps, in_a_row = self.skipped_steps.read()
-        if in_a_row >= self.config.max_skipped_steps:
-            raise TrainingError(
-                f"{in_a_row} steps in a row up to step {step} had a loss or gradient that is not finite; lower "
-                f"learning_rate ({self.config.learning_rate}) or max_grad_norm ({self.config.max_grad_norm}), or use "
-                "precision bf16 or fp32, and --resume"
-            )
+        if self.schedule.logs(step) or self.schedule.saves(step):
+            self._count_skipped_steps(step)
 
     def log(self, step: int, epoch: int, result: StepResult) -> None:
         """Hand a point of the training curve to the observer, where `step` logs. It waits for the device."""
@@ -110,6 +111,7 @@ class TrainingRun:
         """Save, and raise Stopped where asked to, if any worker was interrupted a step ago."""
         interrupt = self.interrupts.next_interrupt()
         if interrupt and not self.schedule.saves(step):
+            self._count_skipped_steps(step)
             self._save()
         if interrupt is Interrupt.STOP and step < self.schedule.total_steps:
             self.finish()
@@ -126,6 +128,34 @@ class TrainingRun:
         self.report_checkpoints()
         self.checkpointer.close()
 
+    def check_success(self) -> None:
+        """Raise TrainingError if the run has ended, but with a model that is of no use."""
+        step, loss = self.progress.step, self.progress.validation_loss
+        if 0 < step == self.progress.skipped_steps:
+            raise TrainingError(
+                f"all {step} steps had a loss or gradient that is not finite, so the weights are the initial ones; "
+                f"{self._remedies()}, and start a new run"
+            )
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingError(
+                f"the validation loss after step {step} is {loss}, so the model is of no use; the checkpoint with the "
+                f"best loss is kept; {self._remedies()}, and start a new run"
+            )
+
+    def _count_skipped_steps(self, step: int) -> None:
+        self.progress.skipped_steps, self.progress.skipped_in_a_row, most = self.skipped_steps.read()
+        if most >= self.config.max_skipped_steps:
+            raise TrainingError(
+                f"{most} steps in a row up to step {step} had a loss or gradient that is not finite; "
+                f"{self._remedies()}, and --resume"
+            )
+
+    def _remedies(self) -> str:
+        return (
+            f"lower learning_rate ({self.config.learning_rate}) or max_grad_norm ({self.config.max_grad_norm}), or use "
+            "precision bf16 or fp32"
+        )
+
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.config, self.schedule)
 
@@ -140,7 +170,7 @@ class TrainingRun:
             self.config.validation_batches or None,
         )
         loss = self.stepper.validate(batches)
-        self.progress.validation_loss = loss
+        self.progress.validation_loss, self.progress.validation_step = loss, step
         metrics = {"loss/validation": loss, "validation/perplexity": perplexity(loss)}
         self.observer.validated(step, metrics, gather_model(self.stepper.model))
 

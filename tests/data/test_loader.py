@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,13 +163,34 @@ def test_resuming_on_fewer_workers_repeats_no_sample(dataset: TokenDataset) -> N
     assert len(seen) >= 99 - 2 * 6  # Less than a global batch of 6 at the change and at the end.
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", 1), ("num_samples", 98)])
-def test_the_state_of_another_seed_or_dataset_is_refused(
-    dataset: TokenDataset, name: str, value: int
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", 1), ("num_samples", 98), ("seq_len", 6), ("data", "0123456789abcdef")]
+)
+def test_a_position_in_other_data_or_another_order_is_refused_or_left(
+    dataset: TokenDataset, name: str, value: object
 ) -> None:
     each = loader(dataset, batch=2, rank=0, world=1)
-    with pytest.raises(ValueError, match=f"the saved data position has {name} {value}; this run has"):
-        each.load_state_dict({**each.state_dict(), name: value})
+    for _ in range(3):
+        each.next_global_batch()
+    other: Any = {**each.state_dict(), name: value}
+    fresh = loader(dataset, batch=2, rank=0, world=1)
+    with pytest.raises(ValueError, match=f"was trained with {name} {str(value)[:12]}; .*--allow_other_data"):
+        fresh.load_state_dict(other)
+    assert not fresh.load_state_dict(other, allow_other_data=True)
+    assert fresh.steps == 0
+    assert fresh.load_state_dict(each.state_dict(), allow_other_data=True)
+    assert fresh.steps == 3
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 6, 12, 50])
+def test_a_position_is_counted_in_global_batches_of_todays_size(dataset: TokenDataset, size: int) -> None:
+    before = loader(dataset, batch=4, rank=0, world=1)
+    for _ in range(30):
+        before.next_global_batch()
+    after = loader(dataset, batch=size, rank=0, world=1)
+    after.load_state_dict(before.state_dict())
+    # 24 batches are an epoch of 99 samples, so 24 samples of the second one were taken.
+    assert after.steps == after.batches_per_epoch + -(-24 // size)
 
 
 def test_less_data_than_a_global_batch_is_refused(dataset: TokenDataset) -> None:

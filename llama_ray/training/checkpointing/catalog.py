@@ -57,4 +57,4 @@ def _best(markers: dict[str, dict[str, Any]]) -> str | None:
 
 
 def _data(marker: dict[str, Any]) -> object:
-    return marker.get("loader", {}).get("data")
+    return (marker.get("loader") or {}).get("data")

@@ -59,6 +59,9 @@ class NoCheckpointer:
     def save(self, progress: Progress) -> None:
         """Do nothing."""
 
+    def save_progress(self, progress: Progress) -> None:
+        """Do nothing."""
+
     def take_results(self) -> list[CheckpointResult]:
         """Return nothing."""
         return []
@@ -118,6 +121,20 @@ class Checkpointer:
                 f"{MAX_CONSECUTIVE_FAILURES} checkpoints in a row could not be stored in {self.run}; the last good "
                 "one is still there: make room or correct the permissions, and --resume"
             )
+
+    def save_progress(self, progress: Progress) -> None:
+        """Record what was measured without a step since a checkpoint; every worker must call it.
+
+        Only the marker of that checkpoint is replaced: until it is, the old one stands. Without the checkpoint in this
+        run's directory the state is saved.
+        """
+        checkpoint = store.join(self.run, run_directory.checkpoint_name(progress.step))
+        marker = self._group.broadcast(run_directory.read_marker(checkpoint))
+        if marker is None:
+            self.save(progress)
+        elif rank() == 0:
+            run_name, files = store.name_of(self.run), marker["files"]
+            store.write_text(store.join(checkpoint, run_directory.MARKER), progress.marker(run_name, files))
 
     def take_results(self) -> list[CheckpointResult]:
         """Return the results since the last call. Workers may learn of one at different steps."""

@@ -41,6 +41,19 @@ def commit(file: Path, target: str, sha256: str | None = None) -> FileRecord:
 
 
 @contextlib.contextmanager
+def local_description(checkpoint: str) -> Iterator[Path]:
+    """Yield a directory with the JSON files of `checkpoint`, all that the checks of a resume read."""
+    if store.is_local(checkpoint):
+        yield Path(store.open_storage(checkpoint)[1])
+        return
+    with tempfile.TemporaryDirectory() as local:
+        for name in store.list_files(checkpoint):
+            if name.endswith(".json"):
+                Path(local, name).write_text(store.read_text(store.join(checkpoint, name)) or "")
+        yield Path(local)
+
+
+@contextlib.contextmanager
 def local_copy(checkpoint: str) -> Iterator[Path]:
     """Yield a directory with the files of `checkpoint`: itself on a mounted path, else a temporary copy."""
     if store.is_local(checkpoint):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from llama_ray.data.loader import Position
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.storage.run_directory import MARKER
 
@@ -25,10 +26,14 @@ class Progress:
     """Targets trained on, by all workers."""
     validation_loss: float | None = None
     """The last one measured, in nats per token."""
+    validation_step: int | None = None
+    """The step whose weights it was measured on."""
     skipped_steps: int = 0
     """Steps without an update, because the loss or a gradient was not finite."""
-    loader: dict[str, int] = field(default_factory=dict)
-    """The position in the data, see `Loader.state_dict`."""
+    skipped_in_a_row: int = 0
+    """Those among them that came last, without a step in between that was not skipped."""
+    loader: Position | None = None
+    """The position in the data; None before the first checkpoint."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """The loss scale of fp16, see `LossScaler.state_dict`; empty in other precisions."""
     run_id: str | None = None
@@ -49,4 +54,4 @@ def load_progress(directory: str | Path) -> Progress:
             f"{directory} is not a training checkpoint (no {MARKER}); name a step_* directory of a run"
         )
     content = json.loads(path.read_text())
-    return Progress(**{f.name: content[f.name] for f in fields(Progress)})
+    return Progress(**{f.name: content[f.name] for f in fields(Progress) if f.name in content})

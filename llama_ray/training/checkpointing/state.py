@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor, Replicate
 from llama_ray.model.checkpoint import hf_name
 from llama_ray.model.llama import Llama
 from llama_ray.model.weight_files import CheckpointError
-from llama_ray.training.checkpointing.progress import Progress, load_progress
 from llama_ray.training.checkpointing.tensor_file import TensorShard, in_file_order
 from llama_ray.utils.torch_private import shard_offsets
 
@@ -61,12 +60,11 @@ def rank_files(model: Llama, optimizer: torch.optim.Optimizer, rank: int, world_
 
 def load_state(
     directory: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int, world_size: int
-) -> Progress:
+) -> None:
     """Fill `model` and `optimizer` from a checkpoint; each worker reads its own shards, however it was sharded.
 
     Raises CheckpointError if a file is damaged or missing.
     """
-    progress = load_progress(directory)
     try:
         reader = HuggingFaceStorageReader(str(directory))
         stored: _Stored = {
@@ -88,7 +86,6 @@ def load_state(
     # The states of the random generators belong to ranks, so they are of no use to another number of workers.
     if world_size == sum(name.startswith(_rng_name("cpu", "")) for name in stored):
         _restore_generators(tensors, rank)
-    return progress
 
 
 def plain_parameters(model: Llama) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -37,17 +37,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, config: TrainConfig, schedule: Schedule) -> float:
     """Return the learning rate of `step` (counted from 1): a linear warm-up, then the decay of `config.schedule`.
 
-    At the last step the rate is `min_learning_rate_ratio` of the highest. `cosine` decays along a cosine (Loshchilov
-    and Hutter 2017, arXiv:1608.03983), `linear` along a line. `wsd` (warm-up, stable, decay: Hu et al. 2024,
-    arXiv:2404.06395) stays flat and decays along a line in the last `decay_fraction` of the run. As a pure function of
-    the step, the schedule has no state to save.
+    The last step of the warm-up, or else the first step, has the highest rate; the last step of the run has
+    `min_learning_rate_ratio` of it. `cosine` decays along a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983),
+    `linear` along a line. `wsd` (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395) stays flat and decays along
+    a line in the last `decay_fraction` of the run. As a pure function of the step, the schedule has no state to save.
     """
+    step, total_steps = schedule.progress(step)
     if step <= schedule.warmup_steps:
         return config.learning_rate * step / schedule.warmup_steps
-    start = schedule.warmup_steps
+    start = max(schedule.warmup_steps, 1)
     if config.schedule == "wsd":
-        start = max(start, schedule.total_steps - round(config.decay_fraction * schedule.total_steps))
-    progress = min(max(step - start, 0) / max(schedule.total_steps - start, 1), 1.0)
+        start = max(start, total_steps - round(config.decay_fraction * total_steps))
+    progress = min(max(step - start, 0) / max(total_steps - start, 1), 1.0)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     ratio = config.min_learning_rate_ratio
     return config.learning_rate * (ratio + (1 - ratio) * left)

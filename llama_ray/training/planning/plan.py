@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import ActivationCheckpointing, TrainConfig
+from llama_ray.training.elastic import for_layout
 from llama_ray.training.parallel.layout import GIB, Layout, choose_layout
 from llama_ray.training.planning.memory_trace import Memory
 from llama_ray.training.planning.step_trace import StepTrace, trace_step
@@ -78,8 +79,12 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
-        sequences = self.config.batch_size * self.config.gradient_accumulation_steps * self.layout.data_world
-        return sequences * self.seq_len
+        return self.config.batch_size * self.micro_steps * self.layout.data_world * self.seq_len
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps of a step: more than asked for where `auto` picks tensor parallelism, as in a run."""
+        return for_layout(self.config, self.layout).gradient_accumulation_steps
 
     @property
     def compute_s(self) -> float:
@@ -110,7 +115,7 @@ class Plan:
 
     def _micro_steps_s(self, *, tensor_parallel: bool) -> float:
         """Return the seconds of communication in all micro-steps, within tensor-parallel groups or outside of them."""
-        accumulated = self.config.gradient_accumulation_steps - 1
+        accumulated = self.micro_steps - 1
         return sum(
             times * self.cluster.seconds(collective, size)
             for traffic, times in ((self.trace.micro_step, accumulated), (self.trace.last_micro_step, 1))
@@ -129,4 +134,5 @@ def make_plan(model: LlamaConfig, config: TrainConfig, cluster: Cluster, *, mfu:
     """
     Limits(above=0, most=1).check("mfu", mfu, float)
     layout = cluster.layout(model, config)
-    return Plan(model, config, cluster, layout, trace_step(model, config, layout), mfu)
+    trace = trace_step(model, for_layout(config, layout), layout)
+    return Plan(model, config, cluster, layout, trace, mfu)

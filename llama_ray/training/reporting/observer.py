@@ -50,7 +50,9 @@ class Console:
         """See `Observer`."""
         self.say(layout)
         self._schedule, self._first_step, self._start = schedule, progress.step, time.monotonic()
-        if progress.step:
+        if progress.step >= schedule.total_steps:
+            self.say(f"nothing left to train: step {progress.step} of {schedule.total_steps} is done")
+        elif progress.step:
             self.say(f"going on after step {progress.step} of {schedule.total_steps}")
 
     def logged(self, step: int, metrics: Metrics) -> None:

@@ -62,14 +62,14 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate; stored as [batch, heads, seq, head_dim], which attention reads."""
         ctx.save_for_backward(cos, sin)
-        return _rotate_into(torch.empty(x.shape, dtype=x.dtype), x, cos, sin)
+        return _rotate_into(x.new_empty(x.shape), x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Rotate back; stored as [batch, seq, heads, head_dim], which the projections read."""
         cos, sin = ctx.saved_tensors
         batch, heads, seq, dim = grads[0].shape
-        out = torch.empty(batch, seq, heads, dim, dtype=grads[0].dtype).transpose(1, 2)
+        out = grads[0].new_empty(batch, seq, heads, dim).transpose(1, 2)
         return _rotate_into(out, grads[0], cos, -sin), None, None
 
 

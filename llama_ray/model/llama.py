@@ -34,7 +34,8 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        device = torch.device(device) if device is not None else torch.get_default_device()
+        # Of all ways to set a default device, a new tensor sees each, in every version of torch.
+        device = torch.device(device) if device is not None else torch.empty(0).device
         # On the meta device torch does not spend time on initial weights of its own, which would be overwritten.
         with torch.device("meta"):
             # Given a weight, `Embedding` draws none: on meta tensors torch imports its compiler for that, in over 1 s.

@@ -107,7 +107,7 @@ class _HeadLoss(torch.autograd.Function):
             matrix = weight.to(compute)
             chunk = _chunk_tokens(weight)
             grad_dtype = weight.dtype if len(targets) <= chunk else torch.float32
-            sums = torch.zeros(2, device=hidden.device)
+            sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
             grad_hidden = torch.empty_like(hidden) if differentiate else None
             grad_weight: Tensor | None = None
             for start in range(0, len(targets), chunk):

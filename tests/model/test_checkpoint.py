@@ -180,3 +180,16 @@ def test_a_crash_while_saving_leaves_no_loadable_model(
         save_model(Llama(TINY), tmp_path)
     with pytest.raises(CheckpointError):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_is_loaded_where_it_is_asked_for_whatever_the_default_device_is(
+    saved: Path, device: str
+) -> None:
+    expected = load_model(saved)
+    with torch.device("meta"):
+        loaded = load_model(saved, device=device)
+    for p, q in zip(loaded.parameters(), expected.parameters(), strict=True):
+        assert p.device.type == device
+        assert device == "meta" or torch.equal(p, q)
+    assert {buffer.device.type for buffer in loaded.buffers()} == {device}

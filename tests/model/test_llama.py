@@ -150,3 +150,42 @@ def test_there_are_no_biases_and_rotary_angles_stay_exact_in_bf16() -> None:
     assert not any("bias" in name for name in model.state_dict())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(model.rotary.cos, Llama(config).rotary.cos, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_computes_where_it_is_whatever_the_defaults_are(
+    on_meta_device: None, dtype: torch.dtype
+) -> None:
+    model = Llama(LlamaConfig.preset("llama-tiny"), device="cpu", dtype=dtype)
+    tokens = torch.arange(32, device="cpu").view(2, 16)
+
+    def loss_and_gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model(tokens, targets=tokens)
+        loss.sum().backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    given = loss_and_gradients()
+    with torch.device("cpu"):
+        expected = loss_and_gradients()
+    torch.set_default_dtype(torch.float64)
+    other = loss_and_gradients()
+    torch.set_default_dtype(torch.float32)
+    for a, b, c in zip(given, expected, other, strict=True):
+        assert torch.equal(a, b)
+        assert (c.dtype, torch.equal(b, c)) == (b.dtype, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_that_of_the_weights_and_not_of_the_tables(dtype: torch.dtype) -> None:
+    config = LlamaConfig.preset("llama-tiny")
+    expected = Llama(config, dtype=torch.float32)
+    torch.set_default_dtype(dtype)
+    try:
+        model, explicit = Llama(config), Llama(config, dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert torch.equal(model.rotary.cos, expected.rotary.cos)
+    for p, q in zip(explicit.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q)

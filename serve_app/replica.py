@@ -125,7 +125,9 @@ class LlamaReplica:
                 async for event in events:
                     yield event
         except ValueError as error:
-            yield Failure(400, str(error))
+            grammar = request.params.grammar
+            at_fault = grammar[0] if grammar and str(error).startswith(grammar[0]) else None
+            yield Failure(400, str(error), param=at_fault)
         except GenerationError as error:
             yield Failure(500, str(error), code="generation_failed")
 
@@ -150,8 +152,11 @@ class LlamaReplica:
         n = request.params.n
         writers: list[LogprobWriter] = []
         if request.params.logprobs is not None:
-            constrained = request.params.regex is not None or request.params.json_schema is not None
-            writers = [LogprobWriter(self._tokenizer, ids, constrained) for ids in prompts for _ in range(n)]
+            writers = [
+                LogprobWriter(self._tokenizer, ids, request.params.constrained)
+                for ids in prompts
+                for _ in range(n)
+            ]
         if request.echo:
             texts = self._echo(request, prompts)
             yield [ChoiceDelta(i * n + j, text) for i, text in enumerate(texts) for j in range(n)]

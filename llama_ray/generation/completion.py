@@ -17,7 +17,7 @@ class GenerationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished candidate; `finish_reason` is "stop" (end-of-text or stop token, stop string) or "length".
+    """One finished candidate; for its `finish_reason` see `Delta`.
 
     `token_ids` include the end-of-text token or the stop string's tokens, which `text` leaves out. `logprobs` has an
     entry for each of them, and `prompt_logprobs` for each prompt token but the first; each is None if the request did

@@ -15,6 +15,7 @@ from serve_app.errors import INTERNAL_ERROR, ApiError
 from serve_app.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
 from serve_app.protocol import Health
 from serve_app.replica import LlamaReplica
+from tests.generation.constraints.helpers import COSTLY_MASK
 from tests.serve_app.helpers import MAX_SEQ_LEN
 
 # A text that the engine is still writing when its first part has arrived.
@@ -122,3 +123,36 @@ def test_unknown_paths_and_methods_are_errors_of_the_same_shape(http: TestClient
     assert "GET /v2" in http.get("/v2").json()["error"]["message"]
     assert http.get("/v1/completions").status_code == 405
     assert http.get("/v1/completions").json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        ('"json_schema": ' + '{"not": ' * 900 + "{}" + "}" * 900, ""),
+        ('"json_schema": ' + '{"not": ' * 300 + "{}" + "}" * 300, "json_schema is nested 301 levels deep"),
+        ('"json_schema": {"$ref": "#"}', "json_schema cannot be enforced: no token"),
+        ('"json_schema": {"const": "\\ud800"}', "json_schema cannot be enforced: "),
+        ('"regex": "(?:a?){500}a{500}"', "regex cannot be enforced: it grows too complex"),
+        (f'"regex": "{"a" * 1_000_000}"', "regex has 1,000,000 bytes; it must have at most 262,144"),
+    ],
+)
+def test_a_grammar_that_cannot_be_enforced_is_a_400_that_names_its_field(
+    http: TestClient, constraint: str, message: str
+) -> None:
+    body = f'{{"model": "tiny", "prompt": "dog", {constraint}}}'
+    response = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert len(error["message"]) < 500
+    if message:
+        assert error["param"] == constraint.split('"')[1]
+
+
+def test_an_output_that_exceeds_its_limits_ends_with_a_reason(http: TestClient) -> None:
+    body = {"model": "tiny", "prompt": "dog", "max_tokens": 200, "regex": COSTLY_MASK}
+    for stream in (False, True):
+        response = http.post("/v1/completions", json=body | {"stream": stream})
+        assert response.status_code == 200
+        assert '"finish_reason":"constraint"' in response.text
+        assert '"error"' not in response.text

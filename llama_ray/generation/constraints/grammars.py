@@ -12,7 +12,6 @@ from llama_ray.generation.constraints.grammar import Constraint, Grammar
 from llama_ray.generation.constraints.limits import (
     COMPILE_CPU_S,
     MAX_CACHED_GRAMMARS,
-    MAX_GRAMMAR_BYTES,
     MAX_IDLE_PROCESSES,
     MEMORY_BYTES,
     QUICK_CPU_S,
@@ -70,12 +69,7 @@ class Grammars:
         """
         if self._missing is not None:
             raise ValueError(f"{kind} needs {self._missing}, which is missing here")
-        data = text.encode()
-        if len(data) > MAX_GRAMMAR_BYTES:
-            raise ValueError(
-                f"{kind} has {len(data)} bytes; it must have at most {MAX_GRAMMAR_BYTES}; simplify it"
-            )
-        grammar = self._grammar(kind, data)
+        grammar = self._grammar(kind, text.encode())
         with grammar.checking:
             if not grammar.checked:
                 self._check(grammar)

@@ -5,6 +5,9 @@ from __future__ import annotations
 MAX_GRAMMAR_BYTES = 256 * 1024
 """Length of a schema as JSON, or of a regular expression, in UTF-8."""
 
+MAX_SCHEMA_DEPTH = 120
+"""Objects and lists of a schema that are within each other; the parser itself takes no more than 127."""
+
 QUICK_CPU_S = 0.1
 """Processor time of the first attempt to compile a grammar. Most take a few milliseconds; one that needs more is begun
 again, behind others of its kind, so that costly grammars do not keep the others waiting."""

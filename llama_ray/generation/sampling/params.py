@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_ray.generation.constraints.text import regex_text, schema_text
 from llama_ray.utils.fields import Limits, check_fields, limits, shown
 
 MAX_LOGPROBS = 20
@@ -132,8 +132,8 @@ class SamplingParams:
         if self.ignore_eos:
             name = "regex" if self.json_schema is None else "json_schema"
             raise ValueError(f"ignore_eos is True; it must be False with {name}, which ends the output")
-        if self.json_schema is not None:
-            _check_schema(self.json_schema)
+        # Raises ValueError for what no grammar can be made of.
+        _ = self.grammar
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -160,15 +160,12 @@ class SamplingParams:
             [*self.logit_bias.values()], dtype=np.float32
         )
 
-    @property
+    @cached_property
     def grammar(self) -> tuple[Literal["json_schema", "regex"], str] | None:
         """What limits the output, as text; None if nothing does."""
         if self.regex is not None:
-            return "regex", self.regex
-        if self.json_schema is None:
-            return None
-        schema = self.json_schema
-        return "json_schema", schema if isinstance(schema, str) else json.dumps(schema)
+            return "regex", regex_text(self.regex)
+        return None if self.json_schema is None else ("json_schema", schema_text(self.json_schema))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -203,11 +200,3 @@ def _check(name: str, value: object, ok: bool, allowed: str) -> None:
 def _check_number(name: str, what: str, number: int, most: int) -> None:
     if number > most:
         raise ValueError(f"{name} has {number:,} {what}; it must have at most {most:,}")
-
-
-def _check_schema(schema: Mapping[str, Any] | str) -> None:
-    try:
-        value = json.loads(schema if isinstance(schema, str) else json.dumps(schema))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"json_schema is {schema!r:.80}; it must be JSON: {error}") from error
-    _check("json_schema", value, isinstance(value, dict), 'a JSON object, such as {"type": "object"}')

@@ -15,7 +15,7 @@ import pytest
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.constraints.grammars import Grammars
-from llama_ray.generation.constraints.limits import MAX_GRAMMAR_BYTES, MAX_IDLE_PROCESSES
+from llama_ray.generation.constraints.limits import MAX_IDLE_PROCESSES
 from tests.generation.constraints.helpers import Processes, costly_schema
 
 VOCAB_SIZE = 384
@@ -40,12 +40,6 @@ def test_what_a_constraint_needs_is_said(tokenizer: Tokenizer, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ValueError, match="json_schema needs the package llguidance"):
         Grammars(tokenizer, VOCAB_SIZE, {1}).constraints("json_schema", "{}", 1)
-
-
-def test_a_grammar_that_is_too_long_starts_no_process(grammars: Grammars, processes: Processes) -> None:
-    with pytest.raises(ValueError, match=f"regex has {MAX_GRAMMAR_BYTES + 1} bytes; .* at most"):
-        grammars.constraints("regex", "a" * (MAX_GRAMMAR_BYTES + 1), 1)
-    assert not processes.all()
 
 
 def test_costly_grammars_are_refused_with_their_limit_and_keep_no_cheap_one_waiting(

@@ -3,9 +3,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 import pytest
 
+from llama_ray.generation.constraints.limits import MAX_GRAMMAR_BYTES
 from llama_ray.generation.sampling.params import SamplingParams
 
 
@@ -135,11 +137,33 @@ def test_stop_strings_are_a_tuple_whether_one_or_several_were_given() -> None:
     assert SamplingParams().stop_strings == ()
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"json_schema": "{"}, "json_schema is '{'; it must be JSON: "),
         ({"json_schema": {"enum": {1, 2}}}, "json_schema is {'enum': {1, 2}}; it must be JSON: "),
+        ({"json_schema": "[1]"}, "json_schema is [1]; it must be a JSON object"),
+        ({"json_schema": {"const": math.nan}}, "it must be JSON: NaN is not one of its numbers"),
+        ({"json_schema": '{"const": ' + "9" * 5000 + "}"}, "it must be JSON: Exceeds the limit"),
+        ({"json_schema": '{"const": "\ud800"}'}, r"json_schema has '\ud800' at 11, half of a character"),
+        ({"json_schema": '{"a": ' * 200 + "1" + "}" * 200}, "json_schema is nested 200 levels deep; it must"),
+        (
+            {"json_schema": '{"a": ' * 9999 + "1" + "}" * 9999},
+            "json_schema is nested hundreds of levels deep",
+        ),
+        ({"json_schema": nested(199)}, "json_schema is nested 200 levels deep; it must be at most 120"),
+        ({"json_schema": nested(900)}, "json_schema is nested "),
+        ({"json_schema": {"const": "a" * MAX_GRAMMAR_BYTES}}, "it must have at most 262,144; simplify it"),
+        ({"regex": "a" * (MAX_GRAMMAR_BYTES + 1)}, "regex has 262,145 bytes; it must have at most 262,144"),
+        ({"regex": "ä\ud800"}, r"regex has '\ud800' at 1, half of a character; leave it out"),
+        ({"regex": 5}, "regex is 5; it must be a regular expression, a string"),
         ({"json_schema": {}, "regex": "a"}, "json_schema and regex are both given; give one of them"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos is True; it must be False with regex"),
         ({"json_schema": {}, "ignore_eos": True}, "ignore_eos is True; it must be False with json_schema"),

@@ -34,10 +34,13 @@ def run() -> None:
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
     shape = _shape(flags)
     builtin = None if flags.data else _builtin(shape.vocab_size)
+    data = builtin.output if builtin else existing(flags.data)
+    if builtin is None:
+        # Raises its line now, because a cluster takes seconds to start.
+        read_info(data)
     connect()
     if builtin:
         prepare(builtin, log=lambda line: print(line, flush=True))
-    data = builtin.output if builtin else existing(flags.data)
     if flags.vocab_size is None and flags.preset is None:
         shape = dataclasses.replace(shape, vocab_size=read_info(data).vocab_size)
     try:

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ray.storage.atomic import replacing, sync
+from llama_ray.storage.paths import is_uri
+from llama_ray.utils.errors import UserError
 
 MAGIC = b"LLAMARAY"
 FORMAT_VERSION = 1
@@ -33,8 +35,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 Tokens = npt.NDArray[np.integer]
 
 
-class DatasetError(ValueError):
-    """A dataset directory that cannot be used; the message is one line with the way out."""
+class DatasetError(UserError):
+    """A dataset directory that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,10 @@ def write_info(directory: Path, info: DatasetInfo) -> None:
 
 def read_info(directory: str | Path) -> DatasetInfo:
     """Read `dataset.json`. Raises DatasetError if it is missing, damaged or of another format version."""
+    if is_uri(str(directory)):
+        raise DatasetError(
+            f"data is {directory}; it must be a directory on storage that all nodes mount, not a URI"
+        )
     file = Path(directory) / INFO_FILE
     if not file.is_file():
         raise DatasetError(

@@ -25,6 +25,7 @@ from llama_ray.storage import run_directory, store
 from llama_ray.storage.claim import claimed
 from llama_ray.storage.paths import absolute
 from llama_ray.tracking.environment import secret_variables
+from llama_ray.tracking.errors import TrackingError
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
@@ -57,7 +58,8 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
 
     Needs a Ray connection. Raises ValueError with one line for everything that can be checked without a worker,
     before one starts; TrainingError if the run failed and a restart would not help, or was the last one allowed;
-    Stopped if SIGINT or SIGTERM made the workers save and end. The MLflow run is then marked FAILED, or KILLED if it
+    Stopped if SIGINT or SIGTERM made the workers save and end; TrackingError, which is a ValueError, if MLflow refuses
+    the finished model. The MLflow run is then marked FAILED, or KILLED if it
     was stopped.
     """
     job = _check(model, config, launch, data)
@@ -67,7 +69,11 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
         ending = _train(job, run)
         if ending.stopped_at is not None:
             raise Stopped(ending.stopped_at)
-        return _register(job, run, store.join(job.directory, run_directory.checkpoint_name(ending.step)))
+        checkpoint = store.join(job.directory, run_directory.checkpoint_name(ending.step))
+        try:
+            return _register(job, run, checkpoint)
+        except TrackingError as error:
+            raise TrackingError(f"{error}; the trained model is kept in {checkpoint}") from error
 
 
 @dataclass(frozen=True)

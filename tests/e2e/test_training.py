@@ -12,6 +12,8 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.pretrained import load_pretrained
+from llama_ray.storage.claim import claimed
+from llama_ray.tracking.errors import TrackingError
 from llama_ray.tracking.registry import resolve_version
 from llama_ray.training.config import TrainConfig
 from tests.e2e.conftest import CONFIG, MODEL, Trained
@@ -82,12 +84,31 @@ def test_bad_launches_are_refused_before_a_worker_starts(
     (tmp_path / "file").write_text("in the way")
     launch("cannot be written", output_dir=str(tmp_path / "file" / "below"))
     launch("holds run 'first' already; use --resume first", run_name="first")
+    with claimed(f"{trained.launch.output_dir}/taken"):
+        launch(r"checkpoints/taken is in use by another launch", run_name="taken")
+    with claimed(f"{trained.launch.output_dir}/first"):
+        launch(r"checkpoints/first is in use by another launch", resume="first")
     launch("holds no checkpoint of run 'none'", resume="none")
     launch("holds no run to resume", output_dir=str(tmp_path / "empty"), resume="latest")
     launch("num_layers 2 there, 3 here", model=replace(MODEL, num_layers=3), resume="first")
     assert len(MlflowClient(tracking).search_runs(["1"])) == runs
     with pytest.raises(ValueError, match="cannot name a registered model"):
         LaunchConfig(register_as="a/b")
+
+
+def test_a_run_whose_artifacts_cannot_be_stored_is_refused_and_marked_failed(
+    trained: Trained, tracking: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    client = MlflowClient(tracking)
+    experiment = client.create_experiment("no room", artifact_location=(tmp_path / "file").as_uri())
+    with pytest.raises(
+        TrackingError, match=r"artifacts cannot be stored at file:.*another --experiment"
+    ) as refused:
+        trained.again(experiment="no room", register_as="")
+    assert "\n" not in str(refused.value)
+    [run] = client.search_runs([experiment])
+    assert run.info.status == "FAILED"
 
 
 def test_checkpoints_are_kept_to_the_newest_few(trained: Trained) -> None:

@@ -46,6 +46,26 @@ def test_help_shows_no_type_expressions(help_text: str) -> None:
     assert "default: null" not in help_text
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            "s3://key:hidden@bucket/x",
+            "data is s3://***@bucket/x; it must be a directory on storage that all nodes",
+        ),
+        ("nowhere", "nowhere is not a prepared dataset"),
+    ],
+)
+def test_data_that_cannot_be_read_is_one_line_before_ray_starts(
+    data: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    job = run_here("train.py", "--data", data)
+    assert job.returncode == 2
+    assert message in job.stderr
+    assert job.stderr.count("\n") == 1
+
+
 def test_an_unusable_number_of_workers_is_one_line_before_ray_starts() -> None:
     job = run_here("train.py", "--world_size", "8..2")
     assert job.returncode == 2

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 from llama_ray.tracking.buffer import BufferedRun
@@ -74,3 +75,46 @@ def test_an_action_sees_the_points_logged_before_it(new_run: Callable[..., Run])
     buffered.log_metrics({"loss": 2.0}, 2)
     assert buffered.close()
     assert seen[-1] >= 1
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the buffer has logged about what MLflow refused."""
+    return lambda: [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+
+
+def test_only_what_mlflow_refuses_is_lost_and_that_is_said_once_at_the_end(
+    new_run: Callable[..., Run], said: Callable[[], list[str]]
+) -> None:
+    run = new_run()
+    buffered = BufferedRun(run.run_id, run.uri, retry_s=(60, 60))
+    for step in range(1, 200):
+        buffered.log_metrics({"loss?" if step == 100 else "loss": float(step)}, step)
+    buffered.do("forbidden", lambda r: r.set_tags({"not a name?": "x"}))
+    buffered.do("broken", lambda r: r.log_file(Path("/nowhere/at/all"), "profile"))
+    buffered.do("good", lambda r: r.log_text("x", "inside.txt"))
+    assert not buffered.close(timeout_s=30)
+    assert points(run) == [(step, float(step)) for step in range(1, 200) if step != 100]
+    assert "inside.txt" in [file.path for file in MlflowClient(run.uri).list_artifacts(run.run_id)]
+    [message] = said()
+    assert message.startswith(f"MLflow refused 3 points and artifacts of run {run.run_id} (")
+    assert "loss?" in message
+
+
+def test_a_run_that_was_deleted_is_not_asked_for_ever(
+    new_run: Callable[..., Run], said: Callable[[], list[str]]
+) -> None:
+    run = new_run()
+    buffered = BufferedRun(run.run_id, run.uri, retry_s=(60, 60))
+    buffered.log_metrics({"loss": 1.0}, 1)
+    while buffered.unsent():
+        time.sleep(0.01)
+    MlflowClient(run.uri).delete_run(run.run_id)
+    buffered.log_metrics({"loss": 2.0}, 2)
+    while buffered.unsent():
+        time.sleep(0.01)
+    buffered.log_metrics({"loss": 3.0}, 3)
+    assert buffered.unsent() == []
+    assert not buffered.close(timeout_s=30)
+    [message] = said()
+    assert f"MLflow refused 2 points and artifacts of run {run.run_id}" in message

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 
 from llama_ray.tracking.errors import TrackingError
-from llama_ray.tracking.uri import artifact_location, connect, tracking_uri
+from llama_ray.tracking.registry import download, register
+from llama_ray.tracking.runs import Run
+from llama_ray.tracking.uri import artifact_location, connect, sqlite_path, tracking_uri
 
 
 def test_the_default_is_an_absolute_sqlite_file_with_artifacts_beside_it(
@@ -63,3 +68,67 @@ def test_two_processes_may_create_the_same_store_at_once(tmp_path: Path) -> None
     ends = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     assert ends[0][0] == ends[1][0]
+
+
+ODD_NAMES = ["run#3", "what?", "a%20b", "a b", "Übung", "a@b:c", "a;b&c=d"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_directory_of_any_name_holds_its_database_and_its_artifacts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    uri = tracking_uri()
+    assert sqlite_path(uri) == tmp_path / name / "mlflow.db"
+    # Read again, as another process does that gets it in its environment.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking_uri() == uri
+    location = artifact_location(uri)
+    assert location is not None
+    assert Path(url2pathname(urlsplit(location).path)) == tmp_path / name / "mlartifacts"
+
+
+def test_a_run_and_its_model_are_stored_in_a_directory_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, checkpoint: Path, echo_model: Path
+) -> None:
+    folder = tmp_path / "run#3 100%25 of what? Übung"
+    folder.mkdir()
+    # A copy of a database with its tables, which take seconds to make.
+    connect(store)
+    shutil.copy(str(sqlite_path(store)), folder / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(folder)
+    run = Run.create(experiment="odd", name="r", params={}, tags={}, description="")
+    run.log_text("hello", "a/b.txt")
+    version = register(
+        run,
+        name="odd",
+        checkpoint=checkpoint,
+        python_model=echo_model,
+        validation_loss=1.0,
+        data_fingerprint="d",
+        tags={},
+        description="",
+    )
+    assert (folder / "mlartifacts" / run.run_id / "artifacts" / "a" / "b.txt").read_text() == "hello"
+    assert download(version.uri).is_relative_to(folder / "mlartifacts")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:", "sqlite:///?timeout=3"])
+def test_a_database_in_memory_is_refused_because_processes_share_it(uri: str) -> None:
+    with pytest.raises(TrackingError, match="names no file, which all processes share; give http"):
+        connect(uri)
+
+
+def test_options_of_a_database_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///my.db?timeout=30")
+    assert tracking_uri() == f"sqlite:///{tmp_path}/my.db?timeout=30"
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks://profile"])
+def test_databricks_is_left_to_mlflow(uri: str) -> None:
+    assert connect(uri).tracking_uri == uri

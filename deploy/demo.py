@@ -23,6 +23,8 @@ import psutil
 import yaml
 from openai import OpenAI
 
+from llama_ray.tracking.uri import sqlite_uri
+
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".demo"
 STATE = HOME / "state.json"
@@ -108,8 +110,8 @@ def _start_servers() -> dict[str, Any]:
     )
     mlflow = [
         *("mlflow", "server", "--host", "127.0.0.1", "--port", str(ports["mlflow"]), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{HOME}/mlflow.db"),
-        *("--artifacts-destination", f"{HOME}/mlartifacts"),
+        *("--backend-store-uri", sqlite_uri(HOME / "mlflow.db")),
+        *("--artifacts-destination", (HOME / "mlartifacts").as_uri()),
     ]
     ray = [
         *("ray", "start", "--head", "--block", "--disable-usage-stats", "--port", str(_free_port(6379))),

@@ -64,19 +64,26 @@ def from_flags(kind: type[T], flags: Namespace, **values: Any) -> T:
 def main(job: Callable[[], None]) -> NoReturn:
     """Run `job` and exit: with code 0, 130 after Ctrl-C, or 2 and one line `error: ...` on stderr for a ValueError.
 
-    Other exceptions are bugs or outages: they show their traceback, in which a library may have quoted a URI.
+    An OSError that names a file is the user's, too: a name that is too long, a full disk, a missing permission. Other
+    exceptions are bugs or outages: they show their traceback, in which a library may have quoted a URI.
     """
     try:
         job()
     except ValueError as error:
-        print("error:", " ".join(redact(str(error)).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            _refuse(f"{error.strerror}: {shown(str(error.filename))}")
         print(redact(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         sys.exit(1)
     sys.exit(0)
+
+
+def _refuse(message: str) -> NoReturn:
+    print("error:", " ".join(redact(message).split()), file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def read_bytes(text: str, flag: str) -> int:

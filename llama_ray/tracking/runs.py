@@ -24,6 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import (
+    MAX_DATASET_NAME_SIZE,
     MAX_METRICS_PER_BATCH,
     MAX_PARAM_VAL_LENGTH,
     MAX_PARAMS_TAGS_PER_BATCH,
@@ -165,7 +166,7 @@ class Run:
         Raises TrackingError.
         """
         dataset = Dataset(
-            redact(name),
+            redact(name)[:MAX_DATASET_NAME_SIZE],
             fingerprint[:_DIGEST_CHARACTERS],
             "local",
             json.dumps({"uri": redact(source)}),

@@ -41,6 +41,14 @@ def sqlite_path(uri: str) -> Path | None:
     return workspace() / str(path)
 
 
+def sqlite_uri(database: Path) -> str:
+    """Return the URI of the database file with this absolute path."""
+    quoted = str(database).replace("%", "%25").replace("?", "%3F")
+    # For `sqlite:` MLflow makes the folder of the path, but without unquoting its name.
+    scheme = "sqlite" if quoted == str(database) else "sqlite+pysqlite"
+    return f"{scheme}:///{quoted}"
+
+
 def artifact_location(uri: str) -> str | None:
     """Return the file URI of a new experiment's artifacts; None if a server decides that itself."""
     if _scheme(uri) not in _DATABASES:
@@ -84,10 +92,7 @@ def _absolute(uri: str) -> str:
     if database is None:
         return uri
     _, question, options = uri.partition("?")
-    quoted = str(database).replace("%", "%25").replace("?", "%3F")
-    # For `sqlite:` MLflow makes the folder of the path, but without unquoting its name.
-    scheme = "sqlite" if quoted == str(database) else "sqlite+pysqlite"
-    return f"{scheme}:///{quoted}{question}{options}"
+    return f"{sqlite_uri(database)}{question}{options}"
 
 
 def _scheme(uri: str) -> str:

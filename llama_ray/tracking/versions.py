@@ -13,12 +13,15 @@ from mlflow.exceptions import MlflowException
 
 from llama_ray.tracking.errors import TrackingError, reported
 from llama_ray.tracking.uri import connect
+from llama_ray.utils.fields import shown
 
 _REF = re.compile(
     r"models:/(?P<name>(?!\.{1,2}[/@])[^/:@'\"]+)(?:/(?P<version>[1-9][0-9]*)|@(?P<alias>[\w-]+))"
 )
 _NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """Error codes of MLflow; the latter is for an alias that is not set."""
+_MAX_NAME_BYTES = 200
+"""The columns of MLflow's tables have 256 characters, and the name of a folder 255 bytes."""
 _LISTED = 10
 """Names or versions that an error message lists."""
 
@@ -54,8 +57,11 @@ class Version:
 
 def check_name(name: str) -> None:
     """Raise TrackingError unless `name` can name a registered model; call it before a long training run."""
-    if not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
-        raise TrackingError(f"{name!r} cannot name a registered model; use letters, digits, '-', '_' and '.'")
+    if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..") or len(name.encode()) > _MAX_NAME_BYTES:
+        raise TrackingError(
+            f"{shown(name)} cannot name a registered model; use at most {_MAX_NAME_BYTES} bytes of letters, digits, "
+            "'-', '_' and '.'"
+        )
 
 
 def resolve_version(ref: str, uri: str | None = None) -> Version:

@@ -15,6 +15,8 @@ from operator import ge, gt, le, lt
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from llama_ray.utils.redact import redact
+
 _KEY = "limits"
 _LARGEST_INT = 2**31 - 1
 """The bound of whole numbers that declare no other one."""
@@ -105,7 +107,8 @@ def shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
         # Python refuses to write out a number of thousands of digits.
         return f"a number of about {value.bit_length() * 3 // 10} digits"
-    text = str(value) if isinstance(value, Real) else repr(value)
+    # Before it is cut, because half of a URI may not be known as one.
+    text = str(value) if isinstance(value, Real) else redact(repr(value))
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 

@@ -24,6 +24,8 @@ def job():
     flags = parse(parser)
     if flags.prompt == "fail":
         raise ValueError("two\\nlines")
+    if flags.prompt == "file":
+        open("x" * 300)
     if flags.prompt == "bug":
         raise RuntimeError("bug at http://user:hidden@host")
     print(flags.batch_size, flags.prompt, flags.rest, *([flags.fast] if flags.fast else []))
@@ -53,6 +55,7 @@ def test_a_boolean_flag_without_a_value_means_true(flags: list[str]) -> None:
 def test_user_errors_give_one_line_and_exit_code_2() -> None:
     for arguments, message in (
         (["--prompt", "fail"], "error: two lines\n"),
+        (["--prompt", "file"], f"error: File name too long: '{'x' * 30}"),
         (["--batch-size", "x"], "error: --batch_size is x; it must be int (--help"),
         (["--fast", "maybe"], "error: --fast is maybe; it must be bool (--help"),
         (["--kind", "c"], "error: --kind is c; it must be a or b (--help"),

@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from llama_ray.utils.errors import UserError, first_line
+from llama_ray.utils.fields import shown
 from llama_ray.utils.redact import redact
 
 SECRETS = [
@@ -48,6 +49,10 @@ def test_secrets_of_uris_are_hidden_anywhere_in_a_text(text: str, shown: str) ->
 )
 def test_a_text_without_secrets_stays_as_it_is(text: str) -> None:
     assert redact(text) == text
+
+
+def test_a_value_that_is_cut_shows_no_secret() -> None:
+    assert "hidden" not in shown(f"s3://key:hidden{'x' * 100}@bucket/runs")
 
 
 def test_errors_of_the_user_and_quoted_messages_have_no_secrets() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llama_ray.generation.backends.cuda.cache import PagedAttend
 from llama_ray.generation.backends.cuda.elementwise import rms_norm, swiglu
-from llama_ray.generation.backends.cuda.product import Product
+from llama_ray.generation.backends.cuda.one_row import RowProduct
 from llama_ray.generation.backends.quantize import Quantization
 from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU, causal_attention, rotate
 from llama_ray.model.llama import Llama
@@ -21,6 +21,11 @@ class FusedNorm(nn.Module):
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight, norm.eps
+
+    @property
+    def parameters_of_row(self) -> tuple[Tensor, float]:
+        """Weight and epsilon, for a product that includes the norm."""
+        return self.weight, self.eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
@@ -37,21 +42,24 @@ class FusedAttention(nn.Module):
         self.layer, self.head_dim = attention.layer, attention.head_dim
         parts = attention.q_proj, attention.k_proj, attention.v_proj
         self._widths = [part.weight.shape[0] for part in parts]
-        self.qkv_proj = Product(_joined(*parts), quantization, batch_invariant)
-        self.o_proj = Product(attention.o_proj.weight, quantization, batch_invariant)
+        self.qkv_proj = RowProduct(_joined(*parts), quantization, batch_invariant)
+        self.o_proj = RowProduct(attention.o_proj.weight, quantization, batch_invariant)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]; on a paged cache the batch size is 1."""
+        return self.o_proj(self.attended(x, rope, attend))  # type: ignore[no-any-return]
+
+    def attended(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None) -> Tensor:
+        """Return the input of the output projection, [batch, seq, heads * head_dim]."""
         qkv = self.qkv_proj(x)
         if isinstance(attend, PagedAttend):
-            out = attend.projected(self.layer, qkv[0], rope)
-            return self.o_proj(out.flatten(1)[None])  # type: ignore[no-any-return]
+            return attend.projected(self.layer, qkv[0], rope).flatten(1)[None]
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in qkv.split(self._widths, -1)
         )
         q, k = rotate(q, *rope), rotate(k, *rope)
         out = causal_attention(q, k, v) if attend is None else attend(self.layer, q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return out.transpose(1, 2).flatten(2)
 
 
 class FusedSwiGLU(nn.Module):
@@ -59,12 +67,47 @@ class FusedSwiGLU(nn.Module):
 
     def __init__(self, mlp: SwiGLU, quantization: Quantization | None, batch_invariant: bool) -> None:
         super().__init__()
-        self.gate_up_proj = Product(_joined(mlp.gate_proj, mlp.up_proj), quantization, batch_invariant)
-        self.down_proj = Product(mlp.down_proj.weight, quantization, batch_invariant)
+        self.gate_up_proj = RowProduct(_joined(mlp.gate_proj, mlp.up_proj), quantization, batch_invariant)
+        self.down_proj = RowProduct(mlp.down_proj.weight, quantization, batch_invariant)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(self.gated(x))  # type: ignore[no-any-return]
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Return the input of the last projection, [batch, seq, intermediate]."""
+        return swiglu(self.gate_up_proj(x))
+
+
+class FusedBlock(nn.Module):
+    """A layer whose products add to the residual stream themselves, and that is six launches for a single row."""
+
+    def __init__(self, block: Block, quantization: Quantization | None, batch_invariant: bool) -> None:
+        super().__init__()
+        self.input_layernorm = FusedNorm(block.input_layernorm)
+        self.self_attn = FusedAttention(block.self_attn, quantization, batch_invariant)
+        self.post_attention_layernorm = FusedNorm(block.post_attention_layernorm)
+        self.mlp = FusedSwiGLU(block.mlp, quantization, batch_invariant)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden]; x may be overwritten."""
+        attention, mlp = self.self_attn, self.mlp
+        if not (isinstance(attention.o_proj, RowProduct) and isinstance(mlp.down_proj, RowProduct)):
+            # Under tensor parallelism the ranks' parts are summed before they are added.
+            x = x + attention(self.input_layernorm(x), rope, attend)
+            return x + mlp(self.post_attention_layernorm(x))
+        if attention.o_proj.takes_one_row(x) and isinstance(attend, PagedAttend):
+            return self._one_row(x[0], rope, attend)[None]
+        x = attention.o_proj.add_to(x, attention.attended(self.input_layernorm(x), rope, attend))
+        return mlp.down_proj.add_to(x, mlp.gated(self.post_attention_layernorm(x)))
+
+    def _one_row(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: PagedAttend) -> Tensor:
+        """[1, hidden] -> [1, hidden]."""
+        attention, mlp = self.self_attn, self.mlp
+        qkv = attention.qkv_proj.row(x, self.input_layernorm.parameters_of_row)
+        x = attention.o_proj.row(attend.projected(attention.layer, qkv, rope).flatten(1), residual=x)
+        hidden = mlp.gate_up_proj.row(x, self.post_attention_layernorm.parameters_of_row, gated=True)
+        return mlp.down_proj.row(hidden, residual=x)
 
 
 @torch.no_grad()
@@ -76,15 +119,11 @@ def accelerate(model: Llama, quantization: Quantization | None, batch_invariant:
     Raises ValueError for a shape that the format does not support.
     """
     model.requires_grad_(False)
-    for layer in model.layers:
-        block = cast(Block, layer)
-        block.input_layernorm = FusedNorm(block.input_layernorm)  # type: ignore[assignment]
-        block.self_attn = FusedAttention(block.self_attn, quantization, batch_invariant)  # type: ignore[assignment]
-        block.post_attention_layernorm = FusedNorm(block.post_attention_layernorm)  # type: ignore[assignment]
-        block.mlp = FusedSwiGLU(block.mlp, quantization, batch_invariant)  # type: ignore[assignment]
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = FusedBlock(cast(Block, layer), quantization, batch_invariant)
     model.norm = FusedNorm(model.norm)  # type: ignore[assignment]
     head_quantization: Quantization | None = "int8" if quantization == "int4" else quantization
-    model.lm_head = Product(model.lm_head.weight, head_quantization, batch_invariant)  # type: ignore[assignment]
+    model.lm_head = RowProduct(model.lm_head.weight, head_quantization, batch_invariant)  # type: ignore[assignment]
     if model.embed_tokens.weight.is_cuda:
         # The KV cache may take the memory of the old weights.
         torch.cuda.empty_cache()

@@ -36,13 +36,31 @@ def torch_top_candidates(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def top_candidates_by_keys(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`TopCandidates` for GPUs: sort by one integer per token, unique in its row, that orders by logit and then id."""
-    bits = (logits + 0.0).view(torch.int32)  # Adding 0 turns -0 into 0, which it equals.
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # The bits of negative floats order backwards.
+    """`TopCandidates` for GPUs, by integers that order by logit and then by id.
+
+    Only the `width` blocks with the largest maxima are searched: a token outside of them has the maxima of `width`
+    blocks before it.
+    """
     vocab_size = logits.shape[-1]
-    keys = (ascending.long() << 32) + torch.arange(vocab_size - 1, -1, -1, device=logits.device)
-    ids = keys.topk(width).indices
-    return logits.gather(-1, ids), ids
+    size = _block_size(vocab_size, width)
+    if vocab_size % size:
+        logits = torch.nn.functional.pad(logits, (0, -vocab_size % size), value=-torch.inf)
+    blocks = logits.view(len(logits), -1, size)
+    chosen = _order(blocks.amax(-1)).topk(width, sorted=False).indices.unsqueeze(-1)
+    values = blocks.gather(1, chosen.expand(-1, -1, size)).flatten(1)
+    ids = (chosen * size + torch.arange(size, device=logits.device)).flatten(1)
+    top = _order(values, ids).topk(width).indices
+    # What is beyond the vocabulary is -inf.
+    return values.gather(-1, top), ids.gather(-1, top).clamp(max=vocab_size - 1)
+
+
+def _order(values: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Return int64 keys that are larger for larger fp32 values and, among equal ones, for smaller ids or positions."""
+    bits = (values + 0.0).view(torch.int32)  # Adding 0 turns -0 into 0, which it equals.
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # The bits of negative floats order backwards.
+    if ids is None:
+        ids = torch.arange(values.shape[-1], device=values.device)
+    return (ascending.long() << 32) + (0x7FFFFFFF - ids)
 
 
 def _by_threshold(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:

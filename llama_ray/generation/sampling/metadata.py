@@ -66,7 +66,9 @@ class SamplingMetadata:
     def noise_keys(self, rows: Sequence[Row]) -> Tensor:
         """Return the rows' `noise.noise_keys` at their current positions, int64 [rows, 1], on the logits' device."""
         positions = [len(row.prompt) + len(row.output) + len(row.draft) for row in rows]
-        return noise_keys(self._stream_keys, positions).to(self._device)
+        keys = noise_keys(self._stream_keys, positions)
+        # Pinned, because the host would wait for the model's logits otherwise.
+        return keys if self._device.type == "cpu" else keys.pin_memory().to(self._device, non_blocking=True)
 
 
 def _groups(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> list[RowGroup]:

@@ -160,7 +160,8 @@ class RowProduct(Product):
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """Return `residual` [..., outputs] plus the product of x [..., inputs]; `residual` may be overwritten."""
         if self.scales is not None or self.batch_invariant:
-            return residual + self(x)
+            total: Tensor = residual + self(x)
+            return total
         rows = residual.view(-1, residual.shape[-1])
         rows.addmm_(x.reshape(-1, x.shape[-1]), self.weight.t())
         return residual

@@ -28,7 +28,7 @@ class _Receiver:
     number: int
 
 
-MAX_COMPILING_REQUESTS = 64
+MAX_COMPILING_REQUESTS = 256
 """Requests that wait for their grammar at once; others wait for one of them."""
 
 

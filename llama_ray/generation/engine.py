@@ -311,10 +311,10 @@ class Engine:
     def step(self) -> list[Delta]:
         """Compute one step: a token for each sequence that generates, and as much of the waiting prompts as fits.
 
-        Return a delta for each sequence that got a token or failed; the list is empty if there is nothing to do or the
-        step only computed the middle of prompts. A step that runs out of memory is repeated with smaller limits; a
-        sequence that cannot be computed fails, and the others continue. Raises RunnerError if a worker process has
-        ended, since no step can be computed then.
+        Return a delta for each sequence that got a token or failed; the list is empty if there is nothing to do, or the
+        step only computed the middle of prompts or lacked the masks of grammars. A step that runs out of memory is
+        repeated with smaller limits; a sequence that cannot be computed fails, and the others continue. Raises
+        RunnerError if a worker process has ended, since no step can be computed then.
         """
         return self._core.step()
 

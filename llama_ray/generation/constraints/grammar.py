@@ -20,7 +20,7 @@ from llama_ray.generation.constraints.processes import Death, GrammarProcess
 _log = logging.getLogger(__name__)
 
 _MAX_LOSSES = 3
-"""Times that a grammar's process may be lost, not by its own cost, before its candidates end."""
+"""Times in a row that a grammar's process may be lost, not by its own cost, before its candidates end."""
 
 Draft = Sequence[int]
 
@@ -216,6 +216,7 @@ class Grammar:
             # The process is a new one, and this is what it says of the grammar.
             self.refusal = message
             return
+        self._losses = 0
         for constraint, answer in zip(pending, message, strict=True):
             constraint.take(Answer(*answer), process)
 

@@ -13,10 +13,13 @@ from llama_ray.generation.constraints.limits import (
     COMPILE_CPU_S,
     MAX_CACHED_GRAMMARS,
     MAX_IDLE_PROCESSES,
+    MAX_SLOW,
     MEMORY_BYTES,
     QUICK_CPU_S,
     QUICK_LANES,
+    QUICK_NICE,
     SLOW_LANES,
+    SLOW_NICE,
     WALL_CLOCK_FACTOR,
 )
 from llama_ray.generation.constraints.messages import Kind
@@ -56,6 +59,7 @@ class Grammars:
         self._template = Template(json, vocab_size, eos_ids)
         self._quick = threading.BoundedSemaphore(QUICK_LANES)
         self._slow = threading.BoundedSemaphore(SLOW_LANES)
+        self._room = threading.BoundedSemaphore(MAX_SLOW)
         # Guards the rest, whose most recently used entries come last.
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[Kind, bytes], Grammar] = OrderedDict()
@@ -94,34 +98,47 @@ class Grammars:
             return grammar
 
     def _check(self, grammar: Grammar) -> None:
-        """Compile a grammar; either it has a process then, or a refusal."""
+        """Compile a grammar; then it has a process, or a refusal. Raises ValueError for what may pass later."""
         for _ in range(_ATTEMPTS):
             with self._quick:
-                death = self._attempt(grammar, QUICK_CPU_S)
-            if death is not None and death.of_time:
-                with self._slow:
-                    death = self._attempt(grammar, self._compile_cpu_s)
+                death = self._attempt(grammar, QUICK_CPU_S, QUICK_NICE)
+            if death is not None and (death.of_time or death.of_waiting):
+                death = self._attempt_slowly(grammar)
             if death is None:
                 return
-            if self._template.refusal is not None:
-                grammar.refusal = f"this tokenizer cannot be used: {self._template.refusal}"
+            grammar.refusal = self._refusal(death)
+            if grammar.refusal is not None:
                 return
-            if death.of_time:
-                grammar.refusal = (
-                    f"it takes more than {self._compile_cpu_s:g} s of processor time to compile; simplify it"
-                )
-                return
-            if death.of_cost:
-                limit = f"{MEMORY_BYTES >> 20} MiB"
-                grammar.refusal = (
-                    f"it takes more than {limit} of memory to compile, or crashes ({death}); simplify it"
-                )
-                return
+            if death.of_waiting:
+                raise _for_now(grammar, f"{self._compile_cpu_s * WALL_CLOCK_FACTOR:g} s to compile")
         raise RuntimeError(f"the process that compiles a {grammar.kind} was lost {_ATTEMPTS} times ({death})")
 
-    def _attempt(self, grammar: Grammar, cpu_s: float) -> Death | None:
+    def _refusal(self, death: Death) -> str | None:
+        """Return what is wrong with a grammar whose process ended; None if nothing may be."""
+        if self._template.refusal is not None:
+            return f"this tokenizer cannot be used: {self._template.refusal}"
+        if death.of_time:
+            return f"it takes more than {self._compile_cpu_s:g} s of processor time to compile; simplify it"
+        if death.of_cost:
+            limit = f"{MEMORY_BYTES >> 20} MiB"
+            return f"it takes more than {limit} of memory to compile, or crashes ({death}); simplify it"
+        return None
+
+    def _attempt_slowly(self, grammar: Grammar) -> Death | None:
+        """Attempt it with all the processor time that there is. Raises ValueError if too many others want that."""
+        if not self._room.acquire(blocking=False):
+            raise _for_now(
+                grammar, f"{QUICK_CPU_S:g} s of processor time to compile, as {MAX_SLOW} others do now"
+            )
+        try:
+            with self._slow:
+                return self._attempt(grammar, self._compile_cpu_s, SLOW_NICE)
+        finally:
+            self._room.release()
+
+    def _attempt(self, grammar: Grammar, cpu_s: float, nice: int) -> Death | None:
         """Compile a grammar; return how its process ended, or None if the grammar has it, or a refusal, now."""
-        process = self._template.start(grammar.kind, grammar.text, cpu_s)
+        process = self._template.start(grammar.kind, grammar.text, cpu_s, nice)
         try:
             if not process.has_news(_START_TIMEOUT_S + cpu_s * WALL_CLOCK_FACTOR):
                 return Death(None)
@@ -139,7 +156,7 @@ class Grammars:
     def _restart(self, grammar: Grammar) -> GrammarProcess:
         """Start a process for a grammar that is known to compile."""
         self._note_running(grammar)
-        return self._template.start(grammar.kind, grammar.text, self._compile_cpu_s)
+        return self._template.start(grammar.kind, grammar.text, self._compile_cpu_s, QUICK_NICE)
 
     def _note_running(self, grammar: Grammar) -> None:
         """Note that a grammar has a process, and end those that have waited longest for a candidate."""
@@ -149,3 +166,9 @@ class Grammars:
             for old in list(self._running.values())[:-MAX_IDLE_PROCESSES]:
                 if old.retire():
                     del self._running[id(old)]
+
+
+def _for_now(grammar: Grammar, cost: str) -> ValueError:
+    return ValueError(
+        f"{grammar.kind} cannot be enforced: it takes more than {cost}; simplify it, or try again later"
+    )

@@ -18,8 +18,12 @@ COMPILE_CPU_S = 1.0
 QUICK_LANES, SLOW_LANES = 4, 2
 """Grammars that compile at once in a first and in a second attempt."""
 
-COMPILE_NICE = 10
-"""Compiling leaves most of a processor to whoever else wants it, such as the model's threads."""
+MAX_SLOW = 16
+"""Grammars that compile, or wait to compile, in a second attempt; further ones are refused."""
+
+QUICK_NICE, SLOW_NICE = 5, 10
+"""Compiling leaves most of a processor to whoever else wants it, such as the model's threads: about three quarters in a
+first attempt, nine tenths in a second."""
 
 MASK_CPU_S, FURTHER_MASK_CPU_S = 0.25, 0.02
 """Processor time for the masks of a grammar in one step: for the first of them, and for each further one."""
@@ -42,7 +46,7 @@ MAX_CACHED_GRAMMARS = 256
 STEP_WAIT_S, REFILL_S = 0.02, 0.002
 """How long a step with other sequences waits for masks: at most `STEP_WAIT_S`, and `REFILL_S` a step on average."""
 
-LONE_WAIT_S = 0.05
+LONE_WAIT_S = 0.02
 """How long a step waits if none of its sequences can have a token without a mask."""
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from llama_ray.generation.constraints.limits import (
-    COMPILE_NICE,
     MEMORY_BYTES,
     WALL_CLOCK_FACTOR,
     mask_limit_s,
@@ -104,7 +103,7 @@ def _compile(job: Job, text: str, tokenizer: LLTokenizer) -> tuple[LLMatcher | N
 
     def compile_() -> None:
         # The priority is this thread's alone.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPILE_NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), job.nice)
         try:
             compiled.append(_matcher(job, text, tokenizer))
         except BaseException as error:  # A panic of the library is no Exception.

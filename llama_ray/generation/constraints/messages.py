@@ -12,13 +12,15 @@ Kind = Literal["json_schema", "regex"]
 class Job(NamedTuple):
     """The first message about a grammar's process, to the template that forks it.
 
-    Its text is at the beginning of the memory that the process and the engine share, `length` bytes.
+    Its text is at the beginning of the memory that the process and the engine share, `length` bytes. It may
+    take `cpu_s` to compile, at the priority `nice`.
     """
 
     number: int
     kind: Kind
     length: int
     cpu_s: float
+    nice: int
 
 
 class Question(NamedTuple):

@@ -28,7 +28,7 @@ from llama_ray.utils.integers import ceil_div
 
 _START = "from llama_ray.generation.constraints.template import main; main()"
 _MAX_MESSAGE = 4096
-_NEWS_TIMEOUT_S = 0.5
+_POLL_S, _NEWS_TIMEOUT_S = 0.001, 0.2
 """The news of a death follows the closing of a socket within a millisecond, unless the machine is very busy."""
 
 
@@ -40,13 +40,18 @@ class Death:
 
     @property
     def of_cost(self) -> bool:
-        """Whether it exceeded its limits, or crashed."""
-        return self.exit_code not in (None, -signal.SIGKILL)
+        """Whether it exceeded its limits of processor time or memory, or crashed: it would do so again."""
+        return self.exit_code not in (None, -signal.SIGKILL, -signal.SIGALRM)
 
     @property
     def of_time(self) -> bool:
-        """Whether it exceeded its limit of time."""
-        return self.exit_code in (-signal.SIGPROF, -signal.SIGALRM)
+        """Whether it exceeded its limit of processor time."""
+        return self.exit_code == -signal.SIGPROF
+
+    @property
+    def of_waiting(self) -> bool:
+        """Whether it exceeded its limit of elapsed time, on a machine that is busy or was suspended."""
+        return self.exit_code == -signal.SIGALRM
 
     def __str__(self) -> str:
         if self.exit_code is None or self.exit_code >= 0:
@@ -107,8 +112,8 @@ class Template:
         self._closed = False
         self.refusal: str | None = None
 
-    def start(self, kind: Kind, text: bytes, cpu_s: float) -> GrammarProcess:
-        """Return a process that compiles a grammar within `cpu_s`. Does not wait for it.
+    def start(self, kind: Kind, text: bytes, cpu_s: float, nice: int) -> GrammarProcess:
+        """Return a process that compiles a grammar within `cpu_s`, at priority `nice`. Does not wait for it.
 
         Its first answer is None, or what is wrong with the grammar. Raises RuntimeError after `close`.
         """
@@ -120,7 +125,7 @@ class Template:
             shared[: len(text)] = text
             with self._lock:
                 number = next(self._numbers)
-                job = json.dumps(Job(number, kind, len(text), cpu_s)).encode()
+                job = json.dumps(Job(number, kind, len(text), cpu_s, nice)).encode()
                 descriptors = [theirs.fileno(), memory]
                 self._read_news()
                 if not _sent(self._control, job, descriptors):
@@ -138,13 +143,13 @@ class Template:
     def death_of(self, process: GrammarProcess) -> Death:
         """Return why a process has gone whose connection says so."""
         deadline = time.monotonic() + _NEWS_TIMEOUT_S
-        with self._lock:
-            while True:
+        while True:
+            with self._lock:
                 self._read_news()
-                remaining = deadline - time.monotonic()
-                if process.number in self._exit_codes or self._control is None or remaining <= 0:
+                known = process.number in self._exit_codes or self._control is None
+                if known or time.monotonic() > deadline:
                     return Death(self._exit_codes.pop(process.number, None))
-                select.select([self._control], [], [], remaining)
+            time.sleep(_POLL_S)
 
     def close(self) -> None:
         """End all processes and wait for that."""

@@ -33,7 +33,7 @@ def main() -> None:
         with open(tokenizer_fd, encoding="utf-8") as file:  # noqa: PTH123
             file.seek(0)
             tokenizer = LLTokenizer(file.read(), n_vocab=vocab_size, eos_token=eos_ids)
-    except ValueError as error:
+    except BaseException as error:  # A panic of the library is no Exception.
         control.send(json.dumps(["refused", one_line(str(error))]).encode())
         return
     control.send(json.dumps(["ready"]).encode())

@@ -21,6 +21,8 @@ from tests.generation.constraints.helpers import Processes, costly_schema
 VOCAB_SIZE = 384
 # Less than engines have, to save time.
 CPU_S = 0.3
+# On a busy machine, ten times as much time may have elapsed first.
+TAKES_TOO_LONG = r"takes more than (0\.3 s of processor time|3 s) to compile"
 
 
 @pytest.fixture
@@ -52,10 +54,10 @@ def test_costly_grammars_are_refused_with_their_limit_and_keep_no_cheap_one_wait
         done, _ = wait([cheap, *costly], return_when=FIRST_COMPLETED)
         assert done == {cheap}
         for refused in costly:
-            with pytest.raises(ValueError, match=f"takes more than {CPU_S:g} s of processor time"):
+            with pytest.raises(ValueError, match=TAKES_TOO_LONG):
                 refused.result()
     # A refusal is remembered.
-    with pytest.raises(ValueError, match="processor time"):
+    with pytest.raises(ValueError, match=TAKES_TOO_LONG):
         grammars.constraints("json_schema", costly_schema(), 1)
     assert len(processes.forks()) == 1, "the cheap one's"
     now = psutil.Process().cpu_times()
@@ -72,7 +74,7 @@ def test_a_grammar_whose_process_is_killed_is_compiled_again(
         while not (new := set(processes.forks()) - known):
             assert not costly.done()
         new.pop().kill()
-        with pytest.raises(ValueError, match="takes more than"):
+        with pytest.raises(ValueError, match=TAKES_TOO_LONG):
             costly.result()
     processes.template().kill()
     assert grammars.constraints("regex", "b", 1)

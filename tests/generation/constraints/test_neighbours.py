@@ -42,7 +42,7 @@ def test_streams_go_on_while_a_costly_grammar_is_compiled(model: Llama, tokenize
         while not costly.done():
             await answer(FREE)
             answered += 1
-        with pytest.raises(ValueError, match="takes more than 1 s of processor time to compile"):
+        with pytest.raises(ValueError, match=r"takes more than (1 s of processor time|10 s) to compile"):
             await costly
         running.stop()
         return answered

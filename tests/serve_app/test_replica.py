@@ -159,7 +159,7 @@ def test_deltas_of_one_choice_join() -> None:
 def test_a_model_that_cannot_be_served_is_refused_with_the_reason(tmp_path: Path, model_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere is not a directory"):
         LlamaReplica(str(tmp_path / "nowhere"))
-    with pytest.raises(TrackingError, match="ftp://host cannot be used"):
+    with pytest.raises(TrackingError, match="ftp://host is not a tracking URI"):
         LlamaReplica("models:/absent@champion", "ftp://host")
     model, _ = load_pretrained(model_dir)
     save_pretrained(model, None, tmp_path / "mute")

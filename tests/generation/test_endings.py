@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jsonschema
 import pytest
@@ -49,6 +50,14 @@ def test_no_completion_ends_before_min_tokens(engine: Engine, tokenizer: Tokeniz
     every = tuple(" abcdehilmnorstu")
     got = engine.generate("a", SamplingParams(max_tokens=40, min_tokens=12, stop=every, seed=3))[0]
     assert len(got.token_ids) >= 12
+
+
+def test_each_of_several_candidates_ends_where_its_own_output_is_complete(engine: Engine) -> None:
+    # All of them follow one grammar, and nothing but the end may come after the last letter.
+    params = SamplingParams(regex="[a-f]{1,3}z", max_tokens=30, seed=2, n=4)
+    for completion in engine.generate("x", params):
+        assert re.fullmatch("[a-f]{1,3}z", completion.text), completion
+        assert completion.finish_reason == "stop"
 
 
 def test_constrained_and_free_requests_share_a_batch(engine: Engine) -> None:

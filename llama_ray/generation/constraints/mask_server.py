@@ -78,7 +78,7 @@ class _Candidates:
             matcher.consume_tokens(question.tokens)
         for draft_token in (*question.draft, None):
             if finished is None and matcher.is_stopped() and not matcher.is_error():
-                finished = first + masks
+                finished = masks
             if finished is None:
                 matcher.unsafe_compute_mask_ptr(self._address(first + masks), self._mask_bytes)
                 if matcher.is_error():

@@ -37,8 +37,8 @@ class Question(NamedTuple):
 class Answer(NamedTuple):
     """Masks `first` to `first + masks - 1` of the shared memory; fewer than asked for if a draft token is not allowed.
 
-    `finished` is the number of the mask where the output is complete, so that only an end-of-text token may follow, and
-    `error` why no mask can be computed after the last one.
+    `finished` is the number of the mask, counted from `first`, where the output is complete, so that only an
+    end-of-text token may follow, and `error` why no mask can be computed after the last one.
     """
 
     first: int

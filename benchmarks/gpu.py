@@ -55,7 +55,7 @@ def main() -> int:
     arguments = parser.parse_args()
     setting = Setting(arguments.device, arguments.tiny, arguments.out.absolute())
     if arguments.part:
-        _run_here(arguments.part, setting)
+        run_here(arguments.part, setting)
         return 0
     chosen = [p for p in arguments.parts.split(",") if p and p not in arguments.skip.split(",")]
     if unknown := set(chosen) - set(LIMITS_S):
@@ -95,7 +95,8 @@ def _run(part: str, setting: Setting, results: Results) -> bool:
     return ending == "done"
 
 
-def _run_here(part: str, setting: Setting) -> None:
+def run_here(part: str, setting: Setting) -> None:
+    """Run `part` in this process."""
     from on_gpu import ceilings, decoding, tests, training
 
     parts = {

@@ -25,6 +25,7 @@ _PASSING_CODES = frozenset(
         "TEMPORARILY_UNAVAILABLE",
     }
 )
+_REASON_CHARACTERS = 200
 _LASTING_OS_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -46,12 +47,12 @@ def reported(what: str, way_out: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Return in a few words what has failed, which clients wrap in several exceptions."""
-    if isinstance(error, MlflowException) and error.error_code != "INTERNAL_ERROR":
-        return first_line(error)
     innermost = error
-    while innermost.__cause__ or innermost.__context__:
-        innermost = innermost.__cause__ or innermost.__context__ or innermost
-    return first_line(innermost)
+    if not isinstance(error, MlflowException) or error.error_code == "INTERNAL_ERROR":
+        while innermost.__cause__ or innermost.__context__:
+            innermost = innermost.__cause__ or innermost.__context__ or innermost
+    text = first_line(innermost)
+    return text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]}..."
 
 
 def is_passing(error: BaseException) -> bool:

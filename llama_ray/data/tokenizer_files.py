@@ -96,11 +96,11 @@ def _is_same(file: Path, text: str) -> bool:
 
 
 def content(token: object) -> str | None:
-    """Return the text of a token in a configuration: a string, {"content": ...} or null."""
+    """Return the text of a token in a configuration: a string, {"content": ...} or null; '' is none, too."""
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
         raise TokenizerError(f"{CONFIG_FILE} names the token {text!r:.80}; it must be a string or null")
-    return text
+    return text or None
 
 
 def special_tokens(config: dict[str, Any]) -> Iterator[str]:

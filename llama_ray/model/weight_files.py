@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -64,8 +64,11 @@ def open_weights(directory: Path, stack: ExitStack) -> dict[str, StoredTensor]:
 
 def weight_file_names(directory: Path) -> list[str]:
     """Return the names of all weight files in `directory` that `open_weights` may read, but for a training run's."""
-    shards = [path.name for path in directory.glob("model-*.safetensors") if SHARD.fullmatch(path.name)]
-    return [SINGLE, INDEX, *shards]
+    shards = {path.name for path in directory.glob("model-*.safetensors") if SHARD.fullmatch(path.name)}
+    # Files that a damaged index names cannot be told from others.
+    with suppress(CheckpointError):
+        shards |= {name for name in (_read_index(directory) or {}).values() if name.endswith(".safetensors")}
+    return [SINGLE, INDEX, *sorted(shards)]
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:

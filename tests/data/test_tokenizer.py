@@ -73,6 +73,7 @@ def test_a_saved_directory_loads_here_and_in_transformers(tmp_path: Path) -> Non
         ({}, ("<s>", "</s>")),
         ({"bos_token": {"content": "a", "special": True}, "eos_token": "b"}, ("a", "b")),
         ({"bos_token": None, "eos_token": "</s>"}, (None, "</s>")),
+        ({"bos_token": "", "eos_token": {"content": "</s>"}}, (None, "</s>")),
     ],
 )
 def test_bos_and_eos_of_a_foreign_tokenizer(

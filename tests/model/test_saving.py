@@ -43,6 +43,17 @@ def test_a_save_leaves_only_its_own_weights(tmp_path: Path, old: str, new: str) 
         assert torch.equal(loaded.weight, model(2).embed_tokens.weight)
 
 
+def test_shards_of_other_names_are_gone_with_their_index(tmp_path: Path) -> None:
+    save_model(model(1), tmp_path, max_shard_bytes=20_000)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of-", "first-"))
+    [first] = tmp_path.glob("model-00001-*")
+    first.rename(tmp_path / first.name.replace("model-00001-of-", "first-"))
+    assert torch.equal(load_model(tmp_path).norm.weight, model(1).norm.weight)
+    save_model(model(2), tmp_path)
+    assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
 def test_one_file_beside_the_shards_of_another_save_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     save_model(model(1), tmp_path, max_shard_bytes=20_000)
     save_model(model(2), tmp_path / "new")

@@ -211,7 +211,8 @@ class Multiply(Case):
             return self.outputs * self.inputs * self.bits / 8
         return 2.0 * self.rows * self.outputs * self.inputs
 
-    def _weight(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    def weight(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+        """Return a random weight in the layout of `multiply`, and its scales."""
         shape = (self.outputs, self.inputs)
         if self.bits == 16:
             return torch.randn(shape, device=device, dtype=BF16) * self.inputs**-0.5, None
@@ -221,35 +222,35 @@ class Multiply(Case):
             return values, torch.rand(self.outputs, device=device)
         return pack(values), torch.rand(ceil_div(self.inputs, 128) * 2, self.outputs, device=device).to(BF16)
 
-    def _tile(self, rows: int) -> ProductTile:
-        dtype = {16: BF16, 8: torch.int8, 4: torch.uint8}[self.bits]
-        return product_tile(torch.empty(self.outputs, self.inputs, dtype=dtype, device="meta"), rows, BF16)
-
     def current(self, processors: int) -> Variant:
         """See `Case`."""
-        return Variant(self._tile(self.rows))
+        weight, _ = self.weight("meta")
+        return Variant(product_tile(weight, self.rows, BF16, processors))
 
     def others(self, processors: int) -> Iterator[Variant]:
         """See `Case`."""
         rows = next((n for n in (16, 32, 64) if self.rows <= n), 128)
-        steps = (128, 256) if self.bits < 16 else (64, 128)
+        step = 128 if self.bits < 16 else 64
         if rows < 128:
-            for outputs, step, warps, stages in product((64, 32, 128), steps, (4, 8), (4, 6, 3)):
-                yield Variant(ProductTile(rows, outputs, step, warps, stages))
+            tiles = product((64, 32, 128), (2, 4), (4, 6, 3), (1, 2, 4, 8))
+            for outputs, warps, stages, splits in tiles:
+                programs = ceil_div(self.outputs, outputs) * splits / processors
+                if 0.8 < programs <= 12:
+                    yield Variant(ProductTile(rows, outputs, step, warps, stages, splits))
         else:
-            for outputs, step, warps, stages in product((128, 64), (64, 128), (8, 4), (3, 4)):
-                if step >= 128 or self.bits > 4:
-                    yield Variant(ProductTile(rows, outputs, step, warps, stages))
+            for rows, outputs, warps, stages in product((128, 64), (128, 64), (8, 4), (3, 4)):
+                yield Variant(ProductTile(rows, outputs, step, warps, stages))
 
     def launches(self, device: torch.device, *, small: bool = False) -> list[Callable[[Variant], Tensor]]:
         """See `Case`."""
         x = torch.randn(self.rows, self.inputs, device=device, dtype=BF16)
+        arrived = torch.zeros(self.outputs, dtype=torch.int32, device=device)
 
         def launch(weight: Tensor, scales: Tensor | None) -> Callable[[Variant], Tensor]:
-            return lambda variant: multiply(x, weight, scales, variant.tile)
+            return lambda variant: multiply(x, weight, scales, variant.tile, arrived)
 
         nbytes = self.outputs * self.inputs * self.bits / 8
-        return [launch(*self._weight(device)) for _ in range(self.copies(nbytes, small))]
+        return [launch(*self.weight(device)) for _ in range(self.copies(nbytes, small))]
 
     def reference(self, device: torch.device) -> Callable[[], Tensor] | None:
         """See `Case`."""

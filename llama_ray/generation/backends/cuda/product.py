@@ -5,108 +5,85 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor, nn
 
-from llama_ray.generation.backends.cuda.tiles import INVARIANT_ROWS, ProductTile, product_tile
+from llama_ray.generation.backends.cuda.product_kernels import multiply_kernel, widen_kernel
+from llama_ray.generation.backends.cuda.tiles import (
+    SMALLEST_OUTPUTS,
+    WIDEN_ROWS,
+    ProductTile,
+    invariant_tile,
+    processors,
+    product_tile,
+)
 from llama_ray.generation.backends.quantize import GROUP_SIZE, Quantization, quantize
 
 _UNIT = 2 * GROUP_SIZE
 """Inputs of two groups, whose int4 values share GROUP_SIZE bytes: the first group is in the low halves."""
+_WIDENED = 32
+"""Outputs that a program of `widen` converts."""
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _multiply(
-    out,
-    x,
-    weight,
-    scales,
-    rows,
-    outputs,
-    inputs,
-    x_stride,
-    weight_stride,
-    BITS: tl.constexpr,
-    OUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # Weights are the left factor: tensor cores need 16 rows of it, but only 8 columns of the right factor.
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * OUT + tl.arange(0, OUT)
-    x_rows = x + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * x_stride
-    known = tl.minimum(channel, outputs - 1)
-    weights = weight + known.to(tl.int64)[:, None] * weight_stride
-    sums = tl.zeros([OUT, ROWS], tl.float32)
-    if BITS == 4:
-        HALF: tl.constexpr = STEP // 2
-        k = tl.arange(0, HALF)
-        for start in range(0, inputs, STEP):
-            packed = tl.load(weights + (start // 2 + k)[None, :])
-            if EVEN:
-                first = tl.load(x_rows + (start + k)[:, None])
-                second = tl.load(x_rows + (start + HALF + k)[:, None])
-            else:
-                first = tl.load(x_rows + (start + k)[:, None], mask=(start + k < inputs)[:, None], other=0.0)
-                at = start + HALF + k
-                second = tl.load(x_rows + at[:, None], mask=(at < inputs)[:, None], other=0.0)
-            group = scales + (start // HALF) * outputs + known
-            low = ((packed & 15).to(tl.int8) - 8).to(first.dtype)
-            high = ((packed >> 4).to(tl.int8) - 8).to(first.dtype)
-            product = tl.dot(low, first, input_precision=PRECISION)
-            sums += product * tl.load(group).to(tl.float32)[:, None]
-            product = tl.dot(high, second, input_precision=PRECISION)
-            sums += product * tl.load(group + outputs).to(tl.float32)[:, None]
-    else:
-        k = tl.arange(0, STEP)
-        for start in range(0, inputs, STEP):
-            if EVEN:
-                w = tl.load(weights + (start + k)[None, :])
-                part = tl.load(x_rows + (start + k)[:, None])
-            else:
-                exists = start + k < inputs
-                w = tl.load(weights + (start + k)[None, :], mask=exists[None, :], other=0)
-                part = tl.load(x_rows + (start + k)[:, None], mask=exists[:, None], other=0.0)
-            sums = tl.dot(w.to(part.dtype), part, sums, input_precision=PRECISION)
-        if BITS == 8:
-            sums *= tl.load(scales + known)[:, None]
-    tl.store(
-        out + row.to(tl.int64)[None, :] * outputs + channel[:, None],
-        sums.to(out.dtype.element_ty),
-        mask=(row < rows)[None, :] & (channel < outputs)[:, None],
-    )
-
-
-def multiply(x: Tensor, weight: Tensor, scales: Tensor | None, tile: ProductTile) -> Tensor:
+def multiply(
+    x: Tensor, weight: Tensor, scales: Tensor | None, tile: ProductTile, arrived: Tensor | None = None
+) -> Tensor:
     """Return `x` [rows, inputs] @ weight.T [rows, outputs], rounded once from fp32 sums.
 
     `weight` is [outputs, inputs] in the dtype of x; int8 with `scales` fp32 [outputs]; or uint8 from `pack` with
     `scales` [groups, outputs]. Inputs are summed in an order that depends on the tile alone, so for one tile a row's
-    result does not depend on the other rows.
+    result does not depend on the other rows. If the tile is split, its programs count in `arrived`, int32 with a zero
+    for each tile of the product, and leave zeros.
     """
     rows, inputs = x.shape
     outputs = len(weight)
+    bits = {torch.int8: 8, torch.uint8: 4}.get(weight.dtype, 16)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    _multiply[(triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs))](
+    grid = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs), tile.splits
+    parts = None
+    if tile.splits > 1:
+        parts = torch.empty(*grid, tile.rows, tile.outputs, device=x.device)
+    multiply_kernel[grid](
         out,
         x,
         weight,
         scales,
+        parts,
+        arrived if tile.splits > 1 else None,
         rows,
         outputs,
         inputs,
         x.stride(0),
         weight.stride(0),
-        BITS={torch.int8: 8, torch.uint8: 4}.get(weight.dtype, 16),
+        BITS=bits,
         OUT=tile.outputs,
         ROWS=tile.rows,
-        STEP=tile.step,
+        STEP=_UNIT if bits == 4 else tile.step,
+        SPLITS=tile.splits,
         EVEN=inputs % tile.step == 0,
+        # Triton's interpreter knows no instructions of a GPU.
+        FAST=x.dtype is torch.bfloat16 and x.device.type != "cpu",
         PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
         num_warps=tile.warps,
         num_stages=tile.stages,
+    )
+    return out
+
+
+def widen(weight: Tensor, scales: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
+    """Return the numbers that a quantised weight of `multiply` represents, rounded to `dtype` [outputs, inputs]."""
+    outputs = len(weight)
+    out = torch.empty(outputs, inputs, dtype=dtype, device=weight.device)
+    widen_kernel[(triton.cdiv(inputs, _UNIT), triton.cdiv(outputs, _WIDENED))](
+        out,
+        weight,
+        scales,
+        outputs,
+        inputs,
+        weight.stride(0),
+        BITS=8 if weight.dtype is torch.int8 else 4,
+        OUT=_WIDENED,
+        STEP=_UNIT,
+        num_warps=4,
     )
     return out
 
@@ -140,6 +117,12 @@ class Product(nn.Module):
                 )
             scales = nn.Parameter(scales.contiguous(), requires_grad=False)
         self.scales = scales
+        self._processors = processors(weight.device)
+        arrived = torch.zeros(
+            triton.cdiv(len(weight), SMALLEST_OUTPUTS), dtype=torch.int32, device=weight.device
+        )
+        self.arrived: Tensor
+        self.register_buffer("arrived", arrived, persistent=False)
         # An existing parameter is kept, because a tied head shares it with the embedding.
         is_parameter = isinstance(weight, nn.Parameter)
         self.weight = weight if is_parameter else nn.Parameter(weight, requires_grad=False)
@@ -149,5 +132,11 @@ class Product(nn.Module):
         if self.scales is None and not self.batch_invariant:
             return F.linear(x, self.weight)
         rows = x.reshape(-1, x.shape[-1])
-        tile = product_tile(self.weight, INVARIANT_ROWS if self.batch_invariant else len(rows), x.dtype)
-        return multiply(rows, self.weight, self.scales, tile).view(*x.shape[:-1], -1)
+        if self.batch_invariant:
+            tile = invariant_tile(self.weight, x.dtype)
+        elif len(rows) >= WIDEN_ROWS:
+            # Without scales a product is invariant, or cuBLAS computes it.
+            return F.linear(x, widen(self.weight, self.scales, x.shape[-1], x.dtype))
+        else:
+            tile = product_tile(self.weight, len(rows), x.dtype, self._processors)
+        return multiply(rows, self.weight, self.scales, tile, self.arrived).view(*x.shape[:-1], -1)

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed (the CPU build of 
 
 from llama_ray.generation.backends.batch import StepBatch
 from llama_ray.generation.backends.cuda.attention import attend
-from llama_ray.generation.backends.cuda.tiles import AttentionTile
+from llama_ray.generation.backends.cuda.tiles import decode_tile
 from llama_ray.model.layers import rotate
 from tests.generation.backends.cuda.helpers import filled, inputs, make_config, step
 
@@ -106,7 +106,7 @@ def test_a_context_that_programs_share_equals_the_plain_cache(
     table = torch.where(used, batch.block_table, 1 << 30)
     arrived = torch.zeros(8 * kv_heads, dtype=torch.int32, device=device)
     query, steps = qkv[0][0].transpose(0, 1), (batch.query_start, batch.context_len, table)
-    tile = AttentionTile(16, 32, 4, 2)
+    tile = decode_tile(dim, torch.float32)
     for _ in range(2):
         got = attend(query, ours.keys[0], ours.values[0], *steps, tile, splits=splits, arrived=arrived)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)

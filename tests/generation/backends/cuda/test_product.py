@@ -55,6 +55,34 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(
         assert torch.equal(product(x[rows]), whole[rows])
 
 
+@pytest.mark.parametrize("splits", [2, 4, 8])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_programs_share_the_inputs_of_a_product(
+    quantization: Quantization | None, splits: int, device: torch.device
+) -> None:
+    """Inputs of five steps, so that some programs have fewer than others, or none."""
+    w, x = weight(40, 576, device, torch.float32), inputs(3, 576, device, torch.float32)
+    product = Product(w, quantization, False)
+    rounded = w if quantization is None else dequantize(quantize(w, quantization))
+    expected = (x.double() @ rounded.double().T).float()
+    arrived = torch.zeros(2, dtype=torch.int32, device=device)
+    tile = ProductTile(16, 32, 128, 2, 2, splits)
+    for _ in range(2):
+        got = multiply(x, product.weight, product.scales, tile, arrived)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        assert not arrived.any()
+
+
+@pytest.mark.parametrize("rows", [1, 20, 40, 300, 600])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_any_number_of_rows_is_multiplied(
+    quantization: Quantization, rows: int, device: torch.device, half: torch.dtype
+) -> None:
+    w, x = weight(70, 448, device, half), inputs(rows, 448, device, half)
+    expected = x.double() @ dequantize(quantize(w, quantization)).double().T
+    torch.testing.assert_close(Product(w, quantization, False)(x).double(), expected, atol=5e-3, rtol=0.01)
+
+
 def test_int4_takes_half_a_byte_per_weight_and_two_bytes_per_scale(
     device: torch.device, half: torch.dtype
 ) -> None:

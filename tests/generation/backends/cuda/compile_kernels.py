@@ -1,0 +1,68 @@
+"""Compile the kernels that the engine launches for Hopper, where there is no GPU; print what is wrong with each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from on_gpu import compiled
+from on_gpu.sweep_cases import Decode, Multiply, Prompts, Variant
+
+from llama_ray.generation.backends.cuda.elementwise import rms_norm, rotate_and_store, swiglu
+from llama_ray.generation.backends.cuda.product import widen
+from llama_ray.generation.backends.cuda.tiles import decode_tile, invariant_tile
+
+META, BF16 = torch.device("meta"), torch.bfloat16
+HEADS = ((32, 4, 64), (32, 8, 128), (32, 32, 128), (8, 1, 256), (6, 2, 80))
+"""(heads, kv_heads, head_dim)"""
+WEIGHTS = ((2048, 5632), (4096, 4096), (22016, 4096), (4096, 11008))
+
+
+def attention() -> Iterator[Callable[[], object]]:
+    for heads in HEADS:
+        for case in (Decode(1, 16384, *heads), Decode(256, 256, *heads), Prompts(8, 2048, *heads)):
+            yield lambda case=case: case.launches(META, small=True)[0](case.current(132))
+        invariant = Prompts(8, 2048, *heads)
+        variant = Variant(decode_tile(heads[2], BF16))
+        yield lambda case=invariant, variant=variant: case.launches(META, small=True)[0](variant)
+
+
+def products() -> Iterator[Callable[[], object]]:
+    for bits in (8, 4, 16):
+        for shape in WEIGHTS:
+            for rows in (1, 32, 64, 256) if bits < 16 else (256,):
+                case = Multiply(rows, *shape, bits)
+                weight, _ = case.weight(META)
+                tiles = [Variant(invariant_tile(weight, BF16))]
+                tiles += [case.current(132)] if bits < 16 else []
+                for tile in tiles:
+                    yield lambda case=case, tile=tile: case.launches(META, small=True)[0](tile)
+
+
+def others() -> Iterator[Callable[[], object]]:
+    x = torch.empty(8, 4096, dtype=BF16, device=META)
+    yield lambda: rms_norm(x, x[0], 1e-6)
+    yield lambda: swiglu(x)
+    cos = torch.empty(8, 64, device=META)
+    cache = torch.empty(4, 32, 8, 128, dtype=BF16, device=META)
+    slots = torch.empty(8, dtype=torch.long, device=META)
+    yield lambda: rotate_and_store(x[:, : 16 * 128], cos, cos, slots, cache, cache)
+    for bits in (8, 4):
+        weight, scales = Multiply(1, 4096, 4096, bits).weight(META)
+        yield lambda weight=weight, scales=scales: widen(weight, scales, 4096, BF16)
+
+
+def main() -> None:
+    compiled.only_compile()
+    seen = set()
+    for launch in {"attention": attention, "products": products, "others": others}[sys.argv[1]]():
+        for used in compiled.resources(launch):
+            seen.add(used.name)
+            if problem := used.problem():
+                print(f"{used}: {problem}")
+    print("compiled", *sorted(seen))
+
+
+if __name__ == "__main__":
+    main()

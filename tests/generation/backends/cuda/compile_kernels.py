@@ -10,6 +10,7 @@ from on_gpu import compiled
 from on_gpu.sweep_cases import Decode, Multiply, Prompts, Variant
 
 from llama_ray.generation.backends.cuda.elementwise import rms_norm, rotate_and_store, swiglu
+from llama_ray.generation.backends.cuda.one_row import multiply_row
 from llama_ray.generation.backends.cuda.product import widen
 from llama_ray.generation.backends.cuda.tiles import decode_tile, invariant_tile
 
@@ -53,10 +54,27 @@ def others() -> Iterator[Callable[[], object]]:
         yield lambda weight=weight, scales=scales: widen(weight, scales, 4096, BF16)
 
 
+def one_row() -> Iterator[Callable[[], object]]:
+    for bits in (16, 8):
+        for shape in WEIGHTS:
+            weight, scales = Multiply(1, *shape, bits).weight(META)
+            x, residual = (torch.empty(1, n, dtype=BF16, device=META) for n in reversed(shape))
+            options = (
+                {"norm": (x[0], 1e-6)},
+                {"norm": (x[0], 1e-6), "gated": True},
+                {"residual": residual},
+            )
+            for option in options:
+                yield lambda w=weight, s=scales, x=x, option=option: multiply_row(x, w, s, **option)
+
+
+GROUPS = {"attention": attention, "products": products, "one_row": one_row, "others": others}
+
+
 def main() -> None:
     compiled.only_compile()
     seen = set()
-    for launch in {"attention": attention, "products": products, "others": others}[sys.argv[1]]():
+    for launch in GROUPS[sys.argv[1]]():
         for used in compiled.resources(launch):
             seen.add(used.name)
             if problem := used.problem():

@@ -1,7 +1,8 @@
 import pytest
 
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.elastic import check_range, for_workers
+from llama_ray.training.elastic import check_range, for_layout, for_workers
+from llama_ray.training.parallel.layout import Layout
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 6, 8])
@@ -24,3 +25,21 @@ def test_a_range_with_a_number_that_does_not_divide_the_batch_is_refused() -> No
         ValueError, match=r"2..4 includes 3, .* global batch of 16 sequences; 2, 4 would work"
     ):
         check_range(config, 2, 4)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_a_validation_keeps_its_sequences_up_to_a_batch(workers: int) -> None:
+    config = TrainConfig(batch_size=6, validation_batches=50)
+    shared = for_workers(config, workers, planned=8)
+    assert 0 <= shared.validation_batches * shared.batch_size - 300 < shared.batch_size
+    assert for_workers(TrainConfig(validation_batches=0), workers, planned=8).validation_batches == 0
+
+
+@pytest.mark.parametrize("asked", [1, 2])
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_tensor_parallelism_that_auto_picks_keeps_the_global_batch(asked: int, tensor: int) -> None:
+    config = TrainConfig(batch_size=3, gradient_accumulation_steps=2, tensor_parallel=asked)
+    layout = Layout(1, 8 // tensor, tensor, "picked")
+    taken = for_layout(config, layout)
+    sequences = taken.batch_size * taken.gradient_accumulation_steps * layout.data_world
+    assert sequences == 3 * 2 * 8 // asked

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.weight_files import CheckpointError
@@ -90,3 +90,32 @@ def test_the_loss_scale_of_fp16_continues_where_it_was(
     train(tiny, config, dataset, device=CPU, observer=resumed, output_dir=str(again), resume_from=start)
     assert losses(resumed) == losses_after(4, losses(whole))
     assert load_progress(again / end.name) == load_progress(end)
+
+
+def test_files_that_the_user_put_into_a_checkpoint_are_neither_read_nor_recorded(
+    finished: FinishedRun, tiny: LlamaConfig, dataset: Path, tmp_path: Path
+) -> None:
+    start = shutil.copytree(finished.checkpoint(10), tmp_path / checkpoint_name(10))
+    end = tmp_path / checkpoint_name(12)
+    end.mkdir()
+    model = load_file(start / "model-rank00000.safetensors")
+    for directory in (start, end):
+        save_file(
+            {name: torch.zeros_like(weight) for name, weight in model.items()},
+            directory / "zeros.safetensors",
+        )
+        (directory / "notes.json").write_text("{}")
+    recorder = Recorder()
+    train(
+        tiny,
+        TWELVE_STEPS,
+        dataset,
+        device=CPU,
+        observer=recorder,
+        output_dir=str(tmp_path),
+        resume_from=start,
+    )
+    assert losses(recorder) == losses_after(10, losses(finished.recorder))
+    recorded = json.loads((end / "training.json").read_text())["files"]
+    assert recorded.keys() == json.loads((start / "training.json").read_text())["files"].keys()
+    assert {"zeros.safetensors", "notes.json"} <= {path.name for path in end.iterdir()} - recorded.keys()

@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.model.checkpoint import hf_name, save_config, write_json
+from llama_ray.model.checkpoint import config_files, hf_name, write_json
 from llama_ray.model.llama import Llama
 from llama_ray.storage import run_directory, store
+from llama_ray.storage.atomic import write_text
 from llama_ray.training.checkpointing.catalog import prune
 from llama_ray.training.checkpointing.files import commit, make_empty, staging
 from llama_ray.training.checkpointing.host_copy import HostCopies
@@ -202,14 +203,20 @@ class Checkpointer:
             }
             names = list(files)
             if rank() == 0:
-                self._tokenizer.save(local)
-                dtype = next(self._model.parameters()).dtype
-                bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-                save_config(self._model.config, dtype, local, bos_id=bos, eos_id=eos)
-                names += [p.name for p in local.glob("*.json")]
+                texts = self._describing_files()
+                for name, text in texts.items():
+                    write_text(local / name, text)
+                names += texts
             return {
                 name: commit(local / name, store.join(directory, name), digests.get(name)) for name in names
             }
+
+    def _describing_files(self) -> dict[str, str]:
+        """Return the text by file name of the tokenizer and the model's configuration."""
+        dtype = next(self._model.parameters()).dtype
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        config = config_files(self._model.config, dtype, bos_id=bos, eos_id=eos)
+        return self._tokenizer.files() | config
 
     def _complete(self, directory: str, progress: Progress, reports: list[_Report]) -> None:
         """Write the marker, which makes the directory a checkpoint, and delete old checkpoints; on rank 0."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from llama_ray.model.checkpoint import hf_name
 from llama_ray.model.llama import Llama
 from llama_ray.model.weight_files import CheckpointError
+from llama_ray.storage import run_directory
 from llama_ray.training.checkpointing.tensor_file import TensorShard, in_file_order
 from llama_ray.utils.torch_private import shard_offsets
 
@@ -66,14 +69,14 @@ def load_state(
     Raises CheckpointError if a file is damaged or missing.
     """
     try:
-        reader = HuggingFaceStorageReader(str(directory))
-        stored: _Stored = {
-            name: entry
-            for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        tensors = _tensors_to_fill(model, stored, rank)
-        with warnings.catch_warnings():
+        with _recorded_files(directory) as files, warnings.catch_warnings():
+            reader = HuggingFaceStorageReader(str(files))
+            stored: _Stored = {
+                name: entry
+                for name, entry in reader.read_metadata().state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            tensors = _tensors_to_fill(model, stored, rank)
             # "assuming the intent is to load in a single process"
             warnings.simplefilter("ignore", UserWarning)
             load(tensors, storage_reader=reader, no_dist=True)
@@ -86,6 +89,20 @@ def load_state(
     # The states of the random generators belong to ranks, so they are of no use to another number of workers.
     if world_size == sum(name.startswith(_rng_name("cpu", "")) for name in stored):
         _restore_generators(tensors, rank)
+
+
+@contextmanager
+def _recorded_files(directory: Path) -> Iterator[Path]:
+    """Yield a directory with links to the tensor files of a checkpoint, and to no others.
+
+    DCP reads every safetensors file of a directory, also one that the user put beside those of the checkpoint.
+    """
+    marker = run_directory.read_marker(str(directory.resolve())) or {"files": {}}
+    with TemporaryDirectory() as links:
+        for name in marker["files"]:
+            if name.endswith(".safetensors"):
+                Path(links, name).symlink_to(directory.resolve() / name)
+        yield Path(links)
 
 
 def plain_parameters(model: Llama) -> Iterator[tuple[str, torch.nn.Parameter]]:

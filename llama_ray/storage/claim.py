@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llama_ray.storage import store
 from llama_ray.storage.store import StorageError
+from llama_ray.utils.errors import first_line
 from llama_ray.utils.redact import redact
 
 _LOCK_FILE = ".launch.lock"
@@ -29,10 +30,17 @@ def claimed(directory: str, *, renew_s: float = 5.0, stale_s: float = 20.0) -> I
     On a file system this is a lock, which ends with the process. An object store has no locks: there an object says who
     holds the directory. Its owner writes it again every `renew_s`; after `stale_s` without that, its owner is dead.
     """
-    store.make_directory(directory)
-    if store.is_local(directory):
-        with (Path(store.open_storage(directory)[1]) / _LOCK_FILE).open("w") as file:
-            if _lock(file.fileno(), directory):
+    try:
+        store.make_directory(directory)
+        filesystem, path = store.open_storage(directory)
+        lock = (Path(path) / _LOCK_FILE).open("w") if filesystem.type_name == "local" else None
+    except OSError as error:
+        raise StorageError(
+            f"{directory} cannot be written ({first_line(error)}); give another --output_dir"
+        ) from error
+    if lock is not None:
+        with lock:
+            if _lock(lock.fileno(), directory):
                 yield
                 return
     # Not all mounted storage has locks.

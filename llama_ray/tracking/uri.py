@@ -108,13 +108,16 @@ def _split(uri: str) -> SplitResult:
 def _without_password(uri: str) -> str:
     """Move user and password from the URI to the environment.
 
-    MLflow's messages, links and logs show the URI that it has. A user without a password can only stay.
+    MLflow's messages, links and logs show the URI that it has. A user without a password has no effect there.
     """
     parts = _split(uri)
-    if not parts.username or not parts.password:
+    if parts.password and not parts.username:
+        # The variables have an effect together only, and a link that MLflow prints at the end would show it.
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         return uri
-    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
-    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+    if parts.password:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
     return without_user(uri)
 
 

@@ -99,3 +99,13 @@ def test_an_error_in_the_block_frees_the_directory(directory: str) -> None:
         raise RuntimeError("broken")
     with claim(directory):
         pass
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(StorageError, match=r"cannot be written .* give another --output_dir") as refused,
+        claim(f"{tmp_path}/file/run"),
+    ):
+        pytest.fail("held")
+    assert "\n" not in str(refused.value)

@@ -64,12 +64,12 @@ class Constraint:
         self._draft = self._masks = None
 
     def covered(self, draft: Draft) -> list[int]:
-        """Return the beginning of a draft that masks have been asked for; all of it if none have since the last token.
+        """Return the beginning of a draft that masks have been asked for, or can be if none have since the last token.
 
         The positions after it cannot be sampled in this step.
         """
         if self._draft is None:
-            return list(draft)
+            return list(draft[: MAX_MASKS - 1])
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, self._draft, strict=False))
         return [token for token, _ in pairs]
 

@@ -6,6 +6,7 @@ It may cost more than it is allowed to: then the kernel ends it, and with it not
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import resource
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from llama_ray.generation.constraints.limits import (
     MEMORY_BYTES,
@@ -52,8 +53,11 @@ class _Candidates:
         self._initial = initial
         self._matchers: dict[int, LLMatcher] = {}
         self._mask_bytes = (vocab_size + 31) // 32 * 4
+        self._shared_bytes = len(shared)
         # The buffer is kept by the array, and its address stays.
         self._buffer = (ctypes.c_char * len(shared)).from_buffer(shared)
+        self._address = ctypes.addressof(self._buffer)
+        self._threads: LLExecutor | None = None
 
     def answer(self, connection: Connection) -> None:
         """Wait for a message, and answer it."""
@@ -61,39 +65,50 @@ class _Candidates:
         for candidate in forgotten:
             self._matchers.pop(candidate, None)
         questions = [Question(*question) for question in questions]
-        masks = sum(1 + len(question.draft) for question in questions)
-        answers, first = [], 0
-        with _limit_time(mask_limit_s(masks)):
-            for question in questions:
-                answers.append(self._answer(question, first))
-                first += 1 + len(question.draft)
+        ends = list(itertools.accumulate(1 + len(question.draft) for question in questions))
+        firsts = [0, *ends[:-1]]
+        with _limit_time(mask_limit_s(ends[-1])):
+            matchers = [self._advance(question) for question in questions]
+            self._compute([pair for pair in zip(matchers, firsts, strict=True) if not pair[0].is_stopped()])
+            answers = [
+                self._follow_draft(matcher, question.draft, first)
+                for matcher, question, first in zip(matchers, questions, firsts, strict=True)
+            ]
         send(connection, answers)
 
-    def _answer(self, question: Question, first: int) -> Answer:
+    def _advance(self, question: Question) -> LLMatcher:
         matcher = self._matchers.get(question.candidate)
         if matcher is None:
             matcher = self._matchers[question.candidate] = self._initial.deep_copy()
-        masks, finished, walked = 0, None, 0
-        if question.tokens:
-            matcher.consume_tokens(question.tokens)
-        for draft_token in (*question.draft, None):
-            if finished is None and matcher.is_stopped() and not matcher.is_error():
-                finished = masks
-            if finished is None:
-                matcher.unsafe_compute_mask_ptr(self._address(first + masks), self._mask_bytes)
-                if matcher.is_error():
-                    break
-            masks += 1
-            if draft_token is None or finished is not None or not matcher.try_consume_tokens([draft_token]):
-                break
-            walked += 1
-        error = one_line(matcher.get_error()) if matcher.is_error() else None
-        if walked and error is None:
-            matcher.rollback(walked)
-        return Answer(first, masks, finished, error)
+        matcher.consume_tokens(question.tokens)
+        return matcher
 
-    def _address(self, mask: int) -> int:
-        return ctypes.addressof(self._buffer) + mask * self._mask_bytes
+    def _compute(self, masks: list[tuple[LLMatcher, int]]) -> None:
+        """Write the mask of each state to its place in the shared memory."""
+        if len(masks) == 1:
+            ((matcher, place),) = masks
+            matcher.unsafe_compute_mask_ptr(self._address + place * self._mask_bytes, self._mask_bytes)
+        elif masks:
+            # Its threads start only if there is something to share.
+            self._threads = self._threads or LLExecutor()
+            places = self._shared_bytes // self._mask_bytes
+            self._threads.unsafe_compute_mask_ptr(masks, self._address, self._mask_bytes, places)
+
+    def _follow_draft(self, matcher: LLMatcher, draft: list[int], first: int) -> Answer:
+        """Return the answer for a state whose own mask has been computed."""
+        if draft:
+            # A state does not recover from an error, and the draft may not be what comes.
+            matcher = matcher.deep_copy()
+        for position, draft_token in enumerate((*draft, None)):
+            if position and not matcher.is_stopped():
+                self._compute([(matcher, first + position)])
+            if matcher.is_error():
+                return Answer(first, position, None, one_line(matcher.get_error()))
+            if matcher.is_stopped():
+                return Answer(first, position, position, None)
+            if draft_token is None or not matcher.try_consume_tokens([draft_token]):
+                break
+        return Answer(first, position + 1, None, None)
 
 
 def _compile(job: Job, text: str, tokenizer: LLTokenizer) -> tuple[LLMatcher | None, str | None]:

@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 _MAX_LOSSES = 3
 """Times in a row that a grammar's process may be lost, not by its own cost, before its candidates end."""
 
+_NEWS_TIMEOUT_S = 0.1
+"""How long a step waits to hear why a process has gone."""
+
 Draft = Sequence[int]
 
 
@@ -130,7 +133,7 @@ class Grammar:
         kind: Kind,
         text: bytes,
         start: Callable[[Grammar], GrammarProcess],
-        death_of: Callable[[GrammarProcess], Death],
+        death_of: Callable[[GrammarProcess, float], Death],
     ) -> None:
         self.kind, self.text = kind, text
         self.checking = threading.Lock()
@@ -226,7 +229,7 @@ class Grammar:
         self._process = None
         for constraint in pending:
             constraint.retract()
-        death = self._death_of(process)
+        death = self._death_of(process, _NEWS_TIMEOUT_S)
         self._losses += 1
         if death.of_time:
             self.refusal = f"a mask takes more than {MASK_CPU_S:g} s of processor time; simplify it"

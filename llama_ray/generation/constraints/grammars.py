@@ -27,8 +27,8 @@ from llama_ray.generation.constraints.processes import Death, GrammarProcess, Te
 
 _ATTEMPTS = 3
 """Times to begin again when a process is lost that has not exceeded its limits."""
-_START_TIMEOUT_S = 120.0
-"""For the template to read the tokenizer, on a machine that is busy."""
+_START_TIMEOUT_S, _NEWS_TIMEOUT_S = 120.0, 30.0
+"""For the template to read the tokenizer, and to tell of a death, on a machine that is busy."""
 
 
 class Grammars:
@@ -144,7 +144,7 @@ class Grammars:
                 return Death(None)
             grammar.refusal = process.read()
         except (EOFError, OSError):
-            return self._template.death_of(process)
+            return self._template.death_of(process, _NEWS_TIMEOUT_S)
         finally:
             if process.busy:
                 process.close()

@@ -35,10 +35,10 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Masks `first` to `first + masks - 1` of the shared memory; fewer than asked for if a draft token is not allowed.
+    """Masks `first` to `first + masks - 1` of the shared memory, for the first positions that were asked for.
 
-    `finished` is the number of the mask, counted from `first`, where the output is complete, so that only an
-    end-of-text token may follow, and `error` why no mask can be computed after the last one.
+    There are fewer than positions if a draft token is not allowed; if the output is complete at a position, which is
+    `finished`, 0 for the first; and if no mask can be computed for the position after the last, for the reason `error`.
     """
 
     first: int

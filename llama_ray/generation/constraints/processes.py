@@ -28,8 +28,7 @@ from llama_ray.utils.integers import ceil_div
 
 _START = "from llama_ray.generation.constraints.template import main; main()"
 _MAX_MESSAGE = 4096
-_POLL_S, _NEWS_TIMEOUT_S = 0.001, 0.2
-"""The news of a death follows the closing of a socket within a millisecond, unless the machine is very busy."""
+_POLL_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,12 @@ class Template:
         masks = np.frombuffer(shared, np.uint8, MAX_MASKS * self._mask_bytes).reshape(MAX_MASKS, -1)
         return GrammarProcess(number, Connection(ours.detach()), masks)
 
-    def death_of(self, process: GrammarProcess) -> Death:
-        """Return why a process has gone whose connection says so."""
-        deadline = time.monotonic() + _NEWS_TIMEOUT_S
+    def death_of(self, process: GrammarProcess, timeout_s: float) -> Death:
+        """Return why a process has gone whose connection says so.
+
+        The news follows the closing of its connection within a millisecond, unless the machine is very busy.
+        """
+        deadline = time.monotonic() + timeout_s
         while True:
             with self._lock:
                 self._read_news()

@@ -81,6 +81,23 @@ def test_a_password_opens_the_server_and_is_neither_shown_nor_stored(
     assert f"http://{address}/#/experiments/" in (run.url or "")
 
 
+def test_a_password_without_a_user_is_not_shown_either(
+    server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "")
+    with guarded(server, authorization=f"Basic {base64.b64encode(b':hidden').decode()}") as address:
+        run = Run.create(
+            experiment="guarded",
+            name="r",
+            params={},
+            tags={},
+            description="",
+            uri=f"http://:hidden@{address}",
+        )
+        run.finish("FINISHED")
+    assert "hidden" not in "".join(capfd.readouterr()) + str(run.url)
+
+
 def test_a_token_opens_the_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hidden")
     with guarded(server, authorization="Bearer hidden") as address:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def check_eos_ids(ids: Collection[object], vocab_size: int, name: str, way_out: 
     """Raise ValueError unless all `ids` are token ids below `vocab_size`; `name` is what they are in the message."""
     for id in ids:
         # In Python True is an integer, too.
-        if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < vocab_size:
+        if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= int(id) < vocab_size:
             shown = json.dumps(id, default=str)[:80]
             raise ValueError(
                 f"{name} is {shown}; it must be a token id of the model, 0 to {vocab_size - 1}, or several; {way_out}"

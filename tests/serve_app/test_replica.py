@@ -19,7 +19,9 @@ from llama_ray.pretrained import load_pretrained, save_pretrained
 from llama_ray.tracking.errors import TrackingError
 from serve_app.messages import ChoiceDelta, Event, Failure, GenerationRequest, Started
 from serve_app.replica import LlamaReplica
+from tests.data.helpers import BYTE_FALLBACK
 from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN
+from tests.small_models import random_model, small_config
 
 LONG = SamplingParams(max_tokens=MAX_SEQ_LEN - 100, ignore_eos=True)
 REQUEST = GenerationRequest("tiny", ["The quick"], SamplingParams(max_tokens=20, seed=1), stream=True)
@@ -165,3 +167,28 @@ def test_a_model_that_cannot_be_served_is_refused_with_the_reason(tmp_path: Path
     save_pretrained(model, None, tmp_path / "mute")
     with pytest.raises(ValueError, match="has no tokenizer"):
         LlamaReplica(str(tmp_path / "mute"))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_choices_continue_their_prompts_where_a_tokens_text_depends_on_what_is_before_it(
+    tmp_path: Path, stream: bool
+) -> None:
+    save_pretrained(random_model(small_config(BYTE_FALLBACK.vocab_size)), BYTE_FALLBACK, tmp_path)
+    words = BYTE_FALLBACK.encode("the ab a he t")
+    params = SamplingParams(
+        max_tokens=12, seed=4, n=2, logprobs=0, logit_bias=dict.fromkeys(words, 100.0), ignore_eos=True
+    )
+    prompts: list[str | list[int]] = ["the ab", BYTE_FALLBACK.encode("a b")]
+    request = GenerationRequest(tmp_path.name, prompts, params, stream=stream)
+    replica = LlamaReplica(str(tmp_path))
+    _, *lists = asyncio.run(all_events(replica.generate(request)))
+    replica.stop()
+    deltas = [delta for event in lists if isinstance(event, list) for delta in event]
+    want = Engine.from_pretrained(tmp_path, device="cpu").generate(prompts, params)
+    for index, completion in enumerate(want):
+        choice = ChoiceDelta.joined([delta for delta in deltas if delta.index == index])
+        whole = BYTE_FALLBACK.decode(completion.prompt_token_ids + completion.token_ids)
+        assert BYTE_FALLBACK.decode(completion.prompt_token_ids) + choice.text == whole
+        assert choice.logprobs is not None
+        assert "".join(choice.logprobs.tokens) == choice.text
+    assert any(completion.text.startswith(" ") for completion in want)

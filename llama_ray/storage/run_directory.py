@@ -21,12 +21,13 @@ from llama_ray.utils.errors import first_line
 from llama_ray.utils.redact import redact
 
 MARKER = "training.json"
+_SET_ASIDE = f"{MARKER}.damaged"
 
 _GCS_RETRY_S = 1
 _OWN_FILE = re.compile(
     # What a checkpoint is written as, and the temporary names under which a killed run may have left it.
     r"(?P<name>(?:model|optimizer)-rank[0-9]{5,}\.safetensors|model\.safetensors\.index\.json"
-    r"|(?:config|generation_config|tokenizer|tokenizer_config|training)\.json)"
+    r"|(?:config|generation_config|tokenizer|tokenizer_config|training)\.json|training\.json\.damaged)"
     r"|\.(?P<partial>[\w.-]+)\.[0-9a-f]{8}"
 )
 
@@ -131,6 +132,17 @@ def changed_content(checkpoint: str, files: Iterable[str]) -> str | None:
         if found != marker["files"][file]["sha256"]:
             return _damaged(checkpoint, f"the content of {file} is not what was written")
     return None
+
+
+def set_aside(checkpoint: str) -> None:
+    """Rename the marker of a damaged checkpoint, so that it is not a checkpoint any more, but nothing is lost.
+
+    The damage may be a fault of the storage that passes; whoever gives the marker its name back has the checkpoint.
+    """
+    marker = store.join(checkpoint, MARKER)
+    if (content := store.read_text(marker)) is not None:
+        store.write_text(store.join(checkpoint, _SET_ASIDE), content)
+        store.delete(marker)
 
 
 def remove_checkpoint(checkpoint: str) -> None:

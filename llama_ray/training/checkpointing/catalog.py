@@ -13,8 +13,8 @@ from llama_ray.training.parallel.process_group import rank, world_size
 def latest_valid_checkpoint(run: str, timeout_s: int) -> str | None:
     """Return the newest checkpoint of `run` whose files are all as they were written; every worker must call it.
 
-    The workers divide the files among themselves to read them. A damaged checkpoint is skipped with a warning and
-    loses its marker, so that it is never considered again. `timeout_s` limits how long workers wait for each other.
+    The workers divide the files among themselves to read them. A damaged checkpoint is skipped with a warning and set
+    aside, so that it is never considered again. `timeout_s` limits how long workers wait for each other.
     """
     group = HostGroup(timeout_s)
     # One list for all workers: a directory may look different from another machine.
@@ -26,7 +26,7 @@ def latest_valid_checkpoint(run: str, timeout_s: int) -> str | None:
         if not group.any(damage is not None):
             return checkpoint
         if rank() == 0:
-            store.delete(store.join(checkpoint, run_directory.MARKER))
+            run_directory.set_aside(checkpoint)
     return None
 
 

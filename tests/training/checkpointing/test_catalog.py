@@ -55,6 +55,22 @@ def test_a_damaged_checkpoint_is_skipped_and_never_considered_again(
     assert run_directory.list_checkpoints(str(tmp_path)) == [str(good)]
 
 
+def test_a_checkpoint_that_could_not_be_read_can_be_had_again(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 4)
+    newest = write_checkpoint(tmp_path, 5)
+    weights, marker = newest / "model-rank00000.safetensors", newest / run_directory.MARKER
+    content, written = weights.read_bytes(), marker.read_text()
+    weights.unlink()
+    with pytest.warns(UserWarning, match="is damaged and"):
+        latest_valid_checkpoint(str(tmp_path), 60)
+    # The storage is whole again.
+    weights.write_bytes(content)
+    [aside] = [path for path in newest.iterdir() if path.name.endswith(".damaged")]
+    assert aside.read_text() == written
+    aside.rename(marker)
+    assert latest_valid_checkpoint(str(tmp_path), 60) == str(newest)
+
+
 def test_a_directory_without_a_marker_is_not_a_checkpoint(tmp_path: Path) -> None:
     good = write_checkpoint(tmp_path, 4)
     (write_checkpoint(tmp_path, 5) / run_directory.MARKER).unlink()

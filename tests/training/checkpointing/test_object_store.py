@@ -15,9 +15,10 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
 from llama_ray.storage import run_directory, store
 from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint
-from llama_ray.training.checkpointing.files import local_copy
+from llama_ray.training.checkpointing.files import local_copy, local_description
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
+from llama_ray.training.preflight import check_run
 from tests.object_store import StallingProxy, s3_server, uri
 from tests.processes import fresh_processes
 from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, in_processes, losses, losses_after
@@ -118,3 +119,13 @@ def test_only_the_newest_checkpoints_of_several_workers_are_kept(
     config = replace(EIGHT_STEPS, checkpoint_every=2, keep_checkpoints=2, parallelism="fsdp")
     in_processes(2, train_or_resume, config, tiny, dataset, run)
     assert files_in(run) == ["step_00000006", "step_00000008"]
+
+
+def test_the_checks_of_a_resume_fetch_no_tensors(server: int, tiny: LlamaConfig, dataset: Path) -> None:
+    run = uri(server, "described")
+    train_or_resume(EIGHT_STEPS, tiny, dataset, run)
+    with local_description(store.join(run, "step_00000008")) as description:
+        assert not [path for path in description.iterdir() if path.suffix != ".json"]
+        check_run(tiny, replace(EIGHT_STEPS, max_steps=9), dataset, 1, description)
+        with pytest.raises(ValueError, match="was trained with seed 0; this run has 1"):
+            check_run(tiny, replace(EIGHT_STEPS, seed=1), dataset, 1, description)

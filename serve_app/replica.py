@@ -193,5 +193,5 @@ def _describe(engine: Engine, directory: Path, version: registry.Version | None,
         device=device,
         version=None if version is None else version.version,
         run_id=None if version is None else version.run_id,
-        validation_loss=None if loss is None or math.isnan(loss) else loss,
+        validation_loss=loss if loss is not None and math.isfinite(loss) else None,
     )

@@ -39,7 +39,7 @@ def two_epochs(tiny: LlamaConfig, dataset: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.mark.parametrize(
     "change",
-    [{"batch_size": 4}, {"batch_size": 24}, {"gradient_accumulation_steps": 2}, {"batch_size": 5}],
+    [{"batch_size": 5}, {"batch_size": 24}, {"gradient_accumulation_steps": 2}],
     ids=str,
 )
 def test_a_run_in_epochs_takes_as_many_passes_with_another_global_batch(

@@ -77,7 +77,10 @@ def main() -> None:
             part = time.monotonic() + left / (len(cases) - number)
             print(f"\n{case}", flush=True)
             if on_gpu:
-                _report(case, _measure(case, futures[case], part, device), rates)
+                try:
+                    _report(case, _measure(case, futures[case], part, device), rates)
+                except Exception as error:
+                    print(f"  {type(error).__name__}: {str(error)[:300]}", flush=True)
             else:
                 _show_resources(futures[case], part)
             for future in futures[case].values():
@@ -123,12 +126,18 @@ def _seconds(launches: Sequence[Callable[[], object]], device: torch.device, num
     with torch.cuda.stream(stream):
         launches[0]()
     torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     rounds = -(-number // len(launches))
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(rounds):
-            for launch in launches:
-                launch()
+    # torch.cuda.graph would collect garbage each time, which takes longer than the measurement.
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            for _ in range(rounds):
+                for launch in launches:
+                    launch()
+        finally:
+            graph.capture_end()
     times = []
     for _ in range(4):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -164,24 +173,27 @@ def _measure(
             if current:
                 figures.append(Figure(label, float("inf"), None, True))
     del launches
-    if reference := case.reference(device):
-        figures.append(Figure("torch", _seconds([reference], device), None, True))
+    for name, reference in case.references(device).items():
+        figures.append(Figure(name, _seconds([reference], device), None, False))
     torch.cuda.empty_cache()
     return figures
 
 
 def _report(case: Case, figures: list[Figure], rates: dict[str, float]) -> None:
-    """Print the best three, the current parameters and the library's, fastest first."""
+    """Print the best three, the current parameters and other ways, fastest first."""
     figures = sorted(figures, key=lambda f: f.seconds)
     best = [f for f in figures if f.used][:3]
+    # Of other ways with parameters of their own, such as "one row: ...", the fastest.
+    others = {f.label.split(":")[0]: f for f in reversed(figures) if not f.used}
+    shown = [*best, *others.values(), *(f for f in figures if f.current)]
     scale = 1e9 if case.unit == "GB/s" else 1e12
     for figure in figures:
-        if figure not in best and not figure.current:
+        if figure not in shown:
             continue
         rate = case.amount() / figure.seconds / scale
         used = figure.used
         resources = f"{used.registers:4} registers {used.shared / 1024:4.0f} KiB" if used else " " * 23
-        mark = " <- now" if figure.current and used else ""
+        mark = " <- now" if figure.current else ""
         print(f"  {figure.seconds * 1e6:9.1f} us {rate:8,.1f} {case.unit}", end="")
         print(f" {rate / rates[case.unit]:5.0%} {resources}  {figure.label}{mark}")
     print(f"  {len(figures)} measured", flush=True)

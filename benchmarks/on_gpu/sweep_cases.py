@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llama_ray.generation.backends.backend import BLOCK_SIZE
 from llama_ray.generation.backends.cuda.attention import attend
-from llama_ray.generation.backends.cuda.product import multiply, pack
+from llama_ray.generation.backends.cuda.one_row import RowTile, multiply_row
+from llama_ray.generation.backends.cuda.product import multiply, pack, widen
 from llama_ray.generation.backends.cuda.tiles import (
     ROWS,
     AttentionTile,
@@ -63,9 +64,9 @@ class Case:
         """Return a launch for each copy of the inputs; `small` ones suffice to compile for."""
         raise NotImplementedError
 
-    def reference(self, device: torch.device) -> Callable[[], Tensor] | None:
-        """Return the same computation of a library."""
-        return None
+    def references(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+        """Return other ways to compute the same, by name."""
+        return {}
 
     def copies(self, nbytes: float, small: bool) -> int:
         """Return how many copies of inputs of `nbytes` are needed."""
@@ -99,8 +100,9 @@ class Decode(Case):
         """See `Case`."""
         units = self.sequences * self.kv_heads
         counts = {max(1, min(64, processors * n // units, self.context // 128)) for n in (1, 2, 3, 4)}
+        # One kernel serves all splits: the first round compiles it, so that the others find it.
         tiles = product((64, 128, 32), (4, 8), (3, 4, 2))
-        for (keys, warps, stages), parts in product(tiles, sorted(counts)):
+        for parts, (keys, warps, stages) in product(sorted(counts), tiles):
             yield Variant(AttentionTile(ROWS, keys, warps, stages), parts)
 
     def launches(self, device: torch.device, *, small: bool = False) -> list[Callable[[Variant], Tensor]]:
@@ -177,14 +179,14 @@ class Prompts(Case):
         keys, values = torch.randn(shape, device=device, dtype=BF16)
         return [lambda variant: attend(query, keys, values, start, context, table, variant.tile)]
 
-    def reference(self, device: torch.device) -> Callable[[], Tensor] | None:
+    def references(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
         """See `Case`."""
         shapes = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = (
             torch.randn(self.sequences, heads, self.length, self.dim, device=device, dtype=BF16)
             for heads in shapes
         )
-        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return {"torch": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)}
 
 
 @dataclass(frozen=True)
@@ -252,14 +254,23 @@ class Multiply(Case):
         nbytes = self.outputs * self.inputs * self.bits / 8
         return [launch(*self.weight(device)) for _ in range(self.copies(nbytes, small))]
 
-    def reference(self, device: torch.device) -> Callable[[], Tensor] | None:
+    def references(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
         """See `Case`."""
         number = self.copies(2.0 * self.outputs * self.inputs, False)
         shape = (self.outputs, self.inputs)
         weights = [torch.randn(shape, device=device, dtype=BF16) for _ in range(number)]
         x = torch.randn(self.rows, self.inputs, device=device, dtype=BF16)
         at = iter(range(10**9))
-        return lambda: F.linear(x, weights[next(at) % number])
+        found = {"cuBLAS with a bf16 weight": lambda: F.linear(x, weights[next(at) % number])}
+        if self.rows == 1 and self.bits > 4:
+            own = [self.weight(device) for _ in weights]
+            for outputs, step, warps in product((2, 4, 8), (512, 1024), (4, 8)):
+                row = RowTile(outputs, step, warps)
+                found[f"one row: {row}"] = lambda row=row: multiply_row(x, *own[next(at) % number], tile=row)
+        if self.bits < 16 and self.rows > 64:
+            weight, scales = self.weight(device)
+            found["widened, then cuBLAS"] = lambda: F.linear(x, widen(weight, scales, self.inputs, BF16))
+        return found
 
 
 MODELS = ((32, 4, 64), (32, 8, 128), (32, 32, 128))
@@ -279,7 +290,7 @@ def prompt_cases() -> list[Case]:
 def product_cases() -> list[Case]:
     """The smallest and the largest weights of 1.1B and 7B. Plain ones are multiplied by cuBLAS, but for invariance."""
     shapes = ((4096, 4096), (22016, 4096), (4096, 11008), (2048, 5632), (11264, 2048))
-    cases = [(rows, *shape, bits) for rows in (1, 16, 32, 256) for bits in (8, 4) for shape in shapes]
+    cases = [(rows, *shape, bits) for rows in (1, 16, 32, 256, 1024) for bits in (8, 4) for shape in shapes]
     return [Multiply(*case) for case in [*cases, (1, *shapes[0], 16), (256, *shapes[0], 16)]]
 
 

@@ -85,7 +85,7 @@ WIDEN_ROWS = 512
 """From this number of rows on, a quantised weight is converted to the dtype of the rows, for cuBLAS."""
 SMALLEST_OUTPUTS = 32
 _MANY_ROWS = ((128, 128, 8), (128, 64, 8), (64, 64, 4))
-"""(rows, outputs, warps) of tiles for more than 64 rows: the largest of which there is one for each processor."""
+"""(rows, outputs, warps) of tiles for more than 64 rows: the largest of which there is one for most processors."""
 _PROGRAMS_OF_FEW_ROWS = 4
 """Programs for each processor that a product of few rows is split into, if its weight is small."""
 
@@ -97,7 +97,8 @@ def product_tile(weight: Tensor, rows: int, dtype: torch.dtype, processors: int)
         # Without tensor cores, small tiles are faster.
         return ProductTile(ROWS if rows <= ROWS else 64, 32, 128, 4, 2)
     if rows > 64:
-        large = (t for t in _MANY_ROWS if ceil_div(rows, t[0]) * ceil_div(outputs, t[1]) >= processors)
+        most = processors * 3 // 4
+        large = (t for t in _MANY_ROWS if ceil_div(rows, t[0]) * ceil_div(outputs, t[1]) >= most)
         height, width, warps = next(large, _MANY_ROWS[-1])
         return (
             ProductTile(height, width, 128, warps, 2) if packed else ProductTile(height, width, 64, warps, 4)

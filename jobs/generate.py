@@ -132,7 +132,7 @@ def _read_schema(text: str) -> dict[str, Any]:
     """Return the JSON schema in `text`, or in the file that `text` names. Raises ValueError."""
     try:
         schema = json.loads(text if text.lstrip().startswith("{") else Path(existing(text)).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"--json_schema is {text[:80]!r}; give a JSON object, or a file that holds one ({error})"
         ) from error

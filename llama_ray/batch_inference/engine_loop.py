@@ -43,14 +43,14 @@ class EngineLoop:
         answer = _Answer(sampling_params.n)
         with self._lock:
             thread = self._running_thread()
-        # Without the lock: compiling the grammar of one row delays no other.
-        request = thread.engine.prepare(prompt, sampling_params)
+        ids = thread.engine.encode(prompt)
         try:
-            thread.add(request, answer)
+            # Without the lock: compiling the grammar of one row delays no other.
+            thread.submit(ids, sampling_params, answer)
         except GenerationError as error:
             # The engine has crashed since `_running_thread` looked.
             answer.receive(error)
-        return len(request.prompt), answer.future
+        return len(ids), answer.future
 
     def _running_thread(self) -> EngineThread[_Answer]:
         """Return the engine's thread, after a crash one with a new engine."""

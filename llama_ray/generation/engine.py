@@ -22,6 +22,7 @@ from llama_ray.generation.caches import make_caches
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.constraints.grammar import Constraint
 from llama_ray.generation.constraints.grammars import Grammars
+from llama_ray.generation.constraints.processes import Closed
 from llama_ray.generation.core import Core
 from llama_ray.generation.end_of_text import all_eos_ids
 from llama_ray.generation.limits import Limits
@@ -239,16 +240,20 @@ class Engine:
 
     @panics_as_errors()
     def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
-        """Return a request that has been checked, for `add`. Raises ValueError if it cannot be served.
+        """Return a request that has been checked, for `add`.
 
-        Takes no lock: text is encoded and a grammar compiled while steps and other submissions go on.
+        Takes no lock: text is encoded and a grammar compiled while steps and other submissions go on. Raises ValueError
+        if it cannot be served, and GenerationError if it has a grammar and the engine is closed.
         """
         params = sampling_params or SamplingParams()
         ids = self.encode(prompt)
         self._limits.check(ids, params)
         if (grammar := params.grammar) is None:
             return Request(ids, params, [None] * params.n)
-        return Request(ids, params, self._grammars.constraints(*grammar, params.n))
+        try:
+            return Request(ids, params, self._grammars.constraints(*grammar, params.n))
+        except Closed as error:
+            raise GenerationError(str(error)) from None
 
     @panics_as_errors()
     def add(self, request: Request) -> int:

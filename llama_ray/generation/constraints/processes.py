@@ -58,6 +58,10 @@ class Death:
         return signal.Signals(-self.exit_code).name
 
 
+class Closed(RuntimeError):
+    """There are no processes any more, and will be none."""
+
+
 class GrammarProcess:
     """A process that follows one grammar. It has one message to answer at a time, the first of which is the grammar.
 
@@ -114,7 +118,7 @@ class Template:
     def start(self, kind: Kind, text: bytes, cpu_s: float, nice: int) -> GrammarProcess:
         """Return a process that compiles a grammar within `cpu_s`, at priority `nice`. Does not wait for it.
 
-        Its first answer is None, or what is wrong with the grammar. Raises RuntimeError after `close`.
+        Its first answer is None, or what is wrong with the grammar. Raises Closed after `close`.
         """
         memory = os.memfd_create("masks")
         ours, theirs = socket.socketpair()
@@ -162,7 +166,7 @@ class Template:
 
     def _launch(self) -> None:
         if self._closed:
-            raise RuntimeError("the engine is closed; make a new one")
+            raise Closed("the engine is closed; make a new one")
         if self._end is not None:
             self._end()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -17,21 +17,22 @@ def uses_gpu() -> bool:
 def check_workers(count: int, *, gpu: bool, flag: str = "world_size", each: int = 1) -> None:
     """Raise ValueError unless the cluster can ever run `count` workers of `each` GPUs, or of `each` CPUs if not `gpu`.
 
-    `flag` is the name of the flag that sets their number.
+    A worker with GPUs takes one CPU, too. `flag` is the name of the flag that sets their number.
     """
     if count < 1:
         raise ValueError(f"{flag} is {count}; it must be at least 1")
-    kind = "GPU" if gpu else "CPU"
-    most = int(largest(kind))
-    if most < each:
-        raise ValueError(
-            f"a worker needs {each} {kind}s, but this cluster has at most {most}; give it fewer, or add nodes"
-        )
-    if count * each > most:
-        raise ValueError(
-            f"{flag} is {count}, but this cluster has at most {most} {kind}{'' if most == 1 else 's'} and a "
-            f"worker needs {'one' if each == 1 else each}; give --{flag} {most // each} or less, or add nodes"
-        )
+    for kind, share in {"GPU": each, "CPU": 1}.items() if gpu else {"CPU": each}.items():
+        most = int(largest(kind))
+        if most < share:
+            raise ValueError(
+                f"a worker needs {share} {kind}{'' if share == 1 else 's'}, but this cluster has at most {most}; "
+                f"{'' if share == 1 else 'give it fewer, or '}add nodes"
+            )
+        if count * share > most:
+            raise ValueError(
+                f"{flag} is {count}, but this cluster has at most {most} {kind}{'' if most == 1 else 's'} and a "
+                f"worker needs {'one' if share == 1 else share}; give --{flag} {most // share} or less, or add nodes"
+            )
 
 
 def nodes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -123,6 +124,21 @@ def test_a_job_grows_saves_when_a_node_is_drained_shrinks_is_stopped_and_resumed
     assert outcome.checkpoint == str(run / f"step_{step + 10:08d}")
     assert client.get_run(run_id).info.status == "FINISHED"
     assert max(curve(client, run_id, "loss/train")) == step + 10
+
+
+def test_a_cluster_that_has_no_cpu_is_refused_at_once(nodes: Cluster, tmp_path: Path) -> None:
+    job = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "prepare_data.py"), "--source", "builtin", "--output", "data"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": nodes.address},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert job.returncode == 2
+    assert "error: this cluster has 0 CPUs; preparing data needs 1; add a node" in job.stderr
+    assert "Traceback" not in job.stderr
 
 
 def _announce_preemption(address: str, node_id: str) -> None:

@@ -18,8 +18,8 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from llama_ray.training.errors import OutOfMemory, TrainingError
 from llama_ray.utils.errors import first_line, one_line
 
-FAILURES = (TrainingFailedError, RayError)
-"""What `TorchTrainer.fit` raises when workers, their controller or their nodes fail."""
+FAILURES = (TrainingFailedError, RayError, OSError)
+"""What `TorchTrainer.fit` raises when workers, their controller, their nodes or the storage fail."""
 
 _LOST = (
     RayActorError,
@@ -70,7 +70,7 @@ def _causes(error: Exception) -> dict[str, Exception]:
         return {f"worker {rank}": cause for rank, cause in sorted(error.worker_failures.items())}
     if isinstance(error, ControllerError):
         return {"a starting worker": _of_a_task(error.controller_failure)}
-    return {"the controller of the workers": error}
+    return {"the controller of the workers" if isinstance(error, RayActorError) else "Ray Train": error}
 
 
 def _of_a_task(error: Exception) -> Exception:

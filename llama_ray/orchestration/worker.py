@@ -48,22 +48,26 @@ class WorkerPlan(RedactedRepr):
 
 @dataclass(frozen=True)
 class Ending:
-    """How the workers ended without an error: after the last step, or stopped."""
+    """How the workers ended together: after the last step, stopped, or because training cannot continue."""
 
     step: int = 0
     stopped_at: int | None = None
+    error: str = ""
 
 
 def run_worker(plan: WorkerPlan) -> Ending:
     """Train in the process group that Ray Train has made, from the latest valid checkpoint.
 
-    Whatever this raises ends the group; TrainingError ends the run, see `failures`.
+    What this raises ends the group at once; TrainingError, for an error of this worker alone, ends the run, too.
     """
     os.environ.update(plan.secrets)
     try:
         return Ending(_train(plan).step)
     except Stopped as error:
         return Ending(stopped_at=error.step)
+    except TrainingError as error:
+        # All workers raise it together. Those that end first wait until rank 0 has delivered the metrics.
+        return Ending(error=str(error))
     except ValueError as error:
         if may_pass(error):
             raise

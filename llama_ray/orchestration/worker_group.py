@@ -11,12 +11,11 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from ray.train.torch import TorchConfig
-
 # `ray.train` exports these at run time, but type checkers see the classes of the first version there.
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from llama_ray.orchestration.devices import CheckedTorchConfig
 from llama_ray.orchestration.failures import (
     FAILURES,
     out_of_memory_step,
@@ -44,11 +43,14 @@ def run_workers(plan: WorkerPlan, launch: LaunchConfig, *, gpu: bool) -> Ending:
         try:
             # The annotation of `fit` names the first version's result.
             ending: Ending = _trainer(plan, launch, gpu).fit().return_value  # type: ignore[attr-defined]
-            return ending
         except FAILURES as error:
             if stop_requested(plan.directory):
                 return Ending(stopped_at=_newest_step(plan.directory))
             print(restarts.answer(error), flush=True)
+        else:
+            if ending.error:
+                raise TrainingError(ending.error)
+            return ending
         # The next group may need the room.
         remove_orphans()
 
@@ -93,7 +95,7 @@ def _trainer(plan: WorkerPlan, launch: LaunchConfig, gpu: bool) -> TorchTrainer:
     filesystem, path = store.open_storage(launch.output_dir)
     return TorchTrainer(
         partial(run_worker, plan),
-        torch_config=TorchConfig(timeout_s=plan.config.collective_timeout_s),
+        torch_config=CheckedTorchConfig(timeout_s=plan.config.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),
             use_gpu=gpu,

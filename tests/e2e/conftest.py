@@ -80,16 +80,16 @@ def nodes() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-AddNode = Callable[[], Node]
+AddNode = Callable[..., Node]
 
 
 @pytest.fixture
 def add_node(nodes: Cluster) -> Iterator[AddNode]:
-    """Adds a node with one CPU, which is gone when the test ends."""
+    """Adds a node with one CPU and perhaps GPUs, which is gone when the test ends."""
     added: list[Node] = []
 
-    def add() -> Node:
-        added.append(nodes.add_node(num_cpus=1, object_store_memory=100 * 1024**2))
+    def add(num_gpus: int = 0) -> Node:
+        added.append(nodes.add_node(num_cpus=1, num_gpus=num_gpus, object_store_memory=100 * 1024**2))
         return added[-1]
 
     yield add

@@ -9,6 +9,8 @@ import signal
 from pathlib import Path
 
 import psutil
+import pytest
+import torch
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
@@ -110,3 +112,16 @@ def test_memory_that_is_missing_at_the_same_step_again_ends_the_run(
     found = MlflowClient(tracking).get_run(run_id_of(run))
     assert found.info.status == "FAILED"
     assert found.data.tags["restarts"] == "1"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs workers that cannot do what they are told to")
+def test_an_error_that_only_a_worker_can_know_ends_the_run_at_once_in_one_line(
+    trained: Trained, tracking: str, nodes: Cluster, add_node: AddNode
+) -> None:
+    add_node(num_gpus=1)
+    driver = start_driver(trained, nodes.address, "without-cuda", world_size=1)
+    said, _ = driver.communicate(timeout=240)
+    assert "has a GPU, but torch" in said.splitlines()[-1]
+    assert "restart" not in said
+    run = Path(trained.launch.output_dir) / "without-cuda"
+    assert MlflowClient(tracking).get_run(run_id_of(run)).info.status == "FAILED"

@@ -44,6 +44,7 @@ def in_a_task(cause: Exception) -> ControllerError:
         (ControllerError(ActorDiedError()), "a starting worker was lost"),
         (in_a_task(RESET), f"a starting worker failed (RuntimeError: {str(RESET).splitlines()[0]})"),
         (ActorDiedError(), "the controller of the workers was lost"),
+        (TimeoutError("s3 does not answer"), "Ray Train failed (TimeoutError: s3 does not answer)"),
     ],
 )  # fmt: skip
 def test_the_reason_of_a_restart_is_one_line(error: Exception, expected: str) -> None:

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from llama_ray.orchestration.mlflow_observer import MLflowObserver
+from llama_ray.tracking.buffer import BufferedRun
+from llama_ray.tracking.runs import Run
+from llama_ray.training.checkpointing.progress import Progress
+from llama_ray.training.config import Schedule, TrainConfig
+from tests.token_data import write_dataset
+
+
+def test_restarts_are_those_of_the_run_and_not_of_an_attempt_of_the_same_name(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+
+    def new_run() -> Run:
+        return Run.create(
+            experiment="tests", name="same", params={}, tags={}, description="",
+            uri=f"sqlite:///{tmp_path}/mlflow.db",
+        )  # fmt: skip
+
+    def tags_after_start(run: Run, step: int) -> dict[str, str]:
+        buffered = BufferedRun(run.run_id, run.uri)
+        observer = MLflowObserver(buffered, str(data), str(tmp_path / "same"))
+        observer.started(Schedule.of(TrainConfig(max_steps=9), 100), Progress(step=step), "ddp")
+        assert buffered.close()
+        tags = MlflowClient(run.uri).get_run(run.run_id).data.tags
+        return {name: value for name, value in tags.items() if name.startswith("restart")}
+
+    assert tags_after_start(new_run(), 0) == {}
+    # The attempt died before its first checkpoint, and the launch is repeated.
+    again = new_run()
+    assert tags_after_start(again, 0) == {}
+    assert tags_after_start(again, 3) == {"restarts": "1", "restart.1": "after step 3, 1 workers"}

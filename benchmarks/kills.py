@@ -166,7 +166,7 @@ class Bench:
             disturbed.hits,
             time.monotonic() - begin,
             watched.steps_trained,
-            said.count("; restart ") + said.count("going on"),
+            said.count("; restart ") + said.count("run disturbed: ") - (1 if kills else 0),
         )
 
     def _targets(self, kills: int) -> list[str]:
@@ -231,6 +231,9 @@ class Bench:
         assert_same_state(str(disturbed.directory / last), str(undisturbed.directory / last))
         print("weights and optimizer state: equal to the bit")
         print(f"MLflow run: {client.get_run(ours).info.status}")
+        left, expected = ({p.name for p in run.directory.iterdir()} for run in (disturbed, undisturbed))
+        assert expected <= left
+        print(f"left behind in the run's directory: {', '.join(sorted(left - expected)) or 'nothing'}")
 
 
 class Disturbance:

@@ -7,37 +7,39 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from serve_app.client import ModelClient, ReplicaClient
-from serve_app.errors import INTERNAL_ERROR, ApiError, ErrorResponse, validation_error
+from serve_app.errors import INTERNAL_ERROR, ApiError, ErrorResponse, error_response, validation_error
 from serve_app.messages import Started
-from serve_app.middleware import PanicsAsErrors
+from serve_app.middleware import BodyLimit, PanicsAsErrors
 from serve_app.protocol import CompletionRequest, CompletionResponse, Health, ModelCard, ModelList
 from serve_app.responses import CompletionWriter, EventStream
 
+MAX_BODY_BYTES = 8 * 2**20
+"""Default limit of a body: the token ids of more than a million tokens."""
 _PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
 # Otherwise FastAPI documents its own error object, with status 422.
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 404, 422, 429, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 404, 413, 422, 429, 500, 503)
 }
 
 
 class Api:
     """The deployment that receives HTTP requests; `handle` leads to the model replicas."""
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._client = ReplicaClient(handle)
+    def __init__(self, handle: DeploymentHandle[Any], max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self._client, self._max_body_bytes = ReplicaClient(handle), max_body_bytes
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the application where it runs, so that it need not be pickled. Ray Serve calls this."""
-        return create_api(self._client)
+        return create_api(self._client, self._max_body_bytes)
 
 
-def create_api(model: ModelClient) -> FastAPI:
-    """Return the HTTP application in front of `model`."""
+def create_api(model: ModelClient, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """Return the HTTP application in front of `model`; a larger body than `max_body_bytes` is refused."""
     api = FastAPI(
         title="llama_ray",
         description="A LLaMA model behind OpenAI's completions API. `GET /` is a playground.",
@@ -73,6 +75,7 @@ def create_api(model: ModelClient) -> FastAPI:
     async def playground() -> HTMLResponse:
         return HTMLResponse(page)
 
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_middleware(PanicsAsErrors)
     api.add_exception_handler(ApiError, _on_api_error)
     api.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -97,27 +100,22 @@ async def _complete(model: ModelClient, body: CompletionRequest) -> Response:
         raise
 
 
-def _error_response(error: ApiError) -> JSONResponse:
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
-    return JSONResponse(error.response.model_dump(), error.status, headers)
-
-
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _error_response(error)
+    return error_response(error)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return _error_response(validation_error(error.errors()))
+    return error_response(validation_error(error.errors()))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists the endpoints"
-    return _error_response(ApiError(error.status_code, message))
+    return error_response(ApiError(error.status_code, message))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     # Starlette raises it again after the response, so it is in the log with its traceback.
-    return _error_response(ApiError(500, INTERNAL_ERROR))
+    return error_response(ApiError(500, INTERNAL_ERROR))

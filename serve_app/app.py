@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig
 from llama_ray.generation.options import EngineOptions
 from llama_ray.storage.paths import existing_ref
 from llama_ray.tracking.uri import tracking_uri
-from serve_app.api import Api
+from serve_app.api import MAX_BODY_BYTES, Api
 from serve_app.replica import DEFAULT_OPTIONS, DType, LlamaReplica
 
 _API_CPUS = 0.1
@@ -56,6 +56,12 @@ class ServeArgs(BaseModel):
     )
     max_queued_requests: int = Field(
         256, ge=-1, description="Queue limit; beyond it the API returns 429. -1: no limit."
+    )
+    max_body_bytes: int = Field(
+        MAX_BODY_BYTES,
+        ge=1,
+        le=2**30,
+        description="Size of a request's body; the API answers a larger one with 413.",
     )
     graceful_shutdown_timeout_s: float = Field(
         600, gt=0, description="Seconds to drain before a replica is killed."
@@ -114,7 +120,7 @@ def build(args: ServeArgs) -> Application:
         max_ongoing_requests=_API_REQUESTS,
         autoscaling_config=_scaling(args, _API_TARGET),
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
-    )(serve.ingress()(Api)).bind(replicas)
+    )(serve.ingress()(Api)).bind(replicas, args.max_body_bytes)
     return application
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.responses import JSONResponse
 
 INTERNAL_ERROR = "internal error; the server's log has the details"
 _MAX_MISTAKES = 5
@@ -47,6 +48,12 @@ class ApiError(Exception):
         self.status, self.retry_after_s = status, retry_after_s
         kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.response = ErrorResponse(error=ErrorBody(message=message, type=kind, param=param, code=code))
+
+
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return the response that reports `error`, with further `headers`."""
+    retry = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return JSONResponse(error.response.model_dump(), error.status, {**retry, **(headers or {})})
 
 
 def bad_request(param: str | None, message: str) -> ApiError:

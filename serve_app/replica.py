@@ -8,6 +8,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ from serve_app.messages import ChoiceDelta, Event, Failure, GenerationRequest, M
 _log = logging.getLogger(__name__)
 
 DType = Literal["float32", "bfloat16", "float16"]
+LONG_PROMPT = 50_000
+"""Characters, or token ids; some ten milliseconds of tokenising."""
 DEFAULT_OPTIONS = EngineOptions(max_num_seqs=16)
 
 
@@ -75,6 +78,8 @@ class LlamaReplica:
         self._tokenizer: Tokenizer = engine.tokenizer
         self._info = _describe(engine, directory, version, device)
         self._engine = AsyncEngine(engine)
+        # Long prompts wait for each other, short ones never for long ones, and the model keeps the other cores.
+        self._lanes = ThreadPoolExecutor(1, "tokenizer"), ThreadPoolExecutor(1, "tokenizer_long")
 
     async def info(self) -> ModelInfo:
         """Return which model is served. Raises GenerationError if the engine has ended."""
@@ -115,8 +120,7 @@ class LlamaReplica:
             yield Failure(404, self._info.not_served(request.model), code="model_not_found", param="model")
             return
         try:
-            # Encoding long prompts takes a while; other streams continue meanwhile.
-            prompts = await asyncio.to_thread(self._encode, request.prompts)
+            prompts = await self._encode(request.prompts)
         except ValueError as error:
             yield Failure(400, str(error), param="prompt")
             return
@@ -131,8 +135,13 @@ class LlamaReplica:
         except GenerationError as error:
             yield Failure(500, str(error), code="generation_failed")
 
-    def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        return [self._engine.engine.encode(prompt) for prompt in prompts]
+    async def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Encode prompts in a thread, one by one: streams go on, and a client that leaves ends it."""
+        loop, encode = asyncio.get_running_loop(), self._engine.engine.encode
+        return [
+            await loop.run_in_executor(self._lanes[len(prompt) > LONG_PROMPT], encode, prompt)
+            for prompt in prompts
+        ]
 
     async def _answer(
         self, request: GenerationRequest, prompts: list[list[int]]

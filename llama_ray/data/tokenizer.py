@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from llama_ray.data.text_stream import TextDecoder, TextStream
+from llama_ray.data.token_bytes import max_token_bytes
 from llama_ray.data.tokenizer_files import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -144,6 +145,10 @@ class Tokenizer:
         content = json.loads(text)
         content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
         return json.dumps(content)
+
+    def max_token_bytes(self) -> int | None:
+        """Return a bound of the bytes of text that one token can stand for, in UTF-8; None if there is none."""
+        return max_token_bytes(self.to_json())
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the token ids of `text`, after bos and before eos if asked for.

@@ -106,7 +106,12 @@ class Engine:
         self._core = Core(
             self._scheduler, caches.runner, backend.make_sampler(), self._lock, proposer, num_draft_tokens
         )
-        self._limits = Limits(self.config.vocab_size, self.max_seq_len, has_tokenizer=tokenizer is not None)
+        self._limits = Limits(
+            self.config.vocab_size,
+            self.max_seq_len,
+            has_tokenizer=tokenizer is not None,
+            max_token_bytes=tokenizer.max_token_bytes() if tokenizer else None,
+        )
         self._grammars = Grammars(tokenizer, self.config.vocab_size, self.eos_ids)
         self._seeds = random.Random(seed)
         self._requests = itertools.count()
@@ -226,6 +231,7 @@ class Engine:
                 raise ValueError(
                     "this model has no tokenizer to encode text with; give the prompt as token ids"
                 )
+            self._limits.check_text(prompt)
             return self.tokenizer.encode_prompt(prompt)
         try:
             return [operator.index(token) for token in prompt]

@@ -8,15 +8,32 @@ from dataclasses import dataclass, field
 
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.utils.fields import shown
+from llama_ray.utils.integers import ceil_div
 
 
 @dataclass(frozen=True)
 class Limits:
-    """One engine's limits: token ids below `vocab_size`, and `max_seq_len` tokens of prompt and output together."""
+    """One engine's limits: token ids below `vocab_size`, and `max_seq_len` tokens of prompt and output together.
+
+    A token stands for at most `max_token_bytes` bytes of text, unless that is None.
+    """
 
     vocab_size: int
     max_seq_len: int
     has_tokenizer: bool = field(kw_only=True)
+    max_token_bytes: int | None = field(kw_only=True)
+
+    def check_text(self, prompt: str) -> None:
+        """Raise ValueError for a text that cannot fit, whatever its tokens are: tokenising megabytes takes seconds."""
+        if self.max_token_bytes is None:
+            return
+        size = len(prompt.encode(errors="surrogatepass"))
+        least = ceil_div(size, self.max_token_bytes)
+        if least >= self.max_seq_len:
+            raise ValueError(
+                f"the prompt has {size:,} bytes, which are {least:,} tokens or more and leave no room for an answer "
+                f"within max_seq_len {self.max_seq_len}; shorten the prompt"
+            )
 
     def check(self, ids: Sequence[int], params: SamplingParams) -> None:
         """Raise ValueError if the prompt or the parameters exceed the limits."""

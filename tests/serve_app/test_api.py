@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from llama_ray.data.tokenizer import Tokenizer
@@ -116,6 +120,42 @@ def test_a_body_that_is_not_a_request_is_a_400(http: TestClient, content: str, m
     response = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
+
+
+async def statuses(app: FastAPI, chunks: Iterator[bytes]) -> list[int]:
+    """Send a body without Content-Length; return the status of the response, if there is one."""
+    found: list[int] = []
+
+    async def receive() -> dict[str, object]:
+        chunk = next(chunks, None)
+        return {"type": "http.request", "body": chunk or b"", "more_body": chunk is not None}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            found.append(message["status"])
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": headers,
+        "query_string": b"",
+    }
+    await app(scope, receive, send)
+    return found
+
+
+def test_a_body_beyond_the_limit_is_a_413_however_it_is_sent(model: LocalModel) -> None:
+    app = create_api(model, max_body_bytes=1000)
+    response = TestClient(app).post("/v1/completions", json=BODY | {"prompt": "a" * 1000})
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "body_too_large"
+    assert "1,000 bytes" in response.json()["error"]["message"]
+    endless = itertools.repeat(b"x" * 100)
+    assert asyncio.run(statuses(app, endless)) == [413]
+    body = json.dumps(BODY | {"max_tokens": 1}).encode()
+    assert asyncio.run(statuses(app, iter([body[:9], body[9:]]))) == [200]
 
 
 def test_unknown_paths_and_methods_are_errors_of_the_same_shape(http: TestClient) -> None:

@@ -23,7 +23,7 @@ def deployments(**args: Any) -> tuple[Any, Any]:
     """The API's and the replicas' deployment, as `serve run serve_app.app:build key=value` makes them."""
     application = call_user_app_builder_with_args_if_necessary(build, args)
     api = application._bound_deployment
-    [replicas] = api.init_args
+    replicas, _ = api.init_args
     return api, replicas._bound_deployment
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
@@ -114,11 +116,40 @@ def test_cancelling_the_reader_frees_the_engine(replica: LlamaReplica) -> None:
     assert asyncio.run(leave())
 
 
+def test_nothing_is_tokenised_for_a_client_that_has_left(
+    replica: LlamaReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, may_go_on = threading.Event(), threading.Event()
+    encoded: list[str] = []
+
+    def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+        encoded.append(text)
+        started.set()
+        may_go_on.wait(30)
+        return [1]
+
+    async def leave() -> None:
+        reader = asyncio.create_task(all_events(replica.generate(replace(REQUEST, prompts=["a", "b", "c"]))))
+        await asyncio.to_thread(started.wait, 30)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        may_go_on.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_prompt", encode)
+        asyncio.run(leave())
+    # Prompts of one length are tokenised in turn.
+    asyncio.run(all_events(replica.generate(REQUEST)))
+    assert encoded == ["a"]
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "message"),
     [
         (replace(REQUEST, model="other"), 404, "model 'other' is not served here; ask for 'tiny'"),
         (replace(REQUEST, prompts=["\ud800"]), 400, "lone surrogate"),
+        (replace(REQUEST, prompts=["a b" * 10**6]), 400, "the prompt has 3,000,000 bytes, which are"),
         (replace(REQUEST, prompts=["a", [70_000]], params=LONG), 400, "token id 70000 is outside"),
     ],
 )

@@ -28,6 +28,7 @@ from llama_ray.generation.constraints.messages import Answer, Job, Question, rec
 
 _NO_EXTENSION = "NoExtension"
 _TRIAL_TOKENS = 4
+_LOWEST_PRIORITY = 19
 
 
 def serve_masks(job: Job, connection: Connection, memory: int, tokenizer: LLTokenizer) -> None:
@@ -117,8 +118,9 @@ def _compile(job: Job, text: str, tokenizer: LLTokenizer) -> tuple[LLMatcher | N
     failed: list[str] = []
 
     def compile_() -> None:
-        # The priority is this thread's alone.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), job.nice)
+        # The priority is this thread's alone. The engine's own may be low already.
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, min(own + job.nice, _LOWEST_PRIORITY))
         try:
             compiled.append(_matcher(job, text, tokenizer))
         except BaseException as error:  # A panic of the library is no Exception.

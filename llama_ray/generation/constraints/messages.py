@@ -13,7 +13,7 @@ class Job(NamedTuple):
     """The first message about a grammar's process, to the template that forks it.
 
     Its text is at the beginning of the memory that the process and the engine share, `length` bytes. It may
-    take `cpu_s` to compile, at the priority `nice`.
+    take `cpu_s` to compile, `nice` below the priority of the engine.
     """
 
     number: int

@@ -116,7 +116,7 @@ class Template:
         self.refusal: str | None = None
 
     def start(self, kind: Kind, text: bytes, cpu_s: float, nice: int) -> GrammarProcess:
-        """Return a process that compiles a grammar within `cpu_s`, at priority `nice`. Does not wait for it.
+        """Return a process that compiles a grammar within `cpu_s`, `nice` below this priority. Does not wait for it.
 
         Its first answer is None, or what is wrong with the grammar. Raises Closed after `close`.
         """

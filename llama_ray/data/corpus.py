@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from llama_ray.data.documents import Document, read, split_file
-from llama_ray.data.files import SourceError
-from llama_ray.data.left_out import EMPTY, NOT_CHOSEN, LeftOut, Tally
+from llama_ray.data.files import File, SourceError
+from llama_ray.data.left_out import EMPTY, NOT_CHOSEN, OUTPUT, SAME_FILE, LeftOut, Tally
 from llama_ray.data.sources import files
 from llama_ray.utils.errors import printable
 
@@ -32,8 +33,10 @@ class Corpus:
         return sum(document.size for document in self.documents)
 
 
-def find_corpus(source: str, max_bytes: int | None = None, seed: int = 0) -> Corpus:
-    """List the documents of `source`; see `llama_ray.data.sources.files` for what it may be.
+def find_corpus(
+    source: str, max_bytes: int | None = None, seed: int = 0, output: Path | None = None
+) -> Corpus:
+    """List the documents of `source`, but for files in `output`; see `llama_ray.data.sources.files` for what it may be.
 
     With `max_bytes`, return a pseudo-random choice of documents of at most that size in all, which depends on `seed`.
     Raises SourceError if there is no text or the source cannot be read.
@@ -42,7 +45,7 @@ def find_corpus(source: str, max_bytes: int | None = None, seed: int = 0) -> Cor
     found: list[Document] = []
     left_out = Tally()
     try:
-        for file in sorted(files(source, left_out.add)):
+        for file in _different(sorted(files(source, left_out.add)), output, left_out):
             content = f"{file.name}\0{file.size}\0{file.modified_ns}\n"
             digest.update(content.encode(errors="surrogateescape"))
             before = len(found)
@@ -66,6 +69,20 @@ def find_corpus(source: str, max_bytes: int | None = None, seed: int = 0) -> Cor
     for _ in range(len(found) - len(documents)):
         left_out.add(LeftOut("document", NOT_CHOSEN, ""))
     return Corpus(source, documents, digest.hexdigest(), left_out)
+
+
+def _different(found: Iterable[File], output: Path | None, left_out: Tally) -> Iterator[File]:
+    """Yield each file once that is not in `output`, where an earlier preparation may have left its tokenizer."""
+    output = output and output.resolve()
+    seen: set[str] = set()
+    for file in found:
+        if output and file.root == "" and Path(file.path).is_relative_to(output):
+            left_out.add(LeftOut("file", OUTPUT, file.name))
+        elif file.path in seen:
+            left_out.add(LeftOut("file", SAME_FILE, file.name))
+        else:
+            seen.add(file.path)
+            yield file
 
 
 def sample(documents: list[Document], max_bytes: int, seed: int) -> list[Document]:

@@ -22,9 +22,18 @@ _LOCK = ".lock"
 def finished_dataset(output: Path, fingerprint: str, overwrite: bool) -> DatasetInfo | None:
     """Return the dataset in `output` if it has this `fingerprint`; None if `output` may be written.
 
-    Raises DatasetError for a file, for a directory with other files, and, without `overwrite`, for one with another
-    dataset.
+    Raises DatasetError for a file, for a directory with other files or without access, and, without `overwrite`, for
+    one with another dataset.
     """
+    try:
+        return _finished_dataset(output, fingerprint, overwrite)
+    except OSError as error:
+        raise DatasetError(
+            f"cannot read output {output} ({error.strerror}); choose another output"
+        ) from error
+
+
+def _finished_dataset(output: Path, fingerprint: str, overwrite: bool) -> DatasetInfo | None:
     if not output.exists():
         return None
     if not output.is_dir():
@@ -68,17 +77,17 @@ def exclusive(output: Path, log: Callable[[str], None]) -> Iterator[None]:
 def staging_directory(output: Path) -> Iterator[Path]:
     """Create a directory inside `output` for unfinished files, and remove it at the end, and what killed runs left.
 
-    Its name is new each time: tasks of a killed run may still write to theirs. Raises DatasetError.
+    Its name is new each time: tasks of a killed run may still write to theirs. Raises DatasetError, also for an OSError
+    of the block.
     """
     for path in [path for path in output.iterdir() if _is_unfinished(path.name)]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     staging = output / f"{_STAGING}-{uuid.uuid4().hex[:8]}"
     try:
         staging.mkdir()
+        yield staging
     except OSError as error:
         raise _cannot_write(output, error) from error
-    try:
-        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

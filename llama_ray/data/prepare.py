@@ -77,6 +77,8 @@ class PrepareConfig(RedactedRepr):
             check_vocab_size(self.vocab_size)
         if is_uri(self.output):
             raise ValueError(f"output is {self.output!r}; give a directory on storage that all nodes share")
+        if printable(self.output, limit=len(self.output)) != self.output:
+            raise ValueError(f"output is '{printable(self.output)}'; it must be text in UTF-8 on one line")
 
 
 def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
@@ -88,7 +90,7 @@ def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
     correct; unfinished files are then removed.
     """
     output = Path(config.output)
-    corpus = find_corpus(config.source, config.max_bytes, config.seed)
+    corpus = find_corpus(config.source, config.max_bytes, config.seed, output)
     given = None if config.tokenizer is None else Tokenizer.load(config.tokenizer).for_documents()
     fingerprint = _fingerprint(config, corpus, given)
     found = finished_dataset(output, fingerprint, config.overwrite)

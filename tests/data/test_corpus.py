@@ -9,6 +9,7 @@ from llama_ray.data.corpus import divide, find_corpus, sample
 from llama_ray.data.documents import read
 from llama_ray.data.files import SourceError
 from llama_ray.data.left_out import Tally
+from tests.data.helpers import taken
 
 
 def test_documents_keep_their_ids_when_the_folder_moves(folder: Path) -> None:
@@ -66,3 +67,23 @@ def test_documents_that_hold_no_text_are_not_enough(tmp_path: Path) -> None:
     )
     with pytest.raises(SourceError, match=message):
         divide(find_corpus(str(tmp_path)), 0.5, 0)
+
+
+def test_no_file_is_taken_twice(folder: Path) -> None:
+    (folder / "sub" / "link.txt").symlink_to(folder / "b.txt")
+    (folder / "a link.txt").symlink_to(folder / "sub" / "README")
+    for source in (folder, folder / "**", folder.as_uri()):
+        found, left_out = taken(source)
+        assert sorted(found) == ["bee", "no suffix", "see()", "é"]
+        assert (
+            "left out 2 files (sub/README, sub/link.txt): the same file as another one, by a link" in left_out
+        )
+
+
+def test_the_output_is_not_text_of_its_own_source(folder: Path) -> None:
+    before = find_corpus(str(folder)).fingerprint
+    (folder / "data").mkdir()
+    (folder / "data" / "tokenizer.json").write_text("{}")
+    corpus = find_corpus(str(folder), output=folder / "data")
+    assert corpus.fingerprint == before
+    assert "left out 1 file (data/tokenizer.json): in the output directory" in corpus.left_out.lines()

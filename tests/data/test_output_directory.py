@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.output_directory import exclusive, finished_dataset
+from llama_ray.data.output_directory import exclusive, finished_dataset, staging_directory
 from llama_ray.data.shards import DatasetError
+from tests.data.helpers import folder_without_root
 
 HOLD = """
 import sys, time
@@ -44,3 +45,30 @@ def test_an_output_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         exclusive(tmp_path / "file" / "data", print),
     ):
         pass
+
+
+def test_an_output_without_access_is_refused() -> None:
+    with folder_without_root() as folder:
+        (folder / "data").mkdir(mode=0)
+        with pytest.raises(
+            DatasetError, match=r"cannot read output .*data \(Permission denied\); choose another"
+        ):
+            finished_dataset(folder / "data", "f", overwrite=False)
+        (folder / "data").chmod(0o500)
+        with (
+            pytest.raises(DatasetError, match=r"cannot write to .*data \(Permission denied\)"),
+            exclusive(folder / "data", print),
+        ):
+            pass
+
+
+def test_what_fails_to_be_written_is_said_and_removed(tmp_path: Path) -> None:
+    def fill(file: Path) -> None:
+        file.write_text("half")
+        with Path("/dev/full").open("w") as full:
+            full.write("x")
+
+    message = r"cannot write to .*\(No space left on device\); choose another output"
+    with pytest.raises(DatasetError, match=message), staging_directory(tmp_path) as staging:
+        fill(staging / "half")
+    assert not list(tmp_path.iterdir())

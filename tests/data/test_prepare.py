@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import json
 import math
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -225,6 +227,7 @@ def test_one_large_file_is_divided_into_documents(config: PrepareConfig, tmp_pat
         ({"output": "{tmp}/corpus"}, r"holds other files \(.*.txt\)"),
         ({"output": "{tmp}/corpus/1.txt"}, "is a file; give a directory"),
         ({"output": "{tmp}/corpus/1.txt/data"}, "cannot write to .*; choose another output"),
+        ({"output": "{tmp}/caf\udce9"}, r"output is '.*/caf\\xe9'; it must be text in UTF-8"),
         ({"output": "s3://bucket/data"}, "give a directory on storage that all nodes share"),
         ({"tokenizer": "{tmp}/corpus"}, "no tokenizer at"),
         ({"vocab_size": 257}, "vocab_size is 257; it must be at least 258"),
@@ -250,3 +253,19 @@ def test_invalid_settings_are_refused_in_one_line(
     with pytest.raises(ValueError, match=message) as raised:
         prepare(dataclasses.replace(config, **filled), lambda line: None)
     assert "\n" not in str(raised.value)
+
+
+def test_a_cluster_without_cpus_is_refused_at_once(config: PrepareConfig) -> None:
+    lines = """
+import sys
+import ray
+from llama_ray.data.prepare import PrepareConfig, prepare
+ray.init(address="local", num_cpus=0, include_dashboard=False)
+prepare(PrepareConfig(source=sys.argv[1], output=sys.argv[2]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", lines, config.source, config.output],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "this cluster has 0 CPUs; preparing data needs 1; add a node with CPUs" in done.stderr
+    assert not list(Path(config.output).iterdir())

@@ -19,30 +19,32 @@ _STAGING = ".partial"
 _LOCK = ".lock"
 
 
-def finished_dataset(output: Path, fingerprint: str, overwrite: bool) -> DatasetInfo | None:
-    """Return the dataset in `output` if it has this `fingerprint`; None if `output` may be written.
-
-    Raises DatasetError for a file, for a directory with other files or without access, and, without `overwrite`, for
-    one with another dataset.
-    """
+def check_output(output: Path) -> None:
+    """Raise DatasetError for a file, and for a directory with other files or without access."""
     try:
-        return _finished_dataset(output, fingerprint, overwrite)
+        foreign = [path.name for path in output.iterdir() if not _belongs_to_dataset(path.name)]
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        if output.exists():
+            raise DatasetError(f"output {output} is a file; give a directory") from error
+        raise _cannot_write(output, error) from error
     except OSError as error:
         raise DatasetError(
             f"cannot read output {output} ({error.strerror}); choose another output"
         ) from error
-
-
-def _finished_dataset(output: Path, fingerprint: str, overwrite: bool) -> DatasetInfo | None:
-    if not output.exists():
-        return None
-    if not output.is_dir():
-        raise DatasetError(f"output {output} is a file; give a directory")
-    foreign = next((path.name for path in output.iterdir() if not _belongs_to_dataset(path.name)), None)
-    if foreign is not None:
+    if foreign:
         raise DatasetError(
-            f"output {output} holds other files ({printable(foreign)}); choose an empty or new directory"
+            f"output {output} holds other files ({printable(foreign[0])}); choose an empty or new directory"
         )
+
+
+def finished_dataset(output: Path, fingerprint: str, overwrite: bool) -> DatasetInfo | None:
+    """Return the dataset in `output` if it has this `fingerprint`; None if `output` may be written.
+
+    Raises DatasetError as `check_output` does and, without `overwrite`, for another dataset.
+    """
+    check_output(output)
     if overwrite or not (output / INFO_FILE).exists():
         return None
     info = read_info(output)

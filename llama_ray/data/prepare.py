@@ -17,7 +17,13 @@ from llama_ray.data.corpus import Corpus, divide, find_corpus, sample
 from llama_ray.data.documents import Document, read
 from llama_ray.data.files import SourceError
 from llama_ray.data.left_out import Tally
-from llama_ray.data.output_directory import exclusive, finished_dataset, publish, staging_directory
+from llama_ray.data.output_directory import (
+    check_output,
+    exclusive,
+    finished_dataset,
+    publish,
+    staging_directory,
+)
 from llama_ray.data.shard_task import ShardResult, make_group, write_group
 from llama_ray.data.shards import (
     FORMAT_VERSION,
@@ -90,6 +96,7 @@ def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
     correct; unfinished files are then removed.
     """
     output = Path(config.output)
+    check_output(output)
     corpus = find_corpus(config.source, config.max_bytes, config.seed, output)
     given = None if config.tokenizer is None else Tokenizer.load(config.tokenizer).for_documents()
     fingerprint = _fingerprint(config, corpus, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import openai
@@ -12,6 +13,10 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
+from serve_app.errors import ApiError
+from serve_app.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
+from serve_app.protocol import Health
+from serve_app.replica import LlamaReplica
 from tests.small_models import small_config, small_tokenizer
 
 TEXTS = [
@@ -61,3 +66,25 @@ def stream_text(client: openai.OpenAI, prompt: str, **params: object) -> str:
     """The text that a streamed request joins to."""
     chunks = client.completions.create(model="tiny", prompt=prompt, stream=True, **params)  # type: ignore[call-overload]
     return "".join(chunk.choices[0].text for chunk in chunks)
+
+
+class LocalModel:
+    """A replica without Ray; if `dies` is set, its engine ends after the first text."""
+
+    def __init__(self, directory: Path) -> None:
+        self.replica = LlamaReplica(str(directory))
+        self.dies = False
+
+    async def info(self) -> ModelInfo:
+        return await self.replica.info()
+
+    async def check(self) -> Health:
+        raise ApiError(503, "no model replica is running", code="unavailable", retry_after_s=5)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Started | list[ChoiceDelta]]:
+        async for event in self.replica.generate(request):
+            if isinstance(event, Failure):
+                raise ApiError(event.status, event.message, code=event.code, param=event.param)
+            yield event
+            if self.dies and isinstance(event, list) and any(delta.text for delta in event):
+                self.replica.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncGenerator, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,12 @@ from fastapi.testclient import TestClient
 
 from llama_ray.data.tokenizer import Tokenizer
 from serve_app.api import create_api
-from serve_app.errors import INTERNAL_ERROR, ApiError
-from serve_app.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
-from serve_app.protocol import Health
-from serve_app.replica import LlamaReplica
+from serve_app.errors import INTERNAL_ERROR
 from tests.generation.constraints.helpers import COSTLY_MASK
-from tests.serve_app.helpers import MAX_SEQ_LEN
+from tests.serve_app.helpers import MAX_SEQ_LEN, LocalModel
 
 # A text that the engine is still writing when its first part has arrived.
 BODY = {"model": "tiny", "prompt": "dog", "max_tokens": MAX_SEQ_LEN - 100, "ignore_eos": True}
-
-
-class LocalModel:
-    """A replica without Ray; if `dies` is set, its engine ends after the first text."""
-
-    def __init__(self, directory: Path) -> None:
-        self.replica = LlamaReplica(str(directory))
-        self.dies = False
-
-    async def info(self) -> ModelInfo:
-        return await self.replica.info()
-
-    async def check(self) -> Health:
-        raise ApiError(503, "no model replica is running", code="unavailable", retry_after_s=5)
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Started | list[ChoiceDelta]]:
-        async for event in self.replica.generate(request):
-            if isinstance(event, Failure):
-                raise ApiError(event.status, event.message, code=event.code, param=event.param)
-            yield event
-            if self.dies and isinstance(event, list) and any(delta.text for delta in event):
-                self.replica.stop()
 
 
 @pytest.fixture

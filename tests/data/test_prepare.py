@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import json
 import math
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -251,3 +253,19 @@ def test_invalid_settings_are_refused_in_one_line(
     with pytest.raises(ValueError, match=message) as raised:
         prepare(dataclasses.replace(config, **filled), lambda line: None)
     assert "\n" not in str(raised.value)
+
+
+def test_a_cluster_without_cpus_is_refused_at_once(config: PrepareConfig) -> None:
+    lines = """
+import sys
+import ray
+from llama_ray.data.prepare import PrepareConfig, prepare
+ray.init(address="local", num_cpus=0, include_dashboard=False)
+prepare(PrepareConfig(source=sys.argv[1], output=sys.argv[2]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", lines, config.source, config.output],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "this cluster has 0 CPUs; preparing data needs 1; add a node with CPUs" in done.stderr
+    assert not list(Path(config.output).iterdir())

@@ -19,7 +19,7 @@ PROGRAMS_PER_PROCESSOR = 2
 """Programs that a few decoding sequences are split into, for each processor: their loads hide each other's latency."""
 _LEAST_PART = 256
 """Keys of the longest context that are worth a program of their own."""
-MOST_SPLITS = 64
+MOST_SPLITS = 32
 """Programs that may share a context; a power of two."""
 
 
@@ -81,34 +81,62 @@ class ProductTile(NamedTuple):
     """Programs that share the inputs of a tile; a power of two."""
 
 
-WIDEN_ROWS = 512
-"""From this number of rows on, a quantised weight is converted to the dtype of the rows, for cuBLAS."""
+WIDEN_ROWS = 129
+"""From this number of rows on, a quantised weight is converted to the dtype of the rows, for cuBLAS.
+
+The conversion takes as long as reading the weight in that dtype, and cuBLAS is twice as fast as `multiply`.
+"""
 SMALLEST_OUTPUTS = 32
-_MANY_ROWS = ((128, 128, 8), (128, 64, 8), (64, 64, 4))
-"""(rows, outputs, warps) of tiles for more than 64 rows: the largest of which there is one for most processors."""
-_PROGRAMS_OF_FEW_ROWS = 4
-"""Programs for each processor that a product of few rows is split into, if its weight is small."""
+
+
+class _FewRows(NamedTuple):
+    """The tile of a product whose rows fit into one tile, and into how many programs it is split."""
+
+    outputs: int
+    warps: int
+    stages: int
+    programs: int
+    """For each processor, at most."""
+
+
+_FEW_ROWS = {
+    (8, 16): _FewRows(32, 2, 4, 6),
+    (8, 32): _FewRows(64, 2, 3, 6),
+    (8, 64): _FewRows(64, 4, 4, 4),
+    (4, 16): _FewRows(64, 2, 3, 6),
+    (4, 32): _FewRows(64, 4, 3, 5),
+    (4, 64): _FewRows(64, 4, 4, 4),
+}
+"""By the bits of a weight and the rows of a tile."""
+_FEW_ROWS_AND_OUTPUTS = {
+    (8, 32): _FewRows(32, 4, 4, 3),
+    (8, 64): _FewRows(32, 4, 4, 4),
+    (4, 64): _FewRows(32, 4, 4, 4),
+}
+"""In place of those for fewer than 4096 outputs."""
+_MOST_PARTS = {16: 8, 32: 8, 64: 2}
+"""Splits of tiles by their rows: the parts take little memory beside the weight."""
 
 
 def product_tile(weight: Tensor, rows: int, dtype: torch.dtype, processors: int) -> ProductTile:
     """Return the tile that multiplies `rows` rows of `dtype` by an int8 or int4 weight in the layout of `multiply`."""
-    outputs, packed = len(weight), weight.dtype is torch.uint8
+    outputs, bits = len(weight), 4 if weight.dtype is torch.uint8 else 8
     if dtype is torch.float32:
         # Without tensor cores, small tiles are faster.
         return ProductTile(ROWS if rows <= ROWS else 64, 32, 128, 4, 2)
     if rows > 64:
-        most = processors * 3 // 4
-        large = (t for t in _MANY_ROWS if ceil_div(rows, t[0]) * ceil_div(outputs, t[1]) >= most)
-        height, width, warps = next(large, _MANY_ROWS[-1])
-        return (
-            ProductTile(height, width, 128, warps, 2) if packed else ProductTile(height, width, 64, warps, 4)
-        )
+        enough = ceil_div(rows, 128) * ceil_div(outputs, 128) >= processors * 3 // 4
+        return ProductTile(128, 128, 64, 8, 4) if bits == 8 and enough else ProductTile(64, 64, 128, 4, 3)
     height = next(n for n in (16, 32, 64) if rows <= n)
-    width = SMALLEST_OUTPUTS if outputs < 4096 else 64
-    steps = weight.shape[1] * (2 if packed else 1) // 128
-    # The parts of few rows take little memory beside the weight; a part of fewer than three steps is not worth it.
-    splits = min(_PROGRAMS_OF_FEW_ROWS * processors // ceil_div(outputs, width), steps // 3, 128 // height)
-    return ProductTile(height, width, 128, 4 if height == 64 else 2, 4, _power_of_2_up_to(splits))
+    tile = _FEW_ROWS[bits, height]
+    if outputs < 4096:
+        tile = _FEW_ROWS_AND_OUTPUTS.get((bits, height), tile)
+    steps = weight.shape[1] * 8 // bits // 128
+    # A part of fewer than three steps is not worth it.
+    splits = min(
+        tile.programs * processors // ceil_div(outputs, tile.outputs), steps // 3, _MOST_PARTS[height]
+    )
+    return ProductTile(height, tile.outputs, 128, tile.warps, tile.stages, _power_of_2_up_to(splits))
 
 
 def invariant_tile(weight: Tensor, dtype: torch.dtype) -> ProductTile:

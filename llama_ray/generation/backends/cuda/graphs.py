@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_ray.generation.backends.batch import StepBatch, to_device
@@ -28,33 +30,54 @@ def batch_sizes(largest: int) -> list[int]:
     return [1, 2, 4, *range(8, largest + 8, 8)]
 
 
-class Graph(NamedTuple):
-    """A recorded step."""
+class Graph:
+    """A recorded step, with its inputs on the device and the memory of the host from which they are copied.
 
-    columns: Tensor
-    """int64 [4, rows]: tokens, positions, slots, context lengths."""
-    block_table: Tensor
-    """int32 [rows, blocks of the longest sequence]."""
-    hidden: Tensor
-    """[rows, hidden_size], valid after `replay`."""
-    replay: Callable[[], None]
+    Args:
+        columns: int64 [4, rows]: tokens, positions, slots, context lengths.
+        block_table: int32 [rows, blocks of the longest sequence].
+        hidden: [rows, hidden_size], valid after `replay`.
+        replay: Computes `hidden` again.
+    """
+
+    def __init__(
+        self, columns: Tensor, block_table: Tensor, hidden: Tensor, replay: Callable[[], None]
+    ) -> None:
+        self.columns, self.block_table, self.hidden, self.replay = columns, block_table, hidden, replay
+        self._staged = torch.zeros(columns.shape, dtype=torch.long, pin_memory=columns.is_cuda)
+        self._host = self._staged.numpy()
+        self._copied = torch.cuda.Event() if columns.is_cuda else None  # type: ignore[no-untyped-call]
+        self._table = np.empty((0, 0), dtype=np.int32)
 
     def fill(self, batch: StepBatch) -> None:
         """Copy a step from host memory into the first rows; the others become padding."""
-        rows, used = self.columns.shape[1], len(batch.context_len)
-        pin = self.columns.is_cuda
-        columns = torch.zeros(4, rows, dtype=torch.long, pin_memory=pin)
-        columns[3] = 1
-        for column, values in zip(
-            columns, (batch.tokens, batch.positions, batch.slots, batch.context_len), strict=True
+        if self._copied is not None:
+            # The device may still be reading what the step before has left here.
+            self._copied.synchronize()
+        used = len(batch.context_len)
+        for row, values in zip(
+            self._host, (batch.tokens, batch.positions, batch.slots, batch.context_len), strict=True
         ):
-            column[:used] = values
+            row[:used] = values.numpy()
+        self._host[:, used:] = 0
+        self._host[3, used:] = 1
+        self.columns.copy_(self._staged, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        table = batch.block_table.numpy()
+        # A sequence gets a block once in `block_size` steps.
+        if table.shape != self._table.shape or not np.array_equal(table, self._table):
+            self._copy_table(table)
+
+    def _copy_table(self, table: NDArray[np.int32]) -> None:
         # Entries beyond a row's context are never read, so they may be left over from another step.
-        width = batch.block_table.shape[1]
-        table = torch.zeros(rows, width, dtype=torch.int32, pin_memory=pin)
-        table[:used] = batch.block_table
-        self.columns.copy_(columns, non_blocking=True)
-        self.block_table[:, :width].copy_(table, non_blocking=True)
+        used, width = table.shape
+        staged = torch.zeros(
+            len(self.block_table), width, dtype=torch.int32, pin_memory=self.block_table.is_cuda
+        )
+        staged.numpy()[:used] = table
+        self.block_table[:, :width].copy_(staged, non_blocking=True)
+        self._table = table
 
 
 class GraphRunner(Runner):
@@ -88,10 +111,15 @@ class GraphRunner(Runner):
         graph = self.graphs.get(size)
         if graph is None:
             graph = self.graphs[size] = self._record(size)
-        rows = to_device(batch.logit_rows, self.device)
         graph.fill(batch)
         graph.replay()
-        return self.model.head(graph.hidden[rows])
+        return self.model.head(self._rows(graph.hidden, batch.logit_rows, sequences))
+
+    def _rows(self, hidden: Tensor, rows: Tensor, sequences: int) -> Tensor:
+        """Return `hidden[rows]`, which mostly is each of the sequences once, in order: a view."""
+        if len(rows) == sequences and np.array_equal(rows.numpy(), np.arange(sequences)):
+            return hidden[:sequences]
+        return hidden[to_device(rows, self.device)]
 
     def _record(self, size: int) -> Graph:
         columns = torch.zeros(4, size, dtype=torch.long, device=self.device)

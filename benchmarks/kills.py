@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +45,7 @@ from llama_ray.data.prepare import PrepareConfig, prepare
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.storage import run_directory
 from llama_ray.training.config import Schedule
+from tests.e2e.conftest import CONFIG
 from tests.e2e.helpers import assert_same_state, curve, run_id_of
 
 Victim = Literal["worker", "driver", "node"]
@@ -141,13 +142,14 @@ class Bench:
     def __init__(self, root: Path, cluster: Cluster, victim: Victim, steps: int, rng: random.Random) -> None:
         self.root, self.cluster, self.victim, self.steps, self.rng = root, cluster, victim, steps, rng
         self.tracking_uri = f"sqlite:///{root}/mlflow.db"
-        self.schedule = Schedule(
-            total_steps=steps,
-            warmup_steps=0,
-            log_every=1,
-            validate_every=VALIDATE_EVERY,
-            checkpoint_every=CHECKPOINT_EVERY,
-        )
+        self.config = {
+            "max_steps": steps,
+            "log_every": 1,
+            "validate_every": VALIDATE_EVERY,
+            "checkpoint_every": CHECKPOINT_EVERY,
+            "collective_timeout_s": 60,
+        }
+        self.schedule = Schedule.of(replace(CONFIG, **self.config), steps)
 
     def run(self, name: str, kills: int) -> Finished:
         """Train, with `kills` kills, until the driver has ended by itself."""
@@ -198,12 +200,9 @@ class Bench:
             "tracking_uri": self.tracking_uri,
             "data": str(self.root / "data"),
             "model": {},
-            "config": {
-                "max_steps": self.steps, "log_every": 1, "validate_every": VALIDATE_EVERY,
-                "checkpoint_every": CHECKPOINT_EVERY, "collective_timeout_s": 60,
-            },
+            "config": self.config,
             "launch": asdict(launch),
-        }  # fmt: skip
+        }
         with (self.root / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "tests.e2e.driver", json.dumps(settings)], stdout=log, stderr=log

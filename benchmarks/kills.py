@@ -19,12 +19,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import ray
 from jsonargparse import auto_cli
 from mlflow import MlflowClient
@@ -156,7 +157,7 @@ class Bench:
         begin = time.monotonic()
         logs = Path(self.cluster.head_node.get_session_dir_path()) / "logs"
         watched = WatchedRun(self.root / name, logs, self.schedule, self._raylets)
-        disturbed = Disturbance(self, watched, self._start(name, kills), begin)
+        disturbed = Disturbance(self, watched, self.start(name, kills), begin)
         for i, target in enumerate(self._targets(kills), 1):
             if not disturbed.kill(target, f"{i}/{kills}", kills):
                 break
@@ -183,7 +184,7 @@ class Bench:
         nodes = [self.cluster.head_node, *self.cluster.worker_nodes]
         return [process.process.pid for node in nodes for process in node.all_processes["raylet"]]
 
-    def _start(self, name: str, kills: int) -> subprocess.Popen[bytes]:
+    def start(self, name: str, kills: int) -> subprocess.Popen[bytes]:
         """Start the driver of the run, or start it again if it has a checkpoint."""
         directory = self.root / name
         resume = bool(run_directory.latest_checkpoint(str(directory)))
@@ -256,37 +257,36 @@ class Disturbance:
 
     def kill(self, target: str, label: str, kills: int) -> bool:
         """Kill a victim at a random instant of the phase `target`; return False if the driver has ended before."""
-        phase = self._wait_for(STEP if target == CONTROLLER else target)
-        while phase == STEP and target == CONTROLLER and not self._kill_controller():
-            # It was killed just now, and its workers are still alive.
-            phase = self._wait_for(STEP)
-        if phase is None:
-            return False
-        if phase == STEP and target == CONTROLLER:
-            phase = CONTROLLER
-        elif self.bench.victim == "worker":
-            self.bench.rng.choice([worker for worker in self.watched.workers if is_alive(worker)]).kill()
-        elif self.bench.victim == "node":
-            node = self.bench.rng.choice(
-                sorted(self.bench.cluster.worker_nodes, key=lambda node: node.node_id)
-            )
-            self.bench.cluster.remove_node(node, allow_graceful=False)
-            self.bench.cluster.add_node(num_cpus=1, object_store_memory=100 * 1024**2)
-        else:
-            self.driver.kill()
-            self.driver.wait()
-            self.driver = self.bench._start(self.watched.directory.name, kills)
-        self.hits[phase] += 1
-        at = time.monotonic() - self.begin
-        print(f"kill {label} after {at:.0f} s: {phase}, step {self.watched.last_step}", flush=True)
-        return True
+        while phase := self._wait_for(STEP if target == CONTROLLER else target):
+            hit = CONTROLLER if target == CONTROLLER and phase == STEP else phase
+            if not self._strike(hit, kills):
+                continue
+            self.hits[hit] += 1
+            at = time.monotonic() - self.begin
+            print(f"kill {label} after {at:.0f} s: {hit}, step {self.watched.last_step}", flush=True)
+            return True
+        return False
 
-    def _kill_controller(self) -> bool:
-        """Kill the workers' controller and the actor that cleans up after it; return False if there is none."""
-        controllers = self.watched.find_processes("TrainController")
-        for process in [*controllers, *self.watched.find_processes("PlacementGroupCleaner")]:
-            process.kill()
-        return bool(controllers)
+    def _strike(self, phase: str, kills: int) -> bool:
+        """Kill a victim; return False if it has just ended by itself."""
+        bench, watched = self.bench, self.watched
+        if phase == CONTROLLER:
+            controllers = watched.find_processes("TrainController")
+            return bool(controllers) and killed(
+                [*controllers, *watched.find_processes("PlacementGroupCleaner")]
+            )
+        if bench.victim == "worker":
+            alive = [worker for worker in watched.workers if is_alive(worker)]
+            return bool(alive) and killed([bench.rng.choice(alive)])
+        if bench.victim == "node":
+            node = bench.rng.choice(sorted(bench.cluster.worker_nodes, key=lambda node: node.node_id))
+            bench.cluster.remove_node(node, allow_graceful=False)
+            bench.cluster.add_node(num_cpus=1, object_store_memory=100 * 1024**2)
+            return True
+        self.driver.kill()
+        self.driver.wait()
+        self.driver = bench.start(watched.directory.name, kills)
+        return True
 
     def _wait_for(self, target: str) -> str | None:
         """Return at a random instant of `target`, or of another phase if that one cannot come any more."""
@@ -318,6 +318,18 @@ class Disturbance:
             self._found = time.monotonic()
         self.watched.read_output()
         return self.watched.phase
+
+
+def killed(processes: Sequence[psutil.Process]) -> bool:
+    """Kill `processes`, and return once they are gone, so that none is killed twice; False if one was gone before."""
+    try:
+        for process in processes:
+            process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    while any(is_alive(process) for process in processes):
+        time.sleep(LOOK_S)
+    return True
 
 
 if __name__ == "__main__":

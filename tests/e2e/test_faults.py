@@ -38,7 +38,7 @@ def test_killed_workers_a_lost_node_and_a_hung_worker_cost_nothing(
     run = Path(trained.launch.output_dir) / "disturbed"
     client = MlflowClient(tracking)
     session_dir = nodes.head_node.get_session_dir_path()
-    driver = start_driver(trained, nodes.address, run.name, {"collective_timeout_s": 10})
+    driver = start_driver(trained, nodes.address, run.name, {"collective_timeout_s": 10}, max_failures=4)
 
     wait_for(has_checkpoint(str(run), 9), driver)
     killed = train_workers(session_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the application where it runs, so that it need not be pickled. Ray Serve calls this."""
-        return create_api(self._client, self._max_body_bytes)
+        api = create_api(self._client, self._max_body_bytes)
+        # What is loaded by now stays. Otherwise the garbage collector looks at all of it, again and again, while a body
+        # of a million small lists is parsed: 2 s instead of 0.6.
+        gc.collect()
+        gc.freeze()
+        return api
 
 
 def create_api(model: ModelClient, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:

@@ -144,6 +144,9 @@ class CompletionRequest(_WithoutEffect):
     @field_validator("prompt", "stop", mode="wrap")
     @classmethod
     def _one_message_for_a_union(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: Any) -> Any:
+        if isinstance(value, list) and len(value) > MAX_CHOICES and isinstance(value[0], (str, list)):
+            # Looking at each of a million takes seconds.
+            raise ValueError(f"has {len(value):,} entries; it must have at most {MAX_CHOICES}")
         # pydantic would list what is wrong with each alternative.
         try:
             return handler(value)

@@ -23,6 +23,10 @@ _API_TARGET = 100.0
 """Streams that one process of the API passes on without delay."""
 
 
+_MOST = 1_000_000
+"""Of replicas, requests, processors and seconds: more is a mistake that Ray would not explain."""
+
+
 class ServeArgs(BaseModel):
     """Arguments of `build`, `key=value` after `serve run serve_app.app:build` or `args` in a config file."""
 
@@ -41,21 +45,22 @@ class ServeArgs(BaseModel):
         description="Options of each replica's engine; given flat, beside the other arguments: quantization=int8.",
     )
     num_cpus: float = Field(
-        1, ge=0, description="CPUs per replica, and its threads if it computes on the CPU."
+        1, ge=0, le=_MOST, description="CPUs per replica, and its threads if it computes on the CPU."
     )
-    num_gpus: float = Field(0, ge=0, description="GPUs per replica; 0 computes on the CPU.")
-    min_replicas: int = Field(1, ge=1, description="Replicas without load.")
-    max_replicas: int = Field(4, ge=1, description="Replicas under load, at most.")
+    num_gpus: float = Field(0, ge=0, le=_MOST, description="GPUs per replica; 0 computes on the CPU.")
+    min_replicas: int = Field(1, ge=1, le=_MOST, description="Replicas without load.")
+    max_replicas: int = Field(4, ge=1, le=_MOST, description="Replicas under load, at most.")
     target_ongoing_requests: float | None = Field(
         None,
         gt=0,
+        le=_MOST,
         description="Target in-flight requests per replica; default 3/4 of max_num_seqs.",
     )
     max_ongoing_requests: int | None = Field(
-        None, ge=1, description="Most in-flight requests per replica; default 2 x max_num_seqs."
+        None, ge=1, le=_MOST, description="Most in-flight requests per replica; default 2 x max_num_seqs."
     )
     max_queued_requests: int = Field(
-        256, ge=-1, description="Queue limit; beyond it the API returns 429. -1: no limit."
+        256, ge=-1, le=_MOST, description="Queue limit; beyond it the API returns 429. -1: no limit."
     )
     max_body_bytes: int = Field(
         MAX_BODY_BYTES,
@@ -64,13 +69,19 @@ class ServeArgs(BaseModel):
         description="Size of a request's body; the API answers a larger one with 413.",
     )
     graceful_shutdown_timeout_s: float = Field(
-        600, gt=0, description="Seconds to drain before a replica is killed."
+        600, gt=0, le=_MOST, description="Seconds to drain before a replica is killed."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _collect_engine_options(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Move the arguments that are engine options into `engine`."""
+        """Move the arguments that are engine options into `engine`; refuse true and false for numbers."""
+        # The fields that have limits.
+        numbers = {field.name for field in fields(EngineOptions) if field.metadata}
+        numbers |= {name for name, field in cls.model_fields.items() if field.metadata}
+        for name in sorted(numbers & arguments.keys()):
+            if isinstance(arguments[name], bool):
+                raise ValueError(f"{name} is {arguments[name]}; it must be a number")
         names = {field.name for field in fields(EngineOptions)}
         options = {name: value for name, value in arguments.items() if name in names}
         others = {name: value for name, value in arguments.items() if name not in names}

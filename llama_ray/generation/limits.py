@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -52,7 +51,8 @@ class Limits:
                 f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed max_seq_len "
                 f"{self.max_seq_len}; set max_tokens to at most {self.max_seq_len - len(ids)} or shorten the prompt"
             )
-        for token in itertools.chain(ids, params.logit_bias or (), params.stop_token_ids):
+        named = (*ids, *(params.logit_bias or ()), *params.stop_token_ids)
+        for token in (min(named), max(named)):
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"token id {shown(token)} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"

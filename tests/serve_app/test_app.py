@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ def test_replicas_are_held_to_their_limits() -> None:
         ({"max_num_seqs": "0"}, "max_num_seqs"),
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas is 2; it must be at least min_replicas, 3"),
         ({"dtype": "int4"}, "dtype"),
+        ({"max_num_seqs": True}, "max_num_seqs is True; it must be a number"),
+        ({"max_replicas": True}, "max_replicas is True; it must be a number"),
+        ({"max_replicas": 2**64}, "max_replicas"),
+        ({"num_cpus": math.inf}, "num_cpus"),
+        ({"num_gpus": "nan"}, "num_gpus"),
+        ({"graceful_shutdown_timeout_s": "1e400"}, "graceful_shutdown_timeout_s"),
+        ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"quantization": "int2"}, "quantization"),
         ({"tensor_parallel": 2, "num_gpus": 1}, "num_gpus is 1 and tensor_parallel 2; make them equal"),
         ({"draft_model": "models:/x/1", "prompt_lookup": True}, "prompt_lookup is on; choose one"),

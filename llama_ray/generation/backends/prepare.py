@@ -66,6 +66,10 @@ def sampler_ops(device: torch.device) -> SamplerOps:
     """Return the fastest sampling operations for logits on `device`."""
     if device.type == "cpu" and build.load() is not None:
         return SamplerOps(ops.top_candidates, ops.draw_filtered, ops.draw_from_all)
+    if _runs_on_triton(device):
+        from llama_ray.generation.backends.cuda.drawing import TRITON_OPS
+
+        return TRITON_OPS
     return TORCH_OPS
 
 

@@ -42,7 +42,7 @@ def top_candidates_by_keys(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     blocks before it.
     """
     vocab_size = logits.shape[-1]
-    size = _block_size(vocab_size, width)
+    size = block_size(vocab_size, width)
     if vocab_size % size:
         logits = torch.nn.functional.pad(logits, (0, -vocab_size % size), value=-torch.inf)
     blocks = logits.view(len(logits), -1, size)
@@ -71,7 +71,7 @@ def _by_threshold(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     that reach it are only in blocks whose maximum reaches it, so only those blocks are searched.
     """
     rows, vocab_size = logits.shape
-    size = _block_size(vocab_size, width)
+    size = block_size(vocab_size, width)
     if vocab_size % size:
         logits = torch.nn.functional.pad(logits, (0, -vocab_size % size), value=-torch.inf)
     blocks = logits.view(rows, -1, size)
@@ -97,7 +97,7 @@ def _by_threshold(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return top[:, :width], torch.from_numpy(ids).gather(-1, order[:, :width])
 
 
-def _block_size(vocab_size: int, width: int) -> int:
+def block_size(vocab_size: int, width: int) -> int:
     """Return the largest power of two up to 64 that leaves `_BLOCKS_PER_CANDIDATE` blocks for each candidate."""
     size = 64
     while size > 1 and vocab_size < size * width * _BLOCKS_PER_CANDIDATE:

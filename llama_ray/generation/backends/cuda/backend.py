@@ -6,6 +6,7 @@ from typing import Self
 
 from llama_ray.generation.backends.backend import BLOCK_SIZE, Backend
 from llama_ray.generation.backends.cuda.cache import PagedCache
+from llama_ray.generation.backends.cuda.drawing import TRITON_OPS
 from llama_ray.generation.backends.cuda.graphs import GraphRunner
 from llama_ray.generation.backends.cuda.modules import accelerate
 from llama_ray.generation.backends.quantize import Quantization
@@ -24,7 +25,7 @@ class CudaBackend(Backend):
         batch_invariant: bool = False,
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        super().__init__(model, cache_config, block_size=block_size)
+        super().__init__(model, cache_config, block_size=block_size, sampler_ops=TRITON_OPS)
         self.batch_invariant = batch_invariant
 
     @classmethod

@@ -9,10 +9,12 @@ import torch
 from on_gpu import compiled
 from on_gpu.sweep_cases import Decode, Multiply, Prompts, Variant
 
+from llama_ray.generation.backends.cuda.drawing import TRITON_OPS
 from llama_ray.generation.backends.cuda.elementwise import rms_norm, rotate_and_store, swiglu
 from llama_ray.generation.backends.cuda.one_row import multiply_row
 from llama_ray.generation.backends.cuda.product import widen
 from llama_ray.generation.backends.cuda.tiles import decode_tile, invariant_tile
+from llama_ray.generation.sampling.draw import SamplingTensors
 
 META, BF16 = torch.device("meta"), torch.bfloat16
 HEADS = ((32, 4, 64), (32, 8, 128), (32, 32, 128), (8, 1, 256), (6, 2, 80))
@@ -68,7 +70,24 @@ def one_row() -> Iterator[Callable[[], object]]:
                 yield lambda w=weight, s=scales, x=x, option=option: multiply_row(x, w, s, **option)
 
 
-GROUPS = {"attention": attention, "products": products, "one_row": one_row, "others": others}
+def drawing() -> Iterator[Callable[[], object]]:
+    column = torch.empty(8, 1, device=META)
+    boolean, double, keys = column.bool(), column.double(), column.long()
+    for width, vocab_size in ((64, 32000), (512, 32000), (1024, 32000), (1024, 128256), (20, 20)):
+        logits = torch.empty(8, vocab_size, device=META)
+        outside = torch.empty(8, width, dtype=torch.bool, device=META)
+        for log_min_p in (None, column):
+            tensors = SamplingTensors(width, column, outside, boolean, double, log_min_p)
+            yield lambda x=logits, tensors=tensors: TRITON_OPS.draw_filtered(x, tensors, keys)
+
+
+GROUPS = {
+    "attention": attention,
+    "products": products,
+    "one_row": one_row,
+    "drawing": drawing,
+    "others": others,
+}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed (the CPU build of 
         ("attention", "attend_kernel decode_kernel"),
         ("products", "multiply_kernel"),
         ("one_row", "_multiply_row"),
+        ("drawing", "_block_keys _draw _part_masses _token_keys"),
         ("others", "_rms_norm _rotate_and_store _swiglu widen_kernel"),
     ],
 )

@@ -29,7 +29,7 @@ LIMITS_S = {
     "ceilings": 40,
     "tests": 150,
     "train": 150,
-    "train-peer": 150,
+    "train-peer": 120,
     "train-fp8": 90,
     "train-long": 90,
     "train-small": 60,

@@ -132,6 +132,9 @@ class Product(nn.Module):
         if self.scales is None and not self.batch_invariant:
             return F.linear(x, self.weight)
         rows = x.reshape(-1, x.shape[-1])
+        if not len(rows):
+            # A step in which no prompt ends needs no logits.
+            return x.new_empty(*x.shape[:-1], len(self.weight))
         if self.batch_invariant:
             tile = invariant_tile(self.weight, x.dtype)
         elif len(rows) >= WIDEN_ROWS:

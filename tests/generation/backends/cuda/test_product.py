@@ -95,6 +95,15 @@ def test_int4_takes_half_a_byte_per_weight_and_two_bytes_per_scale(
     assert sum(p.nbytes for p in product.parameters()) == 96 * (256 // 2 + 256 // 64 * 2)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_step_in_which_no_prompt_ends_multiplies_no_rows(
+    quantization: Quantization | None, invariant: bool, device: torch.device
+) -> None:
+    product = Product(weight(40, 128, device, torch.float32), quantization, invariant)
+    assert product(torch.empty(0, 128, device=device)).shape == (0, 40)
+
+
 def test_rows_need_not_be_contiguous(device: torch.device) -> None:
     w, x = weight(40, 128, device, torch.float32), inputs(12, 128, device, torch.float32)
     torch.testing.assert_close(

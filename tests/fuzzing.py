@@ -166,6 +166,8 @@ class Fuzzer:
         self.tokenizer = small_tokenizer(TEXTS, 320)
         self.report = Report()
         self._max_step_cpu_s = max_step_cpu_s
+        # Those of other tests in this process.
+        self._others = {id(sequence) for sequence in _sequences()}
         config = small_config(
             self.tokenizer.vocab_size, hidden_size=48, intermediate_size=96, max_seq_len=MAX_SEQ_LEN
         )
@@ -204,7 +206,7 @@ class Fuzzer:
         for engine in (self._alone, *self._crowded):
             engine.close()
         gc.collect()
-        left = [thing for thing in gc.get_objects() if type(thing) is SequenceState]
+        left = [sequence for sequence in _sequences() if id(sequence) not in self._others]
         assert not left, f"{len(left)} sequences are still held"
         return self.report
 
@@ -309,3 +311,7 @@ def _plain(delta: Delta) -> Delta:
         delta.error,
         delta.prompt_logprobs,
     )
+
+
+def _sequences() -> list[SequenceState]:
+    return [thing for thing in gc.get_objects() if type(thing) is SequenceState]

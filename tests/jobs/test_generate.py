@@ -124,7 +124,7 @@ def test_ctrl_c_and_a_closed_pipe_end_the_job_cleanly(checkpoint: Path, end: str
         (["--hidden_size", "64"], "--hidden_size is 64 but the checkpoint's is 32"),
         (["--num_kv_heads", "0"], "--num_kv_heads is 4 but the checkpoint's is 2"),
         (["--max-seq-len", "128"], "--max_seq_len is 128 but the checkpoint's is 4096"),
-        (["--temperature", "-1"], "temperature is -1.0; it must be 0 (greedy) or above"),
+        (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
         (["--max_tokens", "5000"], "set max_tokens to at most"),
         (["--dtype", "int8"], "--dtype is int8; it must be float32 or bfloat16 or float16"),
         (["--quantization", "int2"], "--quantization is int2; it must be int8 or int4"),
@@ -138,7 +138,7 @@ def test_ctrl_c_and_a_closed_pipe_end_the_job_cleanly(checkpoint: Path, end: str
         (["--tensor_parallel", "2"], "tensor_parallel is 2; it must divide the model's vocab_size"),
         (["--draft_model", "nowhere"], "nowhere"),
         (["--draft_model", ".", "--prompt_lookup"], "prompt_lookup is on; choose one of them"),
-        (["--min_tokens", "200"], "min_tokens is 200; it must be 0 (off) to max_tokens, 100"),
+        (["--min_tokens", "200"], "min_tokens is 200; it must be at most max_tokens, 100"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(checkpoint: Path, flags: list[str], message: str) -> None:

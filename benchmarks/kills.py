@@ -1,8 +1,8 @@
 """What failures cost: a training run whose workers are killed, again and again, against an undisturbed one.
 
-    python -m benchmarks.kills                  # 100 workers; 30 minutes on 2 cores
-    python -m benchmarks.kills --victim driver --kills 10
-    python -m benchmarks.kills --victim node --kills 3
+    python -m benchmarks.kills                       # 100 workers; 30 minutes on 2 cores
+    python -m benchmarks.kills --driver --kills 10
+    python -m benchmarks.kills --node --kills 3
 
 Each kill is a SIGKILL of a random victim at a random instant of a phase that is chosen beforehand, so that short phases
 are hit as often as long ones. Afterwards the weights and the optimizer state must be those of the undisturbed run to
@@ -11,6 +11,7 @@ the bit, and MLflow must have each step once, with the same values.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -27,7 +28,6 @@ from typing import Literal
 
 import psutil
 import ray
-from jsonargparse import auto_cli
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
@@ -65,15 +65,23 @@ LOOK_S, FIND_S = 0.004, 0.2
 """Seconds between two looks at the output, and between two searches for processes."""
 
 
-def main(victim: Victim = "worker", kills: int = 100, seed: int = 0, steps_per_kill: int = 6) -> None:
-    """Print each kill, and at the end the hits by phase, the costs and the verdict.
+def main() -> None:
+    """Print each kill, and at the end the hits by phase, the costs and the verdict."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    victims = parser.add_mutually_exclusive_group()
+    victims.add_argument("--driver", action="store_true", help="kill the driver; --resume starts it again")
+    victims.add_argument("--node", action="store_true", help="kill a node; another one replaces it")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random victims and instants (0)")
+    parser.add_argument("--steps_per_kill", type=int, default=6, help="length of the run, for each kill (6)")
+    arguments = parser.parse_args()
+    victim: Victim = "driver" if arguments.driver else "node" if arguments.node else "worker"
+    _run(victim, arguments.kills, arguments.seed, arguments.steps_per_kill)
 
-    Args:
-        victim: What is killed: a worker, the driver (which is started again with --resume), or a node.
-        kills: Number of kills.
-        seed: Of the random victims and instants.
-        steps_per_kill: Length of the run, in steps for each kill.
-    """
+
+def _run(victim: Victim, kills: int, seed: int, steps_per_kill: int) -> None:
     os.environ |= {
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -333,4 +341,4 @@ def killed(processes: Sequence[psutil.Process]) -> bool:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    main()

@@ -59,3 +59,9 @@ def test_a_part_gives_its_figures(part: str, out: Path, monkeypatch: pytest.Monk
     if part == "train":
         assert "aten::" in (out / "train-profile.txt").read_text()
         assert (out / "train-profile.json.gz").stat().st_size
+
+
+def test_a_part_for_which_no_time_is_left_is_named(tmp_path: Path) -> None:
+    done = run("--device", "cpu", "--tiny", "--parts", "decode", "--minutes", "0", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert "decode: not begun, the time is over" in done.stdout

@@ -5,10 +5,10 @@
     python benchmarks/generate.py --scenario mixed --rounds 1    # 256 mixed ones that arrive over time; 20 minutes
     python benchmarks/generate.py --scenario prefix    # first token with and without a cached prefix of 512; 1 minute
     python benchmarks/generate.py --scenario startup   # a fresh process, to the first token; 1 minute
-    python benchmarks/generate.py --scenario cuda      # on a GPU
 
-Needs `pip install -e ".[dev,bench]"`, which compiles llama.cpp. With `--contestants '["ours bf16"]'`, and for cuda, it
-needs no peer but transformers. The first run writes the weights in every format, 1.3 GB, in a minute.
+Needs `pip install -e ".[dev,bench]"`, which compiles llama.cpp. With `--contestants '["ours bf16"]'` it
+needs no peer but transformers. The first run writes the weights in every format, 1.3 GB, in a minute. For GPUs there is
+`make gpu`.
 
 Each contestant has its own process, and they alternate. Figures are medians of the rounds, ratios are medians of the
 ratios within a round. Before anything is timed, every contestant's log-probabilities for a prompt are compared with
@@ -30,7 +30,7 @@ from jsonargparse import auto_cli
 from peers import scenarios, startup
 from peers.contestant_process import CPU_CONTESTANTS
 
-Scenario = Literal["single", "crowd", "mixed", "prefix", "startup", "cuda", "all"]
+Scenario = Literal["single", "crowd", "mixed", "prefix", "startup", "all"]
 CROWD = 32
 MIXED = ("ours bf16", "ours int8", "transformers-continuous bf16", "transformers-static bf16")
 
@@ -61,7 +61,7 @@ def main(
     """Print the roofline, and each contestant's figures and share of the roofline, as tables for RESULTS.md.
 
     Args:
-        scenario: What to measure; all means every scenario that runs on a CPU.
+        scenario: What to measure; all means every scenario.
         rounds: Measurements of each contestant.
         directory: Where the weights are kept in every format (1.3 GB for llama-110m).
         preset: A preset of LlamaConfig.
@@ -77,11 +77,6 @@ def main(
     # The contestants' processes read it when they start.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     print(machine(threads), flush=True)
-    if scenario == "cuda":
-        from peers import cuda
-
-        cuda.run(rounds)
-        return
     options = {
         "ours": engine or {},
         "transformers-continuous": {**CONTINUOUS, **(continuous or {})},
@@ -107,11 +102,8 @@ def machine(threads: int) -> str:
     packages = ("torch", "transformers", "ctranslate2", "llama-cpp-python")
     installed = {d.metadata["Name"].replace("_", "-").lower() for d in importlib.metadata.distributions()}
     versions = [f"{p} {importlib.metadata.version(p)}" for p in packages if p in installed]
-    if torch.cuda.is_available():
-        processor = torch.cuda.get_device_name()
-    else:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        processor = models[0].split(": ")[1] if models else platform.processor()
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    processor = models[0].split(": ")[1] if models else platform.processor()
     return f"{processor}, {threads} threads; Python {platform.python_version()}, {', '.join(versions)}"
 
 

@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from on_gpu.timing import free, median_s, wait, wall_s
 
 PROMPT, LENGTH = 128, 2048
 BANDWIDTH, ROOFLINE = "copy bandwidth", "the roofline"
-SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "ignore_eos": True}
+SAMPLED = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, ignore_eos=True)
 
 
 def decode(setting: Setting, results: Results) -> None:
@@ -82,7 +84,7 @@ def _prefill_s(setting: Setting, engine: Engine, count: int, length: int) -> flo
     times = []
     for seed in range(4):
         prompts = workload.prompts(count, length, engine.config.vocab_size, seed)
-        times.append(wall_s(lambda p=prompts: engine.generate(p, params), setting.device))  # type: ignore[misc]
+        times.append(wall_s(partial(engine.generate, prompts, params), setting.device))
     return statistics.median(times[1:])
 
 
@@ -111,7 +113,7 @@ def _decode(
     engine = Engine(
         backend, None, max_num_seqs=batch, max_seq_len=prompt + 2 * steps, enable_prefix_caching=False
     )
-    params = SamplingParams(max_tokens=2 * steps, **SAMPLED)  # type: ignore[arg-type]
+    params = replace(SAMPLED, max_tokens=2 * steps)
     for tokens in workload.prompts(batch, prompt, config.vocab_size, seed=batch):
         engine.submit(tokens, params)
     generated = 0
@@ -191,9 +193,9 @@ def _generated(setting: Setting, model: Any, config: LlamaConfig, batch: int) ->
     def generate(new_tokens: int) -> None:
         options = GenerationConfig(
             do_sample=True,
-            temperature=0.8,
-            top_k=40,
-            top_p=0.9,
+            temperature=SAMPLED.temperature,
+            top_k=SAMPLED.top_k,
+            top_p=SAMPLED.top_p,
             eos_token_id=None,
             pad_token_id=0,
             max_new_tokens=new_tokens,
@@ -203,5 +205,5 @@ def _generated(setting: Setting, model: Any, config: LlamaConfig, batch: int) ->
             raise RuntimeError(f"transformers gave {out.shape[1] - prompt} tokens, not {new_tokens}")
 
     generate(short)
-    a, b = (wall_s(lambda n=n: generate(n), setting.device) for n in (short, long))  # type: ignore[misc]
+    a, b = (wall_s(partial(generate, n), setting.device) for n in (short, long))
     return batch * (long - short) / (b - a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -42,27 +43,27 @@ class Variant(NamedTuple):
         return ", ".join([*parts, f"splits {self.splits}"] if self.splits > 1 else parts)
 
 
-class Case:
+class Case(ABC):
     """A kernel with inputs of one shape."""
 
     unit = "GB/s"
     heads: tuple[int, int]
 
+    @abstractmethod
     def amount(self) -> float:
         """Return the bytes that a launch reads or the operations that it computes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def current(self, processors: int) -> Variant:
         """Return the parameters that the engine uses."""
-        raise NotImplementedError
 
+    @abstractmethod
     def others(self, processors: int) -> Iterator[Variant]:
         """Yield parameters to try."""
-        raise NotImplementedError
 
+    @abstractmethod
     def launches(self, device: torch.device, *, small: bool = False) -> list[Callable[[Variant], Tensor]]:
         """Return a launch for each copy of the inputs; `small` ones suffice to compile for."""
-        raise NotImplementedError
 
     def references(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
         """Return other ways to compute the same, by name."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llama_ray.model.config import LlamaConfig
 from peers import roofline, workload
 from peers.contestant_process import ContestantProcess
@@ -19,7 +17,6 @@ from peers.workload import Sampling
 PROMPT, NEW = 64, 64
 # Tokens of a prompt in `prefix`: a prefix that can be cached, and the rest.
 PREFIX, REST = 512, 16
-CPU = torch.device("cpu")
 
 # Largest accepted difference from the reference, in standard deviations of the reference's log-probabilities. Queries
 # and keys in the wrong order (a GGUF without llama.cpp's permutation) differ by 0.67.
@@ -71,7 +68,7 @@ class Setting:
 
     def print_roofline(self, title: str, unit: str, bound: Callable[[roofline.Rates, str], float]) -> None:
         """Print the machine's rates now, and the best possible figure with weights of each format."""
-        rates = roofline.measure(CPU)
+        rates = roofline.measure()
         print(f"\n{title}; {self.rounds} rounds\n{rates}")
         bounds = ", ".join(f"{kind} {bound(rates, kind):,.0f}" for kind in roofline.WEIGHT_BYTES)
         print(f"roofline: {bounds} {unit}", flush=True)
@@ -92,7 +89,7 @@ def batch(setting: Setting, title: str, count: int, names: list[str]) -> None:
         contestant.call("generate", warm_up, 4, Sampling())
     for i in range(setting.rounds):
         prompts = workload.prompts(count, PROMPT, setting.config.vocab_size, seed=i)
-        rates.append(roofline.measure(CPU))
+        rates.append(roofline.measure())
         for contestant in _rotated(contestants, i):
             outputs, seconds = contestant.call("generate", prompts, NEW, Sampling())
             if [len(o) for o in outputs] != [NEW] * count:
@@ -145,7 +142,7 @@ def mixed(setting: Setting, names: list[str], requests: int, rate: float) -> Non
         contestant.call("serve", warm_up, Sampling())
     rates, runs = [], {name: list[workload.Latencies]() for name in names}
     for i, load in enumerate(loads):
-        rates.append(roofline.measure(CPU))
+        rates.append(roofline.measure())
         for contestant in _rotated(contestants, i):
             times, _ = contestant.call("serve", load, Sampling())
             runs[contestant.name].append(workload.latencies(load, times))
@@ -177,7 +174,7 @@ def prefix(setting: Setting, names: list[str]) -> None:
     rates, seconds = [], {name: list[tuple[float, float]]() for name in names}
     for i in range(-1, setting.rounds):
         shared, *rests = workload.prompts(3, PREFIX, setting.config.vocab_size, seed=i)
-        rates.append(roofline.measure(CPU))
+        rates.append(roofline.measure())
         for contestant in _rotated(contestants, i):
             cold, cached = (contestant.call("first_token_s", shared + rest[:REST])[0] for rest in rests)
             if i >= 0:

@@ -15,11 +15,10 @@ from llama_ray.generation.backends.prepare import plain_backend, prepare
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.sampler import Sampler
-from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
 from tests.generation.helpers import Row, random_prompts, run_together
-from tests.small_models import random_model
+from tests.small_models import random_model, small_config
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
@@ -118,13 +117,5 @@ def test_the_sampler_draws_the_tokens_that_it_draws_on_a_cpu() -> None:
 def wide(tokenizer: Tokenizer) -> Llama:
     """A model whose products are divided into several tiles."""
     return random_model(
-        LlamaConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=256,
-            num_layers=3,
-            num_heads=8,
-            num_kv_heads=2,
-            intermediate_size=640,
-            max_seq_len=256,
-        )
+        small_config(tokenizer.vocab_size, hidden_size=256, num_layers=3, num_heads=8, intermediate_size=640)
     )

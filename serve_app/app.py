@@ -13,8 +13,8 @@ from ray.serve.config import AutoscalingConfig
 from llama_ray.generation.options import EngineOptions
 from llama_ray.storage.paths import existing_ref
 from llama_ray.tracking.uri import tracking_uri
-from serve_app.api import MAX_BODY_BYTES, Api
-from serve_app.replica import DEFAULT_OPTIONS, DType, LlamaReplica
+from serve_app.api.api import MAX_BODY_BYTES, Api
+from serve_app.replica.replica import DEFAULT_OPTIONS, DType, LlamaReplica
 
 _API_CPUS = 0.1
 """A small share: a laptop with two cores has room for a replica and a training worker."""

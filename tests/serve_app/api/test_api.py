@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from llama_ray.data.tokenizer import Tokenizer
-from serve_app.api import create_api
+from serve_app.api.api import create_api
 from serve_app.errors import INTERNAL_ERROR
 from tests.generation.constraints.helpers import COSTLY_MASK
 from tests.serve_app.helpers import MAX_SEQ_LEN, LocalModel

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.sampling.params import TokenLogprob
-from serve_app.messages import Logprobs
+from serve_app.streams.messages import Logprobs
 
 
 class LogprobWriter:

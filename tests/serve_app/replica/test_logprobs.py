@@ -4,8 +4,8 @@ import pytest
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.sampling.params import TokenLogprob
-from serve_app.logprobs import LogprobWriter
-from serve_app.messages import Logprobs
+from serve_app.replica.logprobs import LogprobWriter
+from serve_app.streams.messages import Logprobs
 from tests.data.helpers import BYTE_FALLBACK, KINDS, OURS
 
 

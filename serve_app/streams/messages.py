@@ -2,61 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from llama_ray.generation.sampling.params import SamplingParams
-from serve_app.errors import cut
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """The model that a replica serves.
+class Address:
+    """Where an API process listens for the events of its requests; `key` proves that a sender may send them."""
 
-    `id` is the name that clients ask for, `ref` the exact version behind it (`models:/name/7`; for a plain directory
-    the same as `id`). `created` is in seconds since 1970, `max_model_len` in tokens of prompt and output. `version`,
-    `run_id` and `validation_loss` (nats per token) come from the registry, and are None without one.
+    host: str
+    port: int
+    key: bytes
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request, or the rest of one that another replica has begun, for the version `ref`.
+
+    Each prompt, text or token ids, is completed `params.n` times; choice i belongs to prompt i // n. `params.seed` is
+    set, so that any replica goes on with the same tokens. The events go to stream number `stream` at `reply_to`.
+    `echo` puts the prompt before each text. `done` holds, for each choice, the tokens that the client has by now, or
+    None if the choice is complete; it is empty for a request that has not begun.
     """
 
-    id: str
     ref: str
-    created: int
-    max_model_len: int
-    parameters: int
-    device: str
-    version: int | None = None
-    run_id: str | None = None
-    validation_loss: float | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What a request's `model` may be."""
-        return tuple(dict.fromkeys((self.id, self.ref)))
-
-    def not_served(self, name: str) -> str:
-        """Return the message for a request that asks for another model."""
-        return f"model {cut(name)!r} is not served here; ask for {' or '.join(map(repr, self.names))}"
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One HTTP request: each prompt, text or token ids, is completed `params.n` times.
-
-    `echo` puts the prompt before each text. With `stream` the texts come as they grow, else whole at the end.
-    """
-
-    model: str
     prompts: list[str | list[int]]
     params: SamplingParams
+    reply_to: Address
+    stream: int
     echo: bool = False
-    stream: bool = False
+    done: Mapping[int, list[int] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Started:
     """The first event of a request that was accepted; its texts follow."""
 
-    model: ModelInfo
+    ref: str
     prompt_tokens: int
 
 
@@ -84,13 +68,13 @@ class Logprobs:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """What was added to choice `index`: text, and the number of tokens that were generated for it."""
+    """What was added to choice `index`: text, and the tokens that were generated for it."""
 
     index: int
     text: str
-    tokens: int = 0
+    token_ids: list[int]
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
 
@@ -101,7 +85,7 @@ class ChoiceDelta:
         return cls(
             deltas[0].index,
             "".join(delta.text for delta in deltas),
-            sum(delta.tokens for delta in deltas),
+            [token for delta in deltas for token in delta.token_ids],
             Logprobs.joined(logprobs) if logprobs else None,
             deltas[-1].finish_reason,
         )

@@ -27,8 +27,8 @@ from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking import registry
 from llama_ray.utils.panics import panics_as_errors
 from serve_app.errors import INTERNAL_ERROR
-from serve_app.logprobs import LogprobWriter
-from serve_app.messages import ChoiceDelta, Event, Failure, GenerationRequest, ModelInfo, Started
+from serve_app.replica.logprobs import LogprobWriter
+from serve_app.streams.messages import ChoiceDelta, Event, Failure, GenerationRequest, ModelInfo, Started
 
 _log = logging.getLogger(__name__)
 

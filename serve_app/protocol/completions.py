@@ -21,7 +21,7 @@ from pydantic import (
 from llama_ray.generation.sampling.params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams, token_id
 from llama_ray.utils.fields import shown
 from serve_app.errors import bad_request
-from serve_app.messages import GenerationRequest, Logprobs, ModelInfo
+from serve_app.streams.messages import GenerationRequest, Logprobs, ModelInfo
 
 MAX_CHOICES = 128
 """Choices of one request: prompts times n."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from serve_app.api import create_api
-from serve_app.protocol import CompletionRequest
+from serve_app.api.api import create_api
+from serve_app.protocol.completions import CompletionRequest
 from tests.serve_app.helpers import LocalModel
 
 ODD = [

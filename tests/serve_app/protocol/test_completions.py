@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from llama_ray.generation.sampling.params import SamplingParams
 from serve_app.errors import ApiError, validation_error
-from serve_app.protocol import CompletionRequest
+from serve_app.protocol.completions import CompletionRequest
 
 BODY = {"model": "m", "prompt": "p"}
 

@@ -1,0 +1,1 @@
+"""HTTP: routes, what is done with every request, and how events become responses."""

@@ -1,0 +1,1 @@
+"""Which versions are served: the one place that follows the MLflow registry, and what it tells the others."""

@@ -1,0 +1,160 @@
+"""What the follower of the registry, the model replicas and the API tell each other. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model that the application serves, as its arguments name it.
+
+    `name` is what clients ask for. `ref` is a directory, `models:/name/7`, or `models:/name@alias`, which is followed.
+    The version that `canary_alias` points to, if any, answers `canary_share` (0 to 1) of the requests. A version that
+    no longer serves stays loaded for `keep_previous_s` seconds, and at least while requests use it.
+    """
+
+    name: str
+    ref: str
+    canary_alias: str | None = None
+    canary_share: float = 0.1
+    keep_previous_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """What a request is answered with: a registered version, or a directory (then `number` is None).
+
+    `ref` identifies it everywhere: `models:/name/7`, or the name of the directory. `location` is what a replica loads:
+    the same reference, or the absolute path of the directory. `validation_loss` is in nats per token.
+    """
+
+    name: str
+    ref: str
+    location: str
+    number: int | None = None
+    run_id: str | None = None
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a replica found when it loaded a version: `created` is in seconds since 1970, `max_model_len` in tokens of
+    prompt and output, `loss` in nats per token of the text that the gate measures it on."""
+
+    created: int
+    max_model_len: int
+    parameters: int
+    device: str
+    loss: float
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """How far a replica is with one version: "loading", "ready", "failed" (it must not serve; `reason` says why),
+    "retrying" (something that may pass: a download that broke, a full disk), or "too_large" (no memory for it beside
+    what is loaded)."""
+
+    state: Literal["loading", "ready", "failed", "retrying", "too_large"]
+    reason: str | None = None
+    info: EngineInfo | None = None
+
+
+@dataclass(frozen=True)
+class ReplicaReport:
+    """A replica's side of an exchange with the follower.
+
+    `replica` is Serve's unique id, `actor` the name of its Ray actor, `deployment` the name of its deployment.
+    `revision` is that of the plan it has (0: none yet). `engines` maps the `ref` of each version to its state.
+    """
+
+    replica: str
+    actor: str
+    deployment: str
+    model: str
+    revision: int = 0
+    engines: Mapping[str, EngineReport] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReplicaPlan:
+    """What a replica is to have loaded, the most important first; all else it frees once no request uses it.
+
+    `refusal`: nothing can be served at all, and why; a replica that has nothing loaded fails to start with it.
+    """
+
+    revision: int
+    wanted: tuple[ModelVersion, ...] = ()
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class ApiReport:
+    """An API process's side of an exchange: the revision of the table it has, and the versions of each model that its
+    open requests use. A version in use stays loaded, so that its streams can move if a replica dies."""
+
+    api: str
+    revision: int = 0
+    in_use: frozenset[str] = frozenset()
+
+
+VersionState = Literal["serving", "canary", "loading", "previous", "rejected"]
+
+
+@dataclass(frozen=True)
+class VersionStatus:
+    """A version of a model, its aliases, and its state.
+
+    "previous" is loaded and answers whoever asks for it by its reference. `reason` says why it was rejected, or what a
+    load is waiting for. `ready` counts the replicas that have it loaded, by deployment; `info` comes from one of them.
+    """
+
+    version: ModelVersion
+    state: VersionState
+    aliases: tuple[str, ...] = ()
+    reason: str | None = None
+    ready: Mapping[str, int] = field(default_factory=dict)
+    info: EngineInfo | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica can answer with it."""
+        return any(self.ready.values())
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model of the application: which version answers (`current`, None before the first is loaded), which one a
+    share of the requests (`canary`), and all versions that are known. `notice` says what operators should know, such as
+    a registry that is out of reach."""
+
+    spec: ModelSpec
+    current: str | None
+    canary: str | None
+    versions: tuple[VersionStatus, ...]
+    notice: str | None = None
+
+    def status(self, ref: str) -> VersionStatus | None:
+        """Return what is known about the version `ref`."""
+        return next((status for status in self.versions if status.version.ref == ref), None)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What an API process needs for routing; `apis` is the number of API processes, which share limits."""
+
+    revision: int
+    models: tuple[ServedModel, ...]
+    apis: int = 1
+
+
+class Follower(Protocol):
+    """The one place that decides which version serves. Both calls return when there is news, or after some seconds."""
+
+    async def plan(self, report: ReplicaReport) -> ReplicaPlan:
+        """Exchange a replica's report for what it is to have loaded."""
+
+    async def table(self, report: ApiReport) -> Table:
+        """Exchange an API process's report for the table."""

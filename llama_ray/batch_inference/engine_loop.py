@@ -7,8 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from llama_ray.generation.completion import GenerationError
-from llama_ray.generation.engine import Engine, Prompt
+from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item
+from llama_ray.generation.request import Prompt
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.utils.panics import panics_as_errors

@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from llama_ray.generation.completion import GenerationError
-from llama_ray.generation.engine import Engine, Prompt, Request
+from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item
+from llama_ray.generation.request import Prompt, Request
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 

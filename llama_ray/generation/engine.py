@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import random
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +19,7 @@ from llama_ray.generation.backends.prepare import as_backend
 from llama_ray.generation.backends.runner import RunnerError
 from llama_ray.generation.caches import make_caches
 from llama_ray.generation.completion import Completion, GenerationError
-from llama_ray.generation.constraints.grammar import Constraint
 from llama_ray.generation.constraints.grammars import Grammars
-from llama_ray.generation.constraints.processes import Closed
 from llama_ray.generation.core import Core
 from llama_ray.generation.end_of_text import all_eos_ids
 from llama_ray.generation.limits import Limits
@@ -30,28 +27,16 @@ from llama_ray.generation.loading import load
 from llama_ray.generation.options import EngineOptions, RunOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.progress import ProgressBar
+from llama_ray.generation.request import Done, Prompt, Request, RequestMaker
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.blocks import BlockPool
 from llama_ray.generation.scheduling.scheduler import Scheduler
 from llama_ray.generation.scheduling.sequence import Delta, SequenceState
-from llama_ray.generation.scheduling.text import TextOutput
 from llama_ray.generation.speculation.proposer import Proposer
 from llama_ray.generation.stats import EngineStats
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.utils.panics import panics_as_errors
-
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `Engine.prepare` has made of a prompt: checked token ids, and a constraint or None for each candidate."""
-
-    prompt: list[int]
-    params: SamplingParams
-    constraints: Sequence[Constraint | None]
-
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 256, 2048
 """Default `max_num_batched_tokens`: enough for efficient matrix products."""
@@ -106,13 +91,16 @@ class Engine:
         self._core = Core(
             self._scheduler, caches.runner, backend.make_sampler(), self._lock, proposer, num_draft_tokens
         )
-        self._limits = Limits(
+        limits = Limits(
             self.config.vocab_size,
             self.max_seq_len,
             has_tokenizer=tokenizer is not None,
             max_token_bytes=tokenizer.max_token_bytes() if tokenizer else None,
         )
         self._grammars = Grammars(tokenizer, self.config.vocab_size, self.eos_ids)
+        self._maker = RequestMaker(tokenizer, limits, self._grammars, self.eos_ids)
+        # Requests that another engine has begun, and whose tokens end them.
+        self._ended: list[SequenceState] = []
         self._seeds = random.Random(seed)
         self._requests = itertools.count()
         self._submitted = 0
@@ -226,64 +214,38 @@ class Engine:
 
         Raises ValueError for text without a tokenizer, and for a prompt that is neither text nor ids.
         """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    "this model has no tokenizer to encode text with; give the prompt as token ids"
-                )
-            self._limits.check_text(prompt)
-            return self.tokenizer.encode_prompt(prompt)
-        try:
-            return [operator.index(token) for token in prompt]
-        except TypeError:
-            raise ValueError(
-                f"a prompt is {type(prompt).__name__}; give text or a list of token ids (integers)"
-            ) from None
+        return self._maker.encode(prompt)
 
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a request; return its id, which its deltas carry. Raises ValueError if it cannot be served."""
         return self.add(self.prepare(prompt, sampling_params))
 
     @panics_as_errors()
-    def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
+    def prepare(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, done: Done | None = None
+    ) -> Request:
         """Return a request that has been checked, for `add`.
 
-        Takes no lock: text is encoded and a grammar compiled while steps and other submissions go on. Raises ValueError
-        if it cannot be served, and GenerationError if it has a grammar and the engine is closed.
+        `done` makes it the rest of a request that another engine, of the same model, has begun: for each candidate the
+        tokens that were reported, or None if it is complete; a candidate that is not named begins now. The deltas go
+        on exactly where those of the other engine ended. Takes no lock: text is encoded and a grammar compiled while
+        steps and other submissions go on. Raises ValueError if it cannot be served, and GenerationError if it has a
+        grammar and the engine is closed.
         """
-        params = sampling_params or SamplingParams()
-        ids = self.encode(prompt)
-        self._limits.check(ids, params)
-        if (grammar := params.grammar) is None:
-            return Request(ids, params, [None] * params.n)
-        try:
-            return Request(ids, params, self._grammars.constraints(*grammar, params.n))
-        except Closed as error:
-            raise GenerationError(str(error)) from None
+        return self._maker.make(prompt, sampling_params or SamplingParams(), done or {})
 
-    @panics_as_errors()
     def add(self, request: Request) -> int:
         """Queue a request that this engine has prepared; return its id. Never waits for long."""
-        params = request.params
         with self._lock:
             request_id = next(self._requests)
-            seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        # Without the lock, which steps need, and all before the first is queued, in case one of them fails.
-        candidates: list[SequenceState] = []
-        for index, constraint in enumerate(request.constraints):
-            # What a grammar allows is the text itself: none of it is dropped at the start.
-            at_start = constraint is None
-            stream = self.tokenizer.stream(request.prompt, at_start) if self.tokenizer else None
-            text = TextOutput(stream, params.stop_strings, params.min_tokens)
-            leader = candidates[0] if candidates else None
-            candidates.append(
-                SequenceState(
-                    request_id, index, request.prompt, params, seed, text, self.eos_ids, constraint, leader
-                )
-            )
-        with self._lock:
-            for candidate in candidates:
-                self._scheduler.add(candidate)
+            seed = request.params.seed
+            seed = self._seeds.getrandbits(64) if seed is None else seed
+            for sequence in request.sequences:
+                sequence.arrive(request_id, seed)
+                if sequence.ended:
+                    self._ended.append(sequence)
+                else:
+                    self._scheduler.add(sequence)
             self._submitted += 1
         return request_id
 
@@ -291,12 +253,13 @@ class Engine:
         """Drop a request and free its blocks for the next step; do nothing if it is finished or unknown."""
         with self._lock:
             self._scheduler.abort(request_id)
+            self._ended = [sequence for sequence in self._ended if sequence.request_id != request_id]
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
         with self._lock:
-            return self._scheduler.has_work
+            return self._scheduler.has_work or bool(self._ended)
 
     @property
     def stats(self) -> EngineStats:
@@ -327,7 +290,9 @@ class Engine:
         repeated with smaller limits; a sequence that cannot be computed fails, and the others continue. Raises
         RunnerError if a worker process has ended, since no step can be computed then.
         """
-        return self._core.step()
+        with self._lock:
+            ended, self._ended = self._ended, []
+        return [sequence.end() for sequence in ended] + self._core.step()
 
 
 def _max_seq_len(options: RunOptions, config: LlamaConfig) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from llama_ray.generation.completion import GenerationError
-from llama_ray.generation.engine import Engine, Prompt, Request
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.request import Done, Prompt, Request
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 
@@ -42,7 +44,10 @@ class EngineThread(Generic[Receiver]):
         self._deliver = deliver
         self._requests: dict[int, _Unfinished[Receiver]] = {}
         self._ended: str | None = None
-        # Guards _requests and _ended.
+        # When the last step ended, or work came to an idle engine; None while there is no work. Reading it takes no
+        # lock, which a step or a delivery that hangs might hold.
+        self._progress_at: float | None = None
+        # Guards _requests, _ended and what is written to _progress_at.
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -54,12 +59,20 @@ class EngineThread(Generic[Receiver]):
             return "the engine's thread is gone"
         return self._ended
 
-    def submit(self, prompt: Prompt, sampling_params: SamplingParams, receiver: Receiver) -> int:
-        """Queue a request; return its id.
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which there has been work and no step has ended; 0 while there is no work. Never waits."""
+        since = self._progress_at
+        return 0.0 if since is None else time.monotonic() - since
+
+    def submit(
+        self, prompt: Prompt, sampling_params: SamplingParams, receiver: Receiver, done: Done | None = None
+    ) -> int:
+        """Queue a request, or with `done` the rest of one (see `Engine.prepare`); return its id.
 
         Raises ValueError if it cannot be served, and GenerationError if the engine has ended.
         """
-        return self.add(self.engine.prepare(prompt, sampling_params), receiver)
+        return self.add(self.engine.prepare(prompt, sampling_params, done), receiver)
 
     def add(self, request: Request, receiver: Receiver) -> int:
         """Queue a request that the engine has prepared; return its id. Raises GenerationError as `submit` does."""
@@ -67,7 +80,10 @@ class EngineThread(Generic[Receiver]):
             if self.ended is not None:
                 raise GenerationError(self.ended)
             request_id = self.engine.add(request)
-            self._requests[request_id] = _Unfinished(receiver, request.params.n)
+            if request.sequences:
+                self._requests[request_id] = _Unfinished(receiver, len(request.sequences))
+            if self._progress_at is None:
+                self._progress_at = time.monotonic()
             self._wake.notify()
         return request_id
 
@@ -92,6 +108,7 @@ class EngineThread(Generic[Receiver]):
                 for delta in self.engine.step():
                     by_request[delta.request_id].append(delta)
                 with self._wake:
+                    self._progress_at = time.monotonic()
                     known = [(i, deltas) for i, deltas in by_request.items() if i in self._requests]
                     self._deliver([(self._requests[i].receiver, deltas) for i, deltas in known])
                     # Only now: if a delivery crashes, all of them hear of it.
@@ -114,7 +131,9 @@ class EngineThread(Generic[Receiver]):
     def _wait_for_work(self) -> bool:
         """Sleep until there is work (True) or the engine has ended (False)."""
         with self._wake:
-            self._wake.wait_for(lambda: self._ended is not None or self.engine.has_work)
+            while self._ended is None and not self.engine.has_work:
+                self._progress_at = None
+                self._wake.wait()
             return self._ended is None
 
     def _end(self, reason: str) -> None:

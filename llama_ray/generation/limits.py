@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llama_ray.generation.sampling.params import SamplingParams
@@ -36,7 +36,6 @@ class Limits:
 
     def check(self, ids: Sequence[int], params: SamplingParams) -> None:
         """Raise ValueError if the prompt or the parameters exceed the limits."""
-        vocab_size = self.vocab_size
         if not ids:
             raise ValueError(
                 "the prompt is empty and the model has no token to begin with; give at least one token"
@@ -51,11 +50,32 @@ class Limits:
                 f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed max_seq_len "
                 f"{self.max_seq_len}; set max_tokens to at most {self.max_seq_len - len(ids)} or shorten the prompt"
             )
-        named = (*ids, *(params.logit_bias or ()), *params.stop_token_ids)
-        for token in (min(named), max(named)):
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"token id {shown(token)} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
-                )
+        self._check_ids([*ids, *(params.logit_bias or ()), *params.stop_token_ids])
         if params.stop_strings and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and this model has none")
+
+    def check_done(self, done: Mapping[int, Sequence[int] | None], params: SamplingParams) -> None:
+        """Raise ValueError if these cannot be outputs of another engine that has begun the request."""
+        if any(done.values()) and params.seed is None and params.temperature:
+            raise ValueError(
+                "seed is None; a request that another engine has begun needs the seed it had there"
+            )
+        for index, output in done.items():
+            if not 0 <= index < params.n:
+                raise ValueError(
+                    f"done has candidate {shown(index)}; it must be from 0 to {params.n - 1}, as n is {params.n}"
+                )
+            if output and len(output) > params.max_tokens:
+                raise ValueError(
+                    f"done has {len(output)} tokens of candidate {index}; it must have at most max_tokens, "
+                    f"{params.max_tokens}"
+                )
+            self._check_ids(output or ())
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        for token in (min(ids), max(ids)) if ids else ():
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"token id {shown(token)} is outside the model's vocabulary of {self.vocab_size} "
+                    f"(0 to {self.vocab_size - 1})"
+                )

@@ -15,7 +15,8 @@ from llama_ray.batch_inference.output import JobRecord, Output
 from llama_ray.batch_inference.partition_file import finished_files
 from llama_ray.batch_inference.partitions import PartitionedInput, partition_input
 from llama_ray.batch_inference.replica import Replica, ReplicaConfig
-from llama_ray.generation.engine import Engine, Request
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.request import Request
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 from tests.batch_inference.helpers import read_rows, write_rows

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 
 
@@ -12,9 +15,15 @@ class PromptReport:
     after a preemption is not reported again.
     """
 
-    def __init__(self, params: SamplingParams, prompt_tokens: int) -> None:
-        self._wanted = prompt_tokens - 1 if params.prompt_logprobs is not None else 0
-        self._entries: list[TokenLogprob] | None = None if params.prompt_logprobs is None else []
+    def __init__(self, wanted: int | None) -> None:
+        """Collect so many entries; None: no report was asked for, or another engine has given it."""
+        self._wanted = wanted or 0
+        self._entries: list[TokenLogprob] | None = None if wanted is None else []
+
+    @classmethod
+    def of(cls, params: SamplingParams, prompt: Sequence[int]) -> Self:
+        """Return the report that a request with these parameters asks for."""
+        return cls(None if params.prompt_logprobs is None else len(prompt) - 1)
 
     @property
     def reported(self) -> int:

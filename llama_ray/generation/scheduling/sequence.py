@@ -72,7 +72,8 @@ class SequenceState:
 
     `tokens` are prompt and output; keys and values of the first `computed` tokens are in `blocks`, of which `reused`
     tokens were taken from other sequences. A candidate with a `leader` starts from the leader's computed prompt if
-    `max_num_seqs` allows it; until then it is one of the leader's `followers`.
+    `max_num_seqs` allows it; until then it is one of the leader's `followers`. A candidate that `resume` has given the
+    output of another engine goes on after it, and never reports a token or a text twice.
     """
 
     draft: Sequence[int] = ()
@@ -80,22 +81,21 @@ class SequenceState:
 
     def __init__(
         self,
-        request_id: int,
         index: int,
         prompt: Sequence[int],
         params: SamplingParams,
-        seed: int,
         text: TextOutput,
         eos_ids: Collection[int],
         constraint: Constraint | None = None,
         leader: SequenceState | None = None,
     ) -> None:
-        self.request_id, self.index = request_id, index
+        self.index = index
+        self.request_id = self.seed = 0
         # Candidates of a request share what none of them changes.
         self.prompt: list[int] = leader.prompt if leader else list(prompt)
         self.output: list[int] = []
         self.tokens = list(prompt)
-        self.params, self.seed = params, seed
+        self.params = params
         self.leader, self.followers = leader, list[SequenceState]()
         self.arrival = 0
         self.running = False
@@ -104,7 +104,7 @@ class SequenceState:
         self.digests: list[bytes] = []
         self.computed = self.reused = self.draft_computed = 0
         self.prompt_report: PromptReport = (
-            PromptReport(params, len(prompt)) if leader is None else leader.prompt_report
+            PromptReport.of(params, prompt) if leader is None else leader.prompt_report
         )
         self.stats = RequestStats(arrived=time.monotonic(), prompt_tokens=len(prompt))
         self.end_ids: frozenset[int] = (
@@ -115,6 +115,35 @@ class SequenceState:
         self.counts = TokenCounts.of(params, prompt)
         self.constraint = constraint
         self._text = text
+        self._ended: FinishReason | None = None
+
+    def arrive(self, request_id: int, seed: int) -> None:
+        """Become a candidate of request `request_id`, whose noise depends on `seed`; its time begins now."""
+        self.request_id, self.seed = request_id, seed
+        self.stats.arrived = time.monotonic()
+
+    def resume(self, output: Sequence[int]) -> None:
+        """Take the tokens, at least one, that another engine has generated and reported, each with its text.
+
+        Raises ValueError if they go on after the token that ends the candidate.
+        """
+        self.prompt_report = PromptReport(None)
+        for position, token in enumerate(output, 1):
+            _, self._ended = self._take(token)
+            if self.ended and position < len(output):
+                raise ValueError(
+                    f"candidate {self.index} is done to token {len(output)}; it must be at most {position}, which ends "
+                    "it; leave out what follows"
+                )
+
+    @property
+    def ended(self) -> bool:
+        """Whether the tokens that `resume` took end the candidate, so that only the reason is left to report."""
+        return self._ended is not None
+
+    def end(self) -> Delta:
+        """Return the last delta of a candidate that has `ended`."""
+        return self._delta("", [], None if self.params.logprobs is None else [], self._ended)
 
     @property
     def remaining(self) -> int:

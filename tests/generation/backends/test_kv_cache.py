@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def placed(tokens: list[int], blocks: list[int]) -> SequenceState:
-    s = SequenceState(0, 0, tokens, SamplingParams(max_tokens=1), 0, TextOutput(None, ()), ())
+    s = SequenceState(0, tokens, SamplingParams(max_tokens=1), TextOutput(None, ()), ())
     s.blocks = blocks
     return s
 

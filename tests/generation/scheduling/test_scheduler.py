@@ -23,9 +23,9 @@ def sequence(
     request_id: int, length: int = 1, tokens: int = 8, index: int = 0, leader: SequenceState | None = None
 ) -> SequenceState:
     params = SamplingParams(max_tokens=tokens)
-    return SequenceState(
-        request_id, index, [request_id] * length, params, 0, TextOutput(None, ()), (), leader=leader
-    )
+    made = SequenceState(index, [request_id] * length, params, TextOutput(None, ()), (), leader=leader)
+    made.arrive(request_id, seed=0)
+    return made
 
 
 def make(blocks: int = 100, max_num_seqs: int = 8, max_tokens: int = 16) -> Scheduler:

@@ -1,0 +1,96 @@
+"""What a prompt becomes before it is queued: checked token ids, and the candidates that will complete it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.completion import GenerationError
+from llama_ray.generation.constraints.grammar import Constraint
+from llama_ray.generation.constraints.grammars import Grammars
+from llama_ray.generation.constraints.processes import Closed
+from llama_ray.generation.limits import Limits
+from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.scheduling.sequence import SequenceState
+from llama_ray.generation.scheduling.text import TextOutput
+
+Prompt = str | Sequence[int]
+Done = Mapping[int, Sequence[int] | None]
+"""Of each candidate that has begun elsewhere the tokens so far; None if it is complete."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt that an engine has prepared, to be added to it once: a sequence for each candidate to generate."""
+
+    prompt: list[int]
+    params: SamplingParams
+    sequences: list[SequenceState]
+
+
+class RequestMaker:
+    """Makes requests of prompts for one engine. Safe to call from any thread."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, limits: Limits, grammars: Grammars, eos_ids: Collection[int]
+    ) -> None:
+        self._tokenizer, self._limits, self._grammars, self._eos_ids = tokenizer, limits, grammars, eos_ids
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """See `Engine.encode`."""
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError(
+                    "this model has no tokenizer to encode text with; give the prompt as token ids"
+                )
+            self._limits.check_text(prompt)
+            return self._tokenizer.encode_prompt(prompt)
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(
+                f"a prompt is {type(prompt).__name__}; give text or a list of token ids (integers)"
+            ) from None
+
+    def make(self, prompt: Prompt, params: SamplingParams, done: Done) -> Request:
+        """See `Engine.prepare`."""
+        ids = self.encode(prompt)
+        self._limits.check(ids, params)
+        self._limits.check_done(done, params)
+        indices = [index for index in range(params.n) if done.get(index, ()) is not None]
+        sequences: list[SequenceState] = []
+        leader: SequenceState | None = None
+        for index, constraint in zip(indices, self._constraints(params, len(indices)), strict=True):
+            output = done.get(index) or ()
+            # Candidates that begin now share the prompt of the first of them; others have more than it to compute.
+            sequence = self._sequence(index, ids, params, constraint, None if output else leader)
+            if output:
+                sequence.resume(output)
+            elif leader is None:
+                leader = sequence
+            sequences.append(sequence)
+        return Request(ids, params, sequences)
+
+    def _constraints(self, params: SamplingParams, count: int) -> Sequence[Constraint | None]:
+        if params.grammar is None:
+            return [None] * count
+        try:
+            return self._grammars.constraints(*params.grammar, count)
+        except Closed as error:
+            raise GenerationError(str(error)) from None
+
+    def _sequence(
+        self,
+        index: int,
+        prompt: list[int],
+        params: SamplingParams,
+        constraint: Constraint | None,
+        leader: SequenceState | None,
+    ) -> SequenceState:
+        # What a grammar allows is the text itself: none of it is dropped at the start.
+        at_start = constraint is None
+        stream = self._tokenizer.stream(prompt, at_start) if self._tokenizer else None
+        text = TextOutput(stream, params.stop_strings, params.min_tokens)
+        return SequenceState(index, prompt, params, text, self._eos_ids, constraint, leader)

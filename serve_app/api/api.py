@@ -12,12 +12,12 @@ from fastapi.responses import HTMLResponse, Response
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from serve_app.routing.client import ModelClient, ReplicaClient
-from serve_app.errors import INTERNAL_ERROR, ApiError, ErrorResponse, error_response, validation_error
-from serve_app.streams.messages import Started
 from serve_app.api.middleware import BodyLimit, PanicsAsErrors
-from serve_app.protocol.completions import CompletionRequest, CompletionResponse, Health, ModelCard, ModelList
 from serve_app.api.responses import CompletionWriter, EventStream
+from serve_app.errors import INTERNAL_ERROR, ApiError, ErrorResponse, error_response, validation_error
+from serve_app.protocol.completions import CompletionRequest, CompletionResponse, Health, ModelCard, ModelList
+from serve_app.routing.client import ModelClient, ReplicaClient
+from serve_app.streams.messages import Started
 
 MAX_BODY_BYTES = 8 * 2**20
 """Default limit of a body: the token ids of more than a million tokens."""

@@ -10,10 +10,10 @@ from contextlib import aclosing
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve_app.routing.client import Events
 from serve_app.errors import ApiError
-from serve_app.streams.messages import ChoiceDelta, Started
 from serve_app.protocol.completions import Choice, CompletionRequest, CompletionResponse, Usage
+from serve_app.routing.client import Events
+from serve_app.streams.messages import ChoiceDelta, Started
 
 
 class CompletionWriter:

@@ -42,7 +42,8 @@ class ModelVersion:
 @dataclass(frozen=True)
 class EngineInfo:
     """What a replica found when it loaded a version: `created` is in seconds since 1970, `max_model_len` in tokens of
-    prompt and output, `loss` in nats per token of the text that the gate measures it on."""
+    prompt and output, `loss` in nats per token of the text that the gate measures it on.
+    """
 
     created: int
     max_model_len: int
@@ -55,7 +56,8 @@ class EngineInfo:
 class EngineReport:
     """How far a replica is with one version: "loading", "ready", "failed" (it must not serve; `reason` says why),
     "retrying" (something that may pass: a download that broke, a full disk), or "too_large" (no memory for it beside
-    what is loaded)."""
+    what is loaded).
+    """
 
     state: Literal["loading", "ready", "failed", "retrying", "too_large"]
     reason: str | None = None
@@ -93,7 +95,8 @@ class ReplicaPlan:
 @dataclass(frozen=True)
 class ApiReport:
     """An API process's side of an exchange: the revision of the table it has, and the versions of each model that its
-    open requests use. A version in use stays loaded, so that its streams can move if a replica dies."""
+    open requests use. A version in use stays loaded, so that its streams can move if a replica dies.
+    """
 
     api: str
     revision: int = 0
@@ -128,7 +131,8 @@ class VersionStatus:
 class ServedModel:
     """A model of the application: which version answers (`current`, None before the first is loaded), which one a
     share of the requests (`canary`), and all versions that are known. `notice` says what operators should know, such as
-    a registry that is out of reach."""
+    a registry that is out of reach.
+    """
 
     spec: ModelSpec
     current: str | None

@@ -13,8 +13,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ReplicaState  # type: ignore[attr-defined]
 
 from serve_app.errors import ApiError
-from serve_app.streams.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
 from serve_app.protocol.completions import Health
+from serve_app.streams.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
 
 PROBE_TIMEOUT_S = 0.5
 """Below the one second that load balancers commonly wait for /health."""

@@ -1,1 +1,1 @@
-"""How the tokens of all requests travel from a model replica to a process of the API: one connection, a frame a step."""
+"""How the tokens of all requests travel from a model replica to an API process: one connection, a frame a step."""

@@ -14,9 +14,9 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
 from serve_app.errors import ApiError
-from serve_app.streams.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
 from serve_app.protocol.completions import Health
 from serve_app.replica.replica import LlamaReplica
+from serve_app.streams.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
 from tests.small_models import small_config, small_tokenizer
 
 TEXTS = [

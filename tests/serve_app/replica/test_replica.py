@@ -19,8 +19,8 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_pretrained, save_pretrained
 from llama_ray.tracking.errors import TrackingError
-from serve_app.streams.messages import ChoiceDelta, Event, Failure, GenerationRequest, Started
 from serve_app.replica.replica import LlamaReplica
+from serve_app.streams.messages import ChoiceDelta, Event, Failure, GenerationRequest, Started
 from tests.data.helpers import BYTE_FALLBACK
 from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN
 from tests.small_models import random_model, small_config

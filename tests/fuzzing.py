@@ -36,12 +36,16 @@ BUSY = "processor time", "process was lost"
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, the step that it is submitted before, and the number of steps after which it is aborted."""
+    """A request, the step that it is submitted before, and the number of steps after which it is aborted.
+
+    With `begun_steps` another engine has computed so many steps of it before it is submitted.
+    """
 
     prompt: str | list[int]
     params: SamplingParams
-    at_step: int
-    abort_after: int | None
+    at_step: int = 0
+    abort_after: int | None = None
+    begun_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def requests(tokenizer: Tokenizer) -> st.SearchStrategy[list[Asked]]:
             params=_params(tokenizer),
             at_step=st.integers(0, 12),
             abort_after=st.none() | st.none() | st.integers(0, 30),
+            begun_steps=st.none() | st.none() | st.none() | st.integers(0, 25),
         ),
         min_size=4,
         max_size=14,
@@ -189,7 +194,7 @@ class Fuzzer:
         """Run requests together on one of the engines, and each alone. Raises AssertionError for any difference."""
         together = self._run(self._crowded[which % len(self._crowded)], asked)
         for one, got in zip(asked, together, strict=True):
-            [expected] = self._run(self._alone, [Asked(one.prompt, one.params, 0, None)])
+            [expected] = self._run(self._alone, [Asked(one.prompt, one.params)])
             self._count(one, got)
             if got.depends_on_the_machine or expected.depends_on_the_machine:
                 self.report.counts["limits of grammars"] += 1
@@ -217,6 +222,7 @@ class Fuzzer:
                 "candidates": len(got.candidates),
                 "tokens": sum(len(delta.token_ids) for delta in got.candidates),
                 "aborts": got.aborted,
+                "resumed": asked.begun_steps is not None and not got.refusal,
                 "refusals": bool(got.refusal),
                 "grammars": asked.params.constrained,
                 "errors": sum(delta.error is not None for delta in got.candidates),
@@ -236,10 +242,14 @@ class Fuzzer:
             while waiting and (asked[waiting[-1]].at_step <= step or not engine.has_work):
                 number = waiting.pop()
                 try:
-                    ids[number] = engine.submit(asked[number].prompt, asked[number].params)
+                    begun = self._begin(asked[number])
+                    done = {index: done_by(candidate) for index, candidate in begun.items()}
+                    request = engine.prepare(asked[number].prompt, asked[number].params, done)
                 except ValueError as error:
                     refusals[number] = str(error)
                     continue
+                ids[number] = engine.add(request)
+                deltas |= {(ids[number], index): candidate for index, candidate in begun.items()}
                 if (after := asked[number].abort_after) is not None:
                     due[number] = step + after
             for number in [number for number, when in due.items() if when <= step]:
@@ -268,6 +278,18 @@ class Fuzzer:
             for i in range(len(asked))
         ]
 
+    def _begin(self, asked: Asked) -> dict[int, list[Delta]]:
+        """Return what the first steps of a request give each of its candidates, in an engine that is then lost."""
+        if asked.begun_steps is None:
+            return {}
+        begun: dict[int, list[Delta]] = defaultdict(list)
+        request_id = self._alone.submit(asked.prompt, asked.params)
+        for _ in range(asked.begun_steps):
+            for delta in self._alone.step():
+                begun[delta.index].append(delta)
+        self._alone.abort(request_id)
+        return begun
+
     def _unfinished(self, asked: Asked, request_id: int, deltas: dict[tuple[int, int], list[Delta]]) -> bool:
         candidates = [deltas.get((request_id, index)) for index in range(asked.params.n)]
         return any(not found or found[-1].finish_reason is None for found in candidates)
@@ -284,6 +306,13 @@ class Fuzzer:
         stats = engine.stats
         assert 0 <= stats.blocks_in_use <= stats.blocks
         return deltas
+
+
+def done_by(deltas: Sequence[Delta]) -> list[int] | None:
+    """Return the tokens of a candidate that has begun, for `Engine.prepare`; None if it is complete."""
+    if deltas and deltas[-1].finish_reason is not None:
+        return None
+    return [token for delta in deltas for token in delta.token_ids]
 
 
 def check_beginning(asked: Asked, got: Outcome, expected: Outcome) -> None:

@@ -39,4 +39,5 @@ def test_random_requests_get_among_others_what_they_get_alone(one_thread: None) 
     run()
     counts = fuzzer.finish().counts
     assert counts["requests"] > 300
-    assert min(counts["preemptions"], counts["evictions"], counts["aborts"], counts["grammars"]) > 30
+    events = ("preemptions", "evictions", "aborts", "grammars", "resumed")
+    assert min(counts[event] for event in events) > 30, counts

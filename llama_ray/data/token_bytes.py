@@ -1,4 +1,6 @@
-"""How much text one token can stand for, so that a text which cannot fit is refused without tokenising it."""
+"""What tokens stand for: how much text at most, so that a text which cannot fit is refused without tokenising it, and
+whether they keep it.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +50,24 @@ def max_token_bytes(tokenizer_json: str) -> int | None:
     names = [name for name in _names(model) if name not in special]
     longest = max(len(name) if byte_level else len(name.encode()) for name in names)
     return factor * max(longest, *(len(token["content"].encode()) for token in added), 1)
+
+
+def keeps_all_text(tokenizer_json: str) -> bool:
+    """Return whether the tokens of this `tokenizer.json` stand for every byte of any text, without normalisation.
+
+    Decoding what was encoded then gives the same text. This holds for tokenizers like those of GPT-2 and Llama 3.
+    """
+    tokenizer = json.loads(tokenizer_json)
+    pre_tokenizers = list(_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    byte_levels = [step for step in pre_tokenizers if step["type"] == "ByteLevel"]
+    return bool(
+        tokenizer.get("normalizer") is None
+        and byte_levels
+        and not any(step["add_prefix_space"] for step in byte_levels)
+        and all(map(_keeps_all_text, pre_tokenizers))
+        and _knows_all_characters(tokenizer["model"], byte_level=True)
+        and not any(token["lstrip"] or token["rstrip"] for token in tokenizer["added_tokens"])
+    )
 
 
 def _steps(step: Mapping[str, Any] | None, members: str) -> Iterator[Mapping[str, Any]]:

@@ -1,0 +1,91 @@
+"""Whether a replica makes progress: what Serve is told, and a thread that ends a process that is stuck."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from llama_ray.generation.completion import GenerationError
+
+_LOOKS = 20
+"""Looks within `stuck_after_s`."""
+_LATE = 5
+"""Looks that may be missed: a watchdog that sleeps longer was not running, and neither were the engines."""
+_STDERR = 2
+
+
+class Observed(Protocol):
+    """What is watched of an engine."""
+
+    @property
+    def ended(self) -> str | None:
+        """Why the engine has ended; None while it runs."""
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the step in progress began, 0 if there is none."""
+
+
+class Watchdog:
+    """Looks in a thread whether the steps of `engines()` end, and calls `stuck` when one takes `stuck_after_s`.
+
+    Only time is counted in which the thread itself ran: not while the process was stopped, or the machine suspended. By
+    default `stuck` is `die`, because Serve would wait for the requests of a replica that it stops, which hang. Then
+    connections break, and the API moves its streams to other replicas.
+    """
+
+    def __init__(
+        self,
+        engines: Callable[[], Iterable[Observed]],
+        stuck_after_s: float,
+        stuck: Callable[[str], None] | None = None,
+    ) -> None:
+        self._engines, self._stuck_after_s, self._stuck = engines, stuck_after_s, stuck or die
+        self._stalled_s = 0.0
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise GenerationError if an engine has ended or is stuck."""
+        for engine in self._engines():
+            if engine.ended is not None:
+                raise GenerationError(engine.ended)
+        if self._stalled_s > self._stuck_after_s:
+            raise GenerationError(self._message())
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+
+    def _message(self) -> str:
+        return (
+            f"a step of the engine has not ended within stuck_after_s, {self._stuck_after_s:g} s; raise it if steps of "
+            "this model take so long"
+        )
+
+    def _watch(self) -> None:
+        period_s = self._stuck_after_s / _LOOKS
+        last = time.monotonic()
+        while not self._stopped.wait(period_s):
+            now = time.monotonic()
+            passed_s, last = now - last, now
+            stalls = [engine.stalled_s for engine in self._engines() if engine.ended is None]
+            longest_s = max(stalls, default=0.0)
+            seen_s = self._stalled_s + passed_s if passed_s < _LATE * period_s else 0.0
+            self._stalled_s = min(longest_s, seen_s)
+            if self._stalled_s > self._stuck_after_s:
+                self._stuck(self._message())
+                return
+
+
+def die(reason: str) -> None:
+    """Write the stacks of all threads to stderr, and end this process at once."""
+    # No logger, which may wait for a lock that a stuck thread holds.
+    os.write(_STDERR, f"{reason}; the process ends. What its threads do:\n".encode())
+    faulthandler.dump_traceback(_STDERR)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -2,144 +2,113 @@
 
 # No `from __future__ import annotations`: Serve reads the class of build's argument from its annotation.
 
-from dataclasses import asdict, fields, replace
-from typing import Any, Self
+import re
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-from llama_ray.generation.options import EngineOptions
-from llama_ray.storage.paths import existing_ref
-from llama_ray.tracking.uri import tracking_uri
-from serve_app.api.api import MAX_BODY_BYTES, Api
-from serve_app.replica.replica import DEFAULT_OPTIONS, DType, LlamaReplica
+from serve_app.api.api import Api
+from serve_app.args import ModelArgs, ServeArgs
+from serve_app.registry.follower import RegistryFollower
+from serve_app.replica.replica import LlamaReplica
 
-_API_CPUS = 0.1
-"""A small share: a laptop with two cores has room for a replica and a training worker."""
-_API_REQUESTS = 10_000
+_FOLLOWER_CPUS, _API_CPUS = 0.01, 0.1
+"""Small shares: a laptop with two cores has room for a replica and a training worker."""
+_MANY_REQUESTS = 10_000
+"""Of a deployment that only passes on: it accepts all of them, so that /health, a 429 or a poll never waits."""
 _API_TARGET = 100.0
 """Streams that one process of the API passes on without delay."""
-
-
-_MOST = 1_000_000
-"""Of replicas, requests, processors and seconds: more is a mistake that Ray would not explain."""
-
-
-class ServeArgs(BaseModel):
-    """Arguments of `build`, `key=value` after `serve run serve_app.app:build` or `args` in a config file."""
-
-    # The URI may hold a password.
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-
-    model: str = Field(
-        "models:/llama-ray@champion", description="A directory, models:/name/7 or models:/name@alias."
-    )
-    tracking_uri: str = Field(
-        default_factory=tracking_uri, repr=False, description="URI of the MLflow registry."
-    )
-    dtype: DType | None = Field(None, description="Compute in this type; default: the stored one.")
-    engine: EngineOptions = Field(
-        DEFAULT_OPTIONS,
-        description="Options of each replica's engine; given flat, beside the other arguments: quantization=int8.",
-    )
-    num_cpus: float = Field(
-        1, ge=0, le=_MOST, description="CPUs per replica, and its threads if it computes on the CPU."
-    )
-    num_gpus: float = Field(0, ge=0, le=_MOST, description="GPUs per replica; 0 computes on the CPU.")
-    min_replicas: int = Field(1, ge=1, le=_MOST, description="Replicas without load.")
-    max_replicas: int = Field(4, ge=1, le=_MOST, description="Replicas under load, at most.")
-    target_ongoing_requests: float | None = Field(
-        None,
-        gt=0,
-        le=_MOST,
-        description="Target in-flight requests per replica; default 3/4 of max_num_seqs.",
-    )
-    max_ongoing_requests: int | None = Field(
-        None, ge=1, le=_MOST, description="Most in-flight requests per replica; default 2 x max_num_seqs."
-    )
-    max_queued_requests: int = Field(
-        256, ge=-1, le=_MOST, description="Queue limit; beyond it the API returns 429. -1: no limit."
-    )
-    max_body_bytes: int = Field(
-        MAX_BODY_BYTES,
-        ge=1,
-        le=2**30,
-        description="Size of a request's body; the API answers a larger one with 413.",
-    )
-    graceful_shutdown_timeout_s: float = Field(
-        600, gt=0, le=_MOST, description="Seconds to drain before a replica is killed."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _collect_engine_options(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Move the arguments that are engine options into `engine`; refuse true and false for numbers."""
-        # The fields that have limits.
-        numbers = {field.name for field in fields(EngineOptions) if field.metadata}
-        numbers |= {name for name, field in cls.model_fields.items() if field.metadata}
-        for name in sorted(numbers & arguments.keys()):
-            if isinstance(arguments[name], bool):
-                raise ValueError(f"{name} is {arguments[name]}; it must be a number")
-        names = {field.name for field in fields(EngineOptions)}
-        options = {name: value for name, value in arguments.items() if name in names}
-        others = {name: value for name, value in arguments.items() if name not in names}
-        return {"engine": asdict(DEFAULT_OPTIONS) | options} | others
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> Self:
-        if self.engine.draft_model is not None:
-            self.engine = replace(self.engine, draft_model=existing_ref(self.engine.draft_model))
-        shards = self.engine.tensor_parallel
-        if self.num_gpus and shards > 1 and self.num_gpus != shards:
-            raise ValueError(f"num_gpus is {self.num_gpus:g} and tensor_parallel {shards}; make them equal")
-        return self
-
-    @model_validator(mode="after")
-    def _replicas_in_order(self) -> Self:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas is {self.max_replicas}; it must be at least min_replicas, {self.min_replicas}"
-            )
-        return self
+_FAILED_CHECKS = 3
+"""After so many of them in a row, Serve replaces a replica."""
+_SHORTEST_CHECK_S = 2.0
+"""What a call may take on a machine that has too much to do."""
 
 
 def build(args: ServeArgs) -> Application:
-    """Return the application: `Api` receives HTTP requests, `LlamaReplica` answers them; both scale with the load."""
-    max_num_seqs = args.engine.max_num_seqs
-    ongoing = args.max_ongoing_requests or 2 * max_num_seqs
-    replicas = serve.deployment(
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+    """Return the application: `Api` receives HTTP requests, the replicas of each model answer them, and
+    `RegistryFollower` decides with which version.
+    """
+    follower = _follower(args)
+    replicas = {model.name: _replicas(args, model, follower) for model in args.served}
+    application: Application = serve.deployment(
+        ray_actor_options={"num_cpus": _API_CPUS},
+        max_ongoing_requests=_MANY_REQUESTS,
+        autoscaling_config=_scaling(args.min_api_replicas, args.max_api_replicas, _API_TARGET),
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
+    )(serve.ingress()(Api)).bind(
+        follower,
+        replicas,
+        max_queued_requests={model.name: model.max_queued_requests for model in args.served},
+        resume_timeout_s=args.resume_timeout_s,
+        max_body_bytes=args.max_body_bytes,
+    )
+    return application
+
+
+def _follower(args: ServeArgs) -> Application:
+    """One replica, and never two: without surge, the old one ends before the new one starts. Meanwhile the others go
+    on as they are.
+    """
+    application: Application = serve.deployment(
+        ray_actor_options={"num_cpus": _FOLLOWER_CPUS},
+        num_replicas=1,
+        max_ongoing_requests=_MANY_REQUESTS,
+        # A poll that is cut off is sent again.
+        graceful_shutdown_timeout_s=5,
+        logging_config={"enable_access_log": False},
+    )(RegistryFollower).bind(
+        [model.spec for model in args.served], args.tracking_uri, poll_s=args.registry_poll_s
+    )
+    return application
+
+
+def _replicas(args: ServeArgs, model: ModelArgs, follower: Application) -> Application:
+    max_num_seqs = model.engine.max_num_seqs
+    ongoing = model.max_ongoing_requests or 2 * max_num_seqs
+    target = model.target_ongoing_requests or min(ongoing, 0.75 * max_num_seqs)
+    check_s = max(_SHORTEST_CHECK_S, args.stuck_after_s / _FAILED_CHECKS)
+    application: Application = serve.deployment(
+        name=_deployment_name(args, model),
+        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         max_ongoing_requests=ongoing,
-        max_queued_requests=args.max_queued_requests,
-        autoscaling_config=_scaling(args, args.target_ongoing_requests or min(ongoing, 0.75 * max_num_seqs)),
+        # The API counts them, because Serve's limit is one of each API process.
+        max_queued_requests=-1,
+        autoscaling_config=_scaling(model.min_replicas, model.max_replicas, target),
+        max_surge_percent=model.max_surge_percent,
+        # A process that does not run at all is found after the same time as a step that hangs. A check waits for the
+        # event loop only, never for the engine.
+        health_check_period_s=min(5, check_s),
+        health_check_timeout_s=check_s,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         # The API logs each request already.
         logging_config={"enable_access_log": False},
     )(LlamaReplica).bind(
-        existing_ref(args.model),
+        model.spec,
+        follower,
         args.tracking_uri,
-        device="cuda" if args.num_gpus else "cpu",
-        threads=int(args.num_cpus),
-        dtype=args.dtype,
-        options=args.engine,
+        device="cuda" if model.num_gpus else "cpu",
+        threads=int(model.num_cpus),
+        dtype=model.dtype,
+        options=model.engine,
+        gate_timeout_s=model.gate_timeout_s,
+        stuck_after_s=args.stuck_after_s,
     )
-    # The API only passes requests on. It accepts all of them, so that /health and a 429 never wait.
-    application: Application = serve.deployment(
-        ray_actor_options={"num_cpus": _API_CPUS},
-        max_ongoing_requests=_API_REQUESTS,
-        autoscaling_config=_scaling(args, _API_TARGET),
-        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
-    )(serve.ingress()(Api)).bind(replicas, args.max_body_bytes)
     return application
 
 
-def _scaling(args: ServeArgs, target: float) -> AutoscalingConfig:
+def _deployment_name(args: ServeArgs, model: ModelArgs) -> str:
+    # Ray's logs and metrics take these characters as they are.
+    name = re.sub(r"[^\w.-]", "_", model.name)
+    return "LlamaReplica" if len(args.served) == 1 else f"LlamaReplica-{name}"
+
+
+def _scaling(least: int, most: int, target: float) -> AutoscalingConfig:
     """Scale up soon, because clients wait meanwhile, and down late, because loading a model takes long."""
     return AutoscalingConfig(
-        min_replicas=args.min_replicas,
-        max_replicas=args.max_replicas,
+        min_replicas=least,
+        max_replicas=most,
         target_ongoing_requests=target,
         # Ray's metrics arrive every 10 s.
         look_back_period_s=15,

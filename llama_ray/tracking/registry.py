@@ -24,18 +24,21 @@ from llama_ray.tracking.package import check_checkpoint, write_model
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.uri import connect
 from llama_ray.tracking.versions import (
+    ModelRef,
     Version,
     alias_holder,
     check_name,
     find,
     from_mlflow,
     latest_version,
+    parse_ref,
     resolve_version,
 )
 from llama_ray.utils.redact import redact
 
 __all__ = [
     "CHAMPION",
+    "ModelRef",
     "Policy",
     "PromotionDecision",
     "TrackingError",
@@ -43,6 +46,7 @@ __all__ = [
     "check_name",
     "download",
     "latest_version",
+    "parse_ref",
     "promote",
     "register",
     "resolve_version",

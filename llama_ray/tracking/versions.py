@@ -55,6 +55,26 @@ class Version:
         return self.tags.get("data_fingerprint", "")
 
 
+@dataclass(frozen=True)
+class ModelRef:
+    """A reference to a registered model, taken apart: either `number` or `alias` is set."""
+
+    name: str
+    number: int | None
+    alias: str | None
+
+
+def parse_ref(ref: str) -> ModelRef:
+    """Take `models:/name/7` or `models:/name@alias` apart. Raises TrackingError for anything else."""
+    match = _REF.fullmatch(ref)
+    if match is None:
+        raise TrackingError(
+            f"{shown(ref)} is not a model reference; give models:/NAME/VERSION or models:/NAME@ALIAS"
+        )
+    number = match["version"]
+    return ModelRef(match["name"], None if number is None else int(number), match["alias"])
+
+
 def check_name(name: str) -> None:
     """Raise TrackingError unless `name` can name a registered model; call it before a long training run."""
     if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..") or len(name.encode()) > _MAX_NAME_BYTES:
@@ -86,17 +106,13 @@ def version_with_tag(name: str, key: str, value: str, uri: str | None = None) ->
 
 def find(client: MlflowClient, ref: str) -> Version:
     """Do what `resolve_version` does, with an existing client."""
-    match = _REF.fullmatch(ref)
-    if match is None:
-        raise TrackingError(
-            f"{ref!r} is not a model reference; give models:/NAME/VERSION or models:/NAME@ALIAS"
-        )
-    name, number, alias = match["name"], match["version"], match["alias"]
+    wanted = parse_ref(ref)
+    name, number, alias = wanted.name, wanted.number, wanted.alias
     with reported(f"{ref} cannot be looked up at {client.tracking_uri}", "correct MLFLOW_TRACKING_URI"):
         try:
             if alias is not None:
                 return from_mlflow(client.get_model_version_by_alias(name, alias))
-            return from_mlflow(client.get_model_version(name, number))
+            return from_mlflow(client.get_model_version(name, str(number)))
         except MlflowException as error:
             if error.error_code not in _NOT_FOUND:
                 raise

@@ -1,107 +1,94 @@
-"""The arguments of the application, and the file that deploys it."""
+"""Which deployments the arguments make."""
 
 from __future__ import annotations
 
-import inspect
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
-from ray.serve.schema import ServeDeploySchema
+from ray.serve._private.build_app import build_app
 
-import serve_app.app
 from llama_ray.generation.options import EngineOptions
-from serve_app.app import ServeArgs, build
+from serve_app.app import build
+from serve_app.registry.messages import ModelSpec
 
-CONFIG = yaml.safe_load(Path(inspect.getfile(serve_app.app)).with_name("config.yaml").read_text())
 
-
-def deployments(**args: Any) -> tuple[Any, Any]:
-    """The API's and the replicas' deployment, as `serve run serve_app.app:build key=value` makes them."""
+def deployments(**args: Any) -> dict[str, Any]:
+    """The deployments by name, as `serve run serve_app.app:build key=value` makes them."""
     application = call_user_app_builder_with_args_if_necessary(build, args)
-    api = application._bound_deployment
-    replicas, _ = api.init_args
-    return api, replicas._bound_deployment
+    built = build_app(application, name="llama-ray", default_runtime_env=None)
+    assert built.ingress_deployment_name == "Api"
+    return {deployment.name: deployment for deployment in built.deployments}
 
 
-def test_strings_from_the_command_line_are_enough(tmp_path: Path) -> None:
-    api, replicas = deployments(
-        model=str(tmp_path), num_cpus="2", num_gpus="0.5", max_num_seqs="8", dtype="bfloat16"
-    )
-    assert (api.name, replicas.name) == ("Api", "LlamaReplica")
-    assert replicas.init_args[0] == str(tmp_path)
+def test_one_model_is_three_deployments(tmp_path: Path) -> None:
+    made = deployments(model=str(tmp_path), num_cpus="2", num_gpus="0.5", max_num_seqs="8", dtype="bfloat16")
+    assert set(made) == {"Api", "LlamaReplica", "RegistryFollower"}
+    replicas = made["LlamaReplica"]
+    assert replicas.init_args[0] == ModelSpec(tmp_path.name, str(tmp_path))
+    assert replicas.init_args[1].deployment_name == "RegistryFollower"
     assert replicas.init_kwargs["device"] == "cuda"
     assert replicas.init_kwargs["threads"] == 2
+    assert replicas.init_kwargs["dtype"] == "bfloat16"
+    assert replicas.init_kwargs["options"] == EngineOptions(max_num_seqs=8)
     assert replicas.ray_actor_options["num_gpus"] == 0.5
     assert replicas.max_ongoing_requests == 16
 
 
-def test_the_engines_options_reach_the_replicas(tmp_path: Path) -> None:
-    _, replicas = deployments(
-        model=str(tmp_path), quantization="int8", kv_cache_memory_bytes="1000000", prompt_lookup="true",
-        tensor_parallel="2", num_gpus="2", batch_invariant="true",
-    )  # fmt: skip
-    assert replicas.init_kwargs["options"] == EngineOptions(
-        max_num_seqs=16,
-        quantization="int8",
-        kv_cache_memory_bytes=1_000_000,
-        prompt_lookup=True,
-        tensor_parallel=2,
-        batch_invariant=True,
+def test_each_of_several_models_has_replicas_of_its_own() -> None:
+    made = deployments(
+        models=[
+            {"model": "models:/big@champion", "num_gpus": 1, "max_queued_requests": 5},
+            {"model": "models:/a name+ü/7", "max_replicas": 2},
+        ]
     )
-
-
-def test_a_relative_directory_is_one_of_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model").mkdir()
-    monkeypatch.chdir(tmp_path)
-    _, replicas = deployments(model="model")
-    assert replicas.init_args[0] == str(tmp_path / "model")
+    assert set(made) == {"Api", "RegistryFollower", "LlamaReplica-big", "LlamaReplica-a_name_ü"}
+    assert made["LlamaReplica-big"].ray_actor_options["num_gpus"] == 1
+    assert made["LlamaReplica-a_name_ü"]._deployment_config.autoscaling_config.max_replicas == 2
+    follower, replicas = made["Api"].init_args
+    assert follower.deployment_name == "RegistryFollower"
+    assert {name: handle.deployment_name for name, handle in replicas.items()} == {
+        "big": "LlamaReplica-big",
+        "a name+ü": "LlamaReplica-a_name_ü",
+    }
+    assert made["Api"].init_kwargs["max_queued_requests"] == {"big": 5, "a name+ü": 256}
+    assert [spec.name for spec in made["RegistryFollower"].init_args[0]] == ["big", "a name+ü"]
 
 
 def test_replicas_are_held_to_their_limits() -> None:
-    api, replicas = deployments(min_replicas="2", max_replicas="3", max_queued_requests="7")
+    made = deployments(min_replicas="2", max_replicas="3", max_queued_requests="7", max_api_replicas="2")
+    api, replicas = made["Api"], made["LlamaReplica"]
     scaling = replicas._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (2, 3)
     assert scaling.target_ongoing_requests <= replicas.max_ongoing_requests
-    assert replicas.max_queued_requests == 7
-    # What a replica turns away, the API must have taken in to answer it.
+    # The API counts, for all its processes together; what it turns away, it must have taken in to answer it.
+    assert replicas.max_queued_requests == -1
     assert api.max_ongoing_requests > 3 * replicas.max_ongoing_requests + 7
+    assert api._deployment_config.autoscaling_config.max_replicas == 2
     assert replicas._deployment_config.graceful_shutdown_timeout_s == 600
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"modle": "x"}, "modle"),
-        ({"max_num_seqs": "0"}, "max_num_seqs"),
-        ({"min_replicas": 3, "max_replicas": 2}, "max_replicas is 2; it must be at least min_replicas, 3"),
-        ({"dtype": "int4"}, "dtype"),
-        ({"max_num_seqs": True}, "max_num_seqs is True; it must be a number"),
-        ({"max_replicas": True}, "max_replicas is True; it must be a number"),
-        ({"max_replicas": 2**64}, "max_replicas"),
-        ({"num_cpus": math.inf}, "num_cpus"),
-        ({"num_gpus": "nan"}, "num_gpus"),
-        ({"graceful_shutdown_timeout_s": "1e400"}, "graceful_shutdown_timeout_s"),
-        ({"max_body_bytes": 0}, "max_body_bytes"),
-        ({"quantization": "int2"}, "quantization"),
-        ({"tensor_parallel": 2, "num_gpus": 1}, "num_gpus is 1 and tensor_parallel 2; make them equal"),
-        ({"draft_model": "models:/x/1", "prompt_lookup": True}, "prompt_lookup is on; choose one"),
-    ],
-)
-def test_bad_arguments_are_refused_before_anything_is_deployed(args: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        deployments(**args)
+def test_there_is_never_a_second_follower_and_new_replicas_start_before_old_ones_end() -> None:
+    made = deployments()
+    follower = made["RegistryFollower"]
+    assert (follower.num_replicas, follower._deployment_config.max_surge_percent) == (1, 0)
+    assert follower.ray_actor_options["num_cpus"] <= 0.1
+    for name in ("Api", "LlamaReplica"):
+        assert made[name]._deployment_config.max_surge_percent == 100
+    assert deployments(max_surge_percent="0")["LlamaReplica"]._deployment_config.max_surge_percent == 0
 
 
-def test_config_yaml_passes_serves_own_validation() -> None:
-    config = ServeDeploySchema.model_validate(CONFIG)
-    [application] = config.applications
-    assert (config.http_options.host, config.http_options.port) == ("0.0.0.0", 8000)
-    assert application.import_path == "serve_app.app:build"
-    assert ServeArgs.model_validate(application.args).model == "models:/llama-ray@champion"
-    known = ServeDeploySchema.model_json_schema()["properties"]
-    assert set(CONFIG) <= set(known)  # Serve itself ignores a mistyped key
+@pytest.mark.parametrize(("stuck_after_s", "timeout_s"), [(60, 20), (1, 2)])
+def test_a_process_that_does_not_run_is_found_like_a_step_that_hangs(
+    stuck_after_s: float, timeout_s: float
+) -> None:
+    config = deployments(stuck_after_s=stuck_after_s)["LlamaReplica"]._deployment_config
+    assert config.health_check_timeout_s == timeout_s
+    assert config.health_check_period_s <= timeout_s
+
+
+def test_bad_arguments_are_refused_before_anything_is_deployed() -> None:
+    with pytest.raises(ValidationError, match="canary needs a model that follows an alias"):
+        deployments(model="models:/x/7", canary="challenger")

@@ -21,7 +21,7 @@ from pydantic import (
 from llama_ray.generation.sampling.params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams, token_id
 from llama_ray.utils.fields import shown
 from serve_app.errors import bad_request
-from serve_app.streams.messages import GenerationRequest, Logprobs, ModelInfo
+from serve_app.streams.messages import Logprobs
 
 MAX_CHOICES = 128
 """Choices of one request: prompts times n."""
@@ -70,9 +70,13 @@ class _StrictBody(BaseModel):
 
 
 class _WithoutEffect(_StrictBody):
-    """Fields of OpenAI's API that clients send and that do not change a text."""
+    """Fields of OpenAI's API that clients send and that no parameter of sampling depends on."""
 
-    user: Any = Field(None, description=_NO_EFFECT)
+    user: Any = Field(
+        None,
+        description="Whom the request belongs to: requests of one user get answers of one model version, also while a "
+        "canary answers a share of them. The header x-session-id goes first.",
+    )
     safety_identifier: Any = Field(None, description=_NO_EFFECT)
     metadata: Any = Field(None, description=_NO_EFFECT)
     store: Any = Field(None, description=_NO_EFFECT)
@@ -98,7 +102,7 @@ class StreamOptions(_StrictBody):
 class CompletionRequest(_WithoutEffect):
     """The body of `POST /v1/completions`. OpenAI has the fields before `top_k`; vLLM has those from there on, too."""
 
-    model: str = Field(description="A name that GET /v1/models lists.")
+    model: str = Field(description="A name that GET /v1/models lists: NAME, NAME@ALIAS or models:/NAME/7.")
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="Text or token ids to continue; a list of them is completed in one batch."
     )
@@ -166,8 +170,13 @@ class CompletionRequest(_WithoutEffect):
             return [[t for t in self.prompt if isinstance(t, int)]]
         return [p for p in self.prompt if not isinstance(p, int)]
 
-    def generation_request(self) -> GenerationRequest:
-        """Return what a replica is asked. Raises ApiError (400) for values that are out of range or not supported."""
+    @property
+    def session(self) -> str | None:
+        """What `user` says of whom the request belongs to."""
+        return self.user if isinstance(self.user, str) and self.user else None
+
+    def sampling_params(self) -> SamplingParams:
+        """Return how to sample. Raises ApiError (400) for values, of any field, out of range or not supported."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         try:
             params = SamplingParams(
@@ -181,7 +190,7 @@ class CompletionRequest(_WithoutEffect):
             param = found[0] if found and found[0] in type(self).model_fields else None
             raise bad_request(param, str(error)) from None
         self._check()
-        return GenerationRequest(self.model, self.prompts, params, self.echo, self.stream)
+        return params
 
     def _check(self) -> None:
         """Raise ApiError for what is not supported, and for fields that do not fit together."""
@@ -247,44 +256,3 @@ class CompletionResponse(BaseModel):
     system_fingerprint: str
     choices: list[Choice]
     usage: Usage | None = None
-
-
-class ModelCard(BaseModel):
-    """An entry of `GET /v1/models`: `root` is the exact version behind `id`, `metadata` what is known about it."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "llama_ray"
-    root: str
-    parent: str | None = None
-    max_model_len: int
-    metadata: dict[str, str | int | float | None]
-
-    @classmethod
-    def of(cls, info: ModelInfo) -> list[Self]:
-        """Return a card for each name of the model."""
-        names = ("version", "run_id", "validation_loss", "parameters", "device")
-        return [
-            cls(
-                id=name,
-                created=info.created,
-                root=info.ref,
-                max_model_len=info.max_model_len,
-                metadata={name: getattr(info, name) for name in names},
-            )
-            for name in info.names
-        ]
-
-
-class ModelList(BaseModel):
-    """The body of `GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class Health(BaseModel):
-    """The body of `GET /health`: "busy" if the model has more work than it can do at once."""
-
-    status: Literal["ok", "busy"]

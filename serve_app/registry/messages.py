@@ -122,6 +122,11 @@ class VersionStatus:
     info: EngineInfo | None = None
 
     @property
+    def answers(self) -> bool:
+        """Whether requests may go to it."""
+        return self.state in ("serving", "canary", "previous")
+
+    @property
     def is_ready(self) -> bool:
         """Whether a replica can answer with it."""
         return any(self.ready.values())

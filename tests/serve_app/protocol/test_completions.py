@@ -17,7 +17,7 @@ BODY = {"model": "m", "prompt": "p"}
 def refusal(**fields: Any) -> ApiError:
     """Return the error for a body with these fields."""
     try:
-        CompletionRequest.model_validate(BODY | fields).generation_request()
+        CompletionRequest.model_validate(BODY | fields).sampling_params()
     except ValidationError as error:
         # FastAPI puts "body" before each location.
         return validation_error([e | {"loc": ("body", *e["loc"])} for e in error.errors()])
@@ -27,10 +27,10 @@ def refusal(**fields: Any) -> ApiError:
 
 
 def test_defaults_are_openais() -> None:
-    request = CompletionRequest.model_validate(BODY).generation_request()
-    assert request.prompts == ["p"]
-    assert (request.echo, request.stream) == (False, False)
-    assert request.params == SamplingParams(max_tokens=16, temperature=1.0, top_p=1.0, n=1)
+    body = CompletionRequest.model_validate(BODY)
+    assert body.prompts == ["p"]
+    assert (body.echo, body.stream) == (False, False)
+    assert body.sampling_params() == SamplingParams(max_tokens=16, temperature=1.0, top_p=1.0, n=1)
 
 
 def test_every_sampling_field_is_passed_on() -> None:
@@ -52,21 +52,19 @@ def test_every_sampling_field_is_passed_on() -> None:
         "min_tokens": 2,
         "stop_token_ids": [8, 9],
     }
-    request = CompletionRequest.model_validate(
-        BODY | fields | {"user": "u", "best_of": 2, "suffix": ""}
-    ).generation_request()
-    assert request.params == SamplingParams(
+    body = CompletionRequest.model_validate(BODY | fields | {"user": "u", "best_of": 2, "suffix": ""})
+    assert body.sampling_params() == SamplingParams(
         **fields | {"stop": ("x",), "logit_bias": {5: -100.0}, "stop_token_ids": (8, 9)}  # type: ignore[arg-type]
     )
     for constraint in ({"json_schema": {"type": "object"}}, {"regex": "a+"}):
-        request = CompletionRequest.model_validate(BODY | constraint).generation_request()
-        assert request.params == SamplingParams(**constraint)  # type: ignore[arg-type]
+        body = CompletionRequest.model_validate(BODY | constraint)
+        assert body.sampling_params() == SamplingParams(**constraint)  # type: ignore[arg-type]
 
 
 def test_null_means_the_default() -> None:
     names = set(CompletionRequest.model_fields) - set(BODY)
     with_nulls = CompletionRequest.model_validate(BODY | dict.fromkeys(names))
-    assert with_nulls.generation_request() == CompletionRequest.model_validate(BODY).generation_request()
+    assert with_nulls.sampling_params() == CompletionRequest.model_validate(BODY).sampling_params()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +78,7 @@ def test_null_means_the_default() -> None:
     ],
 )
 def test_a_prompt_is_text_or_token_ids_one_or_several(prompt: object, prompts: object) -> None:
-    assert CompletionRequest.model_validate(BODY | {"prompt": prompt}).generation_request().prompts == prompts
+    assert CompletionRequest.model_validate(BODY | {"prompt": prompt}).prompts == prompts
 
 
 @pytest.mark.parametrize(
@@ -178,10 +176,17 @@ def test_mistakes_beyond_the_first_few_are_counted() -> None:
     ],
 )
 def test_fields_of_openai_without_effect_on_the_text_are_accepted(fields: dict[str, Any]) -> None:
-    plain = CompletionRequest.model_validate(BODY | {"stream": "stream" in fields}).generation_request()
-    assert CompletionRequest.model_validate(BODY | fields).generation_request() == plain
+    plain = CompletionRequest.model_validate(BODY | {"stream": "stream" in fields}).sampling_params()
+    assert CompletionRequest.model_validate(BODY | fields).sampling_params() == plain
 
 
 @pytest.mark.parametrize("key", ["1.0", " 1", "1 ", "+1", "1_0", "01", "٣", "1e2", "-1", "", "0x1"])
 def test_a_key_of_logit_bias_is_a_token_id_in_plain_digits(key: str) -> None:
     assert refusal(logit_bias={key: 1}).response.error.param == "logit_bias"
+
+
+@pytest.mark.parametrize(
+    ("user", "session"), [("u", "u"), ("", None), (None, None), (7, None), ({"id": 1}, None)]
+)
+def test_a_user_is_the_session_of_a_request(user: object, session: str | None) -> None:
+    assert CompletionRequest.model_validate(BODY | {"user": user}).session == session

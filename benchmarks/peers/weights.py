@@ -36,7 +36,7 @@ def hf_directory(cache: Path, preset: str) -> Path:
     """Return the Hugging Face directory of `preset`, without a tokenizer: prompts are token ids."""
     path = cache / preset
     if not (path / "config.json").is_file():
-        with _complete_directory(path) as partial:
+        with complete_directory(path) as partial:
             save_pretrained(random_model(LlamaConfig.preset(preset)), None, partial)
     return path
 
@@ -52,7 +52,7 @@ def ct2_directory(cache: Path, preset: str) -> Path:
 
     path = cache / f"{preset}-ct2"
     if not path.is_dir():
-        with _complete_directory(path) as partial:
+        with complete_directory(path) as partial:
             Converter(str(hf_directory(cache, preset))).convert(
                 str(partial), quantization="float32", force=True
             )
@@ -151,7 +151,7 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 @contextmanager
-def _complete_directory(path: Path) -> Iterator[Path]:
+def complete_directory(path: Path) -> Iterator[Path]:
     """Yield a directory that is renamed to `path` only when it is complete."""
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: Serve reads the class of build's argument from its annotation.
 
 import re
+from dataclasses import replace
 
 from ray import serve
 from ray.serve import Application
@@ -11,6 +12,7 @@ from ray.serve.config import AutoscalingConfig
 from serve_app.api.api import Api
 from serve_app.args import ModelArgs, ServeArgs
 from serve_app.registry.follower import RegistryFollower
+from serve_app.registry.messages import ModelSpec
 from serve_app.replica.replica import LlamaReplica
 
 _FOLLOWER_CPUS, _API_CPUS = 0.01, 0.1
@@ -29,8 +31,12 @@ def build(args: ServeArgs) -> Application:
     """Return the application: `Api` receives HTTP requests, the replicas of each model answer them, and
     `RegistryFollower` decides with which version.
     """
-    follower = _follower(args)
-    replicas = {model.name: _replicas(args, model, follower) for model in args.served}
+    specs = [_spec(args, model) for model in args.served]
+    follower = _follower(args, specs)
+    replicas = {
+        spec.deployment: _replicas(args, model, spec, follower)
+        for model, spec in zip(args.served, specs, strict=True)
+    }
     application: Application = serve.deployment(
         ray_actor_options={"num_cpus": _API_CPUS},
         max_ongoing_requests=_MANY_REQUESTS,
@@ -47,7 +53,7 @@ def build(args: ServeArgs) -> Application:
     return application
 
 
-def _follower(args: ServeArgs) -> Application:
+def _follower(args: ServeArgs, specs: list[ModelSpec]) -> Application:
     """One replica, and never two: without surge, the old one ends before the new one starts. Meanwhile the others go
     on as they are.
     """
@@ -58,19 +64,17 @@ def _follower(args: ServeArgs) -> Application:
         # A poll that is cut off is sent again.
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},
-    )(RegistryFollower).bind(
-        [model.spec for model in args.served], args.tracking_uri, poll_s=args.registry_poll_s
-    )
+    )(RegistryFollower).bind(tuple(specs), args.tracking_uri, poll_s=args.registry_poll_s)
     return application
 
 
-def _replicas(args: ServeArgs, model: ModelArgs, follower: Application) -> Application:
+def _replicas(args: ServeArgs, model: ModelArgs, spec: ModelSpec, follower: Application) -> Application:
     max_num_seqs = model.engine.max_num_seqs
     ongoing = model.max_ongoing_requests or 2 * max_num_seqs
     target = model.target_ongoing_requests or min(ongoing, 0.75 * max_num_seqs)
     check_s = max(_SHORTEST_CHECK_S, args.stuck_after_s / _FAILED_CHECKS)
     application: Application = serve.deployment(
-        name=_deployment_name(args, model),
+        name=spec.deployment,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         max_ongoing_requests=ongoing,
         # The API counts them, because Serve's limit is one of each API process.
@@ -85,7 +89,7 @@ def _replicas(args: ServeArgs, model: ModelArgs, follower: Application) -> Appli
         # The API logs each request already.
         logging_config={"enable_access_log": False},
     )(LlamaReplica).bind(
-        model.spec,
+        spec,
         follower,
         args.tracking_uri,
         device="cuda" if model.num_gpus else "cpu",
@@ -98,10 +102,10 @@ def _replicas(args: ServeArgs, model: ModelArgs, follower: Application) -> Appli
     return application
 
 
-def _deployment_name(args: ServeArgs, model: ModelArgs) -> str:
+def _spec(args: ServeArgs, model: ModelArgs) -> ModelSpec:
     # Ray's logs and metrics take these characters as they are.
     name = re.sub(r"[^\w.-]", "_", model.name)
-    return "LlamaReplica" if len(args.served) == 1 else f"LlamaReplica-{name}"
+    return replace(model.spec, deployment="LlamaReplica" if len(args.served) == 1 else f"LlamaReplica-{name}")
 
 
 def _scaling(least: int, most: int, target: float) -> AutoscalingConfig:

@@ -143,7 +143,13 @@ class ModelArgs(BaseModel):
     @property
     def spec(self) -> ModelSpec:
         """What the follower of the registry needs to know."""
-        return ModelSpec(self.name, self.model, self.canary, self.canary_share, self.keep_previous_s)
+        return ModelSpec(
+            self.name,
+            self.model,
+            canary_alias=self.canary,
+            canary_share=self.canary_share,
+            keep_previous_s=self.keep_previous_s,
+        )
 
 
 class ServeArgs(ModelArgs):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,54 @@ from fastapi.responses import HTMLResponse, Response
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from serve_app.api.disconnect import while_connected
 from serve_app.api.middleware import BodyLimit, PanicsAsErrors
-from serve_app.api.responses import CompletionWriter, EventStream
+from serve_app.api.responses import VERSION_HEADER, CompletionWriter, EventStream
 from serve_app.errors import INTERNAL_ERROR, ApiError, ErrorResponse, error_response, validation_error
-from serve_app.protocol.completions import CompletionRequest, CompletionResponse, Health, ModelCard, ModelList
-from serve_app.routing.client import ModelClient, ReplicaClient
+from serve_app.protocol.completions import CompletionRequest, CompletionResponse
+from serve_app.protocol.generation import GenerationRequest
+from serve_app.protocol.models import Health, ModelCard, ModelList, Ready, cards, ready
+from serve_app.routing.choice import not_served
+from serve_app.routing.client import ModelClient
+from serve_app.routing.serve import serve_client
 from serve_app.streams.messages import Started
 
 MAX_BODY_BYTES = 8 * 2**20
 """Default limit of a body: the token ids of more than a million tokens."""
+CLIENT_GONE = 499
+"""Status, in logs only, of a request whose client did not wait for the answer; nginx's number."""
 _PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
 # Otherwise FastAPI documents its own error object, with status 422.
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 404, 413, 422, 429, 500, 503)
 }
 
+Connect = Callable[[], AbstractAsyncContextManager[ModelClient]]
+"""Connects to the models, in the event loop that serves HTTP, for as long as it does."""
+
 
 class Api:
-    """The deployment that receives HTTP requests; `handle` leads to the model replicas."""
+    """The deployment that receives HTTP requests.
 
-    def __init__(self, handle: DeploymentHandle[Any], max_body_bytes: int = MAX_BODY_BYTES) -> None:
-        self._client, self._max_body_bytes = ReplicaClient(handle), max_body_bytes
+    `follower` and `replicas` (by the names of their deployments) are those of the application. For
+    `max_queued_requests` (by model) and `resume_timeout_s` see `ServeArgs`.
+    """
+
+    def __init__(
+        self,
+        follower: DeploymentHandle[Any],
+        replicas: Mapping[str, DeploymentHandle[Any]],
+        *,
+        max_queued_requests: Mapping[str, int],
+        resume_timeout_s: float,
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        self._connect = lambda: serve_client(follower, replicas, max_queued_requests, resume_timeout_s)
+        self._max_body_bytes = max_body_bytes
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the application where it runs, so that it need not be pickled. Ray Serve calls this."""
-        api = create_api(self._client, self._max_body_bytes)
+        api = create_api(self._connect, self._max_body_bytes)
         # What is loaded by now stays. Otherwise the garbage collector looks at all of it, again and again, while a body
         # of a million small lists is parsed: 2 s instead of 0.6.
         gc.collect()
@@ -44,38 +69,51 @@ class Api:
         return api
 
 
-def create_api(model: ModelClient, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """Return the HTTP application in front of `model`; a larger body than `max_body_bytes` is refused."""
+def create_api(connect: Connect, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """Return the HTTP application in front of the models; a larger body than `max_body_bytes` is refused."""
+
+    @asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        async with connect() as api.state.model:
+            yield
+
     api = FastAPI(
         title="llama_ray",
         description="A LLaMA model behind OpenAI's completions API. `GET /` is a playground.",
         redoc_url=None,
+        lifespan=lifespan,
     )
     page = _PLAYGROUND.read_text(encoding="utf-8")
 
     @api.post("/v1/completions", response_model=CompletionResponse, responses=_ERRORS)
-    async def completions(body: CompletionRequest) -> Response:
+    async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue each prompt. With `stream`, the text comes as server-sent events, ended by `data: [DONE]`."""
-        return await _complete(model, body)
+        answer = await while_connected(request, _complete(_model(request), body, request))
+        return answer or Response(status_code=CLIENT_GONE)
 
     @api.get("/v1/models", responses=_ERRORS)
-    async def models() -> ModelList:
-        """List the model that is served, by its registered name and by its exact version."""
-        return ModelList(data=ModelCard.of(await model.info()))
+    async def models(request: Request) -> ModelList:
+        """List what can be asked for: each model by its name, by its aliases, and by exact versions."""
+        return ModelList(data=cards(await _model(request).table()))
 
     @api.get("/v1/models/{name:path}", responses=_ERRORS)
-    async def model_card(name: str) -> ModelCard:
+    async def model_card(name: str, request: Request) -> ModelCard:
         """Describe one of the models that `GET /v1/models` lists."""
-        info = await model.info()
-        for card in ModelCard.of(info):
-            if card.id == name:
-                return card
-        raise ApiError(404, info.not_served(name), param="model", code="model_not_found")
+        table = await _model(request).table()
+        card = next((card for card in cards(table) if card.id == name), None)
+        if card is None:
+            raise not_served(table, name)
+        return card
 
-    @api.get("/health", responses=_ERRORS)
+    @api.get("/health")
     async def health() -> Health:
-        """Return 200 while the model can answer ("busy": it has more work than it can do at once), else 503."""
-        return await model.check()
+        """Return 200: this process answers. Whether the models can, `GET /ready` tells."""
+        return Health()
+
+    @api.get("/ready", responses=_ERRORS)
+    async def is_ready(request: Request) -> Ready:
+        """Return 200 while every model has a replica that can answer, else 503 with what is missing."""
+        return ready(_model(request).known)
 
     @api.get("/", include_in_schema=False)
     async def playground() -> HTMLResponse:
@@ -90,17 +128,26 @@ def create_api(model: ModelClient, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
     return api
 
 
-async def _complete(model: ModelClient, body: CompletionRequest) -> Response:
-    events = model.generate(body.generation_request())
+def _model(request: Request) -> ModelClient:
+    model: ModelClient = request.app.state.model
+    return model
+
+
+async def _complete(model: ModelClient, body: CompletionRequest, request: Request) -> Response:
+    session = request.headers.get("x-session-id") or body.session
+    events = model.generate(
+        GenerationRequest(body.model, body.prompts, body.sampling_params(), body.echo, session)
+    )
     try:
         # An error before the first event still has an HTTP status.
         started = await anext(events)
         assert isinstance(started, Started)
+        headers = {VERSION_HEADER: started.ref}
         writer = CompletionWriter(body, started)
         if body.stream:
-            return EventStream(writer.stream(events))
+            return EventStream(writer.stream(events), headers)
         whole = await writer.whole(events)
-        return Response(whole.model_dump_json(), media_type="application/json")
+        return Response(whole.model_dump_json(), headers=headers, media_type="application/json")
     except BaseException:
         await events.aclose()
         raise

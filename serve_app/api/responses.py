@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from fastapi.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from serve_app.api.chunks import ChunkWriter
+from serve_app.api.disconnect import until_disconnected
 from serve_app.errors import ApiError
 from serve_app.protocol.completions import Choice, CompletionRequest, CompletionResponse, Usage
 from serve_app.routing.client import Events
 from serve_app.streams.messages import ChoiceDelta, Started
+
+VERSION_HEADER = "x-model-version"
+"""Names the exact version that answers, as `system_fingerprint` does in the body."""
 
 
 class CompletionWriter:
@@ -27,23 +34,28 @@ class CompletionWriter:
             id=f"cmpl-{uuid.uuid4().hex}",
             created=int(time.time()),
             model=request.model,
-            system_fingerprint=started.model.ref,
+            system_fingerprint=started.ref,
             choices=[],
         )
 
     async def whole(self, events: Events) -> CompletionResponse:
         """Return the response once it is complete."""
-        choices = [_choice(delta) async for event in events for delta in self._count(event)]
+        by_choice: dict[int, list[ChoiceDelta]] = defaultdict(list)
+        async for event in events:
+            for delta in self._count(event):
+                by_choice[delta.index].append(delta)
+        choices = [_choice(ChoiceDelta.joined(by_choice[index])) for index in sorted(by_choice)]
         return self._empty_response.model_copy(update={"choices": choices, "usage": self._usage()})
 
-    async def stream(self, events: Events) -> AsyncGenerator[str]:
-        """Yield server-sent events, one per delta; those that are ready at the same moment as one string."""
+    async def stream(self, events: Events) -> AsyncGenerator[bytes]:
+        """Yield server-sent events, one per delta; those that are ready at the same moment together."""
+        writer = ChunkWriter(self._empty_response, usage=self._include_usage)
         async with aclosing(events):
             try:
                 async for event in events:
-                    chunks = [self._chunk(delta) for delta in self._count(event) if _has_content(delta)]
+                    chunks = [writer.chunk(delta) for delta in self._count(event) if _has_content(delta)]
                     if chunks:
-                        yield "".join(chunks)
+                        yield b"".join(chunks)
                 if self._include_usage:
                     last = self._empty_response.model_copy(update={"usage": self._usage()})
                     yield _server_sent_event(last.model_dump_json())
@@ -54,31 +66,44 @@ class CompletionWriter:
     def _count(self, event: Started | list[ChoiceDelta]) -> list[ChoiceDelta]:
         """Add the deltas' tokens to the usage, and return the deltas."""
         assert isinstance(event, list)
-        self._completion_tokens += sum(delta.tokens for delta in event)
+        self._completion_tokens += sum(len(delta.token_ids) for delta in event)
         return event
-
-    def _chunk(self, delta: ChoiceDelta) -> str:
-        chunk = self._empty_response.model_copy(update={"choices": [_choice(delta)]})
-        # As in OpenAI's streams, `usage` is null if a last chunk will have the counts, and absent otherwise.
-        return _server_sent_event(chunk.model_dump_json(exclude=None if self._include_usage else {"usage"}))
 
     def _usage(self) -> Usage:
         return Usage.of(self._prompt_tokens, self._completion_tokens)
 
 
-class EventStream(StreamingResponse):
+class EventStream(Response):
     """Server-sent events whose source is closed as soon as the client goes away, not when it is collected."""
 
-    def __init__(self, events: AsyncGenerator[str]) -> None:
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
         # A proxy that buffers would hold the text back until its buffer is full.
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers
+        super().__init__(headers=headers)
+        del self.headers["content-length"]
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, as an ASGI application."""
-        async with aclosing(self._events):
-            await super().__call__(scope, receive, send)
+        sending = asyncio.create_task(self._send(send))
+        leaving = asyncio.create_task(until_disconnected(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            sending.cancel()
+            await asyncio.wait((sending,))
+        if not sending.cancelled():
+            sending.result()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for data in events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _has_content(delta: ChoiceDelta) -> bool:
@@ -91,5 +116,5 @@ def _choice(delta: ChoiceDelta) -> Choice:
     )
 
 
-def _server_sent_event(data: str) -> str:
-    return f"data: {data}\n\n"
+def _server_sent_event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()

@@ -11,13 +11,15 @@ from typing import Literal, Protocol
 class ModelSpec:
     """A model that the application serves, as its arguments name it.
 
-    `name` is what clients ask for. `ref` is a directory, `models:/name/7`, or `models:/name@alias`, which is followed.
-    The version that `canary_alias` points to, if any, answers `canary_share` (0 to 1) of the requests. A version that
-    no longer serves stays loaded for `keep_previous_s` seconds, and at least while requests use it.
+    `name` is what clients ask for, `deployment` the name of its replicas in Serve. `ref` is a directory,
+    `models:/name/7`, or `models:/name@alias`, which is followed. The version that `canary_alias` points to, if any,
+    answers `canary_share` (0 to 1) of the requests. A version that no longer serves stays loaded for `keep_previous_s`
+    seconds, and at least while requests use it.
     """
 
     name: str
     ref: str
+    deployment: str = "LlamaReplica"
     canary_alias: str | None = None
     canary_share: float = 0.1
     keep_previous_s: float = 0.0

@@ -16,6 +16,11 @@ class LogprobWriter:
         self._stream = tokenizer.stream(prompt, at_start=not constrained)
         self._length = 0
 
+    def skip(self, token_ids: Sequence[int]) -> None:
+        """Pass over tokens whose entries the client has."""
+        for token_id in token_ids:
+            self._length += len(self._stream.push(token_id))
+
     def write(self, positions: Sequence[TokenLogprob]) -> Logprobs:
         """Return the next positions' entries."""
         logprobs = Logprobs([], [], [], [])

@@ -36,7 +36,7 @@ def choose(table: Table, model: str, session: str | None, request_id: str) -> tu
         raise ApiError(
             503, f"{cut(model)} has no version that serves yet", code="not_ready", retry_after_s=_RETRY_S
         )
-    raise _not_served(table, model)
+    raise not_served(table, model)
 
 
 def _shared(model: ServedModel, current: str, key: str) -> str:
@@ -62,7 +62,8 @@ def _no_answer(model: str, status: VersionStatus) -> ApiError:
     return ApiError(503, f"{cut(model)} is {message}", code="not_ready", retry_after_s=_RETRY_S)
 
 
-def _not_served(table: Table, model: str) -> ApiError:
+def not_served(table: Table, model: str) -> ApiError:
+    """Return the error for a request that asks for what is not served."""
     served = [name for m in table.models for name, status in names(m).items() if status.answers]
     listed = ", ".join(
         [*(repr(cut(name)) for name in served[:_LISTED]), *(["..."] if served[_LISTED:] else [])]

@@ -1,92 +1,185 @@
-"""How the API reaches a model: the interface that it needs, and its implementation by a Ray Serve deployment."""
+"""How the API has a request answered: by some replica, and by another one for the rest if that is lost."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Any, Protocol
-
-from ray import serve
-from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-from ray.serve.schema import ReplicaState  # type: ignore[attr-defined]
+import logging
+import secrets
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Protocol
 
 from serve_app.errors import ApiError
-from serve_app.protocol.completions import Health
-from serve_app.streams.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
+from serve_app.protocol.generation import GenerationRequest
+from serve_app.registry.messages import Table
+from serve_app.routing.admission import Admission, Place
+from serve_app.routing.answer import Answer
+from serve_app.routing.choice import choose
+from serve_app.routing.losses import Losses
+from serve_app.routing.replicas import Replicas
+from serve_app.routing.tables import Tables
+from serve_app.streams.messages import Answered, ChoiceDelta, Failure, Started, Submission
+from serve_app.streams.receiver import Lost, Receiver, Stream
 
-PROBE_TIMEOUT_S = 0.5
-"""Below the one second that load balancers commonly wait for /health."""
+_log = logging.getLogger(__name__)
+
+_LAST_EVENTS_S = 5.0
+"""How long the events of a call that has ended may be on their way."""
+_REASONS: dict[Answered, str] = {
+    "not_loaded": "the replica does not have that version",
+    "engine_ended": "the engine of the replica that was answering has ended",
+}
 
 Events = AsyncGenerator[Started | list[ChoiceDelta]]
 
 
 class ModelClient(Protocol):
-    """What the API needs of a model, wherever it runs. All errors are ApiErrors."""
+    """What the API needs of the models, wherever they run. All errors are ApiErrors."""
 
-    async def info(self) -> ModelInfo:
-        """Return which model is served."""
+    @property
+    def known(self) -> Table | None:
+        """What is served; None as long as nobody has said."""
 
-    async def check(self) -> Health:
-        """Raise ApiError (503) unless the model can answer."""
+    async def table(self) -> Table:
+        """Return what is served, as soon as it is known."""
 
     def generate(self, request: GenerationRequest) -> Events:
-        """Yield `Started`, then lists of deltas. Closing the iterator frees all that the request holds."""
+        """Yield `Started`, then lists of deltas, at most one for each choice.
+
+        Closing the iterator frees all that the request holds.
+        """
 
 
-class ReplicaClient:
-    """The replicas of the deployment behind `handle`."""
+class RoutedClient:
+    """The replicas that the table names. Use it in one event loop."""
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+    def __init__(
+        self,
+        tables: Tables,
+        replicas: Replicas,
+        receiver: Receiver,
+        admission: Admission,
+        resume_timeout_s: float,
+    ) -> None:
+        self._tables, self._replicas, self._receiver = tables, replicas, receiver
+        self._admission, self._resume_timeout_s = admission, resume_timeout_s
+        # asyncio holds its tasks weakly.
+        self._calls: set[asyncio.Task[Answered]] = set()
 
-    async def info(self) -> ModelInfo:
-        """Ask a replica which model it serves."""
-        try:
-            info: ModelInfo = await self._handle.info.remote()
-        except (RayError, RayServeException) as error:
-            raise _unavailable(error) from error
-        return info
+    @property
+    def known(self) -> Table | None:
+        """See `ModelClient`."""
+        return self._tables.table
 
-    async def check(self) -> Health:
-        """Ask a replica. If none answers in time, the controller, which checks all of them, decides."""
-        try:
-            await asyncio.wait_for(self._handle.info.remote(), PROBE_TIMEOUT_S)
-        except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
-            status = await asyncio.to_thread(serve.status)
-            deployment = status.applications[self._handle.app_name].deployments[self._handle.deployment_name]
-            if deployment.replica_states.get(ReplicaState.RUNNING):
-                return Health(status="busy")
-            raise _unavailable(error, deployment.message or "it is starting") from error
-        except (RayError, RayServeException) as error:
-            raise _unavailable(error) from error
-        return Health(status="ok")
+    async def table(self) -> Table:
+        """See `ModelClient`."""
+        return await self._tables.current()
 
     async def generate(self, request: GenerationRequest) -> Events:
-        """See `ModelClient`. A lost replica ends the request with an ApiError, also in the middle of a text."""
-        response = self._handle.options(stream=True).generate.remote(request)
-        assert isinstance(response, DeploymentResponseGenerator)
+        """See `ModelClient`. A lost request goes on with the same version, or begins with the one that is current."""
+        params, request_id = request.params, uuid.uuid4().hex
+        if params.seed is None:
+            # Another replica goes on with the same tokens.
+            request = replace(request, params=replace(params, seed=secrets.randbits(63)))
+        answer, losses = Answer(request), Losses(self._resume_timeout_s)
+        ref, place = "", None
+        with ExitStack() as held:
+            while not answer.complete:
+                table = await self._tables.current()
+                if answer.started is None:
+                    held.close()
+                    model, ref = choose(table, request.model, request.session, request_id)
+                    place = held.enter_context(self._admission.enter(model.spec.name, table.apis))
+                    held.enter_context(self._tables.using(ref))
+                assert place is not None
+                try:
+                    async for event in self._attempt(deployment_of(table, ref), ref, answer, losses, place):
+                        yield event
+                except Lost as loss:
+                    _log.warning("a request is lost after %d tokens: %s", answer.completion_tokens, loss)
+                    await losses.lost(str(loss), answer.completion_tokens)
+
+    async def _attempt(
+        self, deployment: str, ref: str, answer: Answer, losses: Losses, place: Place
+    ) -> Events:
+        """Have one replica answer what is missing. Raises Lost if it cannot."""
+        request, stream, accepted = answer.request, self._receiver.open(), False
+        submission = Submission(
+            ref,
+            request.prompts,
+            request.params,
+            self._receiver.address,
+            stream.number,
+            request.echo,
+            answer.done,
+        )
+        call = self._call(deployment, submission, stream)
         try:
-            async for event in response:
-                if isinstance(event, Failure):
-                    raise ApiError(event.status, event.message, param=event.param, code=event.code)
-                yield event
-        except (RayError, RayServeException) as error:
-            raise _unavailable(error) from error
-        except (GeneratorExit, asyncio.CancelledError):  # The client has gone away.
-            response.cancel()  # type: ignore[no-untyped-call]
-            raise
+            while not answer.complete:
+                async with asyncio.timeout_at(losses.deadline):
+                    events = await stream.next()
+                deltas, failure = list[ChoiceDelta](), None
+                for event in events:
+                    if isinstance(event, Started):
+                        accepted = True
+                        place.leave()
+                        losses.accepted()
+                        if answer.started is None:
+                            yield event
+                        deltas += answer.start(event)
+                    elif isinstance(event, Failure):
+                        failure = event
+                    else:
+                        answer.take(event)
+                        deltas += event
+                if deltas:
+                    yield _joined(deltas)
+                if failure is not None:
+                    raise ApiError(failure.status, failure.message, param=failure.param, code=failure.code)
+        except TimeoutError:
+            raise Lost("no replica took the rest of the request") from None
+        finally:
+            stream.close()
+            # One that has been accepted ends by the message that closing the stream sends.
+            if not accepted:
+                call.cancel()
+
+    def _call(self, deployment: str, submission: Submission, stream: Stream) -> asyncio.Task[Answered]:
+        """Start a call that loses `stream` when no more can come from it."""
+        task = asyncio.create_task(self._replicas.submit(deployment, submission))
+        self._calls.add(task)
+        task.add_done_callback(lambda task: self._ended(task, stream))
+        return task
+
+    def _ended(self, task: asyncio.Task[Answered], stream: Stream) -> None:
+        self._calls.discard(task)
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            if not isinstance(error, Lost):
+                _log.error("a call of a replica fails", exc_info=error)
+            stream.lose(str(error))
+        elif (answered := task.result()) != "done":
+            stream.lose(_REASONS[answered])
+        else:
+            loop = asyncio.get_running_loop()
+            loop.call_later(_LAST_EVENTS_S, stream.lose, "the end of the answer has not arrived")
 
 
-def _unavailable(error: Exception, reason: str | None = None) -> ApiError:
-    if isinstance(error, BackPressureError) and reason is None:
-        message = "the server's queue of requests is full; try again later"
-        return ApiError(429, message, code="overloaded", retry_after_s=1)
-    if isinstance(error, DeploymentUnavailableError):
-        reason = reason or "its deployment failed; GET /health says why"
-    elif isinstance(error, RayActorError):
-        reason = "the replica that was answering has died; send the request again"
-    # Ray's reports end with the error itself; the traceback before it does not help a client.
-    last_line = (reason or str(error) or type(error).__name__).strip().splitlines()[-1]
-    return ApiError(503, f"the model is not available: {last_line}", code="unavailable", retry_after_s=5)
+def deployment_of(table: Table, ref: str) -> str:
+    """Return the deployment whose replicas answer with the version `ref`; one that will, if none is ready."""
+    for model in table.models:
+        if (status := model.status(ref)) is not None:
+            ready = [name for name, replicas in status.ready.items() if replicas]
+            return ready[0] if ready else model.spec.deployment
+    raise ApiError(404, f"model {ref} is no longer served", param="model", code="model_not_found")
+
+
+def _joined(deltas: Sequence[ChoiceDelta]) -> list[ChoiceDelta]:
+    """Return one delta for each choice, in the order in which the choices first appear."""
+    by_choice: dict[int, list[ChoiceDelta]] = {}
+    for delta in deltas:
+        by_choice.setdefault(delta.index, []).append(delta)
+    return [parts[0] if len(parts) == 1 else ChoiceDelta.joined(parts) for parts in by_choice.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from llama_ray.generation.sampling.params import SamplingParams
 
@@ -23,7 +24,7 @@ class Submission:
 
     Each prompt, text or token ids, is completed `params.n` times; choice i belongs to prompt i // n. `params.seed` is
     set, so that any replica goes on with the same tokens. The events go to stream number `stream` at `reply_to`.
-    `echo` puts the prompt before each text. `done` holds, for each choice, the tokens that the client has by now, or
+    `echo` asks for the text of each prompt. `done` holds, for each choice, the tokens that the client has by now, or
     None if the choice is complete; it is empty for a request that has not begun.
     """
 
@@ -35,13 +36,19 @@ class Submission:
     echo: bool = False
     done: Mapping[int, list[int] | None] = field(default_factory=dict)
 
+    def done_of(self, prompt: int) -> dict[int, list[int] | None]:
+        """Return `done` of one prompt's candidates; empty if the request has not begun."""
+        first, n = prompt * self.params.n, self.params.n
+        return {i: self.done[first + i] for i in range(n) if first + i in self.done}
+
 
 @dataclass(frozen=True)
 class Started:
-    """The first event of a request that was accepted; its texts follow."""
+    """The first event of a request that was accepted. `echo` has the text of each prompt, if it was asked for."""
 
     ref: str
     prompt_tokens: int
+    echo: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,3 +109,7 @@ class Failure:
 
 
 Event = Started | list[ChoiceDelta] | Failure
+
+Answered = Literal["done", "not_loaded", "engine_ended"]
+"""What a replica's call returns: its events have told the rest, or another replica must go on: it does not have that
+version (any more), or its engine has ended."""

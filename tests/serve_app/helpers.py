@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import openai
@@ -13,10 +15,25 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
-from serve_app.errors import ApiError
-from serve_app.protocol.completions import Health
-from serve_app.replica.replica import LlamaReplica
-from serve_app.streams.messages import ChoiceDelta, Failure, GenerationRequest, ModelInfo, Started
+from serve_app.registry.messages import (
+    ApiReport,
+    EngineInfo,
+    ModelSpec,
+    ModelVersion,
+    ReplicaPlan,
+    ReplicaReport,
+    ServedModel,
+    Table,
+    VersionStatus,
+)
+from serve_app.replica.served_engine import ServedEngine
+from serve_app.routing.admission import Admission
+from serve_app.routing.client import RoutedClient
+from serve_app.routing.replicas import Replicas
+from serve_app.routing.tables import Tables
+from serve_app.streams.messages import Answered, Submission
+from serve_app.streams.receiver import Receiver
+from serve_app.streams.sender import Connection, Sender
 from tests.small_models import small_config, small_tokenizer
 
 TEXTS = [
@@ -68,23 +85,81 @@ def stream_text(client: openai.OpenAI, prompt: str, **params: object) -> str:
     return "".join(chunk.choices[0].text for chunk in chunks)
 
 
-class LocalModel:
-    """A replica without Ray; if `dies` is set, its engine ends after the first text."""
+class LocalReplicas:
+    """Replicas without Ray: engines in this process, used in turn, which send their events over real connections.
 
-    def __init__(self, directory: Path) -> None:
-        self.replica = LlamaReplica(str(directory))
-        self.dies = False
+    `lose` has the replica that answers break its connection, as the end of its process would.
+    """
 
-    async def info(self) -> ModelInfo:
-        return await self.replica.info()
+    def __init__(self, directory: Path, number: int = 1, **options: object) -> None:
+        version = ModelVersion("tiny", "tiny", str(directory))
+        engines = [Engine.from_pretrained(directory, device="cpu", **options) for _ in range(number)]
+        self.served = [ServedEngine(engine, version) for engine in engines]
+        self.submissions: list[Submission] = []
+        self._connections: list[Connection] = []
 
-    async def check(self) -> Health:
-        raise ApiError(503, "no model replica is running", code="unavailable", retry_after_s=5)
+    async def submit(self, deployment: str, submission: Submission) -> Answered:
+        """See `Replicas`."""
+        number = len(self.submissions) % len(self.served)
+        self.submissions.append(submission)
+        # A sender for each request: losing one is then the loss of a replica that has no other.
+        connection = await Sender().connect(submission.reply_to)
+        self._connections.append(connection)
+        try:
+            return await self.served[number].answer(submission, connection)
+        finally:
+            connection.close()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Started | list[ChoiceDelta]]:
-        async for event in self.replica.generate(request):
-            if isinstance(event, Failure):
-                raise ApiError(event.status, event.message, code=event.code, param=event.param)
-            yield event
-            if self.dies and isinstance(event, list) and any(delta.text for delta in event):
-                self.replica.stop()
+    def lose(self) -> None:
+        """End the connection of the last submission at once, whatever it has not sent."""
+        assert self._connections[-1].transport is not None
+        self._connections[-1].transport.abort()
+
+    def stop(self) -> None:
+        """End the engines."""
+        for served in self.served:
+            served.stop()
+
+
+def table_of(directory: Path, max_model_len: int = MAX_SEQ_LEN) -> Table:
+    """A table in which the directory's model is ready on one replica."""
+    version = ModelVersion(directory.name, directory.name, str(directory))
+    info = EngineInfo(0, max_model_len, 1000, "cpu", 1.0)
+    status = VersionStatus(version, "serving", ready={"LlamaReplica": 1}, info=info)
+    spec = ModelSpec(directory.name, str(directory))
+    return Table(1, (ServedModel(spec, version.ref, None, (status,)),))
+
+
+class FixedFollower:
+    """A follower whose table changes only when it is set."""
+
+    def __init__(self, table: Table) -> None:
+        self.table_now = table
+        self.reports: list[ApiReport] = []
+
+    async def plan(self, report: ReplicaReport) -> ReplicaPlan:
+        """See `Follower`."""
+        raise NotImplementedError
+
+    async def table(self, report: ApiReport) -> Table:
+        """See `Follower`."""
+        self.reports.append(report)
+        while report.revision == self.table_now.revision:
+            await asyncio.sleep(0.01)
+        return self.table_now
+
+
+@asynccontextmanager
+async def local_client(
+    follower: FixedFollower, replicas: Replicas, *, max_queued: int = -1, resume_timeout_s: float = 30
+) -> AsyncIterator[RoutedClient]:
+    """A client of replicas in this process."""
+    tables = Tables(follower, "api")
+    receiver = await Receiver.listen("127.0.0.1")
+    watching = asyncio.create_task(tables.watch())
+    try:
+        await tables.current()
+        yield RoutedClient(tables, replicas, receiver, Admission({"tiny": max_queued}), resume_timeout_s)
+    finally:
+        watching.cancel()
+        receiver.close()

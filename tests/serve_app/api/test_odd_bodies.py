@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from serve_app.api.api import create_api
 from serve_app.protocol.completions import CompletionRequest
-from tests.serve_app.helpers import LocalModel
+from tests.serve_app.helpers import FixedFollower, LocalReplicas, local_client, table_of
 
 ODD = [
     *(
@@ -62,9 +62,11 @@ FIELDS = [*CompletionRequest.model_fields, "unknown", "", "prompt_logprobs", "\\
 
 @pytest.fixture(scope="module")
 def http(model_dir: Path) -> Iterator[TestClient]:
-    model = LocalModel(model_dir)
-    yield TestClient(create_api(model), raise_server_exceptions=False)
-    model.replica.stop()
+    replicas, follower = LocalReplicas(model_dir), FixedFollower(table_of(model_dir))
+    api = create_api(lambda: local_client(follower, replicas))
+    with TestClient(api, raise_server_exceptions=False) as http:
+        yield http
+    replicas.stop()
 
 
 def check(http: TestClient, fields: dict[str, str]) -> int:

@@ -1,0 +1,26 @@
+"""The follower of the registry as other processes of the application reach it: by a handle of Ray Serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.registry.messages import ApiReport, ReplicaPlan, ReplicaReport, Table
+
+
+class FollowerHandle:
+    """The follower behind `handle`. Its calls raise what Ray raises while the follower is away."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def plan(self, report: ReplicaReport) -> ReplicaPlan:
+        """See `Follower`."""
+        plan: ReplicaPlan = await self._handle.plan.remote(report)
+        return plan
+
+    async def table(self, report: ApiReport) -> Table:
+        """See `Follower`."""
+        table: Table = await self._handle.table.remote(report)
+        return table

@@ -1,0 +1,242 @@
+"""Answers requests with the engine of one version: its events go to the processes of the API, a frame a step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.completion import GenerationError
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.engine_thread import EngineThread, Item
+from llama_ray.generation.request import Done, Request
+from llama_ray.generation.scheduling.sequence import Delta
+from llama_ray.utils.panics import panics_as_errors
+from serve_app.errors import INTERNAL_ERROR
+from serve_app.registry.messages import ModelVersion
+from serve_app.replica.logprobs import LogprobWriter
+from serve_app.streams.frames import to_wire
+from serve_app.streams.messages import Answered, ChoiceDelta, Event, Failure, Started, Submission
+from serve_app.streams.sender import Connection
+
+_log = logging.getLogger(__name__)
+
+LONG_PROMPT = 50_000
+"""Characters, or token ids; some ten milliseconds of tokenising."""
+_MAX_COMPILING_REQUESTS = 256
+"""Requests that wait for their grammar at once; others wait for one of them."""
+
+
+class ServedEngine:
+    """An engine that answers requests. From now on it belongs to this object.
+
+    `answer` and what it sends run in the event loop in which the first request arrives, the engine in a thread.
+    """
+
+    def __init__(self, engine: Engine, version: ModelVersion) -> None:
+        assert engine.tokenizer is not None
+        self.engine, self.version = engine, version
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self.open_requests = 0
+        # What the engine's thread has delivered and the event loop has not sent.
+        self._items: deque[list[tuple[_Part, Item]]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = EngineThread(engine, self._deliver)
+        # Long prompts wait for each other, short ones never for long ones, and the model keeps the other cores.
+        self._lanes = ThreadPoolExecutor(1, "tokenizer"), ThreadPoolExecutor(1, "tokenizer_long")
+        # Not the event loop's own threads, which a few costly grammars would occupy.
+        self._compiling = ThreadPoolExecutor(_MAX_COMPILING_REQUESTS, "grammar")
+
+    @property
+    def ended(self) -> str | None:
+        """Why the engine has ended, by a crash or by `stop`; None while it runs."""
+        return self._thread.ended
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which work has waited without a step that ended; 0 while there is no work."""
+        return self._thread.stalled_s
+
+    def stop(self) -> None:
+        """End the engine after its current step; requests in progress fail."""
+        self._thread.stop()
+        for pool in (*self._lanes, self._compiling):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def answer(self, submission: Submission, connection: Connection) -> Answered:
+        """Send the events of a request, and return after the last one or when nobody wants the rest.
+
+        Cancelling frees what the request holds in the engine.
+        """
+        self._loop = asyncio.get_running_loop()
+        answer = _Answer(submission, connection)
+        self.open_requests += 1
+        connection.add(submission.stream, answer.end)
+        try:
+            with panics_as_errors():
+                await self._begin(answer)
+            return await answer.ended
+        except Exception as error:
+            if self.ended is not None:
+                return "engine_ended"
+            answer.send(_failure(error, submission))
+            connection.flush()
+            return "done"
+        finally:
+            self.open_requests -= 1
+            connection.remove(submission.stream)
+            for request_id in answer.request_ids:
+                self._thread.abort(request_id)
+
+    async def _begin(self, answer: _Answer) -> None:
+        """Queue a request for each prompt that has choices to go on with."""
+        submission = answer.submission
+        prompts = await self._encode(answer)
+        if answer.ended.done():
+            return
+        done = [submission.done_of(number) for number in range(len(prompts))]
+        requests = await self._prepare(submission, prompts, done)
+        if answer.ended.done():
+            return
+        echo = self._echo(submission, prompts) if submission.echo and not submission.done else None
+        answer.send(Started(submission.ref, sum(len(ids) for ids in prompts), echo))
+        answer.unfinished = sum(len(request.sequences) for request in requests)
+        for number, request in enumerate(requests):
+            part = self._part(answer, number, prompts[number], done[number])
+            answer.request_ids.append(self._thread.add(request, part))
+        # Now, not with the first token: a client that waits for its status sees that it was accepted.
+        answer.connection.flush()
+
+    async def _encode(self, answer: _Answer) -> list[list[int]]:
+        """Encode prompts in a thread, one by one: streams go on, and a client that leaves ends it."""
+        loop, encode, prompts = asyncio.get_running_loop(), self.engine.encode, list[list[int]]()
+        for prompt in answer.submission.prompts:
+            if answer.ended.done():
+                break
+            try:
+                lane = self._lanes[len(prompt) > LONG_PROMPT]
+                prompts.append(await loop.run_in_executor(lane, encode, prompt))
+            except ValueError as error:
+                raise _BadPrompt(str(error)) from error
+        return prompts
+
+    async def _prepare(
+        self, submission: Submission, prompts: Sequence[list[int]], done: Sequence[Done]
+    ) -> list[Request]:
+        """Return a checked request for each prompt."""
+
+        def prepare() -> list[Request]:
+            return [
+                self.engine.prepare(ids, submission.params, of_prompt)
+                for ids, of_prompt in zip(prompts, done, strict=True)
+            ]
+
+        if not submission.params.constrained:
+            return prepare()
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, prepare)
+
+    def _part(self, answer: _Answer, number: int, ids: list[int], done: Done) -> _Part:
+        params = answer.submission.params
+        part = _Part(answer, number * params.n)
+        if params.logprobs is not None:
+            for index in range(params.n):
+                part.writers[index] = LogprobWriter(self.tokenizer, ids, params.constrained)
+                part.writers[index].skip(done.get(index) or ())
+        return part
+
+    def _echo(self, submission: Submission, prompts: Sequence[list[int]]) -> list[str]:
+        given = zip(submission.prompts, prompts, strict=True)
+        return [prompt if isinstance(prompt, str) else self.tokenizer.decode(ids) for prompt, ids in given]
+
+    def _deliver(self, items: list[tuple[_Part, Item]]) -> None:
+        """Hand what a step gave to the event loop. Called in the engine's thread."""
+        self._items.append(items)
+        # If there is more, the loop has been woken and has not come to it.
+        if len(self._items) == 1 and self._loop is not None:
+            # RuntimeError: the loop is closed, and nobody waits for the events.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._send)
+
+    def _send(self) -> None:
+        connections: set[Connection] = set()
+        while self._items:
+            for part, item in self._items[0]:
+                part.take(item)
+                connections.add(part.answer.connection)
+            self._items.popleft()
+        for connection in connections:
+            connection.flush()
+
+
+class _BadPrompt(ValueError):
+    """A prompt that cannot be encoded."""
+
+
+class _Answer:
+    """One submission that is being answered; `ended` is set when no more will be sent."""
+
+    def __init__(self, submission: Submission, connection: Connection) -> None:
+        self.submission, self.connection = submission, connection
+        self.ended: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+        self.request_ids: list[int] = []
+        self.unfinished = 0
+
+    def send(self, event: Event) -> None:
+        """Send an event with the next frame, unless the answer has ended."""
+        if not self.ended.done():
+            self.connection.write(to_wire(self.submission.stream, event))
+
+    def end(self, how: Answered = "done") -> None:
+        """Send no more."""
+        if not self.ended.done():
+            self.ended.set_result(how)
+
+
+class _Part:
+    """The candidates of one prompt of an answer, whose first choice is number `first`."""
+
+    def __init__(self, answer: _Answer, first: int) -> None:
+        self.answer = answer
+        self.writers: dict[int, LogprobWriter] = {}
+        self._first = first
+
+    def take(self, item: Item) -> None:
+        """Send what one step gave."""
+        answer = self.answer
+        if isinstance(item, GenerationError):
+            answer.end("engine_ended")
+            return
+        deltas = list[ChoiceDelta]()
+        for delta in item:
+            if delta.error is not None:
+                answer.send(Failure(500, delta.error, code="generation_failed"))
+                answer.end()
+                return
+            deltas.append(self._choice_delta(delta))
+            answer.unfinished -= delta.finish_reason is not None
+        answer.send(deltas)
+        if not answer.unfinished:
+            answer.end()
+
+    def _choice_delta(self, delta: Delta) -> ChoiceDelta:
+        logprobs = None if delta.logprobs is None else self.writers[delta.index].write(delta.logprobs)
+        index = self._first + delta.index
+        return ChoiceDelta(index, delta.text, delta.token_ids, logprobs, delta.finish_reason)
+
+
+def _failure(error: Exception, submission: Submission) -> Failure:
+    """Return what the client is told of an error."""
+    if isinstance(error, GenerationError):
+        return Failure(500, str(error), code="generation_failed")
+    if isinstance(error, _BadPrompt):
+        return Failure(400, str(error), param="prompt")
+    if isinstance(error, ValueError):
+        grammar = submission.params.grammar
+        at_fault = grammar[0] if grammar and str(error).startswith(grammar[0]) else None
+        return Failure(400, str(error), param=at_fault)
+    _log.error("a request fails", exc_info=error)
+    return Failure(500, INTERNAL_ERROR)

@@ -1,0 +1,73 @@
+"""The table of what is served, as this process of the API knows it, and what its open requests use."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from serve_app.errors import ApiError
+from serve_app.registry.messages import ApiReport, Follower, Table
+
+_log = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+_FIRST_TABLE_S = 30.0
+"""How long a request waits for the first table."""
+
+
+class Tables:
+    """Exchanges reports for tables with the follower, for ever; `watch` runs as a task.
+
+    While the follower is away (it restarts), the last table stays.
+    """
+
+    def __init__(self, follower: Follower, api: str) -> None:
+        self.table: Table | None = None
+        self._follower, self._api = follower, api
+        self._in_use: Counter[str] = Counter()
+        self._first = asyncio.Event()
+
+    async def watch(self) -> None:
+        """Keep the table up to date."""
+        away = False
+        while True:
+            try:
+                self.table = await self._follower.table(self._report())
+                self._first.set()
+                away = False
+            except Exception as error:
+                if not away:
+                    _log.warning("the registry's follower does not answer; the last table stays: %s", error)
+                away = True
+                await asyncio.sleep(_RETRY_S)
+
+    async def current(self) -> Table:
+        """Return the table. Raises ApiError (503) if there is none yet and none comes."""
+        if self.table is None:
+            try:
+                async with asyncio.timeout(_FIRST_TABLE_S):
+                    await self._first.wait()
+            except TimeoutError:
+                raise ApiError(
+                    503, "the server is starting; try again later", code="unavailable", retry_after_s=5
+                ) from None
+        assert self.table is not None
+        return self.table
+
+    @contextmanager
+    def using(self, ref: str) -> Iterator[None]:
+        """Count a request of the version `ref`, which stays loaded meanwhile."""
+        self._in_use[ref] += 1
+        try:
+            yield
+        finally:
+            self._in_use[ref] -= 1
+            if not self._in_use[ref]:
+                del self._in_use[ref]
+
+    def _report(self) -> ApiReport:
+        revision = 0 if self.table is None else self.table.revision
+        return ApiReport(self._api, revision, frozenset(self._in_use))

@@ -2,8 +2,8 @@
 
 # No `from __future__ import annotations`: Serve reads the class of build's argument from its annotation.
 
-import re
 from dataclasses import replace
+from urllib.parse import quote
 
 from ray import serve
 from ray.serve import Application
@@ -103,8 +103,8 @@ def _replicas(args: ServeArgs, model: ModelArgs, spec: ModelSpec, follower: Appl
 
 
 def _spec(args: ServeArgs, model: ModelArgs) -> ModelSpec:
-    # Ray's logs and metrics take these characters as they are.
-    name = re.sub(r"[^\w.-]", "_", model.name)
+    # Ray puts the name into paths.
+    name = quote(model.name, safe="")
     return replace(model.spec, deployment="LlamaReplica" if len(args.served) == 1 else f"LlamaReplica-{name}")
 
 

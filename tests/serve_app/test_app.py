@@ -44,17 +44,20 @@ def test_each_of_several_models_has_replicas_of_its_own() -> None:
             {"model": "models:/a name+ü/7", "max_replicas": 2},
         ]
     )
-    assert set(made) == {"Api", "RegistryFollower", "LlamaReplica-big", "LlamaReplica-a_name_ü"}
+    assert set(made) == {"Api", "RegistryFollower", "LlamaReplica-big", "LlamaReplica-a%20name%2B%C3%BC"}
     assert made["LlamaReplica-big"].ray_actor_options["num_gpus"] == 1
-    assert made["LlamaReplica-a_name_ü"]._deployment_config.autoscaling_config.max_replicas == 2
+    assert made["LlamaReplica-a%20name%2B%C3%BC"]._deployment_config.autoscaling_config.max_replicas == 2
     follower, replicas = made["Api"].init_args
     assert follower.deployment_name == "RegistryFollower"
     assert {name: handle.deployment_name for name, handle in replicas.items()} == {
-        "big": "LlamaReplica-big",
-        "a name+ü": "LlamaReplica-a_name_ü",
+        name: name for name in ("LlamaReplica-big", "LlamaReplica-a%20name%2B%C3%BC")
     }
     assert made["Api"].init_kwargs["max_queued_requests"] == {"big": 5, "a name+ü": 256}
-    assert [spec.name for spec in made["RegistryFollower"].init_args[0]] == ["big", "a name+ü"]
+    specs = made["RegistryFollower"].init_args[0]
+    assert {spec.name: spec.deployment for spec in specs} == {
+        "big": "LlamaReplica-big",
+        "a name+ü": "LlamaReplica-a%20name%2B%C3%BC",
+    }
 
 
 def test_replicas_are_held_to_their_limits() -> None:

@@ -9,6 +9,8 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 INTERNAL_ERROR = "internal error; the server's log has the details"
+CLIENT_GONE = 499
+"""Status, in logs and metrics only, of a request whose client did not wait for the answer; nginx's number."""
 _MAX_MISTAKES = 5
 """Mistakes of a body that are named; the others are counted."""
 _MAX_MESSAGE, _MAX_NAME = 1000, 100

@@ -15,21 +15,26 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from serve_app.api.disconnect import while_connected
+from serve_app.api.metrics import RequestMetrics
 from serve_app.api.middleware import BodyLimit, PanicsAsErrors
 from serve_app.api.responses import VERSION_HEADER, CompletionWriter, EventStream
-from serve_app.errors import INTERNAL_ERROR, ApiError, ErrorResponse, error_response, validation_error
+from serve_app.errors import (
+    CLIENT_GONE,
+    INTERNAL_ERROR,
+    ApiError,
+    ErrorResponse,
+    error_response,
+    validation_error,
+)
 from serve_app.protocol.completions import CompletionRequest, CompletionResponse
 from serve_app.protocol.generation import GenerationRequest
 from serve_app.protocol.models import Health, ModelCard, ModelList, Ready, cards, ready
 from serve_app.routing.choice import not_served
-from serve_app.routing.client import ModelClient
+from serve_app.routing.client import Accepted, ModelClient
 from serve_app.routing.serve import serve_client
-from serve_app.streams.messages import Started
 
 MAX_BODY_BYTES = 8 * 2**20
 """Default limit of a body: the token ids of more than a million tokens."""
-CLIENT_GONE = 499
-"""Status, in logs only, of a request whose client did not wait for the answer; nginx's number."""
 _PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
 # Otherwise FastAPI documents its own error object, with status 422.
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -57,11 +62,11 @@ class Api:
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self._connect = lambda: serve_client(follower, replicas, max_queued_requests, resume_timeout_s)
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._metrics = max_body_bytes, RequestMetrics()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the application where it runs, so that it need not be pickled. Ray Serve calls this."""
-        api = create_api(self._connect, self._max_body_bytes)
+        api = create_api(self._connect, self._max_body_bytes, self._metrics)
         # What is loaded by now stays. Otherwise the garbage collector looks at all of it, again and again, while a body
         # of a million small lists is parsed: 2 s instead of 0.6.
         gc.collect()
@@ -69,12 +74,15 @@ class Api:
         return api
 
 
-def create_api(connect: Connect, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def create_api(
+    connect: Connect, max_body_bytes: int = MAX_BODY_BYTES, metrics: RequestMetrics | None = None
+) -> FastAPI:
     """Return the HTTP application in front of the models; a larger body than `max_body_bytes` is refused."""
 
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
         async with connect() as api.state.model:
+            api.state.metrics = metrics
             yield
 
     api = FastAPI(
@@ -138,12 +146,14 @@ async def _complete(model: ModelClient, body: CompletionRequest, request: Reques
     events = model.generate(
         GenerationRequest(body.model, body.prompts, body.sampling_params(), body.echo, session)
     )
+    if (metrics := request.app.state.metrics) is not None:
+        events = metrics.measured(events)
     try:
         # An error before the first event still has an HTTP status.
-        started = await anext(events)
-        assert isinstance(started, Started)
-        headers = {VERSION_HEADER: started.ref}
-        writer = CompletionWriter(body, started)
+        accepted = await anext(events)
+        assert isinstance(accepted, Accepted)
+        headers = {VERSION_HEADER: accepted.ref}
+        writer = CompletionWriter(body, accepted)
         if body.stream:
             return EventStream(writer.stream(events), headers)
         whole = await writer.whole(events)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cache
 from typing import cast
 
 from ray.serve.metrics import Counter, Histogram
+
+from serve_app.errors import CLIENT_GONE, ApiError
+from serve_app.routing.client import Accepted, Events
 
 # Ray annotates tuples of one name, and means all.
 _TAGS = cast("tuple[str]", ("model", "version"))
@@ -49,6 +54,30 @@ class RequestMetrics:
         self._duration = Histogram(
             "llama_ray_request_duration_s", "From a request's arrival to its end.", _DURATION_S, _TAGS
         )
+
+    async def measured(self, events: Events) -> Events:
+        """Yield the events of a request, and count it at its end."""
+        request = Measured()
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Accepted):
+                        request.model, request.version = event.model, event.ref
+                    elif tokens := sum(len(delta.token_ids) for delta in event):
+                        request.first_token = request.first_token or time.monotonic()
+                        request.tokens += tokens
+                    yield event
+        except ApiError as error:
+            request.status = error.status
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            request.status = CLIENT_GONE
+            raise
+        except BaseException:
+            request.status = 500
+            raise
+        finally:
+            self.record(request)
 
     def record(self, request: Measured) -> None:
         """Count a request that ends now."""

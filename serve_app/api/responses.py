@@ -16,25 +16,25 @@ from serve_app.api.chunks import ChunkWriter
 from serve_app.api.disconnect import until_disconnected
 from serve_app.errors import ApiError
 from serve_app.protocol.completions import Choice, CompletionRequest, CompletionResponse, Usage
-from serve_app.routing.client import Events
-from serve_app.streams.messages import ChoiceDelta, Started
+from serve_app.routing.client import Accepted, Events
+from serve_app.streams.messages import ChoiceDelta
 
 VERSION_HEADER = "x-model-version"
 """Names the exact version that answers, as `system_fingerprint` does in the body."""
 
 
 class CompletionWriter:
-    """Writes the response to `request` from the events that follow `started`."""
+    """Writes the response to `request` from the events that follow `accepted`."""
 
-    def __init__(self, request: CompletionRequest, started: Started) -> None:
-        self._prompt_tokens, self._completion_tokens = started.prompt_tokens, 0
+    def __init__(self, request: CompletionRequest, accepted: Accepted) -> None:
+        self._prompt_tokens, self._completion_tokens = accepted.prompt_tokens, 0
         options = request.stream_options
         self._include_usage = options is not None and options.include_usage
         self._empty_response = CompletionResponse(
             id=f"cmpl-{uuid.uuid4().hex}",
             created=int(time.time()),
             model=request.model,
-            system_fingerprint=started.ref,
+            system_fingerprint=accepted.ref,
             choices=[],
         )
 
@@ -63,7 +63,7 @@ class CompletionWriter:
                 yield _server_sent_event(error.response.model_dump_json())
         yield _server_sent_event("[DONE]")
 
-    def _count(self, event: Started | list[ChoiceDelta]) -> list[ChoiceDelta]:
+    def _count(self, event: Accepted | list[ChoiceDelta]) -> list[ChoiceDelta]:
         """Add the deltas' tokens to the usage, and return the deltas."""
         assert isinstance(event, list)
         self._completion_tokens += sum(len(delta.token_ids) for delta in event)

@@ -32,7 +32,7 @@ class Place:
     """A place in a queue, until `leave` or the end of a `with` block."""
 
     def __init__(self, waiting: Counter[str], model: str) -> None:
-        self._waiting, self._model = waiting, model
+        self._waiting, self.model = waiting, model
         waiting[model] += 1
         self._held = True
 
@@ -45,7 +45,7 @@ class Place:
     def leave(self) -> None:
         """Give the place back; again does nothing."""
         if self._held:
-            self._waiting[self._model] -= 1
+            self._waiting[self.model] -= 1
             self._held = False
 
 

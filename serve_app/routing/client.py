@@ -8,7 +8,7 @@ import secrets
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serve_app.errors import ApiError
@@ -32,7 +32,17 @@ _REASONS: dict[Answered, str] = {
     "engine_ended": "the engine of the replica that was answering has ended",
 }
 
-Events = AsyncGenerator[Started | list[ChoiceDelta]]
+
+@dataclass(frozen=True)
+class Accepted:
+    """A replica has taken a request for the version `ref` of `model`; its prompts have `prompt_tokens` in all."""
+
+    model: str
+    ref: str
+    prompt_tokens: int
+
+
+Events = AsyncGenerator[Accepted | list[ChoiceDelta]]
 
 
 class ModelClient(Protocol):
@@ -46,7 +56,7 @@ class ModelClient(Protocol):
         """Return what is served, as soon as it is known."""
 
     def generate(self, request: GenerationRequest) -> Events:
-        """Yield `Started`, then lists of deltas, at most one for each choice.
+        """Yield `Accepted`, then lists of deltas, at most one for each choice.
 
         Closing the iterator frees all that the request holds.
         """
@@ -127,7 +137,7 @@ class RoutedClient:
                         place.leave()
                         losses.accepted()
                         if answer.started is None:
-                            yield event
+                            yield Accepted(place.model, ref, event.prompt_tokens)
                         deltas += answer.start(event)
                     elif isinstance(event, Failure):
                         failure = event

@@ -14,7 +14,7 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from serve_app.errors import ApiError
 from serve_app.protocol.generation import GenerationRequest
-from serve_app.routing.client import RoutedClient
+from serve_app.routing.client import Accepted, RoutedClient
 from serve_app.streams.frames import to_wire
 from serve_app.streams.messages import Answered, ChoiceDelta, Started, Submission
 from serve_app.streams.receiver import Lost
@@ -42,7 +42,7 @@ async def read(
     """Return what each choice got, in order; `on_tokens` hears of the number of tokens after each event."""
     parts: dict[int, list[ChoiceDelta]] = {}
     events = client.generate(request)
-    assert isinstance(await anext(events), Started)
+    assert isinstance(await anext(events), Accepted)
     async for event in events:
         assert isinstance(event, list)
         assert len({delta.index for delta in event}) == len(event)
@@ -131,7 +131,7 @@ def test_a_client_that_leaves_frees_the_engine(replicas: LocalReplicas, follower
 
     async def leave() -> None:
         async with local_client(follower, replicas) as client, aclosing(client.generate(request)) as events:
-            assert isinstance(await anext(events), Started)
+            assert isinstance(await anext(events), Accepted)
             assert isinstance(await anext(events), list)
             assert served.open_requests == 1
             await events.aclose()

@@ -1,4 +1,4 @@
-"""What the whole suite shares: its environment, one Ray cluster a process, and how tests are divided among processes.
+"""What the whole suite shares: its environment, Ray and MLflow, and how tests are divided among processes.
 
 `make test` runs two processes side by side. Tests that need Ray wait most of the time, so they form two groups, one for
 each process, which start first; the other modules fill up whichever process is free.
@@ -7,6 +7,12 @@ each process, which start first; the other modules fill up whichever process is 
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,6 +51,10 @@ RAY = (
 """Modules outside e2e that need Ray, at least for one of their tests."""
 
 
+REGISTRY = ("tests/tracking/", "tests/serve_app/registry/")
+"""Folders whose tests share an MLflow store and a server, each of which takes seconds to start."""
+
+
 def group(nodeid: str) -> str:
     """Return the name that all tests have in common which one process runs, one after the other."""
     module = nodeid.partition("::")[0]
@@ -52,8 +62,7 @@ def group(nodeid: str) -> str:
         return "e2e"
     if module in RAY:
         return "ray"
-    # Its tests share an MLflow server that takes seconds to start.
-    return "tracking" if module.startswith("tests/tracking/") else module
+    return "tracking" if module.startswith(REGISTRY) else module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -102,3 +111,51 @@ def ray_cluster() -> Iterator[str]:
     )
     yield context.address_info["address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of an SQLite store that this test session alone uses."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real MLflow server that stores and serves artifacts itself."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = {
+        "--backend-store-uri": f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination": f"{folder}/artifacts",
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+    }
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail((folder / "log").read_text())
+            time.sleep(0.2)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return True
+    except OSError:
+        return False

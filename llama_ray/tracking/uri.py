@@ -72,13 +72,20 @@ def connect(uri: str | None = None, *, patient: bool = False) -> MlflowClient:
         raise TrackingError(f"MLFLOW_TRACKING_URI={uri} is not a tracking URI; {_URIS}")
     if scheme in ("http", "https"):
         uri = _without_password(uri)
-        if not patient:
-            _check_server(uri)
-    elif scheme in _DATABASES and not patient:
-        _check_database(uri)
+    if not patient:
+        check_answers(uri)
     # Databricks and the schemes of plug-ins are for MLflow to know.
     with reported(f"MLFLOW_TRACKING_URI={uri} is not a tracking URI that MLflow can use here", _URIS):
         return MlflowClient(tracking_uri=uri)
+
+
+def check_answers(uri: str) -> None:
+    """Raise TrackingError within seconds if no server or database answers at `uri`, the `tracking_uri` of a client."""
+    scheme = _scheme(uri)
+    if scheme in ("http", "https"):
+        _check_server(uri)
+    elif scheme in _DATABASES and scheme != "sqlite":
+        _check_database(uri)
 
 
 def without_user(uri: str) -> str:

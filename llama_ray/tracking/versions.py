@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -26,15 +26,20 @@ _LISTED = 10
 """Names or versions that an error message lists."""
 
 
+class NotRegistered(TrackingError):
+    """A reference whose name, version or alias does not exist in a registry that answers."""
+
+
 @dataclass(frozen=True)
 class Version:
-    """A registered version of a model, with its tags at the time of the look-up."""
+    """A registered version of a model, with its tags and aliases at the time of the look-up."""
 
     name: str
     version: int
     run_id: str
     tags: Mapping[str, str]
     description: str = ""
+    aliases: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def uri(self) -> str:
@@ -87,8 +92,8 @@ def check_name(name: str) -> None:
 def resolve_version(ref: str, uri: str | None = None) -> Version:
     """Return the version that `models:/name/7` or `models:/name@alias` refers to now.
 
-    Raises TrackingError (a ValueError) for a malformed reference, for a name, version or alias that does not exist (it
-    lists those that do), and for a server that does not answer.
+    Raises TrackingError (a ValueError) for a malformed reference and for a server that does not answer; NotRegistered
+    for a name, version or alias that does not exist, with a list of those that do.
     """
     return find(connect(uri), ref)
 
@@ -116,7 +121,7 @@ def find(client: MlflowClient, ref: str) -> Version:
         except MlflowException as error:
             if error.error_code not in _NOT_FOUND:
                 raise
-            raise TrackingError(f"{ref}: {_existing_names(client, name, alias)}") from error
+            raise NotRegistered(f"{ref}: {_existing_names(client, name, alias)}") from error
 
 
 def alias_holder(client: MlflowClient, name: str, alias: str) -> Version | None:
@@ -132,7 +137,12 @@ def alias_holder(client: MlflowClient, name: str, alias: str) -> Version | None:
 def from_mlflow(found: ModelVersion) -> Version:
     """Convert MLflow's record; SQL stores give the number as int, servers as str."""
     return Version(
-        found.name, int(found.version), found.run_id or "", dict(found.tags), found.description or ""
+        found.name,
+        int(found.version),
+        found.run_id or "",
+        dict(found.tags),
+        found.description or "",
+        tuple(sorted(found.aliases)),
     )
 
 

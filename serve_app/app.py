@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: Serve reads the class of build's argument from its annotation.
 
+import uuid
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -64,7 +65,14 @@ def _follower(args: ServeArgs, specs: list[ModelSpec]) -> Application:
         # A poll that is cut off is sent again.
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},
-    )(RegistryFollower).bind(tuple(specs), args.tracking_uri, poll_s=args.registry_poll_s)
+    )(RegistryFollower).bind(
+        tuple(specs),
+        args.tracking_uri,
+        registry_poll_s=args.registry_poll_s,
+        stuck_after_s=args.stuck_after_s,
+        # Versions that were rejected are tried again when somebody deploys the application.
+        deployed=uuid.uuid4().hex,
+    )
     return application
 
 

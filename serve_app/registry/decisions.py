@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,7 +19,8 @@ class Decisions:
     """The state of all models of an application, and of who asks for it.
 
     Whatever is heard takes effect with the next `settle`. `now` is in seconds of any clock that does not go back;
-    `revision`, that of the first table, must be above those of an earlier follower.
+    `remembered` is what an earlier follower kept, if there was one; `revision`, that of the first table, must be above
+    those of its tables.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class Decisions:
         }
         self._stuck_after_s = stuck_after_s
         self._apis: dict[str, tuple[ApiReport, float]] = {}
-        self._hearing_since = self._last_heard = now
+        self._last_heard = now
+        # The first follower of all has nobody to wait for.
+        self._hearing_since = now if remembered else -math.inf
         self._first_revision = revision
         self._plans = {name: ReplicaPlan(0) for name in self._models}
         self._table = Table(0, ())

@@ -65,7 +65,7 @@ class Exchange:
         self._clock = AwakeClock()
         self._decisions = Decisions(
             self._specs,
-            {spec.name: record.read(spec.name) for spec in specs},
+            {spec.name: kept for spec in specs if (kept := record.read(spec.name))},
             # Above those of an earlier follower, whose revisions others may know.
             revision=time.time_ns() // 10**6,
             now=self._clock.now,
@@ -106,12 +106,12 @@ class Exchange:
                 task.result()
 
     async def stop(self) -> None:
-        """End the tasks; calls in progress return."""
+        """End the tasks, and wait for calls of the registry in progress."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._registry.shutdown(wait=False)
-        self._others.shutdown(wait=False)
+        for executor in (self._registry, self._others):
+            await asyncio.to_thread(executor.shutdown)
 
     def _start(self) -> None:
         if not self._tasks:

@@ -61,11 +61,11 @@ class Record:
         self._owner = f"{application}\n{redact(without_user(tracking_uri))}"
         self._deployed = deployed
 
-    def read(self, model: str) -> Remembered:
-        """Return what is kept of `model`; nothing where no store has it, or none can be read."""
+    def read(self, model: str) -> Remembered | None:
+        """Return what is kept of `model`; None where no store has it, or none can be read."""
         records = [record for store in self._stores if (record := self._read(store, model))]
         newest = max(records, key=lambda record: float(record["at"]), default=None)
-        return Remembered() if newest is None else _remembered(newest, self._deployed)
+        return None if newest is None else _remembered(newest, self._deployed)
 
     def write(self, model: str, remembered: Remembered) -> None:
         """Keep what serves of `model`; a store that fails is logged."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,12 +15,10 @@ from llama_ray.storage.paths import existing_ref, is_model_ref
 from llama_ray.tracking.registry import parse_ref
 from llama_ray.tracking.uri import tracking_uri
 from llama_ray.utils.fields import shown
+from serve_app.api.api import MAX_BODY_BYTES
 from serve_app.registry.messages import ModelSpec
+from serve_app.replica.loader import DEFAULT_OPTIONS, DType
 
-DType = Literal["float32", "bfloat16", "float16"]
-DEFAULT_OPTIONS = EngineOptions(max_num_seqs=16)
-_MAX_BODY_BYTES = 8 * 2**20
-"""The token ids of more than a million tokens."""
 _MOST = 1_000_000
 """Of replicas, requests, processors and seconds: more is a mistake that Ray would not explain."""
 _ENGINE = frozenset(field.name for field in fields(EngineOptions))
@@ -182,7 +180,7 @@ class ServeArgs(ModelArgs):
     min_api_replicas: int = Field(1, ge=1, le=_MOST, description="API processes without load.")
     max_api_replicas: int = Field(4, ge=1, le=_MOST, description="API processes under load, at most.")
     max_body_bytes: int = Field(
-        _MAX_BODY_BYTES,
+        MAX_BODY_BYTES,
         ge=1,
         le=2**30,
         description="Size of a request's body; the API answers a larger one with 413.",

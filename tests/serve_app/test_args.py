@@ -77,7 +77,7 @@ def test_several_models_have_arguments_of_their_own() -> None:
         }
     )
     assert [model.spec for model in args.served] == [
-        ModelSpec("big", "models:/big@champion", "challenger", 0.1),
+        ModelSpec("big", "models:/big@champion", canary_alias="challenger"),
         ModelSpec("small", "models:/small/7", keep_previous_s=60),
     ]
     assert [model.engine.max_num_seqs for model in args.served] == [64, 16]
@@ -88,7 +88,7 @@ def test_several_models_have_arguments_of_their_own() -> None:
 def test_without_a_list_there_is_one_model() -> None:
     args = ServeArgs.model_validate({"canary": "next", "canary_share": "0.25"})
     assert [model.spec for model in args.served] == [
-        ModelSpec("llama-ray", "models:/llama-ray@champion", "next", 0.25)
+        ModelSpec("llama-ray", "models:/llama-ray@champion", canary_alias="next", canary_share=0.25)
     ]
 
 

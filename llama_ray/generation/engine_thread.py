@@ -99,6 +99,9 @@ class EngineThread(Generic[Receiver]):
         self._end("the engine was stopped")
         self._thread.join()
         self.engine.close()
+        # Now the engine is free without the garbage collector: `deliver` often belongs to the owner of this object, and
+        # Ray Serve excludes from collections whatever a replica has made by the time that it starts.
+        self._deliver = _drop
 
     def _run(self) -> None:
         reason = "the engine's thread ended"
@@ -143,3 +146,7 @@ class EngineThread(Generic[Receiver]):
             error = GenerationError(self._ended)
             self._deliver([(request.receiver, error) for request in requests.values()])
             self._wake.notify()
+
+
+def _drop(items: list[tuple[Receiver, Item]]) -> None:
+    """Deliver to nobody, since the engine has ended."""

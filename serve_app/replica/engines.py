@@ -162,19 +162,29 @@ class Engines(Generic[ServedT]):
     async def _live(self, slot: _Slot[ServedT]) -> None:
         await self._bring_up(slot)
         while slot.in_use:
-            await self.until(lambda: not slot.in_use, None if slot.wanted else _DRAIN_POLL_S)
+            if slot.wanted:
+                await self.until(lambda: not slot.wanted)
+            else:
+                # Requests that end change no report.
+                await self.until(lambda: slot.wanted, _DRAIN_POLL_S)
         # From here on a plan that wants the version again loads it again.
         del self._slots[slot.version.ref]
+        if slot.served is not None:
+            await self._give_back(slot)
+            _log.info("%s: freed", slot.version.ref)
+        self._freed += 1
+        self._notify()
+
+    async def _give_back(self, slot: _Slot[ServedT]) -> None:
+        """End the engine, if there is one, and free its memory; nothing is loaded meanwhile."""
         self._freeing += 1
         try:
             if slot.served is not None:
                 await in_thread("stop", slot.served.stop)
                 slot.served = None
-                _log.info("%s: freed", slot.version.ref)
             await in_thread("free", give_back_memory)
         finally:
             self._freeing -= 1
-            self._freed += 1
             self._notify()
 
     async def _bring_up(self, slot: _Slot[ServedT]) -> None:
@@ -212,7 +222,7 @@ class Engines(Generic[ServedT]):
             report = _failure(error)
         if slot.served is None:
             # Only now: the error held what had been loaded.
-            await in_thread("free", give_back_memory)
+            await self._give_back(slot)
         self._report(slot, report)
 
     def _may_load(self, slot: _Slot[ServedT]) -> bool:

@@ -82,7 +82,10 @@ class EngineLoader:
 
 
 def give_back_memory() -> None:
-    """Free what nothing refers to any more, also the memory that torch keeps for its next tensors."""
+    """Free what nothing refers to any more, also the memory that torch keeps for its next tensors.
+
+    In a replica this takes little time, because Ray Serve has excluded from collections what was there at its start.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
-from serve_app.registry.messages import ModelVersion
+from serve_app.registry.messages import EngineReport, ModelVersion
 from serve_app.replica.engines import Engines
 from serve_app.replica.loader import EngineLoader, Files
 
@@ -29,7 +29,7 @@ class Answers:
     def __init__(self, engine: Engine, version: ModelVersion) -> None:
         self.engine, self.version = engine, version
         self.open_requests = 0
-        self._thread = EngineThread(engine, _deliver)
+        self._thread = EngineThread(engine, self._deliver)
 
     @property
     def ended(self) -> str | None:
@@ -62,10 +62,11 @@ class Answers:
         deltas = [delta async for part in self.stream(prompt, params) for delta in part]
         return Completion.of(deltas, []).token_ids
 
-
-def _deliver(items: list[tuple[tuple[asyncio.AbstractEventLoop, asyncio.Queue[Item]], Item]]) -> None:
-    for (loop, queue), item in items:
-        loop.call_soon_threadsafe(queue.put_nowait, item)
+    def _deliver(
+        self, items: list[tuple[tuple[asyncio.AbstractEventLoop, asyncio.Queue[Item]], Item]]
+    ) -> None:
+        for (loop, queue), item in items:
+            loop.call_soon_threadsafe(queue.put_nowait, item)
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,6 @@ def version(directory: Path) -> ModelVersion:
     return ModelVersion("tiny", directory.name, str(directory))
 
 
-def refs(versions: Sequence[ModelVersion]) -> list[str]:
-    return [version.ref for version in versions]
-
-
 @asynccontextmanager
 async def running(loader: EngineLoader) -> AsyncIterator[Engines[Answers]]:
     """Engines that try again at once; they are stopped at the end."""
@@ -109,7 +106,16 @@ async def running(loader: EngineLoader) -> AsyncIterator[Engines[Answers]]:
         await engines.stop()
 
 
-async def state(engines: Engines[Answers], ref: str, *wanted: str) -> str | None:
-    """Wait until the version is in one of the wanted states; return the reason."""
-    await engines.until(lambda: ref in engines.reports and engines.reports[ref].state in wanted)
-    return engines.reports[ref].reason
+async def ready(engines: Engines[Answers], version: ModelVersion) -> Answers:
+    """Wait until the version is ready; return its engine."""
+    report = await settled(engines, version)
+    assert report.state == "ready", report.reason
+    served = engines.get(version.ref)
+    assert served is not None
+    return served
+
+
+async def settled(engines: Engines[Answers], version: ModelVersion) -> EngineReport:
+    """Wait until it is known whether the version can be served; return its report."""
+    await engines.until(lambda: engines.reports[version.ref].state != "loading")
+    return engines.reports[version.ref]

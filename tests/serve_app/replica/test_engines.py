@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
 from serve_app.registry.messages import ModelVersion
-from tests.serve_app.replica.helpers import OPTIONS, Loader, running, state, version
-from tests.small_models import random_model, small_config, small_tokenizer
+from tests.serve_app.replica.helpers import OPTIONS, Loader, ready, running, version
+from tests.small_models import small_config, small_tokenizer
 
 PARAMS = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def versions(tmp_path_factory: pytest.TempPathFactory) -> list[ModelVersion]:
-    """Three versions with different weights."""
-    tokenizer, folder = small_tokenizer(), tmp_path_factory.mktemp("versions")
-    for seed in range(3):
-        model = random_model(small_config(tokenizer.vocab_size), seed)
-        save_pretrained(model, tokenizer, folder / f"v{seed}")
-    return [version(folder / f"v{seed}") for seed in range(3)]
 
 
 def tokens_of(version: ModelVersion, prompt: str) -> list[int]:
@@ -40,9 +34,7 @@ def test_wanted_versions_answer_side_by_side(versions: list[ModelVersion]) -> No
             engines.apply(versions[:2])
             answers = []
             for wanted in versions[:2]:
-                await state(engines, wanted.ref, "ready")
-                served = engines.get(wanted.ref)
-                assert served is not None
+                served = await ready(engines, wanted)
                 answers.append(await served.complete("The", PARAMS))
             return answers
 
@@ -58,11 +50,9 @@ def test_a_report_says_what_was_loaded(versions: list[ModelVersion]) -> None:
             engines.apply(versions[:1])
             assert engines.reports[versions[0].ref].state == "loading"
             assert engines.get(versions[0].ref) is None
-            await state(engines, versions[0].ref, "ready")
+            served = await ready(engines, versions[0])
             info = engines.reports[versions[0].ref].info
             assert info is not None
-            served = engines.get(versions[0].ref)
-            assert served is not None
             assert info.parameters == served.engine.config.num_parameters()
             assert (info.max_model_len, info.device) == (256, "cpu")
             assert 0 < info.loss < 100
@@ -79,14 +69,12 @@ def test_a_stream_ends_on_the_old_weights_while_the_new_version_is_ready(
     async def run() -> list[int]:
         async with running(loader) as engines:
             engines.apply([old])
-            await state(engines, old.ref, "ready")
-            served = engines.get(old.ref)
-            assert served is not None
+            served = await ready(engines, old)
             stream = served.stream("The", PARAMS)
             tokens = [token for delta in await anext(stream) for token in delta.token_ids]
             engines.apply([new])
             assert engines.get(old.ref) is None
-            await state(engines, new.ref, "ready")
+            await ready(engines, new)
             assert len(loader.alive) == 2
             del served
             async for deltas in stream:
@@ -104,13 +92,11 @@ def test_a_version_that_is_wanted_again_while_it_drains_is_kept(versions: list[M
     async def run() -> None:
         async with running(loader) as engines:
             engines.apply([old])
-            await state(engines, old.ref, "ready")
-            served = engines.get(old.ref)
-            assert served is not None
+            served = await ready(engines, old)
             stream = served.stream("The", PARAMS)
             await anext(stream)
             engines.apply([new])
-            await state(engines, new.ref, "ready")
+            await ready(engines, new)
             engines.apply([new, old])
             assert engines.reports[old.ref].state == "ready"
             await stream.aclose()
@@ -138,7 +124,7 @@ def test_a_load_that_is_not_wanted_any_more_is_abandoned(versions: list[ModelVer
             engines.apply(versions[1:2])
             assert set(engines.reports) == {versions[1].ref}
             go_on.set()
-            await state(engines, versions[1].ref, "ready")
+            await ready(engines, versions[1])
             assert [served.version for served in engines.served] == versions[1:2]
             assert len(loader.alive) == 1
 
@@ -159,7 +145,7 @@ def test_the_most_important_version_is_loaded_first(versions: list[ModelVersion]
     async def run() -> None:
         async with running(loader) as engines:
             engines.apply(versions[:2])
-            await state(engines, versions[1].ref, "ready")
+            await ready(engines, versions[1])
 
     asyncio.run(run())
     assert loader.loaded == [versions[0].ref, versions[1].ref]
@@ -181,8 +167,47 @@ def test_after_any_plans_just_what_the_last_one_wants_is_loaded(
             for wanted in ([*versions[:2]], [versions[2]]):
                 engines.apply(wanted)
                 for each in wanted:
-                    await state(engines, each.ref, "ready")
+                    await ready(engines, each)
             await engines.until(lambda: len(loader.alive) == 1)
             assert [served.version for served in engines.served] == [versions[2]]
 
     asyncio.run(run())
+
+
+def test_an_engine_is_freed_that_ray_serve_has_excluded_from_garbage_collection(
+    versions: list[ModelVersion],
+) -> None:
+    loader = Loader()
+
+    async def run() -> None:
+        async with running(loader) as engines:
+            engines.apply(versions[:1])
+            await ready(engines, versions[0])
+            gc.freeze()
+            engines.apply([])
+            await engines.until(lambda: not engines.served and not loader.alive)
+
+    asyncio.run(run())
+    assert not loader.alive
+
+
+def test_many_changes_of_version_leave_no_memory_behind(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    config = small_config(tokenizer.vocab_size, hidden_size=512, num_layers=4, intermediate_size=1024)
+    for number in range(2):
+        save_pretrained(Llama(config, seed=number), tokenizer, tmp_path / str(number))
+    both = [version(tmp_path / str(number)) for number in range(2)]
+    loader = Loader(options=EngineOptions(max_num_seqs=1, kv_cache_memory_bytes=2**23))
+    process, resident = psutil.Process(), list[int]()
+
+    async def run() -> None:
+        async with running(loader) as engines:
+            for turn in range(12):
+                engines.apply([both[turn % 2]])
+                await ready(engines, both[turn % 2])
+                await engines.until(lambda: len(engines.served) == 1)
+                resident.append(process.memory_info().rss)
+
+    asyncio.run(run())
+    print([r >> 20 for r in resident], 4 * config.num_parameters() >> 20)
+    assert max(resident[6:]) - max(resident[:6]) < 2 * config.num_parameters()

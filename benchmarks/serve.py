@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--preset", default="llama-110m", help="of LlamaConfig (llama-110m)")
     parser.add_argument("--directory", type=Path, default=Path("/tmp/llama_ray-benchmark"), help="of weights")
     parser.add_argument("--profile", action="store_true", help="say where processor time goes")
+    parser.add_argument("--functions", action="store_true", help="the same, and in which functions of Python")
     arguments = parser.parse_args()
     print(machine(arguments.threads), flush=True)
     directory = model_directory(arguments.directory, arguments.preset)
@@ -67,7 +68,9 @@ def main() -> None:
     names = arguments.contestants or ["engine", "ours", *(["vllm"] if arguments.vllm else [])]
     logs = Path(tempfile.mkdtemp(prefix="serve_logs_"))
     contestants = [contestant(name, setting, logs, arguments.vllm) for name in names]
-    bench = Bench(contestants, Slo(*arguments.slo), arguments.profile)
+    bench = Bench(
+        contestants, Slo(*arguments.slo), arguments.profile or arguments.functions, arguments.functions
+    )
     # `finally` ends the servers also when this process is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -114,8 +117,9 @@ def loads(streams: list[int], rates: list[float], vocab_size: int, turn: int) ->
 class Bench:
     """Measures every contestant once a turn."""
 
-    def __init__(self, contestants: list[Contestant], slo: Slo, profiled: bool) -> None:
-        self._contestants, self._slo, self._profiled = contestants, slo, profiled
+    def __init__(self, contestants: list[Contestant], slo: Slo, profiled: bool, functions: bool) -> None:
+        self._contestants, self._slo = contestants, slo
+        self._profiled, self._functions = profiled, functions
         self._figures: dict[str, dict[str, list[Figures]]] = {}
 
     def turn(self, loads: dict[str, Load], turn: int) -> None:
@@ -132,7 +136,7 @@ class Bench:
             contestant.rest()
 
     def _measure(self, contestant: Contestant, title: str, load: Load, turn: int) -> None:
-        profile = Profile(contestant.family) if self._profiled else None
+        profile = Profile(contestant.family, functions=self._functions) if self._profiled else None
         measured = contestant.measure(load)
         figures = Figures.of(measured, self._slo)
         self._figures.setdefault(title, {c.name: [] for c in self._contestants})[contestant.name].append(

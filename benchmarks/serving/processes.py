@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,34 +24,44 @@ class Family:
         """What the first process gets, in addition to the environment of this one."""
         return {_MARK: self.mark}
 
-    def pids(self) -> Iterator[int]:
-        """Yield the process ids."""
+    def pids(self) -> set[int]:
+        """Return the process ids."""
         mark = f"{_MARK}={self.mark}".encode()
+        parents, found = {}, set()
         for path in Path("/proc").iterdir():
             if path.name.isdecimal():
                 try:
+                    pid = int(path.name)
+                    # The name of the command, in parentheses, may hold anything.
+                    parents[pid] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
                     if mark in (path / "environ").read_bytes().split(b"\0"):
-                        yield int(path.name)
+                        found.add(pid)
                 except OSError:
                     # It has ended.
                     continue
+        # A process that changes its title writes over its environment.
+        while new := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= new
+        return found
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to all of them."""
         for pid in self.pids():
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                continue
 
     def kill(self) -> None:
         """Kill all of them; return once they are gone."""
         deadline = time.monotonic() + 30
-        # Killed parents may have started children meanwhile.
-        while any(True for _ in self.pids()):
+        known: set[int] = set()
+        while alive := {pid for pid in known | self.pids() if command(pid)}:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"processes {sorted(self.pids())} do not end")
-            self.send(signal.SIGKILL)
+                raise RuntimeError(f"processes {sorted(alive)} do not end")
+            # Children whose parent is killed first are found no more; others have started meanwhile.
+            known |= alive
+            for pid in alive:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
     def find(self, title: str) -> list[int]:

@@ -24,6 +24,7 @@ import yaml
 from openai import OpenAI
 
 from llama_ray.tracking.uri import sqlite_uri
+from serve_app import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".demo"
@@ -84,12 +85,16 @@ def stop() -> None:
     family = {child for p in processes for child in p.children(recursive=True)} | set(processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    # Ray does not end HAProxy, and as long as it runs, it starts another one.
+    haproxy = Path(state["haproxy_directory"])
+    _, alive = psutil.wait_procs(family - environment.haproxy_processes(haproxy), timeout=20)
+    alive += environment.haproxy_processes(haproxy)
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=5)
     STATE.unlink()
-    shutil.rmtree(state["ray_directory"], ignore_errors=True)
+    for directory in (state["ray_directory"], haproxy):
+        shutil.rmtree(directory, ignore_errors=True)
     print(f"Stopped {len(family)} processes. Data, runs and models are kept in {HOME}.")
 
 
@@ -98,10 +103,16 @@ def _start_servers() -> dict[str, Any]:
     ports = {
         name: _free_port(port) for name, port in (("mlflow", 5000), ("dashboard", 8265), ("endpoint", 8000))
     }
-    # Paths of Ray's sockets are long and limited to 107 characters, so they are not below the checkout.
+    # Paths of sockets are limited to 107 characters, and Ray and HAProxy add many, so they are not below the checkout.
     ray_directory = Path(f"/tmp/llama_ray_demo_{os.getuid()}_{ports['dashboard']}")
+    haproxy_directory = Path(f"/tmp/haproxy_{os.getuid()}_{ports['dashboard']}")
     state: dict[str, Any] = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
-    state |= {"ray_directory": str(ray_directory), "processes": []}
+    state |= {
+        "ray_directory": str(ray_directory),
+        "haproxy_directory": str(haproxy_directory),
+        "haproxy": environment.haproxy_apart(haproxy_directory, _free_port(8404), _free_port(9101)),
+        "processes": [],
+    }
     env = _environment(state)
     _say("Starting MLflow and Ray")
     # Ray requires the token in ~/.ray; this generates one if there is none.
@@ -151,12 +162,14 @@ def _running() -> dict[str, Any] | None:
 
 def _environment(state: dict[str, Any]) -> dict[str, str]:
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    return keep | {
+    demo = {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_TRACKING_URI": state["mlflow"],
     }
+    haproxy: dict[str, str] = state["haproxy"]
+    return keep | environment.variables() | haproxy | demo
 
 
 def _has_champion(state: dict[str, Any]) -> bool:

@@ -7,13 +7,16 @@ each process, which start first; the other modules fill up whichever process is 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -86,7 +89,6 @@ def _precedence(name: str) -> int:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Give whole groups to whichever process is free."""
-    # Imported here, because tests of the kernels run on GPU machines that have pytest and nothing else.
     from xdist.scheduler import LoadScopeScheduling
 
     class GroupScheduling(LoadScopeScheduling):
@@ -99,18 +101,43 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """The address of a local cluster with four logical CPUs that belongs to this test session alone."""
+    """The address of a local cluster with four logical CPUs that belongs to this test session alone.
+
+    Its processes have the variables that users are told to set; this process has not, as a driver may not.
+    """
+    # Imported here, because tests of the kernels run on GPU machines that have pytest and nothing else.
     import ray
 
-    context = ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=256 * 1024 * 1024,
-        log_to_driver=False,
-    )
+    from serve_app import environment
+
+    # Short, for sockets: pytest's own directories are not.
+    haproxy = Path(tempfile.mkdtemp(prefix="hap-", dir="/tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _serve_variables(haproxy).items():
+            patch.setenv(name, value)
+        context = ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=256 * 1024 * 1024,
+            log_to_driver=False,
+        )
     yield context.address_info["address"]
     ray.shutdown()
+    for process in environment.haproxy_processes(haproxy):
+        process.kill()
+    shutil.rmtree(haproxy)
+
+
+def _serve_variables(haproxy: Path) -> dict[str, str]:
+    from serve_app import environment
+
+    with socket.socket() as stats, socket.socket() as metrics:
+        stats.bind(("", 0))
+        metrics.bind(("", 0))
+        apart = environment.haproxy_apart(haproxy, stats.getsockname()[1], metrics.getsockname()[1])
+    # No load balancer of another machine has to learn that a replica of the API ends.
+    return environment.variables() | apart | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,12 @@ class Engines(Generic[ServedT]):
         return {ref: slot.report for ref, slot in self._slots.items() if slot.wanted}
 
     @property
+    def can_serve(self) -> bool:
+        """Whether the most important version that must not be given up is ready."""
+        states = [self._slots[ref].report.state for ref in self._order]
+        return next((state == "ready" for state in states if state not in ("failed", "too_large")), False)
+
+    @property
     def served(self) -> list[ServedT]:
         """All engines that may have requests, also of versions that are not wanted any more. For any thread."""
         return [slot.served for slot in list(self._slots.values()) if slot.served is not None]

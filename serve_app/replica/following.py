@@ -31,15 +31,13 @@ class Following(Generic[ServedT]):
         self._abandoned: set[asyncio.Task[ReplicaPlan]] = set()
 
     async def until_ready(self) -> None:
-        """Follow until a version is ready; then call `forever`.
+        """Follow until the most important version is ready; then call `forever`.
 
         Raises ValueError, with the reason, if the follower says that nothing can be served, or knows that everything
         it wants has failed and wants nothing else.
         """
-        while True:
+        while not self._engines.can_serve:
             report = self._report()
-            if any(engine.state == "ready" for engine in report.engines.values()):
-                return
             plan = await self._exchange(report)
             if plan is None:
                 continue

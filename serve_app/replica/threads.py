@@ -23,8 +23,10 @@ async def in_thread(name: str, function: Callable[[], Result], *, niceness: int 
     Cancelling the call leaves the thread running and drops its result.
     """
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
-    work = [function]
+    done: asyncio.Future[None] = loop.create_future()
+    # Lists, which are emptied: the frame of a thread that has come to its end may live a little longer, and must not
+    # keep what the function, its result or its error hold, such as the weights of a model.
+    work, results, errors = [function], list[Result](), list[BaseException]()
     del function
 
     def run() -> None:
@@ -32,26 +34,21 @@ async def in_thread(name: str, function: Callable[[], Result], *, niceness: int 
             # Of this thread alone, on Linux.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         try:
-            # Once the future is done, nothing here keeps what the function holds.
             with panics_as_errors():
-                result = work.pop()()
+                results.append(work.pop()())
         except BaseException as error:
-            # RuntimeError: the loop is closed, and nobody waits for the result.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(_fail, future, error)
-        else:
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(_set, future, result)
+            errors.append(error)
+        # RuntimeError: the loop is closed, and nobody waits for the result.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(_wake, done)
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    return await future
+    await done
+    if errors:
+        raise errors.pop()
+    return results.pop()
 
 
-def _set(future: asyncio.Future[Result], result: Result) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _fail(future: asyncio.Future[Result], error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)
+def _wake(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import threading
@@ -25,7 +24,7 @@ from llama_ray.generation.scheduling.step_plan import Chunk, StepPlan
 from llama_ray.generation.speculation.proposer import Proposer, accepted
 from llama_ray.generation.stats import StepStats
 from llama_ray.utils.errors import first_line
-from llama_ray.utils.memory import is_out_of_memory
+from llama_ray.utils.memory import is_out_of_memory, release_memory
 from llama_ray.utils.panics import panics_as_errors
 
 _log = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ class Core:
                 return self._compute_each(plan)
             _log.warning("a step ran out of memory and is repeated with less: %s", first_line(error))
         # The failed step's tensors are free only now that its traceback is gone.
-        _release_memory()
+        release_memory()
         return None
 
     @panics_as_errors()
@@ -252,9 +251,3 @@ def _report_prompts(logits: StepLogits) -> None:
     reports = token_logprobs(logits.prompt, tokens, numbers)
     for (sequence, position), report in zip(logits.reported, reports, strict=True):
         sequence.prompt_report.add(position, report)
-
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

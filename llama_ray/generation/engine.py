@@ -38,9 +38,6 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.utils.panics import panics_as_errors
 
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 256, 2048
-"""Default `max_num_batched_tokens`: enough for efficient matrix products."""
-
 
 class Engine:
     """Generates for many requests at once, each with its own parameters, on one device.
@@ -79,11 +76,10 @@ class Engine:
             backend, proposer, sharded, self.max_num_seqs, self.max_seq_len, options.kv_cache_memory_bytes
         )
         self._kv_cache_bytes = caches.nbytes
-        default_tokens = GPU_BATCH_TOKENS if backend.device.type == "cuda" else CPU_BATCH_TOKENS
         self._scheduler = Scheduler(
             BlockPool(caches.num_blocks, backend.block_size, caching=options.enable_prefix_caching),
             options.max_num_seqs,
-            options.max_num_batched_tokens or default_tokens,
+            options.batch_tokens(backend.device),
         )
         # Held over the scheduler and the counters, never during a forward pass.
         self._lock = threading.Lock()

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from llama_ray.generation.backends.quantize import Quantization
 from llama_ray.utils.fields import check_fields, limits
+
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 256, 2048
+"""Default `max_num_batched_tokens`: enough for efficient matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def batch_tokens(self, device: torch.device) -> int:
+        """Return the number of tokens that one step computes on `device`."""
+        default = GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
+        return self.max_num_batched_tokens or default
 
 
 @dataclass(frozen=True, kw_only=True)

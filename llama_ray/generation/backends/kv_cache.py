@@ -21,8 +21,8 @@ from llama_ray.utils.integers import ceil_div
 GPU_MEMORY_SHARE = 0.9
 """Share of a GPU's memory that weights and cache take by default."""
 CPU_CACHE_BYTES = 4 * 2**30
-"""Default size of the cache on a CPU, unless `_CPU_SHARE` of the free memory is less."""
-_CPU_SHARE = 0.5
+"""Default size of the cache on a CPU, unless `CPU_CACHE_SHARE` of the free memory is less."""
+CPU_CACHE_SHARE = 0.5
 
 
 class KVCache(Protocol):
@@ -141,7 +141,7 @@ def count_blocks(
         total = torch.cuda.get_device_properties(device).total_memory
         room = free - int((1 - GPU_MEMORY_SHARE) * total)
     else:
-        room = min(CPU_CACHE_BYTES, int(_CPU_SHARE * free))
+        room = min(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * free))
     blocks = min(room // bytes_per_block, 1 + max_num_seqs * per_sequence)
     if blocks < 1 + per_sequence:
         needed = (1 + per_sequence) * bytes_per_block

@@ -15,6 +15,7 @@ from llama_ray.generation.backends.huge_pages import Arena
 from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU, causal_attention
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import Head
+from llama_ray.utils.memory import trim_heap
 
 
 def accelerate(model: Llama, format: Format | None = None) -> Llama:
@@ -35,12 +36,15 @@ def accelerate(model: Llama, format: Format | None = None) -> Llama:
         assert isinstance(block, Block)
         blocks.append(PackedBlock(block, weights, arena))
         model.layers[i] = nn.Identity()
+        # Or the old weights would stay in memory until all of them are packed.
+        trim_heap()
     model.layers = nn.ModuleList([PackedBlocks(blocks)])
     model.register_module("norm", PackedRMSNorm(model.norm))
     # A tied head gets its own packed copy; the embedding remains a lookup table.
     model.register_module(
         "lm_head", PackedHead(model.lm_head, "int8" if weights == "int4" else weights, arena)
     )
+    trim_heap()
     return model
 
 

@@ -26,7 +26,7 @@ _PADDING = 64
 """Outputs and inputs of a packed product are padded to a multiple of this."""
 _MARGIN, _OVERHEAD_BYTES = 1.05, 64 * 2**20
 """For what is not counted here, such as pages that the allocator keeps."""
-_TOKENIZER_FACTOR = 12
+_TOKENIZER_FACTOR = 16
 """Bytes of a tokenizer in memory for each byte of its file."""
 _WORKER_BYTES = 400 * 2**20
 """Python and torch in the process of one more rank."""

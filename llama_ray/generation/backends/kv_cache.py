@@ -7,7 +7,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +15,7 @@ from llama_ray.generation.backends.batch import StepBatch
 from llama_ray.generation.backends.huge_pages import Arena
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import Attend
+from llama_ray.utils.free_memory import free_memory
 from llama_ray.utils.integers import ceil_div
 
 GPU_MEMORY_SHARE = 0.9
@@ -154,10 +154,10 @@ def count_blocks(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of `device`."""
+    """Return the free memory of `device`; on a CPU, at most what the limit of a container leaves."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return free_memory()
 
 
 def _gib(nbytes: int) -> str:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from serve_app.errors import ApiError
+from serve_app.errors import INTERNAL_ERROR, ApiError
 from serve_app.protocol.generation import GenerationRequest
 from serve_app.registry.messages import Table
 from serve_app.routing.admission import Admission, Place
@@ -109,7 +109,7 @@ class RoutedClient:
                         yield event
                 except Lost as loss:
                     _log.warning("a request is lost after %d tokens: %s", answer.completion_tokens, loss)
-                    await losses.lost(str(loss), answer.completion_tokens)
+                    await losses.lost(loss, answer.completion_tokens)
 
     async def _attempt(
         self, deployment: str, ref: str, answer: Answer, losses: Losses, place: Place
@@ -168,14 +168,16 @@ class RoutedClient:
         if task.cancelled():
             return
         if (error := task.exception()) is not None:
-            if not isinstance(error, Lost):
+            if isinstance(error, Lost):
+                stream.lose(error)
+            else:
                 _log.error("a call of a replica fails", exc_info=error)
-            stream.lose(str(error))
+                stream.lose(Lost(INTERNAL_ERROR, failed=True))
         elif (answered := task.result()) != "done":
-            stream.lose(_REASONS[answered])
+            stream.lose(Lost(_REASONS[answered]))
         else:
             loop = asyncio.get_running_loop()
-            loop.call_later(_LAST_EVENTS_S, stream.lose, "the end of the answer has not arrived")
+            loop.call_later(_LAST_EVENTS_S, stream.lose, Lost("the end of the answer has not arrived"))
 
 
 def deployment_of(table: Table, ref: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from serve_app.errors import ApiError
+from serve_app.streams.receiver import Lost
 
 MAX_LOSSES = 3
 """Replicas in a row that may be lost under a request without a token from it: it may be what kills them."""
@@ -25,18 +26,18 @@ class Losses:
         """Note that a replica has taken the request."""
         self._accepted, self.deadline, self._pause_s = True, None, _FIRST_PAUSE_S
 
-    async def lost(self, reason: str, tokens: int) -> None:
+    async def lost(self, loss: Lost, tokens: int) -> None:
         """Note a loss after `tokens` tokens in all, and wait before the next try. Raises ApiError (503) at the end."""
-        if self._accepted:
+        if self._accepted or loss.failed:
             self._fruitless = self._fruitless + 1 if tokens == self._tokens else 1
             self._accepted, self._tokens = False, tokens
         now = asyncio.get_running_loop().time()
         if self.deadline is None:
             self.deadline = now + self._timeout_s
         if self._fruitless > MAX_LOSSES:
-            raise _unavailable(f"{reason}, and so had {MAX_LOSSES} others that began to answer this request")
+            raise _unavailable(f"{loss}, in {self._fruitless} tries in a row without a token")
         if now + self._pause_s >= self.deadline:
-            raise _unavailable(f"{reason}, and no other one went on within {self._timeout_s:g} s")
+            raise _unavailable(f"{loss}, and no other one went on within {self._timeout_s:g} s")
         await asyncio.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -39,7 +39,7 @@ class ServeReplicas:
             response.cancel()  # type: ignore[no-untyped-call]
             raise
         except (RayError, RayServeException) as error:
-            raise Lost(_reason(error)) from error
+            raise Lost(_reason(error), failed=isinstance(error, RayTaskError)) from error
         return answered
 
 

@@ -8,6 +8,7 @@ import itertools
 import logging
 import secrets
 from collections import deque
+from typing import cast
 
 from serve_app.streams.frames import FrameError, FrameReader, frame, from_wire
 from serve_app.streams.messages import Address, Event
@@ -20,7 +21,14 @@ _HELLO_TIMEOUT_S = 10.0
 
 
 class Lost(Exception):
-    """No more events will come: the replica or its connection has gone."""
+    """No more events will come: the replica or its connection has gone.
+
+    `failed`: the replica itself raised an error, as the next one may.
+    """
+
+    def __init__(self, reason: str, *, failed: bool = False) -> None:
+        super().__init__(reason)
+        self.failed = failed
 
 
 class Stream:
@@ -51,9 +59,9 @@ class Stream:
         self._events.clear()
         return events
 
-    def lose(self, reason: str) -> None:
+    def lose(self, loss: Lost) -> None:
         """End the stream, after the events that have come."""
-        self._loss = self._loss or Lost(reason)
+        self._loss = self._loss or loss
         self._wake()
 
     def close(self) -> None:
@@ -122,8 +130,8 @@ class _Connection(asyncio.Protocol):
         self._left: list[int] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # Those of uvloop, which Serve uses, are no asyncio.Transport.
+        self._transport = transport = cast(asyncio.Transport, transport)
         self._transports.add(transport)
         self._hello = asyncio.get_running_loop().call_later(_HELLO_TIMEOUT_S, transport.abort)
 
@@ -145,7 +153,7 @@ class _Connection(asyncio.Protocol):
         if self._hello is not None:
             self._hello.cancel()
         for stream in self.streams:
-            stream.lose("the replica that was answering has gone")
+            stream.lose(Lost("the replica that was answering has gone"))
 
     def leave(self, stream: Stream) -> None:
         """Tell the replica, soon, that nobody wants the rest of a stream."""

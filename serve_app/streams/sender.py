@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 from serve_app.streams.frames import FrameReader, Wire, frame
 from serve_app.streams.messages import Address
@@ -68,8 +69,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, as a protocol of asyncio."""
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        # Those of uvloop, which Serve uses, are no asyncio.Transport.
+        self.transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         """End all streams, as a protocol of asyncio."""

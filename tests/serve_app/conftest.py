@@ -65,7 +65,13 @@ def stats(served: str) -> Callable[[], EngineStats]:
     from ray import serve
 
     handle = serve.get_deployment_handle("LlamaReplica", "llama-ray")
-    return lambda: handle.stats.remote().result(timeout_s=10)  # type: ignore[no-any-return]
+
+    def ask() -> EngineStats:
+        [stats] = handle.stats.remote().result(timeout_s=10).values()
+        assert isinstance(stats, EngineStats)
+        return stats
+
+    return ask
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_an_overloaded_server_says_so_and_is_still_healthy(
     assert refused.status_code == 429, refused.text
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["type"] == "rate_limit_error"
-    assert (health.status_code, health.json()) == (200, {"status": "busy"})
+    assert (health.status_code, health.json()) == (200, {"status": "ok"})
     assert become_idle()
 
 

@@ -31,11 +31,29 @@ class Observed(Protocol):
         """Seconds since the step in progress began, 0 if there is none."""
 
 
+class StallMeter:
+    """Measures for how long a step has not ended, by looks each `period_s` seconds or somewhat less often.
+
+    Only time between looks counts: one that comes late was not made because the process was stopped or the machine
+    suspended, and then steps did not go on either. `now` is in seconds of `time.monotonic`.
+    """
+
+    def __init__(self, period_s: float, now: float) -> None:
+        self.stalled_s = 0.0
+        self._period_s, self._looked_at = period_s, now
+
+    def look(self, stalled_s: float, now: float) -> float:
+        """Return for how long a step was seen that has not ended yet, according to `stalled_s` of all engines."""
+        passed_s, self._looked_at = now - self._looked_at, now
+        seen_s = self.stalled_s + passed_s if passed_s < _LATE * self._period_s else 0.0
+        self.stalled_s = min(stalled_s, seen_s)
+        return self.stalled_s
+
+
 class Watchdog:
     """Looks in a thread whether the steps of `engines()` end, and calls `stuck` when one takes `stuck_after_s`.
 
-    Only time is counted in which the thread itself ran: not while the process was stopped, or the machine suspended. By
-    default `stuck` is `die`, because Serve would wait for the requests of a replica that it stops, which hang. Then
+    By default `stuck` is `die`, because Serve would wait for the requests of a replica that it stops, which hang. Then
     connections break, and the API moves its streams to other replicas.
     """
 
@@ -46,7 +64,8 @@ class Watchdog:
         stuck: Callable[[str], None] | None = None,
     ) -> None:
         self._engines, self._stuck_after_s, self._stuck = engines, stuck_after_s, stuck or die
-        self._stalled_s = 0.0
+        self._period_s = stuck_after_s / _LOOKS
+        self._meter = StallMeter(self._period_s, time.monotonic())
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -55,13 +74,14 @@ class Watchdog:
         for engine in self._engines():
             if engine.ended is not None:
                 raise GenerationError(engine.ended)
-        if self._stalled_s > self._stuck_after_s:
-            raise GenerationError(self._message())
+        if self._meter.stalled_s > self._stuck_after_s:
+            raise GenerationError(self._message)
 
     def stop(self) -> None:
         """Look no more."""
         self._stopped.set()
 
+    @property
     def _message(self) -> str:
         return (
             f"a step of the engine has not ended within stuck_after_s, {self._stuck_after_s:g} s; raise it if steps of "
@@ -69,17 +89,10 @@ class Watchdog:
         )
 
     def _watch(self) -> None:
-        period_s = self._stuck_after_s / _LOOKS
-        last = time.monotonic()
-        while not self._stopped.wait(period_s):
-            now = time.monotonic()
-            passed_s, last = now - last, now
+        while not self._stopped.wait(self._period_s):
             stalls = [engine.stalled_s for engine in self._engines() if engine.ended is None]
-            longest_s = max(stalls, default=0.0)
-            seen_s = self._stalled_s + passed_s if passed_s < _LATE * period_s else 0.0
-            self._stalled_s = min(longest_s, seen_s)
-            if self._stalled_s > self._stuck_after_s:
-                self._stuck(self._message())
+            if self._meter.look(max(stalls, default=0.0), time.monotonic()) > self._stuck_after_s:
+                self._stuck(self._message)
                 return
 
 

@@ -86,3 +86,23 @@ def test_normal_forms_shorten_no_character_by_more_than_the_bound() -> None:
 )
 def test_there_is_no_bound_where_text_may_vanish(tokenizer: Tokenizer) -> None:
     assert tokenizer.max_token_bytes() is None
+
+
+def test_byte_level_tokenizers_keep_all_text() -> None:
+    assert {name for name, tokenizer in KINDS.items() if keeps_all_text(tokenizer.to_json())} == {
+        "byte_level",
+        "nested_byte_level",
+    }
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        with_normalizer(normalizers.NFC()),
+        changed(lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))),
+        changed(lambda backend: backend.add_tokens([tokenizers.AddedToken("<x>", rstrip=True)])),
+    ],
+    ids=["normalizer", "prefix", "added"],
+)
+def test_a_tokenizer_that_changes_text_does_not_keep_it(tokenizer: Tokenizer) -> None:
+    assert not keeps_all_text(tokenizer.to_json())

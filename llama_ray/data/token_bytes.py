@@ -53,21 +53,33 @@ def max_token_bytes(tokenizer_json: str) -> int | None:
 
 
 def keeps_all_text(tokenizer_json: str) -> bool:
-    """Return whether the tokens of this `tokenizer.json` stand for every byte of any text, without normalisation.
+    """Return whether the tokens of this `tokenizer.json` stand for all bytes of any text, without normalisation.
 
-    Decoding what was encoded then gives the same text. This holds for tokenizers like those of GPT-2 and Llama 3.
+    Decoding what was encoded then gives the same text. This holds for tokenizers like those of GPT-2 and Llama 3, and
+    of Llama 1 and 2, for which a "▁" is a space.
     """
     tokenizer = json.loads(tokenizer_json)
+    model = tokenizer["model"]
     pre_tokenizers = list(_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
     byte_levels = [step for step in pre_tokenizers if step["type"] == "ByteLevel"]
     return bool(
-        tokenizer.get("normalizer") is None
-        and byte_levels
-        and not any(step["add_prefix_space"] for step in byte_levels)
+        all(map(_marks_spaces, _steps(tokenizer.get("normalizer"), "normalizers")))
         and all(map(_keeps_all_text, pre_tokenizers))
-        and _knows_all_characters(tokenizer["model"], byte_level=True)
+        and (byte_levels or model.get("byte_fallback"))
+        and not any(step["add_prefix_space"] for step in byte_levels)
+        and _knows_all_characters(model, byte_level=bool(byte_levels))
         and not any(token["lstrip"] or token["rstrip"] for token in tokenizer["added_tokens"])
     )
+
+
+def _marks_spaces(normalizer: Mapping[str, Any]) -> bool:
+    match normalizer:
+        case {"type": "Prepend", "prepend": "▁"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+            return True
+        case _:
+            return False
 
 
 def _steps(step: Mapping[str, Any] | None, members: str) -> Iterator[Mapping[str, Any]]:

@@ -11,11 +11,11 @@ from typing import Generic, Protocol, TypeVar
 from llama_ray.generation.engine import Engine
 from llama_ray.tracking.errors import is_passing
 from llama_ray.utils.errors import first_line, one_line
-from llama_ray.utils.memory import is_out_of_memory
+from llama_ray.utils.memory import is_out_of_memory, release_memory
 from serve_app.errors import cut
 from serve_app.registry.messages import EngineInfo, EngineReport, ModelVersion
 from serve_app.replica import gate
-from serve_app.replica.loader import MAKE_ROOM, EngineLoader, Files, TooLargeError, give_back_memory
+from serve_app.replica.loader import MAKE_ROOM, EngineLoader, Files, TooLargeError
 from serve_app.replica.threads import in_thread
 
 _log = logging.getLogger(__name__)
@@ -188,7 +188,8 @@ class Engines(Generic[ServedT]):
             if slot.served is not None:
                 await in_thread("stop", slot.served.stop)
                 slot.served = None
-            await in_thread("free", give_back_memory)
+            # Soon done: Ray Serve keeps collections from what was there when the replica started.
+            await in_thread("free", release_memory)
         finally:
             self._freeing -= 1
             self._notify()
@@ -239,12 +240,13 @@ class Engines(Generic[ServedT]):
         return not any(self._slots[ref].report.state == "loading" for ref in before)
 
     async def _load(self, slot: _Slot[ServedT], files: Files) -> EngineInfo:
-        # Only beside others. The first load also starts threads of libraries that all use, and processes of other ranks
-        # inherit the priority, too.
-        careful = bool(self.served) and self._loader.options.tensor_parallel == 1
-        engine = await in_thread(
-            "load", lambda: self._loader.load(files), niceness=_LOADING_NICENESS if careful else 0
-        )
+        niceness = 0
+        if self.served:
+            await in_thread("memory", lambda: self._loader.check_room(files))
+            slot.check_wanted()
+            # Processes of other ranks would inherit it, and with the first engine threads of libraries that all use.
+            niceness = _LOADING_NICENESS if self._loader.options.tensor_parallel == 1 else 0
+        engine = await in_thread("load", lambda: self._loader.load(files), niceness=niceness)
         try:
             slot.check_wanted()
             info = await self._check(engine, files)

@@ -59,19 +59,19 @@ def check(engine: Engine, timeout_s: float) -> float:
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise GateError unless text that is encoded and decoded stays the same, as far as the tokenizer keeps it.
 
-    Byte-level tokenizers keep every character. Others may normalise, such as write in lower case or put spaces around
-    punctuation, but only once, and words remain.
+    Some tokenizers normalise text, such as write it in lower case, or drop characters that they do not know. But words
+    remain, and what comes back once comes back again.
     """
     for text in (PLAIN_TEXT, MIXED_TEXT):
         once = tokenizer.decode(tokenizer.encode(text))
         if once == text:
             continue
-        again = tokenizer.decode(tokenizer.encode(once))
-        if again != once:
-            raise _changed(once, again)
         lost_words = text == PLAIN_TEXT and once.casefold().split() != text.split()
         if lost_words or keeps_all_text(tokenizer.to_json()):
             raise _changed(text, once)
+        again = tokenizer.decode(tokenizer.encode(once))
+        if again.split() != once.split():
+            raise _changed(once, again)
 
 
 def _changed(before: str, after: str) -> GateError:

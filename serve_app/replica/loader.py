@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from llama_ray.generation.backends.kv_cache import free_bytes
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.memory import required_bytes
 from llama_ray.generation.options import EngineOptions
 from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking import registry
@@ -19,7 +20,9 @@ from serve_app.replica import gate
 DType = Literal["float32", "bfloat16", "float16"]
 DEFAULT_OPTIONS = EngineOptions(max_num_seqs=16)
 
-MAKE_ROOM = "lower kv_cache_memory_bytes or max_num_seqs so that two engines fit, or let new replicas replace old ones"
+MAKE_ROOM = (
+    "give a kv_cache_memory_bytes that leaves room for two engines, or deploy again to replace the replicas"
+)
 
 
 class TooLargeError(Exception):
@@ -56,17 +59,26 @@ class EngineLoader:
     def _local(self, ref: str) -> Path:
         return registry.download(ref, self.tracking_uri) if is_model_ref(ref) else Path(ref)
 
+    def check_room(self, files: Files) -> None:
+        """Raise TooLargeError if there is not enough free memory; ValueError for a bad checkpoint."""
+        needed = required_bytes(files.model, self._torch_dtype, self.device, self._options(files))
+        free = self.free_bytes()
+        if needed > free:
+            raise TooLargeError(
+                f"it needs {_gib(needed)} of memory on {self.device}, and {_gib(free)} are free beside what is loaded; "
+                f"{MAKE_ROOM}"
+            )
+
+    def free_bytes(self) -> int:
+        """Return the free memory; of several GPUs, that of the fullest."""
+        if self.device == "cpu":
+            return free_bytes(torch.device("cpu"))
+        return min(free_bytes(torch.device("cuda", rank)) for rank in range(self.options.tensor_parallel))
+
     def load(self, files: Files) -> Engine:
-        """Return an engine. Raises TooLargeError before anything is loaded, ValueError for a bad checkpoint."""
-        options = self.options
-        if files.draft is not None:
-            options = replace(options, draft_model=str(files.draft))
+        """Return an engine. Raises ValueError for a bad checkpoint, and for options that do not fit it."""
         return Engine.from_pretrained(
-            files.model,
-            dtype=self.dtype and getattr(torch, self.dtype),
-            device=self.device,
-            options=options,
-            seed=None,
+            files.model, dtype=self._torch_dtype, device=self.device, options=self._options(files), seed=None
         )
 
     def check(self, engine: Engine, files: Files) -> EngineInfo:
@@ -80,12 +92,13 @@ class EngineLoader:
             loss=loss,
         )
 
+    @property
+    def _torch_dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.dtype) if self.dtype else None
 
-def give_back_memory() -> None:
-    """Free what nothing refers to any more, also the memory that torch keeps for its next tensors.
+    def _options(self, files: Files) -> EngineOptions:
+        return self.options if files.draft is None else replace(self.options, draft_model=str(files.draft))
 
-    In a replica this takes little time, because Ray Serve has excluded from collections what was there at its start.
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.3g} GiB"

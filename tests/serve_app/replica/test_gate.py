@@ -15,7 +15,7 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.model.llama import Llama
 from serve_app.replica import gate
-from tests.data.helpers import KINDS, OURS
+from tests.data.helpers import BYTE_FALLBACK, KINDS, OURS
 from tests.serve_app.replica.helpers import OPTIONS
 from tests.small_models import random_model, small_config, small_tokenizer
 
@@ -98,6 +98,20 @@ def test_tokenizers_that_change_text_once_pass(change: Callable[[tokenizers.Toke
 
 def test_tokenizers_that_drop_unknown_characters_pass() -> None:
     gate.check_tokenizer(unigram())
+
+
+def without_bytes() -> Tokenizer:
+    """A tokenizer like that of Llama 2 that has lost the part of its decoder which joins bytes."""
+    backend = tokenizers.Tokenizer.from_str(BYTE_FALLBACK.to_json())
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(backend, {})
+
+
+def test_a_tokenizer_that_writes_bytes_as_text_fails() -> None:
+    with pytest.raises(gate.GateError, match=r"<0x"):
+        gate.check_tokenizer(without_bytes())
 
 
 def no_decoder(backend: tokenizers.Tokenizer) -> None:

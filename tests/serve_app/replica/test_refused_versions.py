@@ -185,3 +185,30 @@ def test_a_version_that_runs_out_of_memory_is_too_large_until_another_one_is_fre
             await engines.until(lambda: engines.get(versions[1].ref) is not None)
 
     asyncio.run(run())
+
+
+class Small(Loader):
+    """On a machine that has room for one engine."""
+
+    def free_bytes(self) -> int:
+        return 2**30 if not self.alive else 2**20
+
+
+def test_a_version_for_which_there_is_no_memory_is_not_even_loaded(versions: list[ModelVersion]) -> None:
+    loader = Small()
+
+    async def run() -> EngineReport:
+        async with running(loader) as engines:
+            engines.apply(versions[:1])
+            await ready(engines, versions[0])
+            engines.apply(versions[:2])
+            report = await settled(engines, versions[1])
+            engines.apply(versions[1:2])
+            await engines.until(lambda: engines.get(versions[1].ref) is not None)
+            return report
+
+    report = asyncio.run(run())
+    assert report.state == "too_large"
+    assert report.reason is not None
+    assert "0.000977 GiB are free" in report.reason
+    assert loader.loaded == [versions[0].ref, versions[1].ref]

@@ -205,7 +205,7 @@ def _serve(state: dict[str, Any], env: dict[str, str]) -> None:
     _say("serve deploy serve_app/config.yaml")
     _run(["serve", "deploy", "--address", state["dashboard"], str(file)], env)
     try:
-        _wait(state, "the endpoint", f"{state['endpoint']}/health", HOME / "ray.log")
+        _wait(state, "the endpoint", f"{state['endpoint']}/ready", HOME / "ray.log")
     except SystemExit:
         _run(["serve", "status", "--address", state["dashboard"]], env)
         raise

@@ -52,6 +52,8 @@ RAY = (
     "tests/serve_app/test_serving_errors.py",
 )
 """Modules outside e2e that need Ray, at least for one of their tests."""
+SLOW_CLIENT_S = 5
+"""After this time the tests' HAProxy cuts off a client that sends nothing, or does not read: 60 s for users."""
 
 
 REGISTRY = ("tests/tracking/", "tests/serve_app/registry/")
@@ -136,8 +138,15 @@ def _serve_variables(haproxy: Path) -> dict[str, str]:
         stats.bind(("", 0))
         metrics.bind(("", 0))
         apart = environment.haproxy_apart(haproxy, stats.getsockname()[1], metrics.getsockname()[1])
-    # No load balancer of another machine has to learn that a replica of the API ends.
-    return environment.variables() | apart | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
+    users = environment.variables()
+    defaults = users["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"]
+    shorter = {
+        # No load balancer of another machine has to learn that a replica of the API ends.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SLOW_CLIENT_S),
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": defaults.replace("request 60s", f"request {SLOW_CLIENT_S}s"),
+    }
+    return users | apart | shorter
 
 
 @pytest.fixture(scope="session")

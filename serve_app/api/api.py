@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from fastapi.responses import HTMLResponse, Response
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from serve_app import environment
 from serve_app.api.disconnect import while_connected
 from serve_app.api.metrics import RequestMetrics
 from serve_app.api.middleware import BodyLimit, PanicsAsErrors
@@ -32,6 +35,8 @@ from serve_app.protocol.models import Health, ModelCard, ModelList, Ready, cards
 from serve_app.routing.choice import not_served
 from serve_app.routing.client import Accepted, ModelClient
 from serve_app.routing.serve import serve_client
+
+_log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 2**20
 """Default limit of a body: the token ids of more than a million tokens."""
@@ -63,6 +68,9 @@ class Api:
     ) -> None:
         self._connect = lambda: serve_client(follower, replicas, max_queued_requests, resume_timeout_s)
         self._max_body_bytes, self._metrics = max_body_bytes, RequestMetrics()
+        # Here, because this process has what Ray has started with, and the one that deploys may not.
+        if advice := environment.advice(os.environ):
+            _log.warning(advice)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the application where it runs, so that it need not be pickled. Ray Serve calls this."""

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_shell_that_reads_the_file_lacks_nothing() -> None:
     shell = subprocess.run(
-        ["sh", "-c", f". {environment.FILE} && env"], env={}, check=True, capture_output=True, text=True
+        ["sh", "-c", f". {environment.FILE} && env -0"], env={}, check=True, capture_output=True, text=True
     )
-    environ = dict(line.split("=", 1) for line in shell.stdout.splitlines())
+    environ = dict(line.split("=", 1) for line in shell.stdout.split("\0") if line)
     assert environ.items() >= environment.variables().items()
     assert environment.advice(environ) is None
 

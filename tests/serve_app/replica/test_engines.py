@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,12 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
 from serve_app.registry.messages import ModelVersion
-from tests.serve_app.replica.helpers import OPTIONS, Loader, ready, running, version
+from serve_app.replica.engines import Engines
+from serve_app.replica.served_engine import ServedEngine
+from serve_app.streams.messages import Submission
+from serve_app.streams.receiver import Receiver
+from serve_app.streams.sender import Sender
+from tests.serve_app.replica.helpers import OPTIONS, TIMEOUT_S, Loader, ready, running, version
 from tests.small_models import small_config, small_tokenizer
 
 PARAMS = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
@@ -177,15 +183,26 @@ def test_after_any_plans_just_what_the_last_one_wants_is_loaded(
 def test_an_engine_is_freed_that_ray_serve_has_excluded_from_garbage_collection(
     versions: list[ModelVersion],
 ) -> None:
-    loader = Loader()
+    version, loader = versions[0], Loader()
+
+    async def answer(served: ServedEngine) -> None:
+        receiver, sender = await Receiver.listen("127.0.0.1"), Sender()
+        stream = receiver.open()
+        submission = Submission(
+            version.ref, ["The"], replace(PARAMS, seed=1), receiver.address, stream.number
+        )
+        assert await served.answer(submission, await sender.connect(receiver.address)) == "done"
+        sender.close()
+        receiver.close()
 
     async def run() -> None:
-        async with running(loader) as engines:
-            engines.apply(versions[:1])
-            await ready(engines, versions[0])
-            gc.freeze()
-            engines.apply([])
-            await engines.until(lambda: not engines.served and not loader.alive)
+        engines = Engines(loader, ServedEngine)
+        engines.apply([version])
+        await engines.until(lambda: bool(engines.served), TIMEOUT_S)
+        gc.freeze()
+        await answer(engines.served[0])
+        engines.apply([])
+        await engines.until(lambda: not loader.alive, TIMEOUT_S)
 
     asyncio.run(run())
     assert not loader.alive

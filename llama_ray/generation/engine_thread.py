@@ -34,9 +34,10 @@ class _Unfinished(Generic[Receiver]):
 class EngineThread(Generic[Receiver]):
     """Runs an engine's steps while there is work, and sleeps while there is none.
 
-    After each step `deliver` is called, in the thread, with what the step gave to the receivers of all requests. When
-    the engine ends, each receiver with an unfinished request gets a GenerationError. From now on the engine belongs to
-    this object: nothing else may call its `step` or `generate`.
+    After each step `deliver` is called once, in the thread, with what the step gave to the receivers of all requests.
+    It must not wait, because submissions and the next step wait for it. When the engine ends, each receiver with an
+    unfinished request gets a GenerationError. From now on the engine belongs to this object: nothing else may call its
+    `step` or `generate`.
     """
 
     def __init__(self, engine: Engine, deliver: Deliver[Receiver]) -> None:
@@ -126,7 +127,10 @@ class EngineThread(Generic[Receiver]):
 
     def _count(self, request_id: int, deltas: list[Delta]) -> None:
         """Note which candidates of a request have finished, and forget it after the last one."""
-        request = self._requests[request_id]
+        request = self._requests.get(request_id)
+        if request is None:
+            # The delivery has aborted it.
+            return
         request.candidates -= sum(delta.finish_reason is not None for delta in deltas)
         if not request.candidates:
             del self._requests[request_id]

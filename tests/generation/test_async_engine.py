@@ -11,7 +11,8 @@ import torch
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.async_engine import AsyncEngine
 from llama_ray.generation.completion import GenerationError
-from llama_ray.generation.engine import Engine, Prompt
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.request import Prompt
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.model.llama import Llama

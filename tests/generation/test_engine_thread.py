@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -13,9 +15,10 @@ from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.model.llama import Llama
+from tests.generation.constraints.helpers import Processes
 
 PARAMS = SamplingParams(max_tokens=5, seed=3, ignore_eos=True)
-LONG = SamplingParams(max_tokens=150, ignore_eos=True)
+LONG = SamplingParams(max_tokens=140, ignore_eos=True)
 
 
 class Delivered(queue.Queue[tuple[str, Item]]):
@@ -85,6 +88,141 @@ def test_stop_gives_open_requests_the_reason_and_refuses_new_ones(
     assert thread.ended == "the engine was stopped"
     with pytest.raises(GenerationError, match="the engine was stopped"):
         thread.submit("b", PARAMS, "late")
+
+
+class Gate:
+    """Holds back each step of an engine, before it computes, until the test lets it go on."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._step = engine.step
+        self._reached, self._open = threading.Semaphore(0), threading.Semaphore(0)
+        monkeypatch.setattr(engine, "step", self._wait)
+
+    def reach(self) -> None:
+        """Wait until the engine's thread is at its next step."""
+        assert self._reached.acquire(timeout=30)
+
+    def open(self, steps: int = 1) -> None:
+        """Let the next steps go on."""
+        self._open.release(steps)
+
+    def _wait(self) -> list[Delta]:
+        self._reached.release()
+        self._open.acquire()
+        return self._step()
+
+
+@pytest.fixture
+def gate(thread: EngineThread[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(thread.engine, monkeypatch)
+    yield gate
+    gate.open(10_000)
+
+
+def test_all_that_a_step_gives_is_delivered_at_once(model: Llama, tokenizer: Tokenizer) -> None:
+    deliveries: queue.Queue[list[str]] = queue.Queue()
+    thread = EngineThread[str](
+        Engine(model, tokenizer), lambda items: deliveries.put([name for name, _ in items])
+    )
+    for name in "abc":
+        thread.submit(name, LONG, name)
+    while deliveries.get(timeout=30) != ["a", "b", "c"]:
+        pass
+    thread.stop()
+
+
+def test_the_rest_of_a_request_is_submitted_with_what_is_done(
+    thread: EngineThread[str], delivered: Delivered, engine: Engine
+) -> None:
+    [expected] = engine.generate("The dog", PARAMS)
+    thread.submit("The dog", PARAMS, "rest", {0: expected.token_ids[:2]})
+    rest = delivered.until_finished("rest")
+    assert [token for delta in rest for token in delta.token_ids] == expected.token_ids[2:]
+    assert expected.text.endswith("".join(delta.text for delta in rest))
+
+
+def test_a_stall_is_seen_while_a_step_hangs_and_hinders_nobody(
+    thread: EngineThread[str], delivered: Delivered, gate: Gate
+) -> None:
+    assert thread.stalled_s == 0
+    thread.submit("a", PARAMS, "first")
+    gate.reach()
+    while thread.stalled_s < 0.05:
+        # Neither waits for the step.
+        thread.abort(thread.submit("b", PARAMS, "second"))
+    opened = time.monotonic()
+    gate.open()
+    gate.reach()
+    assert thread.stalled_s <= time.monotonic() - opened
+    gate.open(10_000)
+    delivered.until_finished("first")
+    while thread.stalled_s:
+        assert time.monotonic() - opened < 30
+
+
+FORKS = replace(LONG, n=3, prompt_logprobs=0)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_client_that_leaves_frees_its_blocks_whatever_its_request_is_doing(
+    thread: EngineThread[str], delivered: Delivered, gate: Gate, steps: int
+) -> None:
+    """Two sequences run; the third candidate and the other requests wait. Nothing waits for the step under way."""
+    running = thread.submit("a", FORKS, "gone")
+    others = [thread.submit("b", LONG, "gone"), thread.submit("a" * 9, FORKS, "gone")]
+    for _ in range(steps):
+        gate.reach()
+        gate.open()
+    gate.reach()
+    assert thread.engine.stats.running == (2 if steps else 0)
+    assert thread.engine.stats.waiting > 0
+    for request_id in (*others, running):
+        thread.abort(request_id)
+    stats = thread.engine.stats
+    assert (stats.running, stats.waiting, stats.blocks_in_use) == (0, 0, 0)
+    delivered.drain()
+    gate.open()
+    kept = thread.submit("c", PARAMS, "kept")
+    gate.open(100)
+    delivered.until_finished("kept")
+    thread.abort(kept)
+
+
+def test_a_client_that_leaves_does_not_wait_for_a_mask(
+    thread: EngineThread[str], delivered: Delivered
+) -> None:
+    processes = Processes()
+    constrained = SamplingParams(regex="[a-z]{150}", max_tokens=150)
+    request_id = thread.submit("a", constrained, "late")
+    delivered.get(timeout=30)
+    processes.forks()[0].suspend()
+    other = thread.submit("b", LONG, "other")
+    while delivered.get(timeout=30)[0] != "other":
+        pass
+    thread.abort(request_id)
+    assert thread.engine.stats.running <= 1
+    delivered.drain()
+    assert delivered.get(timeout=30)[0] == "other"
+    processes.forks()[0].resume()
+    thread.abort(other)
+    assert thread.engine.stats.blocks_in_use == 0
+
+
+def test_a_delivery_may_abort_what_it_delivers(model: Llama, tokenizer: Tokenizer) -> None:
+    ids: queue.Queue[int] = queue.Queue()
+    aborted = threading.Event()
+
+    def deliver(items: list[tuple[str, Item]]) -> None:
+        for _ in items:
+            thread.abort(ids.get(timeout=30))
+            aborted.set()
+
+    thread = EngineThread[str](Engine(model, tokenizer), deliver)
+    ids.put(thread.submit("a", LONG, "a"))
+    assert aborted.wait(30)
+    assert thread.engine.stats.blocks_in_use == 0
+    assert thread.ended is None
+    thread.stop()
 
 
 class Panicked(BaseException):

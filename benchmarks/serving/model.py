@@ -21,11 +21,11 @@ def model_directory(cache: Path, preset: str) -> Path:
     if not path.is_dir():
         config = LlamaConfig.preset(preset)
         with complete_directory(path) as partial:
-            save_pretrained(random_model(config), Tokenizer.train(_texts(), config.vocab_size), partial)
+            save_pretrained(random_model(config), Tokenizer.train(texts(), config.vocab_size), partial)
     return path
 
 
-def _texts() -> Iterator[str]:
+def texts() -> Iterator[str]:
     """Yield modules of the standard library."""
     read = 0
     for path in sorted(Path(os.__file__).parent.rglob("*.py")):

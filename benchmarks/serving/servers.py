@@ -133,17 +133,25 @@ class Offline:
 
 @dataclass
 class _Server:
-    """A server on a free port; `log` has what its processes say."""
+    """A server on a free port; `log` has what its processes say. Clients ask for `model`, the directory by default."""
 
     name: str
     setting: Setting
     log: Path
     family: Family = field(default_factory=Family)
     port: int = 0
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        self.model = self.model or self.setting.directory.name
+
+    def client(self, load: Load) -> Client:
+        """Begin to send `load` from a client beside it."""
+        return Client(load, self.port, self.model)
 
     def measure(self, load: Load) -> Measured:
         """Send `load` from a client beside it."""
-        return Client(load, self.port, self.setting.directory.name).result()
+        return self.client(load).result()
 
     def stop(self) -> None:
         """Kill its processes."""
@@ -183,7 +191,7 @@ class _Server:
 class OurApplication(_Server):
     """Our application on a Ray cluster of its own, which is started with `environment`; each turn starts it anew.
 
-    `arguments` are those of the application, beside the model.
+    `arguments` are those of the application; they replace what serves the directory with one replica.
     """
 
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -261,7 +269,7 @@ class VLLM(_Server):
         threads = self.setting.threads
         command = [
             *(str(self.python), "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(self.setting.directory), "--served-model-name", self.setting.directory.name),
+            *("--model", str(self.setting.directory), "--served-model-name", self.model),
             *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "bfloat16"),
             *("--max-model-len", str(_TOKENS), "--max-num-seqs", str(self.setting.sequences)),
         ]

@@ -5,8 +5,8 @@
     python -m benchmarks.serve --contestants ours --streams 32 --turns 1 --profile
 
 Contestants: `engine` (ours in a process, without a server: what can at best be reached), `ours` (the application on a
-Ray that is started as docs/serving.md says), `ours-haproxy` and `ours-defaults` (on one that is started with less of
-that environment, or none of it), `vllm`. They have the same weights, prompts, sampling parameters, sequences at once
+Ray that is started with `serve_app/serve.env`), `ours-haproxy` and `ours-defaults` (on one that is started with less
+of it, or nothing), `vllm`. They have the same weights, prompts, sampling parameters, sequences at once
 and threads, and the load generator shares the cores with them. Each turn measures every contestant once, alone: our
 application is started anew, the others wait. Closed loop: each of N streams sends its next request when an answer is
 complete. Open loop (`--rates`): requests arrive by chance, R a second. Figures are medians of the turns; ratios are
@@ -30,6 +30,7 @@ from benchmarks.serving.model import model_directory
 from benchmarks.serving.profile import Profile
 from benchmarks.serving.report import table
 from benchmarks.serving.servers import VLLM, Contestant, Offline, OurApplication, Setting
+from serve_app.environment import variables
 
 T = TypeVar("T")
 _MOST_EACH, _REQUESTS = 12, 96
@@ -37,7 +38,7 @@ _MOST_EACH, _REQUESTS = 12, 96
 _OPEN_S = 15
 """Seconds in which the requests of an open loop arrive."""
 ENVIRONMENTS = {
-    "ours": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+    "ours": variables(),
     "ours-haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
     "ours-defaults": {},
 }

@@ -15,6 +15,7 @@ Ends with exit code 1 if a request failed, or an answer was not that of the vers
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import signal
 import statistics
@@ -57,6 +58,7 @@ def main() -> None:
     print(machine(1), flush=True)
     # `finally` ends the servers also when this process is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="swap_") as directory:
         model = register_versions(Path(directory), arguments.preset)
@@ -79,7 +81,7 @@ def main() -> None:
         good = True
         for name, count, replicas, disturb in kinds:
             if count:
-                server = application(model, Path(directory), replicas, arguments)
+                server = application(model, replicas, arguments)
                 try:
                     server.start()
                     good &= run(name, count, server, disturb(server), load, answers)
@@ -88,15 +90,13 @@ def main() -> None:
     sys.exit(not good)
 
 
-def application(
-    model: Registered, directory: Path, replicas: int, arguments: argparse.Namespace
-) -> OurApplication:
+def application(model: Registered, replicas: int, arguments: argparse.Namespace) -> OurApplication:
     """Return the application, which follows the alias."""
     setting = Setting.of(model.directories[0], sequences=arguments.streams, threads=1)
     return OurApplication(
         "ours",
         setting,
-        directory / "log.txt",
+        Path(tempfile.mkdtemp(prefix="swap_logs_")) / "ours.log",
         model=model.name,
         environment=ENVIRONMENTS["ours"],
         arguments={

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from benchmarks.serving.client import Client
 from benchmarks.serving.load import Load, Measured
 from benchmarks.serving.processes import Family
+from serve_app.environment import haproxy_apart
 
 ROOT = Path(__file__).parents[2]
 _START_S = 300
@@ -207,6 +208,7 @@ class OurApplication(_Server):
             "RAY_AUTH_MODE": "disabled",
             # By default Ray's workers have niceness 15, and yield to the client beside them.
             "RAY_worker_niceness": "0",
+            **haproxy_apart(self._directory, free_port(), free_port()),
             **self.environment,
         }
         ray = [

@@ -240,12 +240,10 @@ class Engines(Generic[ServedT]):
         return not any(self._slots[ref].report.state == "loading" for ref in before)
 
     async def _load(self, slot: _Slot[ServedT], files: Files) -> EngineInfo:
-        niceness = 0
-        if self.served:
-            await in_thread("memory", lambda: self._loader.check_room(files))
-            slot.check_wanted()
-            # Processes of other ranks would inherit it, and with the first engine threads of libraries that all use.
-            niceness = _LOADING_NICENESS if self._loader.options.tensor_parallel == 1 else 0
+        # Processes of other ranks would inherit it, and with the first engine threads of libraries that all use.
+        careful = bool(self.served) and self._loader.options.tensor_parallel == 1
+        niceness = _LOADING_NICENESS if careful else 0
+        await in_thread("memory", lambda: self._loader.check_room(files))
         engine = await in_thread("load", lambda: self._loader.load(files), niceness=niceness)
         try:
             slot.check_wanted()

@@ -12,6 +12,7 @@ from llama_ray.generation.backends.kv_cache import free_bytes
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.memory import required_bytes
 from llama_ray.generation.options import EngineOptions
+from llama_ray.pretrained import resolve
 from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking import registry
 from serve_app.registry.messages import EngineInfo, ModelVersion
@@ -20,13 +21,11 @@ from serve_app.replica import gate
 DType = Literal["float32", "bfloat16", "float16"]
 DEFAULT_OPTIONS = EngineOptions(max_num_seqs=16)
 
-MAKE_ROOM = (
-    "give a kv_cache_memory_bytes that leaves room for two engines, or deploy again to replace the replicas"
-)
+MAKE_ROOM = "give a kv_cache_memory_bytes that leaves room for two versions, or use quantization"
 
 
 class TooLargeError(Exception):
-    """There is no memory for an engine beside what is loaded; the message is one line with the way out."""
+    """There is not enough memory for an engine; the message is one line with the way out."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,12 @@ class EngineLoader:
     gate_timeout_s: float = 60.0
 
     def fetch(self, version: ModelVersion) -> Files:
-        """Download what is not on this machine yet. Raises TrackingError."""
+        """Download what is not on this machine yet. Raises TrackingError, or CheckpointError for no directory."""
         draft = self.options.draft_model
         return Files(self._local(version.location), None if draft is None else self._local(draft))
 
     def _local(self, ref: str) -> Path:
-        return registry.download(ref, self.tracking_uri) if is_model_ref(ref) else Path(ref)
+        return registry.download(ref, self.tracking_uri) if is_model_ref(ref) else resolve(ref)
 
     def check_room(self, files: Files) -> None:
         """Raise TooLargeError if there is not enough free memory; ValueError for a bad checkpoint."""
@@ -65,15 +64,15 @@ class EngineLoader:
         free = self.free_bytes()
         if needed > free:
             raise TooLargeError(
-                f"it needs {_gib(needed)} of memory on {self.device}, and {_gib(free)} are free beside what is loaded; "
-                f"{MAKE_ROOM}"
+                f"it needs {_gib(needed)} of memory on {self.device}, and {_gib(free)} are free; {MAKE_ROOM}"
             )
 
     def free_bytes(self) -> int:
         """Return the free memory; of several GPUs, that of the fullest."""
         if self.device == "cpu":
             return free_bytes(torch.device("cpu"))
-        return min(free_bytes(torch.device("cuda", rank)) for rank in range(self.options.tensor_parallel))
+        gpus = range(min(self.options.tensor_parallel, torch.cuda.device_count()))
+        return min(free_bytes(torch.device("cuda", gpu)) for gpu in gpus)
 
     def load(self, files: Files) -> Engine:
         """Return an engine. Raises ValueError for a bad checkpoint, and for options that do not fit it."""

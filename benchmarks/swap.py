@@ -31,6 +31,7 @@ from benchmarks.serving.disturbances import Disturbed, Killing, Moving
 from benchmarks.serving.load import Load
 from benchmarks.serving.registered import Registered, register_versions
 from benchmarks.serving.servers import OurApplication, Setting
+from llama_ray.tracking.uri import sqlite_uri
 
 _BLOCK = 10
 """Disturbances between two looks at the undisturbed throughput."""
@@ -61,7 +62,8 @@ def main() -> None:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="swap_") as directory:
-        model = register_versions(Path(directory), arguments.preset)
+        root = Path(directory)
+        model = register_versions(root, arguments.preset, sqlite_uri(root / "mlflow.db"))
         load = Load(
             streams=arguments.streams,
             requests=None,

@@ -86,6 +86,10 @@ class Answers:
             answers.append(Answer(completion.text, logprobs.tokens, logprobs.token_logprobs))
         return answers
 
+    def expected(self, ref: str, number: int) -> Answer:
+        """Return what the version `ref` answers to request `number`."""
+        return self._expected[ref][number % self._prompts]
+
     def compare(self, measured: Measured) -> Verdict:
         """Return what clients saw; the first failed request and the first wrong answer are printed."""
         failed = [o for o in measured.outcomes if o.error is not None]
@@ -111,7 +115,7 @@ class Answers:
         named = {event["system_fingerprint"] for event in events} | {outcome.version}
         if len(named) != 1:
             return f"it names {sorted(map(str, named))}"
-        expected = self._expected[named.pop()][outcome.number % self._prompts]
+        expected = self.expected(str(named.pop()), outcome.number)
         got = _answer(events)
         if got == expected and outcome.tokens == self._load.new_tokens:
             return None

@@ -11,8 +11,8 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import save_pretrained
 
-_CHARACTERS = 8_000_000
-"""Text that has 32,000 entries to learn."""
+_CHARACTERS = 250
+"""Text that has an entry of a vocabulary to learn."""
 
 
 def model_directory(cache: Path, preset: str) -> Path:
@@ -21,18 +21,19 @@ def model_directory(cache: Path, preset: str) -> Path:
     if not path.is_dir():
         config = LlamaConfig.preset(preset)
         with complete_directory(path) as partial:
-            save_pretrained(random_model(config), Tokenizer.train(texts(), config.vocab_size), partial)
+            save_pretrained(random_model(config), tokenizer(config.vocab_size), partial)
     return path
 
 
-def texts() -> Iterator[str]:
-    """Yield modules of the standard library."""
+def tokenizer(vocab_size: int) -> Tokenizer:
+    """Return a tokenizer that was trained on modules of the standard library."""
+    return Tokenizer.train(_texts(vocab_size * _CHARACTERS), vocab_size)
+
+
+def _texts(characters: int) -> Iterator[str]:
     read = 0
     for path in sorted(Path(os.__file__).parent.rglob("*.py")):
-        if "site-packages" in path.parts:
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        yield text
-        read += len(text)
-        if read > _CHARACTERS:
-            return
+        if "site-packages" not in path.parts and read < characters:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            yield text
+            read += len(text)

@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 from mlflow import MlflowClient
 
-from benchmarks.serving.model import texts
-from llama_ray.data.tokenizer import Tokenizer
+from benchmarks.serving.model import tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
 from llama_ray.tracking.package import CHECKPOINT_PATH
 from llama_ray.tracking.registry import CHAMPION
-from llama_ray.tracking.uri import sqlite_uri
 
 _SPREAD = 6.0
 """Larger weights than initial ones: attention matters, and the next token depends on the version."""
@@ -44,18 +42,17 @@ class Registered:
         MlflowClient(self.uri).set_registered_model_alias(self.name, CHAMPION, str(number))
 
 
-def register_versions(root: Path, preset: str, count: int = 2) -> Registered:
-    """Write `count` random models of `preset` below `root`, and register them in a database there."""
+def register_versions(root: Path, preset: str, uri: str, count: int = 2) -> Registered:
+    """Write `count` random models of `preset` below `root`, and register them at `uri`."""
     config = LlamaConfig.preset(preset)
-    tokenizer = Tokenizer.train(texts(), config.vocab_size)
-    name, uri = "swapped", sqlite_uri(root / "mlflow.db")
+    words, name = tokenizer(config.vocab_size), "swapped"
     client = MlflowClient(uri)
     client.create_registered_model(name)
     directories = []
     for seed in range(count):
         package = root / f"version-{seed + 1}"
         directories.append(package / CHECKPOINT_PATH)
-        save_pretrained(_model(config, seed), tokenizer, directories[-1])
+        save_pretrained(_model(config, seed), words, directories[-1])
         client.create_model_version(name, package.as_uri(), tags={"validation_loss": "2.0"})
     registered = Registered(name, uri, tuple(directories), config.vocab_size)
     registered.move(1)

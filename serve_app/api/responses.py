@@ -15,7 +15,8 @@ from starlette.types import Receive, Scope, Send
 from serve_app.api.chunks import ChunkWriter
 from serve_app.api.disconnect import until_disconnected
 from serve_app.errors import ApiError
-from serve_app.protocol.completions import Choice, CompletionRequest, CompletionResponse, Usage
+from serve_app.protocol.completions import Choice, CompletionRequest, CompletionResponse
+from serve_app.protocol.sampling import Usage
 from serve_app.routing.client import Accepted, Events
 from serve_app.streams.messages import ChoiceDelta
 

@@ -98,7 +98,9 @@ class Watchdog:
 
 def die(reason: str) -> None:
     """Write the stacks of all threads to stderr, and end this process at once."""
-    # No logger, which may wait for a lock that a stuck thread holds.
-    os.write(_STDERR, f"{reason}; the process ends. What its threads do:\n".encode())
-    faulthandler.dump_traceback(_STDERR)
-    os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        # No logger, which may wait for a lock that a stuck thread holds.
+        os.write(_STDERR, f"{reason}; the process ends. What its threads do:\n".encode())
+        faulthandler.dump_traceback(_STDERR)
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)

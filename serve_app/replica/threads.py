@@ -32,7 +32,7 @@ async def in_thread(name: str, function: Callable[[], Result], *, niceness: int 
     def run() -> None:
         if niceness and sys.platform == "linux":
             # Of this thread alone, on Linux.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + niceness)
         try:
             with panics_as_errors():
                 results.append(work.pop()())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
@@ -222,6 +223,28 @@ def test_a_delivery_may_abort_what_it_delivers(model: Llama, tokenizer: Tokenize
     assert aborted.wait(30)
     assert thread.engine.stats.blocks_in_use == 0
     assert thread.ended is None
+    thread.stop()
+
+
+def test_a_failing_model_ends_open_requests_and_not_later_ones(model: Llama, delivered: Delivered) -> None:
+    doomed = Llama(model.config)
+    thread = EngineThread(Engine(doomed, None, max_num_seqs=2), delivered)
+    whole = doomed.lm_head.weight
+    # The last one waits.
+    for name in "abc":
+        thread.submit([1], LONG, name)
+    delivered.get(timeout=30)
+    doomed.lm_head.weight = torch.nn.Parameter(torch.zeros(1, 1))
+    errors: dict[str, str | None] = {}
+    while len(errors) < 3:
+        name, item = delivered.get(timeout=30)
+        assert isinstance(item, list)
+        if item[-1].finish_reason == "error":
+            errors[name] = item[-1].error
+    assert all(error and error.startswith("RuntimeError: mat1 and mat2") for error in errors.values())
+    doomed.lm_head.weight = whole
+    thread.submit([1], PARAMS, "later")
+    assert delivered.until_finished("later")[-1].finish_reason == "length"
     thread.stop()
 
 

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import gc
+import queue
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.async_engine import AsyncEngine
 from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.backends.batch import StepBatch
 from llama_ray.generation.backends.cpu.cache import CpuCache
@@ -24,6 +24,7 @@ from llama_ray.generation.backends.kv_cache import TorchCache
 from llama_ray.generation.backends.runner import Runner, RunnerError
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.parallel.division import rank_config, rank_slicer
 from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import RankResult, RankRunner
@@ -110,25 +111,27 @@ def test_a_killed_worker_ends_the_engine_and_its_streams(saved: Path) -> None:
     before = workers()
     engine = Engine.from_pretrained(saved, device="cpu", tensor_parallel=2, **LIMITS)
     (worker,) = [p for p in workers() if p not in before]
+    items: queue.Queue[tuple[int, Item]] = queue.Queue()
 
-    async def use() -> None:
-        running = AsyncEngine(engine)
-        streams = [running.stream(p, SamplingParams(max_tokens=90, ignore_eos=True)) for p in PROMPTS]
-        for stream in streams[: LIMITS["max_num_seqs"]]:
-            await anext(stream)
-        worker.send_signal(signal.SIGKILL)
-        # This includes the stream that still waits.
-        for stream in streams:
-            with pytest.raises(
-                GenerationError, match=r"worker of rank 1 .* killed by SIGKILL; .* make a new one"
-            ):
-                async for _ in stream:
-                    pass
-        with pytest.raises(GenerationError, match="SIGKILL"):
-            await anext(running.stream("a"))
-        running.stop()
+    def deliver(new: list[tuple[int, Item]]) -> None:
+        for item in new:
+            items.put(item)
 
-    asyncio.run(asyncio.wait_for(use(), 60))
+    thread = EngineThread(engine, deliver)
+    for number, prompt in enumerate(PROMPTS):
+        thread.submit(prompt, SamplingParams(max_tokens=90, ignore_eos=True), number)
+    items.get(timeout=60)
+    worker.send_signal(signal.SIGKILL)
+    # This includes the requests that still wait.
+    ended: set[int] = set()
+    while len(ended) < len(PROMPTS):
+        number, item = items.get(timeout=60)
+        if isinstance(item, GenerationError):
+            assert re.search(r"worker of rank 1 .* killed by SIGKILL; .* make a new one", str(item))
+            ended.add(number)
+    with pytest.raises(GenerationError, match="SIGKILL"):
+        thread.submit("a", SamplingParams(), 0)
+    thread.stop()
     assert not worker.is_running()
     engine.submit("a")
     with pytest.raises(RunnerError, match="SIGKILL"):

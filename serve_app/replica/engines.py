@@ -214,7 +214,9 @@ class Engines(Generic[ServedT]):
 
     async def _attempt(self, slot: _Slot[ServedT]) -> None:
         try:
-            files = await in_thread("fetch", lambda: self._loader.fetch(slot.version))
+            files = await in_thread(
+                "fetch", lambda: self._loader.fetch(slot.version), niceness=self._niceness
+            )
             await self.until(lambda: not slot.wanted or self._may_load(slot))
             slot.check_wanted()
             self._loading += 1
@@ -232,6 +234,13 @@ class Engines(Generic[ServedT]):
             await self._give_back(slot)
         self._report(slot, report)
 
+    @property
+    def _niceness(self) -> int:
+        """That of threads which prepare an engine beside others."""
+        # Processes of other ranks would inherit it, and with the first engine threads of libraries that all use.
+        careful = bool(self.served) and self._loader.options.tensor_parallel == 1
+        return _LOADING_NICENESS if careful else 0
+
     def _may_load(self, slot: _Slot[ServedT]) -> bool:
         """Whether nothing else takes or gives memory, and no version that is more important is about to."""
         if self._loading or self._freeing:
@@ -240,11 +249,8 @@ class Engines(Generic[ServedT]):
         return not any(self._slots[ref].report.state == "loading" for ref in before)
 
     async def _load(self, slot: _Slot[ServedT], files: Files) -> EngineInfo:
-        # Processes of other ranks would inherit it, and with the first engine threads of libraries that all use.
-        careful = bool(self.served) and self._loader.options.tensor_parallel == 1
-        niceness = _LOADING_NICENESS if careful else 0
         await in_thread("memory", lambda: self._loader.check_room(files))
-        engine = await in_thread("load", lambda: self._loader.load(files), niceness=niceness)
+        engine = await in_thread("load", lambda: self._loader.load(files), niceness=self._niceness)
         try:
             slot.check_wanted()
             info = await self._check(engine, files)

@@ -21,7 +21,7 @@ from serve_app.replica import gate
 DType = Literal["float32", "bfloat16", "float16"]
 DEFAULT_OPTIONS = EngineOptions(max_num_seqs=16)
 
-MAKE_ROOM = "give a kv_cache_memory_bytes that leaves room for two versions, or use quantization"
+MAKE_ROOM = "set kv_cache_memory_bytes so that two versions fit, or use quantization"
 
 
 class TooLargeError(Exception):

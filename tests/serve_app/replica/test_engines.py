@@ -226,5 +226,4 @@ def test_many_changes_of_version_leave_no_memory_behind(tmp_path: Path) -> None:
                 resident.append(process.memory_info().rss)
 
     asyncio.run(run())
-    print([r >> 20 for r in resident], 4 * config.num_parameters() >> 20)
     assert max(resident[6:]) - max(resident[:6]) < 2 * config.num_parameters()

@@ -43,6 +43,13 @@ class ModelArgs(BaseModel):
         1, ge=0, le=_MOST, description="CPUs per replica, and its threads if it computes on the CPU."
     )
     num_gpus: float = Field(0, ge=0, le=_MOST, description="GPUs per replica; 0 computes on the CPU.")
+    memory_bytes: int | None = Field(
+        None,
+        ge=1,
+        lt=2**63,
+        description="The node's memory per replica, which Ray reserves and a replica on the CPU keeps within; default: "
+        "what is free.",
+    )
     min_replicas: int = Field(1, ge=1, le=_MOST, description="Replicas without load.")
     max_replicas: int = Field(4, ge=1, le=_MOST, description="Replicas under load, at most.")
     target_ongoing_requests: float | None = Field(

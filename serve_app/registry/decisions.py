@@ -8,11 +8,21 @@ from dataclasses import replace
 
 from serve_app.registry.facts import Change, Look, OutOfReach, Remembered
 from serve_app.registry.messages import ApiReport, ModelSpec, ReplicaPlan, ReplicaReport, Table
-from serve_app.registry.model_state import ModelState, Moment
+from serve_app.registry.model_state import ModelState
+from serve_app.registry.moment import Moment
 from serve_app.registry.replicas import FORGET_S
 
 HEARING_S = 5.0
 """Seconds after which all that live have reported, each two seconds, to a follower that starts or was cut off."""
+
+Plans = Mapping[tuple[str, str | None], ReplicaPlan]
+"""What replicas are to have loaded, by model and deployment; that of None is for all deployments without their own."""
+
+
+def plan_of(plans: Plans, model: str, deployment: str) -> ReplicaPlan:
+    """Return the plan for a replica."""
+    unknown = ReplicaPlan(1, refusal=f"{model} is not among the models of this application")
+    return plans.get((model, deployment)) or plans.get((model, None), unknown)
 
 
 class Decisions:
@@ -42,7 +52,7 @@ class Decisions:
         # The first follower of all has nobody to wait for.
         self._hearing_since = now if remembered else -math.inf
         self._first_revision = revision
-        self._plans = {name: ReplicaPlan(0) for name in self._models}
+        self._plans: dict[tuple[str, str | None], ReplicaPlan] = {}
         self._table = Table(0, ())
         self.settle(now)
 
@@ -68,17 +78,22 @@ class Decisions:
             now,
             max(self._table.revision + 1, self._first_revision),
             heard_all=self._is_in_contact(now, HEARING_S),
-            in_use=self._in_use,
+            is_known=self._is_known,
+            in_use=lambda ref: any(ref in api.in_use for api, _ in self._apis.values()),
         )
         changes = [change for model in self._models.values() for change in model.settle(moment)]
         self._publish(moment.revision)
         return changes
 
-    def plan(self, model: str) -> ReplicaPlan:
-        """Return what replicas of `model` are to have loaded; revision 0 while nothing is known."""
-        if model not in self._models:
-            return ReplicaPlan(1, refusal=f"{model} is not among the models of this application")
-        return self._plans[model]
+    @property
+    def plans(self) -> Plans:
+        """What replicas are to have loaded: see `plan_of`. Revision 0 while nothing is known."""
+        return dict(self._plans)
+
+    def standby_replicas(self) -> dict[str, int]:
+        """Return how many replicas each standby is to have at least, by deployment; with 0, it has none."""
+        models = ((model.spec.standby, model) for model in self._models.values())
+        return {standby.deployment: model.standby_replicas for standby, model in models if standby}
 
     @property
     def table(self) -> Table:
@@ -105,13 +120,9 @@ class Decisions:
         """Whether somebody was heard all the time for the last `since_s` seconds."""
         return now - self._hearing_since >= since_s and now - self._last_heard < FORGET_S
 
-    def _in_use(self, ref: str, revision: int) -> bool:
+    def _is_known(self, revision: int) -> bool:
         # A revision of the future is that of an earlier follower whose clock was ahead.
-        tables = [
-            (api, api.revision if api.revision <= self._table.revision else 0)
-            for api, _ in self._apis.values()
-        ]
-        return any(known < revision or ref in api.in_use for api, known in tables)
+        return all(revision <= api.revision <= self._table.revision for api, _ in self._apis.values())
 
     def _publish(self, revision: int) -> None:
         table = Table(
@@ -122,7 +133,8 @@ class Decisions:
         if table != self._table:
             self._table = replace(table, revision=revision)
         for name, model in self._models.items():
-            old = self._plans[name]
-            new = ReplicaPlan(old.revision, model.wanted(), model.refusal())
-            if new != old:
-                self._plans[name] = replace(new, revision=max(old.revision + 1, self._first_revision))
+            for deployment, plan in model.plans().items():
+                old = self._plans.setdefault((name, deployment), ReplicaPlan(0))
+                if replace(plan, revision=old.revision) != old:
+                    revision = max(old.revision + 1, self._first_revision)
+                    self._plans[name, deployment] = replace(plan, revision=revision)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
-from serve_app.registry.decisions import Decisions
+from serve_app.registry.decisions import Decisions, Plans, plan_of
 from serve_app.registry.facts import Change
 from serve_app.registry.messages import ApiReport, ModelSpec, ReplicaPlan, ReplicaReport, Table
 from serve_app.registry.record import Record
@@ -45,7 +45,8 @@ class Exchange:
     """Looks at the registry, hears replicas and API processes, and answers with what to load and what serves.
 
     Starts with its first call, also where no registry answers. `on_changes` receives decisions, and `on_stuck` a
-    replica that is silent for `stuck_after_s`; both are called in a thread, and log what they raise.
+    replica that is silent for `stuck_after_s`; both are called in a thread, and log what they raise. `on_standby` gets
+    how many replicas each standby is to have at least, whenever that changes, and again after it raised.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Exchange:
         stuck_after_s: float,
         on_changes: Callable[[Sequence[Change]], None],
         on_stuck: Callable[[ReplicaReport], None],
+        on_standby: Callable[[Mapping[str, int]], None],
     ) -> None:
         self._specs, self._poll_s = tuple(specs), registry_poll_s
         self._watch, self._record = Watch(tracking_uri), record
-        self._on_changes, self._on_stuck = on_changes, on_stuck
+        self._on_changes, self._on_stuck, self._on_standby = on_changes, on_stuck, on_standby
         self._clock = AwakeClock()
         self._decisions = Decisions(
             self._specs,
@@ -72,7 +74,7 @@ class Exchange:
             stuck_after_s=stuck_after_s,
         )
         self._recorded = self._decisions.remembered()
-        self._table, self._plans = self._decisions.table, self._all_plans()
+        self._table, self._plans = self._decisions.table, self._decisions.plans
         self._news, self._heard, self._look_wanted = asyncio.Event(), asyncio.Event(), asyncio.Event()
         # Looks and tags follow each other; the end of a replica waits for neither.
         self._registry, self._others = ThreadPoolExecutor(1, "registry"), ThreadPoolExecutor(1, "follower")
@@ -84,7 +86,7 @@ class Exchange:
         self._decisions.replica_reports(report, self._clock.now)
         self._heard.set()
         return await self._when_new(
-            lambda: self._plans.get(report.model) or self._decisions.plan(report.model), report.revision
+            lambda: plan_of(self._plans, report.model, report.deployment), report.revision
         )
 
     async def table(self, report: ApiReport) -> Table:
@@ -116,7 +118,8 @@ class Exchange:
     def _start(self) -> None:
         if not self._tasks:
             loop = asyncio.get_running_loop()
-            self._tasks = [loop.create_task(self._follow()), loop.create_task(self._decide())]
+            tasks = (self._follow(), self._decide(), self._scale())
+            self._tasks = [loop.create_task(task) for task in tasks]
 
     async def _when_new(self, read: Callable[[], _Answer], known: int) -> _Answer:
         with suppress(TimeoutError):
@@ -141,7 +144,7 @@ class Exchange:
             self._heard.clear()
             now = self._clock.advance()
             changes = self._decisions.settle(now)
-            table, plans = self._decisions.table, self._all_plans()
+            table, plans = self._decisions.table, self._decisions.plans
             await self._keep()
             self._publish(table, plans)
             self._tell(changes)
@@ -161,7 +164,18 @@ class Exchange:
             self._recorded = remembered
             await asyncio.wait(writes, timeout=_RECORD_S)
 
-    def _publish(self, table: Table, plans: dict[str, ReplicaPlan]) -> None:
+    async def _scale(self) -> None:
+        loop, told = asyncio.get_running_loop(), dict[str, int]()
+        while True:
+            if (wanted := self._decisions.standby_replicas()) != told:
+                try:
+                    await loop.run_in_executor(self._others, self._on_standby, wanted)
+                    told = wanted
+                except Exception:
+                    _log.exception("the number of replicas cannot be told")
+            await asyncio.sleep(_TICK_S)
+
+    def _publish(self, table: Table, plans: Plans) -> None:
         if (table, plans) != (self._table, self._plans):
             self._table, self._plans = table, plans
             self._news.set()
@@ -181,9 +195,6 @@ class Exchange:
                 self._registry.submit(self._watch.tag, change.version, text)
         if changes:
             self._others.submit(_logged, self._on_changes, changes)
-
-    def _all_plans(self) -> dict[str, ReplicaPlan]:
-        return {spec.name: self._decisions.plan(spec.name) for spec in self._specs}
 
 
 _Argument = TypeVar("_Argument")

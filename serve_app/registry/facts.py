@@ -43,13 +43,15 @@ class Rejection:
 class Remembered:
     """What the follower keeps of a model over a restart, its own and that of the application.
 
-    `previous` are versions that replicas may have loaded still, for streams that use them.
+    `previous` are versions that replicas may have loaded still, for streams that use them, and `standby` is the one
+    that those of the standby have.
     """
 
     current: ModelVersion | None = None
     canary: ModelVersion | None = None
     previous: tuple[ModelVersion, ...] = ()
     rejected: tuple[Rejection, ...] = ()
+    standby: ModelVersion | None = None
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ray
+from ray import serve
 from ray.experimental import internal_kv
 from ray.serve.metrics import Counter, Gauge
 
@@ -14,6 +15,7 @@ from serve_app.registry.exchange import Exchange
 from serve_app.registry.facts import Change
 from serve_app.registry.messages import ModelSpec, ReplicaReport
 from serve_app.registry.record import FileStore, Record, Store
+from serve_app.scaling import tell_standby
 
 _NAMESPACE = "llama_ray"
 _SERVE_NAMESPACE = "serve"
@@ -25,8 +27,8 @@ class RegistryFollower(Exchange):
     """The one place that decides which versions serve; the application has one replica of it.
 
     Looks at the registry at `tracking_uri` each `registry_poll_s` seconds; a replica that reports nothing for
-    `stuck_after_s` seconds is replaced. `application` is the name of the application, and `deployed` that of its
-    deployment: another one tries rejected versions again.
+    `stuck_after_s` seconds is replaced. `deployed` names this deployment of the application: another one tries rejected
+    versions again.
     """
 
     def __init__(
@@ -36,9 +38,13 @@ class RegistryFollower(Exchange):
         *,
         registry_poll_s: float = 5.0,
         stuck_after_s: float = 60.0,
-        application: str = "default",
         deployed: str = "",
     ) -> None:
+        application = serve.get_replica_context().app_name
+
+        def scale(replicas: Mapping[str, int]) -> None:
+            tell_standby(application, deployed, replicas)
+
         stores: list[Store] = [ClusterStore(), FileStore(_RECORDS)]
         super().__init__(
             specs,
@@ -48,6 +54,7 @@ class RegistryFollower(Exchange):
             stuck_after_s=stuck_after_s,
             on_changes=Metrics().count,
             on_stuck=kill,
+            on_standby=scale,
         )
 
 

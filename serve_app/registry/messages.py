@@ -8,13 +8,24 @@ from typing import Literal, Protocol
 
 
 @dataclass(frozen=True)
+class Standby:
+    """The second deployment of a model, which has no replicas but while a version does not fit beside the one that
+    serves. It may have `max_replicas`; `needs` says what a node must have free for one of them, as "1 CPU and 1 GPU".
+    """
+
+    deployment: str
+    max_replicas: int
+    needs: str
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model that the application serves, as its arguments name it.
 
     `name` is what clients ask for, `deployment` the name of its replicas in Serve. `ref` is a directory,
     `models:/name/7`, or `models:/name@alias`, which is followed. The version that `canary_alias` points to, if any,
     answers `canary_share` (0 to 1) of the requests. A version that no longer serves stays loaded for `keep_previous_s`
-    seconds, and at least while requests use it.
+    seconds, and at least while requests use it. A model that follows an alias has a `standby`.
     """
 
     name: str
@@ -23,6 +34,7 @@ class ModelSpec:
     canary_alias: str | None = None
     canary_share: float = 0.1
     keep_previous_s: float = 0.0
+    standby: Standby | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,14 @@ class ReplicaReport:
 class ReplicaPlan:
     """What a replica is to have loaded, the most important first; all else it frees once no request uses it.
 
-    `refusal`: nothing can be served at all, and why; a replica that has nothing loaded fails to start with it.
+    `refusal`: nothing can be served at all, and why; a replica that has nothing loaded fails to start with it. One that
+    is `optional` never fails to start: it waits for another plan, because others serve.
     """
 
     revision: int
     wanted: tuple[ModelVersion, ...] = ()
     refusal: str | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,8 @@ class VersionStatus:
     """A version of a model, its aliases, and its state.
 
     "previous" is loaded and answers whoever asks for it by its reference. `reason` says why it was rejected, or what a
-    load is waiting for. `ready` counts the replicas that have it loaded, by deployment; `info` comes from one of them.
+    load is waiting for. `ready` counts the replicas that have it loaded, by deployment: those that may be asked for it,
+    the best first. `info` comes from one of them.
     """
 
     version: ModelVersion

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from serve_app.registry.facts import Change, Look, OutOfReach, Rejection, Remembered
@@ -10,25 +10,14 @@ from serve_app.registry.messages import (
     EngineInfo,
     ModelSpec,
     ModelVersion,
+    ReplicaPlan,
     ServedModel,
     VersionState,
     VersionStatus,
 )
+from serve_app.registry.moment import Moment
 from serve_app.registry.replicas import Replicas
-
-
-@dataclass(frozen=True)
-class Moment:
-    """When decisions are made. `revision` is that of the table that they change.
-
-    `heard_all`: all that live have reported by now. `in_use(ref, revision)`: whether an API process has requests on the
-    version `ref`, or has no table of that `revision` or a later one yet.
-    """
-
-    now: float
-    revision: int
-    heard_all: bool
-    in_use: Callable[[str, int], bool]
+from serve_app.registry.surge import Surge
 
 
 @dataclass(frozen=True)
@@ -53,6 +42,7 @@ class ModelState:
     def __init__(self, spec: ModelSpec, remembered: Remembered, *, revision: int, now: float) -> None:
         self.spec = spec
         self.replicas = Replicas()
+        self._surge = Surge(spec, self.replicas, remembered.standby)
         self.current, self.canary = remembered.current, remembered.canary
         self._look: Look | None = None
         self._trouble: OutOfReach | None = None
@@ -87,6 +77,7 @@ class ModelState:
         self.canary = self._next_canary(moment)
         self._retire(served, moment)
         self._release(moment)
+        self._surge.settle(moment, self.current, self._pointed_to()[0], self._retired)
         infos = {v.ref: self.replicas.info(v.ref) or self._infos.get(v.ref) for v in self.wanted()}
         self._infos = {ref: info for ref, info in infos.items() if info}
         return changes + list(self._compared_to(*before))
@@ -100,7 +91,24 @@ class ModelState:
         """Return the versions that replicas are to have loaded, the most important first."""
         return _distinct(*self._active, *(retired.version for retired in self._retired.values()))
 
-    def refusal(self) -> str | None:
+    def plans(self) -> dict[str | None, ReplicaPlan]:
+        """Return what replicas are to have loaded, those of the standby and (None) all others, without revisions."""
+        spec, surge = self.spec, self._surge
+        others = surge.others_want(self.wanted(), self.current, self._pointed_to()[0])
+        plans: dict[str | None, ReplicaPlan] = {
+            None: ReplicaPlan(0, others, self._refusal(), optional=surge.has(self.current))
+        }
+        if spec.standby is not None:
+            standby = (surge.version,) if surge.version else ()
+            plans[spec.standby.deployment] = ReplicaPlan(0, standby, optional=True)
+        return plans
+
+    @property
+    def standby_replicas(self) -> int:
+        """How many replicas the standby is to have at least; with 0, it has none."""
+        return self._surge.least_replicas
+
+    def _refusal(self) -> str | None:
         """Return why nothing can be served; None if something is wanted, or nothing is known yet."""
         if self.wanted() or not self.is_known:
             return None
@@ -112,7 +120,8 @@ class ModelState:
     def remembered(self) -> Remembered:
         """Return what to keep over a restart."""
         retired = tuple(retired.version for retired in self._retired.values())
-        return Remembered(self.current, self.canary, retired, tuple(self._rejected.values()))
+        rejected = tuple(self._rejected.values())
+        return Remembered(self.current, self.canary, retired, rejected, self._surge.version)
 
     def served(self) -> ServedModel:
         """Return the model's part of the table."""
@@ -152,9 +161,13 @@ class ModelState:
         if target is None or (self.current and self.current.ref == target.ref):
             return self.current
         if self.current and not (moment.heard_all and self.replicas.all_failed(self.current.ref)):
-            return target if moment.heard_all and self.replicas.all_ready(target.ref) else self.current
+            return target if moment.heard_all and self._can_serve(target) else self.current
         # Where nothing serves, the first replica that can answer does.
         return target if self.replicas.ready(target.ref) else None
+
+    def _can_serve(self, version: ModelVersion) -> bool:
+        beside = self.replicas.all_ready(version.ref, self.spec.deployment)
+        return beside or self._surge.takes_over(version)
 
     def _next_canary(self, moment: Moment) -> ModelVersion | None:
         if self._look is None or self.current is None:
@@ -162,7 +175,7 @@ class ModelState:
         if self._look.canary is None or self._look.canary.ref == self.current.ref:
             return None
         _, target = self._pointed_to()
-        if target and moment.heard_all and self.replicas.all_ready(target.ref):
+        if target and moment.heard_all and self.replicas.all_ready(target.ref, self.spec.deployment):
             return target
         return None if self.canary and self.canary.ref == self.current.ref else self.canary
 
@@ -187,7 +200,7 @@ class ModelState:
         if not moment.heard_all:
             return
         for ref, retired in list(self._retired.items()):
-            if moment.now < retired.until or moment.in_use(ref, retired.revision):
+            if moment.now < retired.until or moment.in_use(ref) or not moment.is_known(retired.revision):
                 continue
             if retired.listed:
                 self._retired[ref] = replace(retired, listed=False, revision=moment.revision)
@@ -210,18 +223,19 @@ class ModelState:
         rejected = [r.version for r in self._rejected.values() if not r.lifted]
         listed = [retired.version for retired in self._retired.values() if retired.listed]
         for version in _distinct(*self._active, *rejected, *listed):
-            state, reason = self._state(version.ref)
+            state, reason = self._state(version)
             yield VersionStatus(
                 version,
                 state,
                 aliases=self._look.aliases.get(version.ref, ()) if self._look else (),
                 reason=reason,
-                ready=self.replicas.ready(version.ref),
+                ready=self._surge.ready(version.ref),
                 info=self._infos.get(version.ref),
             )
 
-    def _state(self, ref: str) -> tuple[VersionState, str | None]:
+    def _state(self, version: ModelVersion) -> tuple[VersionState, str | None]:
         """Return the state of a version and its reason."""
+        ref = version.ref
         if ref in self._rejected:
             return "rejected", self._rejected[ref].reason
         if self.current and ref == self.current.ref:
@@ -230,7 +244,7 @@ class ModelState:
             return "canary", None
         if ref in self._retired:
             return "previous", None
-        return "loading", self.replicas.reason(ref)
+        return "loading", self._surge.reason(version, self.current)
 
     def _notice(self) -> str | None:
         if self._trouble:

@@ -98,4 +98,5 @@ def _remembered(record: dict[str, Any], deployed: str) -> Remembered:
         record["canary"] and ModelVersion(**record["canary"]),
         tuple(ModelVersion(**version) for version in record["previous"]),
         tuple(Rejection(**{**r, "version": ModelVersion(**r["version"])}) for r in rejected),
+        record["standby"] and ModelVersion(**record["standby"]),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from serve_app.registry.messages import EngineInfo, EngineReport, ReplicaReport
@@ -39,14 +39,17 @@ class Replicas:
         self._seen = {name: seen for name, seen in self._seen.items() if name not in silent}
         return [seen.report for seen in silent.values()]
 
-    def ready(self, ref: str) -> Mapping[str, int]:
+    def ready(self, ref: str) -> Counter[str]:
         """Return how many replicas have the version `ref` loaded, by deployment."""
         return Counter(report.deployment for report in self._live if _is_ready(report, ref))
 
-    def all_ready(self, ref: str) -> bool:
-        """Whether all replicas of some deployment have the version `ref` loaded."""
-        total = Counter(report.deployment for report in self._live)
-        return any(count == total[deployment] for deployment, count in self.ready(ref).items())
+    def live(self, deployment: str) -> int:
+        """Return how many replicas of `deployment` report."""
+        return sum(report.deployment == deployment for report in self._live)
+
+    def all_ready(self, ref: str, deployment: str) -> bool:
+        """Whether `deployment` has replicas, and all of them have the version `ref` loaded."""
+        return 0 < self.live(deployment) == self.ready(ref)[deployment]
 
     def failure(self, ref: str) -> str | None:
         """Return why a replica says that the version `ref` must not serve; None if none says so."""
@@ -58,16 +61,25 @@ class Replicas:
         states = [report.engines.get(ref) for report in self._live]
         return bool(states) and all(state is not None and state.state == "failed" for state in states)
 
-    def reason(self, ref: str) -> str | None:
+    def too_large(self, ref: str, deployment: str) -> str | None:
+        """Return why a replica of `deployment` has no room for the version `ref`; None if none says so."""
+        states = (report for report in self._of(ref, deployment) if report.state == "too_large")
+        return next((report.reason or "there is no room" for report in states), None)
+
+    def reason(self, ref: str, deployment: str | None = None) -> str | None:
         """Return what a load of the version `ref` waits for, as one of the replicas says; None if none says so."""
-        return next((report.reason for report in self._of(ref) if report.reason), None)
+        return next((report.reason for report in self._of(ref, deployment) if report.reason), None)
 
     def info(self, ref: str) -> EngineInfo | None:
         """Return what a replica found when it loaded the version `ref`."""
         return next((report.info for report in self._of(ref) if report.info), None)
 
-    def _of(self, ref: str) -> Iterator[EngineReport]:
-        return (report.engines[ref] for report in self._live if ref in report.engines)
+    def _of(self, ref: str, deployment: str | None = None) -> Iterator[EngineReport]:
+        return (
+            report.engines[ref]
+            for report in self._live
+            if ref in report.engines and deployment in (None, report.deployment)
+        )
 
 
 def _is_ready(report: ReplicaReport, ref: str) -> bool:

@@ -34,7 +34,7 @@ class Following(Generic[ServedT]):
         """Follow until the most important version is ready; then call `forever`.
 
         Raises ValueError, with the reason, if the follower says that nothing can be served, or knows that everything
-        it wants has failed and wants nothing else.
+        it wants has failed and wants nothing else; but not where this replica is optional.
         """
         while not self._engines.can_serve:
             report = self._report()
@@ -45,7 +45,7 @@ class Following(Generic[ServedT]):
                 raise ValueError(plan.refusal)
             states = [report.engines.get(version.ref) for version in plan.wanted]
             reasons = [s.reason for s in states if s is not None and s.state in ("failed", "too_large")]
-            if reasons and len(reasons) == len(states):
+            if reasons and len(reasons) == len(states) and not plan.optional:
                 raise ValueError(f"{plan.wanted[0].ref} cannot be served: {reasons[0]}")
             self._apply(plan)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+from weakref import WeakSet
 
+import psutil
 import torch
 
 from llama_ray.generation.backends.kv_cache import free_bytes
@@ -36,12 +38,19 @@ class Files:
     draft: Path | None = None
 
 
+def resident_bytes() -> int:
+    """Return the memory that this process and the other ranks of its engines hold now."""
+    process = psutil.Process()
+    return sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
+
+
 @dataclass(frozen=True)
 class EngineLoader:
     """Makes the engines of a replica, all with the same options.
 
     References are resolved in the MLflow registry at `tracking_uri`. `dtype` None keeps the stored one. A version that
-    has not answered the gate's prompt within `gate_timeout_s` fails.
+    has not answered the gate's prompt within `gate_timeout_s` fails. This process and its engines keep within
+    `memory_bytes` of the machine's memory, if that is given.
     """
 
     tracking_uri: str | None = None
@@ -49,6 +58,9 @@ class EngineLoader:
     dtype: DType | None = None
     options: EngineOptions = DEFAULT_OPTIONS
     gate_timeout_s: float = 60.0
+    memory_bytes: int | None = None
+    _engines: WeakSet[Engine] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
+    _own_bytes: int = field(default_factory=resident_bytes, init=False, repr=False, compare=False)
 
     def fetch(self, version: ModelVersion) -> Files:
         """Download what is not on this machine yet. Raises TrackingError, or CheckpointError for no directory."""
@@ -63,22 +75,26 @@ class EngineLoader:
         needed = required_bytes(files.model, self._torch_dtype, self.device, self._options(files))
         free = self.free_bytes()
         if needed > free:
+            room = _gib(max(free, 0)) + ("" if self.memory_bytes is None else " of memory_bytes")
             raise TooLargeError(
-                f"it needs {_gib(needed)} of memory on {self.device}, and {_gib(free)} are free; {MAKE_ROOM}"
+                f"it needs {_gib(needed)} of memory on {self.device}, and {room} are free; {MAKE_ROOM}"
             )
 
     def free_bytes(self) -> int:
         """Return the free memory; of several GPUs, that of the fullest."""
         if self.device == "cpu":
-            return free_bytes(torch.device("cpu"))
+            free = free_bytes(torch.device("cpu"))
+            return free if self.memory_bytes is None else min(free, self.memory_bytes - self._taken_bytes())
         gpus = range(min(self.options.tensor_parallel, torch.cuda.device_count()))
         return min(free_bytes(torch.device("cuda", gpu)) for gpu in gpus)
 
     def load(self, files: Files) -> Engine:
         """Return an engine. Raises ValueError for a bad checkpoint, and for options that do not fit it."""
-        return Engine.from_pretrained(
+        engine = Engine.from_pretrained(
             files.model, dtype=self._torch_dtype, device=self.device, options=self._options(files), seed=None
         )
+        self._engines.add(engine)
+        return engine
 
     def check(self, engine: Engine, files: Files) -> EngineInfo:
         """Return what is known of an engine that passes the gate. Raises GateError."""
@@ -90,6 +106,12 @@ class EngineLoader:
             device=self.device,
             loss=loss,
         )
+
+    def _taken_bytes(self) -> int:
+        """Return what this process and its engines have, also the part of their caches that was never written."""
+        stats = [engine.stats for engine in self._engines]
+        own = self._own_bytes + sum(s.weight_bytes + s.kv_cache_bytes for s in stats)
+        return max(own, resident_bytes())
 
     @property
     def _torch_dtype(self) -> torch.dtype | None:

@@ -44,14 +44,14 @@ class LlamaReplica:
         dtype: DType | None = None,
         options: EngineOptions = DEFAULT_OPTIONS,
         gate_timeout_s: float = 60.0,
+        memory_bytes: int | None = None,
         stuck_after_s: float = 60.0,
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch sees no GPU here; install a CUDA build of torch, or set num_gpus to 0")
         torch.set_num_threads(max(1, min(threads, len(os.sched_getaffinity(0)))))
-        self._engines = Engines(
-            EngineLoader(tracking_uri, device, dtype, options, gate_timeout_s), ServedEngine
-        )
+        loader = EngineLoader(tracking_uri, device, dtype, options, gate_timeout_s, memory_bytes)
+        self._engines = Engines(loader, ServedEngine)
         self._watchdog = Watchdog(lambda: self._engines.served, stuck_after_s)
         self._sender = Sender()
         following = Following(FollowerHandle(follower), self._engines, _identity(spec))

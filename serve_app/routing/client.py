@@ -185,7 +185,7 @@ def deployment_of(table: Table, ref: str) -> str:
     for model in table.models:
         if (status := model.status(ref)) is not None:
             ready = [name for name, replicas in status.ready.items() if replicas]
-            return ready[0] if ready else model.spec.deployment
+            return next(iter([*ready, *status.ready]), model.spec.deployment)
     raise ApiError(404, f"model {ref} is no longer served", param="model", code="model_not_found")
 
 

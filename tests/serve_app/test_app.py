@@ -12,7 +12,7 @@ from ray.serve._private.build_app import build_app
 
 from llama_ray.generation.options import EngineOptions
 from serve_app.app import build
-from serve_app.registry.messages import ModelSpec
+from serve_app.registry.messages import ModelSpec, Standby
 
 
 def deployments(**args: Any) -> dict[str, Any]:
@@ -44,20 +44,35 @@ def test_each_of_several_models_has_replicas_of_its_own() -> None:
             {"model": "models:/a name+ü/7", "max_replicas": 2},
         ]
     )
-    assert set(made) == {"Api", "RegistryFollower", "LlamaReplica-big", "LlamaReplica-a%20name%2B%C3%BC"}
+    big, other = "LlamaReplica-big", "LlamaReplica-a%20name%2B%C3%BC"
+    # Only a model that follows an alias needs one.
+    standby = "LlamaStandby-big"
+    assert set(made) == {"Api", "RegistryFollower", big, standby, other}
     assert made["LlamaReplica-big"].ray_actor_options["num_gpus"] == 1
     assert made["LlamaReplica-a%20name%2B%C3%BC"]._deployment_config.autoscaling_config.max_replicas == 2
     follower, replicas = made["Api"].init_args
     assert follower.deployment_name == "RegistryFollower"
     assert {name: handle.deployment_name for name, handle in replicas.items()} == {
-        name: name for name in ("LlamaReplica-big", "LlamaReplica-a%20name%2B%C3%BC")
+        name: name for name in (big, standby, other)
     }
     assert made["Api"].init_kwargs["max_queued_requests"] == {"big": 5, "a name+ü": 256}
     specs = made["RegistryFollower"].init_args[0]
-    assert {spec.name: spec.deployment for spec in specs} == {
-        "big": "LlamaReplica-big",
-        "a name+ü": "LlamaReplica-a%20name%2B%C3%BC",
+    assert {spec.name: (spec.deployment, spec.standby) for spec in specs} == {
+        "big": (big, Standby(standby, 4, "1 CPUs, 1 GPUs")),
+        "a name+ü": (other, None),
     }
+
+
+def test_a_standby_is_like_the_replicas_but_has_none_at_first() -> None:
+    made = deployments(num_cpus="2", memory_bytes="1000", min_replicas="2", max_replicas="3")
+    replicas, standby = made["LlamaReplica"], made["LlamaStandby"]
+    for attribute in ("init_kwargs", "ray_actor_options", "max_ongoing_requests"):
+        assert getattr(standby, attribute) == getattr(replicas, attribute)
+    assert standby.ray_actor_options["memory"] == standby.init_kwargs["memory_bytes"] == 1000
+    scaling = standby._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, None, 3)
+    # Serve's controller has none of our packages: it gets the policy by value.
+    assert scaling.policy.get_policy().__name__ == "StandbyPolicy"
 
 
 def test_replicas_are_held_to_their_limits() -> None:

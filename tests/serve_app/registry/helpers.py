@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from serve_app.registry.decisions import HEARING_S, Decisions
+from serve_app.registry.decisions import HEARING_S, Decisions, plan_of
 from serve_app.registry.facts import Change, Look, Remembered
 from serve_app.registry.messages import (
     ApiReport,
     EngineReport,
     ModelSpec,
     ModelVersion,
+    ReplicaPlan,
     ReplicaReport,
     ServedModel,
     VersionStatus,
@@ -68,7 +69,7 @@ class Application:
         name: str,
         engines: Mapping[int, str] | None = None,
         reason: str | None = None,
-        deployment: str = "d",
+        deployment: str = SPEC.deployment,
     ) -> None:
         """Let a replica report the states of its engines."""
         reports = {
@@ -100,12 +101,16 @@ class Application:
     @property
     def plan_revision(self) -> int:
         """The revision of the plan that replicas get now."""
-        return self.decisions.plan(self.spec.name).revision
+        return self.plan().revision
 
     @property
     def wanted(self) -> list[int | None]:
         """The numbers of the versions that replicas are to have."""
-        return [version.number for version in self.decisions.plan(self.spec.name).wanted]
+        return [version.number for version in self.plan().wanted]
+
+    def plan(self, deployment: str = SPEC.deployment) -> ReplicaPlan:
+        """Return the plan of the replicas of `deployment`."""
+        return plan_of(self.decisions.plans, self.spec.name, deployment)
 
     @property
     def served(self) -> ServedModel:

@@ -12,7 +12,7 @@ from tests.serve_app.registry.helpers import SPEC, Application, ref, version
 def test_nothing_is_said_before_the_registry_answers_and_the_first_ready_replica_serves() -> None:
     application = Application()
     application.replica("a")
-    assert application.decisions.plan("llama") == ReplicaPlan(0)
+    assert application.plan() == ReplicaPlan(0)
     application.registry(7)
     assert application.wanted == [7]
     application.replica("a", {7: "loading"})
@@ -138,7 +138,7 @@ def test_an_alias_that_is_deleted_changes_nothing_and_is_said() -> None:
 def test_what_does_not_exist_is_refused_at_the_first_start() -> None:
     application = Application()
     application.registry(None)
-    plan = application.decisions.plan("llama")
+    plan = application.plan()
     assert plan.wanted == ()
     assert plan.refusal == "models:/llama@champion: 'llama' has no alias 'champion'; its aliases: none"
 
@@ -150,9 +150,9 @@ def test_a_registry_out_of_reach_refuses_only_where_nothing_is_recorded() -> Non
     application = Application()
     application.decisions.heard("llama", AWAY)
     application.settle()
-    assert application.decisions.plan("llama").refusal == AWAY.reason
+    assert application.plan().refusal == AWAY.reason
     application.registry(7)
-    assert application.decisions.plan("llama").refusal is None
+    assert application.plan().refusal is None
     assert application.wanted == [7]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ Register = Callable[..., None]
 async def following(
     name: str, uri: str, folder: Path, poll_s: float = 0.05, ref: str | None = None
 ) -> AsyncIterator[Exchange]:
-    def ignore(_: Sequence[Change] | ReplicaReport) -> None:
+    def ignore(_: Sequence[Change] | ReplicaReport | Mapping[str, int]) -> None:
         pass
 
     exchange = Exchange(
@@ -40,6 +40,7 @@ async def following(
         stuck_after_s=60,
         on_changes=ignore,
         on_stuck=ignore,
+        on_standby=ignore,
     )
     try:
         yield exchange
@@ -52,7 +53,7 @@ async def replica(exchange: Exchange, name: str) -> None:
     plan = ReplicaPlan(0)
     while True:
         engines = {version.ref: EngineReport("ready") for version in plan.wanted}
-        plan = await exchange.plan(ReplicaReport("r", "actor", "d", name, plan.revision, engines))
+        plan = await exchange.plan(ReplicaReport("r", "actor", "LlamaReplica", name, plan.revision, engines))
 
 
 async def until_serves(exchange: Exchange, number: int) -> Table:

@@ -122,6 +122,9 @@ class ModelArgs(BaseModel):
         if self.num_gpus and shards > 1 and self.num_gpus != shards:
             raise ValueError(f"num_gpus is {self.num_gpus:g} and tensor_parallel {shards}; make them equal")
         _check_order("min_replicas", self.min_replicas, "max_replicas", self.max_replicas)
+        if self.max_queued_requests == 0:
+            # A request that is on its way to a replica counts, too.
+            raise ValueError("max_queued_requests is 0; it must be at least 1, or -1 for no limit")
         return self
 
     @model_validator(mode="after")

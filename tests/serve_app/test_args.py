@@ -113,6 +113,7 @@ def test_without_a_list_there_is_one_model() -> None:
         ({"gate_timeout_s": 0}, "gate_timeout_s"),
         ({"keep_previous_s": -1}, "keep_previous_s"),
         ({"max_surge_percent": 101}, "max_surge_percent"),
+        ({"max_queued_requests": 0}, "max_queued_requests is 0; it must be at least 1, or -1 for no limit"),
         ({"quantization": "int2"}, "quantization"),
         ({"engine": {"max_num_seqs": 4}, "quantization": "int8"}, "engine is given beside quantization"),
         ({"tensor_parallel": 2, "num_gpus": 1}, "num_gpus is 1 and tensor_parallel 2; make them equal"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+MODEL_CACHE = Path("~/.cache/llama_ray/models")
+"""What was downloaded from model registries to this machine."""
 _MODEL_SCHEME = "models:/"
 _JOB_COPY = ("runtime_resources", "working_dir_files")
 

@@ -10,6 +10,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from llama_ray.utils.errors import UserError, first_line
+from llama_ray.utils.redact import redact
 
 _PASSING_CODES = frozenset(
     {
@@ -51,8 +52,14 @@ def reason(error: BaseException) -> str:
     if not isinstance(error, MlflowException) or error.error_code == "INTERNAL_ERROR":
         while innermost.__cause__ or innermost.__context__:
             innermost = innermost.__cause__ or innermost.__context__ or innermost
-    text = first_line(innermost)
+    text = _telling_line(innermost)
     return text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]}..."
+
+
+def _telling_line(error: BaseException) -> str:
+    """Return the first line that is not a heading: MLflow lists under it what failed for each file of a download."""
+    lines = redact(str(error)).strip().splitlines()
+    return next((line for line in lines if not line.endswith(":") and line[:1] != "#"), first_line(error))
 
 
 def is_passing(error: BaseException) -> bool:

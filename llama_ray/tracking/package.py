@@ -11,9 +11,13 @@ import mlflow.pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+from llama_ray.tracking.manifest import describe
+
 CHECKPOINT = "checkpoint"
 CHECKPOINT_PATH = f"artifacts/{CHECKPOINT}"
 """The Hugging Face directory inside an MLflow model."""
+FILES_KEY = "checkpoint_files"
+"""Where an MLflow model's metadata has the sizes and checksums of that directory's files."""
 
 # One unnamed string column, so that a list of strings and a data frame with one column are both accepted.
 SIGNATURE = ModelSignature(
@@ -72,6 +76,7 @@ def write_model(path: Path, model: Model, *, checkpoint: Path, python_model: Pat
         target = path / CHECKPOINT_PATH / source.relative_to(checkpoint)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(source.resolve())
+    model.metadata = {FILES_KEY: describe(checkpoint)}
     # save_model has inferred a signature without parameters from the type hints of python_model.
     model.signature = SIGNATURE
     model.flavors["python_function"]["artifacts"] = {

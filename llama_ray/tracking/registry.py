@@ -18,6 +18,7 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
+from llama_ray.tracking.cache import CachedVersion
 from llama_ray.tracking.errors import TrackingError, reported
 from llama_ray.tracking.fetch import fetch
 from llama_ray.tracking.package import check_checkpoint, write_model
@@ -25,6 +26,7 @@ from llama_ray.tracking.runs import Run
 from llama_ray.tracking.uri import connect
 from llama_ray.tracking.versions import (
     ModelRef,
+    NotRegistered,
     Version,
     alias_holder,
     check_name,
@@ -192,11 +194,23 @@ def download(ref: str, uri: str | None = None, cache_dir: Path | None = None) ->
     """Return the Hugging Face directory of `models:/name/7` or `models:/name@alias` on this machine.
 
     It is fetched once into `cache_dir` (by default `~/.cache/llama_ray/models`), also if several processes ask at the
-    same time. If the artifact store is a local folder, that folder itself is returned: do not write to it. No code of
-    the model runs. Raises TrackingError.
+    same time, and checked: by its checksums when it arrives, by its sizes whenever it is asked for. If the artifact
+    store is a local folder, that folder itself is returned: do not write to it. A version that was returned before is
+    found again while the registry is out of reach. No code of the model runs. Raises TrackingError.
     """
-    client = connect(uri)
-    version = find(client, ref)
+    wanted = parse_ref(ref)
+    try:
+        client = connect(uri)
+        version = find(client, ref)
+    except NotRegistered:
+        raise
+    except TrackingError:
+        if wanted.number is None:
+            raise
+        directory = CachedVersion.of(wanted.name, wanted.number, uri, cache_dir).find()
+        if directory is None:
+            raise
+        return directory
     return fetch(client, version.name, version.version, cache_dir)
 
 

@@ -88,6 +88,12 @@ def check_answers(uri: str) -> None:
         _check_database(uri)
 
 
+def identity(uri: str | None = None) -> str:
+    """Return what tells the registry at `uri` (default: `tracking_uri()`) from others, without user and password."""
+    uri = _absolute(uri or tracking_uri())
+    return uri if sqlite_path(uri) else without_user(uri)
+
+
 def without_user(uri: str) -> str:
     """Return the URI of a server without user and password, for a browser."""
     parts = _split(uri)

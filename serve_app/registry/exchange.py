@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
+from llama_ray.storage.paths import is_model_ref
 from serve_app.registry.decisions import Decisions, Plans, plan_of
 from serve_app.registry.facts import Change
 from serve_app.registry.messages import ApiReport, ModelSpec, ReplicaPlan, ReplicaReport, Table
@@ -62,12 +63,14 @@ class Exchange:
         on_standby: Callable[[Mapping[str, int]], None],
     ) -> None:
         self._specs, self._poll_s = tuple(specs), registry_poll_s
+        # What a directory holds is not worth remembering: it may be another one now.
+        self._followed = [spec.name for spec in specs if is_model_ref(spec.ref)]
         self._watch, self._record = Watch(tracking_uri), record
         self._on_changes, self._on_stuck, self._on_standby = on_changes, on_stuck, on_standby
         self._clock = AwakeClock()
         self._decisions = Decisions(
             self._specs,
-            {spec.name: kept for spec in specs if (kept := record.read(spec.name))},
+            {name: kept for name in self._followed if (kept := record.read(name))},
             # Above those of an earlier follower, whose revisions others may know.
             revision=time.time_ns() // 10**6,
             now=self._clock.now,
@@ -158,7 +161,7 @@ class Exchange:
         writes = [
             loop.run_in_executor(self._others, self._record.write, name, now)
             for name, now in remembered.items()
-            if now != self._recorded.get(name)
+            if name in self._followed and now != self._recorded.get(name)
         ]
         if writes:
             self._recorded = remembered

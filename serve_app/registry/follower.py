@@ -10,7 +10,7 @@ from ray import serve
 from ray.experimental import internal_kv
 from ray.serve.metrics import Counter, Gauge
 
-from llama_ray.tracking.fetch import CACHE
+from llama_ray.storage.paths import MODEL_CACHE
 from serve_app.registry.exchange import Exchange
 from serve_app.registry.facts import Change
 from serve_app.registry.messages import ModelSpec, ReplicaReport
@@ -19,7 +19,7 @@ from serve_app.scaling import tell_standby
 
 _NAMESPACE = "llama_ray"
 _SERVE_NAMESPACE = "serve"
-_RECORDS = CACHE / ".serving"
+_RECORDS = MODEL_CACHE / ".serving"
 _log = logging.getLogger(__name__)
 
 

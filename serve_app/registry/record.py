@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama_ray.storage.atomic import write_text
-from llama_ray.tracking.uri import without_user
+from llama_ray.tracking.uri import identity
 from llama_ray.utils.errors import first_line
 from llama_ray.utils.redact import redact
 from serve_app.registry.facts import Rejection, Remembered
@@ -58,7 +58,7 @@ class Record:
         self, stores: Sequence[Store], *, application: str, tracking_uri: str, deployed: str
     ) -> None:
         self._stores = stores
-        self._owner = f"{application}\n{redact(without_user(tracking_uri))}"
+        self._owner = f"{application}\n{redact(identity(tracking_uri))}"
         self._deployed = deployed
 
     def read(self, model: str) -> Remembered | None:

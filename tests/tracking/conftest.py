@@ -54,6 +54,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(
             {f"w{shard}": torch.full((256,), shard)}, folder / f"model-{shard:05d}-of-00002.safetensors"
         )
+    weight_map = {f"w{shard}": f"model-{shard:05d}-of-00002.safetensors" for shard in (1, 2)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 

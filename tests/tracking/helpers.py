@@ -52,6 +52,8 @@ def guarded(
             self.send_response(status)
             self.send_header("content-type", kind)
             self.send_header("content-length", str(len(content)))
+            # A connection that is kept would go on after the end of the block.
+            self.send_header("connection", "close")
             self.end_headers()
             self.wfile.write(content)
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from serve_app.registry.decisions import HEARING_S, Decisions
+from serve_app.registry.decisions import HEARING_S, Decisions, plan_of
 from serve_app.registry.facts import Change, OutOfReach
 from serve_app.registry.messages import ApiReport, EngineReport, ModelSpec, ReplicaReport, Table
 from serve_app.registry.replicas import FORGET_S
@@ -17,7 +17,7 @@ from tests.serve_app.registry.helpers import look, ref
 VERSIONS = (1, 2, 3, 4)
 BAD = {ref(4)}
 """Versions that fail whenever they are loaded."""
-NAME = "llama"
+NAME, DEPLOYMENT = "llama", "LlamaReplica"
 ALIASES = st.sampled_from((*VERSIONS, *VERSIONS, None))
 
 
@@ -209,10 +209,10 @@ class Interleavings(RuleBasedStateMachine):
             for version, state in replica.engines.items()
         }
         self.decisions.replica_reports(
-            ReplicaReport(str(name), "actor", "d", NAME, replica.revision, engines), self.now
+            ReplicaReport(str(name), "actor", DEPLOYMENT, NAME, replica.revision, engines), self.now
         )
         self.settle()
-        plan = self.decisions.plan(NAME)
+        plan = plan_of(self.decisions.plans, NAME, DEPLOYMENT)
         replica.revision = plan.revision
         replica.engines = {
             version.ref: replica.engines.get(version.ref, "loading") for version in plan.wanted
@@ -227,7 +227,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @invariant()
     def what_is_used_stays_loaded(self) -> None:
-        wanted = {version.ref for version in self.decisions.plan(NAME).wanted}
+        wanted = {version.ref for version in plan_of(self.decisions.plans, NAME, DEPLOYMENT).wanted}
         for api in self.apis.values():
             assert set(api.reported) & set(api.in_use) <= wanted
 

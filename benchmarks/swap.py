@@ -2,6 +2,7 @@
 
     python -m benchmarks.swap                             # 50 moves under 16 streams; 10 minutes on 2 cores
     python -m benchmarks.swap --moves 0 --kills 20        # SIGKILLs of 2 replicas
+    python -m benchmarks.swap --moves 0 --outages 3       # SIGKILLs of both at once
     python -m benchmarks.swap --moves 0 --stops 5         # SIGSTOPs: a replica that makes no progress
 
 Two versions of a model with different weights are registered in an MLflow database, and served by the real application.
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--kills", type=int, default=0, help="SIGKILLs of replicas; a fifth hits both at once"
     )
-    parser.add_argument("--stops", type=int, default=0, help="SIGSTOPs of replicas")
+    parser.add_argument("--stops", type=int, default=0, help="SIGSTOPs of one of two replicas")
     parser.add_argument("--streams", type=int, default=16, help="of clients (16)")
     parser.add_argument("--new_tokens", type=int, default=160, help="of each answer (160)")
     parser.add_argument("--preset", default="llama-30m", help="of LlamaConfig (llama-30m)")
@@ -78,6 +79,12 @@ def main() -> None:
         kinds: list[tuple[str, int, int, Callable[[OurApplication], Disturbed]]] = [
             ("moves", arguments.moves, 1, lambda server: Moving(server, model, rng)),
             ("kills", arguments.kills, 2, lambda server: Killing(server, rng, signal.SIGKILL)),
+            (
+                "outages",
+                arguments.outages,
+                2,
+                lambda server: Killing(server, rng, signal.SIGKILL, everyone=True),
+            ),
             ("stops", arguments.stops, 2, lambda server: Killing(server, rng, signal.SIGSTOP)),
         ]
         good = True

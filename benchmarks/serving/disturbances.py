@@ -1,4 +1,4 @@
-"""What happens to an endpoint while it answers: the alias moves, a replica is killed or stopped."""
+"""What happens to an endpoint while it answers: the alias moves, replicas are killed or stopped."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class Moving:
 
 
 class Killing:
-    """Sends a signal to a replica, to all at once each fifth time; it is over when as many as before are ready."""
+    """Sends a signal to a replica, or to `everyone` at once; it is over when as many as before are ready."""
 
-    def __init__(self, server: OurApplication, rng: random.Random, number: signal.Signals) -> None:
-        self._server, self._rng, self._signal = server, rng, number
-        self._count = 0
+    def __init__(
+        self, server: OurApplication, rng: random.Random, number: signal.Signals, *, everyone: bool = False
+    ) -> None:
+        self._server, self._rng, self._signal, self._everyone = server, rng, number, everyone
         self._replicas = len(self._pids())
 
     def once(self) -> float:
         """Signal at a random instant."""
         time.sleep(self._rng.uniform(0, 2))
-        self._count += 1
         pids = self._pids()
-        victims = pids if self._count % 5 == 0 else [self._rng.choice(pids)]
+        victims = pids if self._everyone else [self._rng.choice(pids)]
         began = time.monotonic()
         for pid in victims:
             os.kill(pid, self._signal)

@@ -23,6 +23,8 @@ _FOLLOWER_CPUS, _API_CPUS = 0.01, 0.1
 """Small shares: a laptop with two cores has room for a replica and a training worker."""
 _MANY_REQUESTS = 10_000
 """Of a deployment that only passes on: it accepts all of them, so that /health, a 429 or a poll never waits."""
+_API_CHECK_S = 10
+"""What a check of an API process may take; a body of 8 MiB that is parsed holds its event loop for some seconds."""
 _API_TARGET = 100.0
 """Streams that one process of the API passes on without delay."""
 _LOOK_BACK_S, _UPSCALE_DELAY_S = 15, 5
@@ -53,6 +55,9 @@ def build(args: ServeArgs) -> Application:
         max_ongoing_requests=_MANY_REQUESTS,
         autoscaling_config=_scaling(args.min_api_replicas, args.max_api_replicas, _API_TARGET),
         max_surge_percent=100,
+        # A process that was killed is replaced with the next check: seconds sooner than by Serve's 10 s.
+        health_check_period_s=1,
+        health_check_timeout_s=_API_CHECK_S,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
     )(serve.ingress()(Api)).bind(
         follower,

@@ -48,6 +48,8 @@ RAY = (
     "tests/jobs/test_generate.py",
     "tests/jobs/test_prepare_data.py",
     "tests/orchestration/test_placement_groups.py",
+    "tests/serve_app/test_draining.py",
+    "tests/serve_app/test_front.py",
     "tests/serve_app/test_serving.py",
     "tests/serve_app/test_serving_errors.py",
 )

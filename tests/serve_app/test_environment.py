@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from serve_app import environment
+from serve_app.errors import ErrorResponse
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,3 +67,10 @@ def test_the_api_says_at_its_start_what_is_missing(
         monkeypatch.setenv(name, value)
     Api(None, {}, max_queued_requests={}, resume_timeout_s=1)
     assert caplog.records == []
+
+
+def test_haproxys_errors_are_error_objects() -> None:
+    lines = environment.variables()["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"].splitlines()
+    bodies = [shlex.split(line)[6] for line in lines if "http-error" in line]
+    errors = [ErrorResponse.model_validate_json(body).error for body in bodies]
+    assert [(error.type, error.code) for error in errors] == [("server_error", "unavailable")] * 2

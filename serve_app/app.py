@@ -12,7 +12,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking.registry import parse_ref
-from serve_app.api.api import Api
+from serve_app.api.access import read_keys
+from serve_app.api.api import Api, HttpOptions
 from serve_app.args import ModelArgs, ServeArgs
 from serve_app.registry.follower import RegistryFollower
 from serve_app.registry.messages import ModelSpec, Standby
@@ -64,7 +65,7 @@ def build(args: ServeArgs) -> Application:
         replicas,
         max_queued_requests={model.name: model.max_queued_requests for model in args.served},
         resume_timeout_s=args.resume_timeout_s,
-        max_body_bytes=args.max_body_bytes,
+        http=_http_options(args),
     )
     return application
 
@@ -170,6 +171,12 @@ def _standby_scaling(model: ModelArgs, deployed: str) -> AutoscalingConfig:
         policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
             policy_function=StandbyPolicy, policy_kwargs={"deployed": deployed}
         ),
+    )
+
+
+def _http_options(args: ServeArgs) -> HttpOptions:
+    return HttpOptions(
+        args.max_body_bytes, read_keys(args.api_keys), args.allow_anonymous, tuple(args.cors_origins)
     )
 
 

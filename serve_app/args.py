@@ -195,6 +195,17 @@ class ServeArgs(ModelArgs):
         le=2**30,
         description="Size of a request's body; the API answers a larger one with 413.",
     )
+    api_keys: str | None = Field(
+        None,
+        description="File with a line for each key that may use the API, its name and SHA-256; LLAMA_RAY_API_KEYS may "
+        "hold keys, too. Without any, no key is asked for.",
+    )
+    allow_anonymous: bool = Field(
+        False, description="Listen on a public address, too, although no key is asked for."
+    )
+    cors_origins: list[str] = Field(
+        [], description="Origins whose pages may use the API from a browser: https://chat.example; * is any."
+    )
     graceful_shutdown_timeout_s: float = Field(
         600, gt=0, le=_MOST, description="Seconds to drain before a replica is killed."
     )

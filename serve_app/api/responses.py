@@ -39,14 +39,15 @@ class CompletionWriter:
             choices=[],
         )
 
-    async def whole(self, events: Events) -> CompletionResponse:
-        """Return the response once it is complete."""
+    async def whole(self, events: Events) -> str:
+        """Return the response once it is complete, as JSON."""
         by_choice: dict[int, list[ChoiceDelta]] = defaultdict(list)
         async for event in events:
             for delta in self._count(event):
                 by_choice[delta.index].append(delta)
         choices = [_choice(ChoiceDelta.joined(by_choice[index])) for index in sorted(by_choice)]
-        return self._empty_response.model_copy(update={"choices": choices, "usage": self._usage()})
+        whole = self._empty_response.model_copy(update={"choices": choices, "usage": self._usage()})
+        return whole.model_dump_json()
 
     async def stream(self, events: Events) -> AsyncGenerator[bytes]:
         """Yield server-sent events, one per delta; those that are ready at the same moment together."""

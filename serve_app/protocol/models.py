@@ -65,6 +65,12 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
+class Version(BaseModel):
+    """The body of `GET /version`."""
+
+    version: str
+
+
 class Ready(BaseModel):
     """The body of `GET /ready`: every model can answer."""
 

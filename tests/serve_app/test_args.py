@@ -149,7 +149,7 @@ def test_a_tracking_uris_password_is_not_shown() -> None:
 def test_config_yaml_passes_serves_own_validation() -> None:
     config = ServeDeploySchema.model_validate(CONFIG)
     [application] = config.applications
-    assert (config.http_options.host, config.http_options.port) == ("0.0.0.0", 8000)
+    assert (config.http_options.host, config.http_options.port) == ("127.0.0.1", 8000)
     assert application.import_path == "serve_app.app:build"
     assert ServeArgs.model_validate(application.args).model == "models:/llama-ray@champion"
     known = ServeDeploySchema.model_json_schema()["properties"]

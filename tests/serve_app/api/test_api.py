@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from llama_ray.data.tokenizer import Tokenizer
-from serve_app.api.api import create_api
+from serve_app.api.api import HttpOptions, create_api
 from serve_app.errors import INTERNAL_ERROR
 from serve_app.registry.messages import Table
 from tests.generation.constraints.helpers import COSTLY_MASK
@@ -155,7 +155,7 @@ async def statuses(app: FastAPI, chunks: Iterator[bytes]) -> list[int]:
 def test_a_body_beyond_the_limit_is_a_413_however_it_is_sent(
     replicas: LocalReplicas, follower: FixedFollower
 ) -> None:
-    app = create_api(lambda: local_client(follower, replicas), max_body_bytes=1000)
+    app = create_api(lambda: local_client(follower, replicas), HttpOptions(max_body_bytes=1000))
     with TestClient(app) as http:
         response = http.post("/v1/completions", json=BODY | {"prompt": "a" * 1000})
         assert response.status_code == 413

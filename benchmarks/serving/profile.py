@@ -53,7 +53,7 @@ class Profile:
         seconds = time.monotonic() - self._begin
         tokens = max(1, sum(outcome.tokens for outcome in measured.outcomes))
         used = {key: total - self._before.get(key, 0.0) for key, total in after.items()}
-        threads: dict[int, Counter[str]] = defaultdict(Counter)
+        threads: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         names: dict[int, dict[int, str]] = {}
         for (pid, thread), cpu_s in used.items():
             if cpu_s / seconds < _LEAST:
@@ -61,12 +61,13 @@ class Profile:
             else:
                 python = names.setdefault(pid, _python_names(pid))
                 threads[pid][python.get(thread) or thread_name(pid, thread) or "ended"] += cpu_s
-        rows = [("client", measured.client_cpu_s, Counter[str]())]
-        rows += [(role(pid), times.total(), times) for pid, times in threads.items()]
+        rows = [("client", measured.client_cpu_s, dict[str, float]())]
+        rows += [(role(pid), sum(times.values()), dict(times)) for pid, times in threads.items()]
         lines = ["| process | of a core | us a token | threads, us a token |", "|---|---|---|---|"]
         for name, cpu_s, times in sorted(rows, key=lambda row: -row[1]):
             if cpu_s / seconds >= _LEAST:
-                parts = ", ".join(f"{thread} {1e6 * s / tokens:.0f}" for thread, s in times.most_common(6))
+                busiest = sorted(times.items(), key=lambda item: -item[1])[:6]
+                parts = ", ".join(f"{thread} {1e6 * s / tokens:.0f}" for thread, s in busiest)
                 lines.append(f"| {name} | {cpu_s / seconds:.0%} | {1e6 * cpu_s / tokens:.0f} | {parts} |")
         everything = sum(row[1] for row in rows)
         lines.append(f"| all | {everything / seconds:.0%} | {1e6 * everything / tokens:.0f} | |")

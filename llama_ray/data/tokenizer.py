@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from llama_ray.data.chat_encoding import ChatEncoder, ChatText
+from llama_ray.data.chat_template import ChatPrompt, ChatTemplate
 from llama_ray.data.text_stream import TextDecoder, TextStream
 from llama_ray.data.token_bytes import max_token_bytes
 from llama_ray.data.tokenizer_files import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     TokenizerError,
+    chat_templates,
     content,
     read_tokenizer,
     special_tokens,
@@ -36,6 +40,9 @@ PATTERN = (
 # Without a tokenizer_config.json, the first of these names that the vocabulary holds is bos or eos.
 _BOS_NAMES = (BOS, "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = (EOS, "</s>", "<eos>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
+# What ends an answer in the formats of Llama 3, ChatML, Llama 2, Phi and Gemma.
+_END_OF_TURN_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "</s>", "<|end|>", "<end_of_turn>")
+_TRANSCRIPT = ChatTemplate.plain()
 
 
 class Tokenizer:
@@ -61,8 +68,11 @@ class Tokenizer:
         self.eos_id = _special_id("eos_token", config, vocabulary, _EOS_NAMES)
         special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         special |= {vocabulary[name] for name in special_tokens(config) if name in vocabulary}
+        self._special = frozenset(special)
         self._decoder = TextDecoder(backend, special)
         canonical = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
+        templates = chat_templates(config)
+        self.chat_template = ChatTemplate(templates, self._special_names()) if templates else None
         self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
@@ -172,6 +182,30 @@ class Tokenizer:
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
         return ids
 
+    def render_chat(self, prompt: ChatPrompt) -> ChatText:
+        """Return a conversation as `chat_template` writes it or, without one, as a plain transcript.
+
+        Raises ValueError for messages that the template refuses.
+        """
+        return self._chat_encoder.render(self.chat_template or _TRANSCRIPT, prompt)
+
+    def encode_chat(self, text: ChatText) -> list[int]:
+        """Return the token ids of a conversation: special tokens where its template wrote them.
+
+        The template writes bos, as in transformers; a plain transcript gets it as any prompt does. The text of a
+        special token in a message is characters. Raises TokenizerError for a lone surrogate.
+        """
+        _check_characters(text.text)
+        return self._chat_encoder.encode(text)
+
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """Return the special tokens that end an answer: what the chat template writes there, and well-known names."""
+        ids = map(self._backend.token_to_id, _END_OF_TURN_NAMES)
+        known = frozenset(id for id in ids if id in self._special)
+        if self.chat_template is None:
+            return known
+        return known | self._chat_encoder.first_special_ids(self.chat_template.end_of_turn())
+
     def for_documents(self) -> Tokenizer:
         """Return the tokenizer of a model that is trained on documents between bos and eos.
 
@@ -211,6 +245,21 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder().keys() - set(self.encode_prompt(""))
         ids = self._backend.get_vocab(with_added_tokens=True).values()
         return max((id for id in ids if id not in added), default=-1) + 1
+
+    @cached_property
+    def _chat_encoder(self) -> ChatEncoder:
+        # Made for the first conversation: it has read the vocabulary again.
+        return ChatEncoder(self.to_json())
+
+    def _special_names(self) -> dict[str, str]:
+        """Return the names that templates have for special tokens, with their texts."""
+        named = {
+            key: content(value)
+            for key, value in self._config.items()
+            if key.endswith("_token") and not isinstance(value, bool)
+        }
+        named = {"bos_token": self._name(self.bos_id), "eos_token": self._name(self.eos_id), **named}
+        return {key: text for key, text in named.items() if text is not None}
 
     def _name(self, id: int | None) -> str | None:
         return None if id is None else self._backend.id_to_token(id)

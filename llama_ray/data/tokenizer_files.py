@@ -113,6 +113,20 @@ def special_tokens(config: dict[str, Any]) -> Iterator[str]:
     yield from (text for token in named if (text := content(token)) is not None)
 
 
+def chat_templates(config: dict[str, Any]) -> dict[str, str]:
+    """Return the chat templates of a configuration by name; {} if it has none."""
+    stored = config.get("chat_template") or {}
+    if isinstance(stored, str):
+        return {"default": stored}
+    if isinstance(stored, list) and all(isinstance(entry, dict) for entry in stored):
+        stored = {entry.get("name"): entry.get("template") for entry in stored}
+    if isinstance(stored, dict) and all(isinstance(text, str) for entry in stored.items() for text in entry):
+        return stored
+    raise TokenizerError(
+        f"{CONFIG_FILE} has the chat_template {stored!r:.80}; it must be a text, or a list of names and templates"
+    )
+
+
 def _added(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("added_tokens_decoder") or {}
 

@@ -38,13 +38,13 @@ def check_eos_ids(ids: Collection[object], vocab_size: int, name: str, way_out: 
 
 
 def all_eos_ids(tokenizer: Tokenizer | None, eos_ids: Collection[int], vocab_size: int) -> frozenset[int]:
-    """Return `eos_ids` and the tokenizer's own end-of-text token, unless the model cannot generate that.
+    """Return `eos_ids` and the tokenizer's own tokens that end a text or an answer, if the model can generate them.
 
     Raises ValueError for an id in `eos_ids` that is not one of the model's, 0 to vocab_size - 1.
     """
     check_eos_ids(eos_ids, vocab_size, "eos_ids", "give others")
-    own = None if tokenizer is None else tokenizer.eos_id
-    return frozenset(eos_ids) | (frozenset([own]) if own is not None and own < vocab_size else frozenset())
+    own = () if tokenizer is None else (tokenizer.eos_id, *tokenizer.end_of_turn_ids())
+    return frozenset(eos_ids) | {id for id in own if id is not None and id < vocab_size}
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from llama_ray.data.chat_encoding import ChatText
+from llama_ray.data.chat_template import ChatPrompt
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.constraints.grammar import Constraint
@@ -16,7 +18,7 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import SequenceState
 from llama_ray.generation.scheduling.text import TextOutput
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | ChatPrompt | ChatText
 Done = Mapping[int, Sequence[int] | None]
 """Of each candidate that has begun elsewhere the tokens so far; None if it is complete."""
 
@@ -40,19 +42,24 @@ class RequestMaker:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """See `Engine.encode`."""
-        if isinstance(prompt, str):
+        if isinstance(prompt, (str, ChatPrompt, ChatText)):
             if self._tokenizer is None:
                 raise ValueError(
                     "this model has no tokenizer to encode text with; give the prompt as token ids"
                 )
-            self._limits.check_text(prompt)
-            return self._tokenizer.encode_prompt(prompt)
+            return self._encode_text(self._tokenizer, prompt)
         try:
             return [operator.index(token) for token in prompt]
         except TypeError:
             raise ValueError(
                 f"a prompt is {type(prompt).__name__}; give text or a list of token ids (integers)"
             ) from None
+
+    def _encode_text(self, tokenizer: Tokenizer, prompt: str | ChatPrompt | ChatText) -> list[int]:
+        if isinstance(prompt, ChatPrompt):
+            prompt = tokenizer.render_chat(prompt)
+        self._limits.check_text(prompt if isinstance(prompt, str) else prompt.text)
+        return tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
     def make(self, prompt: Prompt, params: SamplingParams, done: Done) -> Request:
         """See `Engine.prepare`."""

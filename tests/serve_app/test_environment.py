@@ -53,22 +53,6 @@ def test_cluster_yaml_starts_ray_with_them(commands: str) -> None:
     assert start.index(". ~/llama_ray/serve_app/serve.env") < start.index("ray start")
 
 
-def test_the_api_says_at_its_start_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from serve_app.api.api import Api
-
-    for name in environment.variables():
-        monkeypatch.delenv(name, raising=False)
-    Api(None, {}, max_queued_requests={}, resume_timeout_s=1)
-    assert [record.message for record in caplog.records] == [environment.advice({})]
-    caplog.clear()
-    for name, value in environment.variables().items():
-        monkeypatch.setenv(name, value)
-    Api(None, {}, max_queued_requests={}, resume_timeout_s=1)
-    assert caplog.records == []
-
-
 def test_haproxys_errors_are_error_objects() -> None:
     lines = environment.variables()["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"].splitlines()
     bodies = [shlex.split(line)[6] for line in lines if "http-error" in line]

@@ -102,8 +102,8 @@ class Surge:
             return f"{text}, and not into a new replica: {trouble}"
         if live < least and self._now - self._since >= PLACING_S:
             return (
-                f"{text}, and no node has {standby.needs} free for {least - live} of {least} new replicas; free that, "
-                "or give a kv_cache_memory_bytes that leaves room for two versions"
+                f"{text}, and no node has {standby.needs} free for {least - live} of {least} new replicas; "
+                "free that, or add a node"
             )
         return f"{text}; new replicas load it"
 

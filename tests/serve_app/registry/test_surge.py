@@ -92,7 +92,7 @@ def test_what_a_surge_waits_for_is_said_and_nothing_is_stopped() -> None:
     assert waiting.state == "loading"
     assert waiting.reason == (
         f"does not fit beside {ref(7)} ({NO_ROOM}), and no node has 1 GPU free for 1 of 2 new replicas; free that, or "
-        "give a kv_cache_memory_bytes that leaves room for two versions"
+        "add a node"
     )
     assert (application.served.current, application.wanted) == (ref(7), [7, 8])
     application.replica("x", {8: "too_large"}, reason="it needs 99 GiB", deployment=STANDBY)

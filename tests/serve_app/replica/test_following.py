@@ -196,3 +196,24 @@ def test_a_replica_starts_with_what_the_follower_falls_back_to(
             await ready(engines, versions[0])
 
     asyncio.run(run())
+
+
+def test_an_optional_replica_waits_for_another_plan(versions: list[ModelVersion], tmp_path: Path) -> None:
+    async def run() -> None:
+        follower = Follower(ReplicaPlan(1, (version(tmp_path / "nowhere"),), optional=True), poll_s=0.01)
+
+        async def change() -> None:
+            await follower.until(says("nowhere", "failed"))
+            # It was told nothing new.
+            seen = len(follower.reports)
+            await follower.until(lambda _: len(follower.reports) > seen + 1)
+            follower.change(ReplicaPlan(2, optional=True))
+            await follower.until(lambda report: report.revision == 2 and not report.engines)
+            follower.change(ReplicaPlan(3, (versions[0],), optional=True))
+
+        changing = asyncio.create_task(change())
+        async with started(follower) as engines:
+            await changing
+            await ready(engines, versions[0])
+
+    asyncio.run(run())

@@ -9,8 +9,9 @@ import pytest
 
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.weight_files import CheckpointError
+from llama_ray.utils.memory import release_memory
 from serve_app.registry.messages import ModelVersion
-from serve_app.replica.loader import EngineLoader, TooLargeError
+from serve_app.replica.loader import EngineLoader, TooLargeError, resident_bytes
 from tests.serve_app.replica.helpers import OPTIONS, version
 
 
@@ -48,3 +49,23 @@ def test_a_cache_beyond_the_free_memory_is_too_large(versions: list[ModelVersion
         match=r"^it needs .* GiB of memory on cpu, and .* GiB are free; set kv_cache_memory_bytes",
     ):
         loader.check_room(loader.fetch(versions[0]))
+
+
+def test_engines_keep_within_the_memory_of_their_replica(versions: list[ModelVersion]) -> None:
+    # The cache is written only as far as requests need it; it counts as a whole.
+    cache = 2**30
+    options = replace(OPTIONS, max_num_seqs=16384, kv_cache_memory_bytes=cache)
+    for engines in (1, 2):
+        loader = EngineLoader(options=options, memory_bytes=resident_bytes() + int((engines + 0.5) * cache))
+        files = loader.fetch(versions[0])
+        loaded = []
+        for _ in range(engines):
+            loader.check_room(files)
+            loaded.append(loader.load(files))
+        with pytest.raises(
+            TooLargeError, match=r"^it needs .* on cpu, and 0\..* GiB of memory_bytes are free; set"
+        ):
+            loader.check_room(files)
+        loaded.pop().close()
+        release_memory()
+        loader.check_room(files)

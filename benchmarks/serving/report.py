@@ -15,7 +15,7 @@ _HEAD = "tok/s | spread | TTFT p50, ms | p99 | TPOT, ms | gaps p50, ms | p95 | p
 
 def table(title: str, turns: Turns, base: str | None) -> str:
     """Return the medians of each contestant, and its rate as a share of `base`'s in the same turn."""
-    lines = [f"| {title} | {_HEAD} | of {base} |", "|---" * 13 + "|"]
+    lines = [f"| {title} | {_HEAD} | {f'of {base}' if base else ''} |", "|---" * 13 + "|"]
     for name, figures in turns.items():
         median = Figures.median(figures)
         rates = [each.tokens_per_s for each in figures]

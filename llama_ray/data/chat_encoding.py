@@ -28,6 +28,9 @@ class ChatText:
     marked: str
     bos: bool
 
+    def __len__(self) -> int:
+        return len(self.text)
+
 
 class ChatEncoder:
     """Renders and encodes conversations for one tokenizer, given as the text of its `tokenizer.json`.

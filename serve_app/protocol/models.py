@@ -46,6 +46,7 @@ class ModelCard(BaseModel):
                 "validation_loss": version.validation_loss,
                 "parameters": info.parameters if info else None,
                 "device": info.device if info else None,
+                "chat_template": info.chat_template if info else None,
                 "replicas": sum(status.ready.values()),
                 "notice": notice,
             },

@@ -56,7 +56,8 @@ class ModelVersion:
 @dataclass(frozen=True)
 class EngineInfo:
     """What a replica found when it loaded a version: `created` is in seconds since 1970, `max_model_len` in tokens of
-    prompt and output, `loss` in nats per token of the text that the gate measures it on.
+    prompt and output, `loss` in nats per token of the text that the gate measures it on. `chat_template` says how a
+    conversation becomes a prompt: by the checkpoint's own template, or as a plain transcript.
     """
 
     created: int
@@ -64,6 +65,7 @@ class EngineInfo:
     parameters: int
     device: str
     loss: float
+    chat_template: Literal["plain", "from the checkpoint"] = "plain"
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,14 @@ class EngineLoader:
     def check(self, engine: Engine, files: Files) -> EngineInfo:
         """Return what is known of an engine that passes the gate. Raises GateError."""
         loss = gate.check(engine, self.gate_timeout_s)
+        template = None if engine.tokenizer is None else engine.tokenizer.chat_template
         return EngineInfo(
             created=int((files.model / "config.json").stat().st_mtime),
             max_model_len=engine.max_seq_len,
             parameters=engine.config.num_parameters(),
             device=self.device,
             loss=loss,
+            chat_template="plain" if template is None else "from the checkpoint",
         )
 
     def _taken_bytes(self) -> int:

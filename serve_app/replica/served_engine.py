@@ -8,19 +8,23 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
+from llama_ray.data.chat_encoding import ChatText
+from llama_ray.data.chat_template import PLAIN_STOP, ChatPrompt
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.request import Done, Request
+from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.utils.panics import panics_as_errors
 from serve_app.errors import INTERNAL_ERROR
 from serve_app.registry.messages import ModelVersion
 from serve_app.replica.logprobs import LogprobWriter
 from serve_app.streams.frames import to_wire
-from serve_app.streams.messages import Answered, ChoiceDelta, Event, Failure, Started, Submission
+from serve_app.streams.messages import Answered, ChoiceDelta, Event, Failure, Prompt, Started, Submission
 from serve_app.streams.sender import Connection
 
 _log = logging.getLogger(__name__)
@@ -48,6 +52,8 @@ class ServedEngine:
         self._thread = EngineThread(engine, self._deliver)
         # Long prompts wait for each other, short ones never for long ones, and the model keeps the other cores.
         self._lanes = ThreadPoolExecutor(1, "tokenizer"), ThreadPoolExecutor(1, "tokenizer_long")
+        # A template of strangers that takes long lets no other prompt wait.
+        self._rendering = ThreadPoolExecutor(1, "chat_template")
         # Not the event loop's own threads, which a few costly grammars would occupy.
         self._compiling = ThreadPoolExecutor(_MAX_COMPILING_REQUESTS, "grammar")
 
@@ -64,7 +70,7 @@ class ServedEngine:
     def stop(self) -> None:
         """End the engine after its current step; requests in progress fail."""
         self._thread.stop()
-        for pool in (*self._lanes, self._compiling):
+        for pool in (*self._lanes, self._rendering, self._compiling):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def answer(self, submission: Submission, connection: Connection) -> Answered:
@@ -113,15 +119,21 @@ class ServedEngine:
 
     async def _encode(self, answer: _Answer) -> list[list[int]]:
         """Encode prompts in a thread, one by one: streams go on, and a client that leaves ends it."""
-        loop, encode, prompts = asyncio.get_running_loop(), self.engine.encode, list[list[int]]()
+        loop, prompts = asyncio.get_running_loop(), list[list[int]]()
         for prompt in answer.submission.prompts:
             if answer.ended.done():
                 break
             try:
-                lane = self._lanes[len(prompt) > LONG_PROMPT]
-                prompts.append(await loop.run_in_executor(lane, encode, prompt))
+                text: str | list[int] | ChatText
+                if isinstance(prompt, ChatPrompt):
+                    text = await loop.run_in_executor(self._rendering, self.tokenizer.render_chat, prompt)
+                else:
+                    text = prompt
+                lane = self._lanes[len(text) > LONG_PROMPT]
+                prompts.append(await loop.run_in_executor(lane, self.engine.encode, text))
             except ValueError as error:
-                raise _BadPrompt(str(error)) from error
+                param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+                raise _BadPrompt(param, str(error)) from error
         return prompts
 
     async def _prepare(
@@ -131,13 +143,22 @@ class ServedEngine:
 
         def prepare() -> list[Request]:
             return [
-                self.engine.prepare(ids, submission.params, of_prompt)
-                for ids, of_prompt in zip(prompts, done, strict=True)
+                self.engine.prepare(ids, self._params(submission, prompt, ids), of_prompt)
+                for prompt, ids, of_prompt in zip(submission.prompts, prompts, done, strict=True)
             ]
 
         if not submission.params.constrained:
             return prepare()
         return await asyncio.get_running_loop().run_in_executor(self._compiling, prepare)
+
+    def _params(self, submission: Submission, prompt: Prompt, ids: list[int]) -> SamplingParams:
+        params = submission.params
+        if isinstance(prompt, ChatPrompt) and self.tokenizer.chat_template is None:
+            params = replace(params, stop=(*params.stop_strings, *PLAIN_STOP))
+        room = self.engine.max_seq_len - len(ids)
+        if submission.fit and 0 < room < params.max_tokens:
+            params = replace(params, max_tokens=room)
+        return params
 
     def _part(self, answer: _Answer, number: int, ids: list[int], done: Done) -> _Part:
         params = answer.submission.params
@@ -173,7 +194,11 @@ class ServedEngine:
 
 
 class _BadPrompt(ValueError):
-    """A prompt that cannot be encoded."""
+    """A prompt that cannot be encoded; `param` is the field that it came in."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class _Answer:
@@ -233,7 +258,7 @@ def _failure(error: Exception, submission: Submission) -> Failure:
     if isinstance(error, GenerationError):
         return Failure(500, str(error), code="generation_failed")
     if isinstance(error, _BadPrompt):
-        return Failure(400, str(error), param="prompt")
+        return Failure(400, str(error), param=error.param)
     if isinstance(error, ValueError):
         grammar = submission.params.grammar
         at_fault = grammar[0] if grammar and str(error).startswith(grammar[0]) else None

@@ -123,6 +123,7 @@ class RoutedClient:
             self._receiver.address,
             stream.number,
             request.echo,
+            request.fit,
             answer.done,
         )
         call = self._call(deployment, submission, stream)

@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llama_ray.data.chat_template import ChatPrompt
 from llama_ray.generation.sampling.params import SamplingParams
+
+Prompt = str | list[int] | ChatPrompt
+"""What is completed: text, token ids, or a conversation that the replica renders with its version's template."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +26,20 @@ class Address:
 class Submission:
     """A request, or the rest of one that another replica has begun, for the version `ref`.
 
-    Each prompt, text or token ids, is completed `params.n` times; choice i belongs to prompt i // n. `params.seed` is
-    set, so that any replica goes on with the same tokens. The events go to stream number `stream` at `reply_to`.
-    `echo` asks for the text of each prompt. `done` holds, for each choice, the tokens that the client has by now, or
-    None if the choice is complete; it is empty for a request that has not begun.
+    Each prompt is completed `params.n` times; choice i belongs to prompt i // n. `params.seed` is set, so that any
+    replica goes on with the same tokens. With `fit`, `params.max_tokens` is lowered to what the context leaves. The
+    events go to stream number `stream` at `reply_to`. `echo` asks for the text of each prompt. `done` holds, for each
+    choice, the tokens that the client has by now, or None if the choice is complete; it is empty for a request that has
+    not begun.
     """
 
     ref: str
-    prompts: list[str | list[int]]
+    prompts: Sequence[Prompt]
     params: SamplingParams
     reply_to: Address
     stream: int
     echo: bool = False
+    fit: bool = False
     done: Mapping[int, list[int] | None] = field(default_factory=dict)
 
     def done_of(self, prompt: int) -> dict[int, list[int] | None]:

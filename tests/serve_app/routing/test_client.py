@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_ray.data.chat_template import ChatPrompt
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from serve_app.errors import ApiError
@@ -73,6 +74,11 @@ CASES = [
     ),
     GenerationRequest(
         "tiny", ["a"], SamplingParams(max_tokens=100, seed=5, regex="[a-z ]{60,80}", min_tokens=10)
+    ),
+    GenerationRequest(
+        "tiny",
+        [ChatPrompt([{"role": "user", "content": "dog"}], now="2026-01-01T00:00:00")],
+        SamplingParams(max_tokens=100, seed=6, stop=("\nUser:",)),
     ),
 ]
 

@@ -67,6 +67,7 @@ def test_a_card_says_what_is_known_of_the_version() -> None:
         "validation_loss": 4.0,
         "parameters": 134_000_000,
         "device": "cpu",
+        "chat_template": "plain",
         "replicas": 2,
         "notice": "MLflow does not answer",
     }

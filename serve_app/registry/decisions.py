@@ -80,6 +80,7 @@ class Decisions:
             heard_all=self._is_in_contact(now, HEARING_S),
             is_known=self._is_known,
             in_use=lambda ref: any(ref in api.in_use for api, _ in self._apis.values()),
+            is_asked=lambda deployment: any(deployment in api.asked for api, _ in self._apis.values()),
         )
         changes = [change for model in self._models.values() for change in model.settle(moment)]
         self._publish(moment.revision)

@@ -112,13 +112,15 @@ class ReplicaPlan:
 
 @dataclass(frozen=True)
 class ApiReport:
-    """An API process's side of an exchange: the revision of the table it has, and the versions of each model that its
-    open requests use. A version in use stays loaded, so that its streams can move if a replica dies.
+    """An API process's side of an exchange: the revision of the table it has, the versions of each model that its open
+    requests use, and the deployments that it asks, where no replica has taken the request yet. A version in use stays
+    loaded, so that its streams can move if a replica dies, and a deployment that is asked keeps its replicas.
     """
 
     api: str
     revision: int = 0
     in_use: frozenset[str] = frozenset()
+    asked: frozenset[str] = frozenset()
 
 
 VersionState = Literal["serving", "canary", "loading", "previous", "rejected"]

@@ -35,12 +35,14 @@ class Surge:
         retired: Collection[str],
     ) -> None:
         """Decide, from what serves, what shall serve, and the `ref` of what served and is still used."""
-        self._now = moment.now
-        if self._spec.standby is None or not moment.heard_all:
+        self._now, standby = moment.now, self._spec.standby
+        if standby is None or not moment.heard_all:
             return
         if self._left is not None:
             # The table did not change if it named the standby no longer.
-            if moment.is_known(min(self._left, moment.revision - 1)):
+            is_known = moment.is_known(min(self._left, moment.revision - 1))
+            # A request that Ray Serve holds for a deployment without replicas would wait for ever.
+            if is_known and not moment.is_asked(standby.deployment):
                 self.version = self._left = None
             return
         version = self._next(current, target, retired)

@@ -34,7 +34,8 @@ class Following(Generic[ServedT]):
         """Follow until the most important version is ready; then call `forever`.
 
         Raises ValueError, with the reason, if the follower says that nothing can be served, or knows that everything
-        it wants has failed and wants nothing else; but not where this replica is optional.
+        it wants has failed and wants nothing else. An optional replica does not fail; if nothing is wanted of it, it
+        starts, to send away the request that Ray Serve started it for.
         """
         while not self._engines.can_serve:
             report = self._report()
@@ -48,6 +49,8 @@ class Following(Generic[ServedT]):
             if reasons and len(reasons) == len(states) and not plan.optional:
                 raise ValueError(f"{plan.wanted[0].ref} cannot be served: {reasons[0]}")
             self._apply(plan)
+            if plan.optional and not plan.wanted:
+                return
 
     async def forever(self) -> None:
         """Follow until the task is cancelled."""

@@ -104,17 +104,20 @@ class RoutedClient:
                     place = held.enter_context(self._admission.enter(model.spec.name, table.apis))
                     held.enter_context(self._tables.using(ref))
                 assert place is not None
+                deployment = deployment_of(table, ref)
                 try:
-                    async for event in self._attempt(deployment_of(table, ref), ref, answer, losses, place):
-                        yield event
+                    with ExitStack() as asking:
+                        asking.enter_context(self._tables.asking(deployment))
+                        async for event in self._attempt(deployment, ref, answer, losses, place, asking):
+                            yield event
                 except Lost as loss:
                     _log.warning("a request is lost after %d tokens: %s", answer.completion_tokens, loss)
                     await losses.lost(loss, answer.completion_tokens)
 
     async def _attempt(
-        self, deployment: str, ref: str, answer: Answer, losses: Losses, place: Place
+        self, deployment: str, ref: str, answer: Answer, losses: Losses, place: Place, asking: ExitStack
     ) -> Events:
-        """Have one replica answer what is missing. Raises Lost if it cannot."""
+        """Have one replica answer what is missing; end `asking` when it begins. Raises Lost if it cannot."""
         request, stream, accepted = answer.request, self._receiver.open(), False
         submission = Submission(
             ref,
@@ -136,6 +139,7 @@ class RoutedClient:
                     if isinstance(event, Started):
                         accepted = True
                         place.leave()
+                        asking.close()
                         losses.accepted()
                         if answer.started is None:
                             yield Accepted(place.model, ref, event.prompt_tokens)

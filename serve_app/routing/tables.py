@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from serve_app.errors import ApiError
 from serve_app.registry.messages import ApiReport, Follower, Table
@@ -28,6 +28,7 @@ class Tables:
         self.table: Table | None = None
         self._follower, self._api = follower, api
         self._in_use: Counter[str] = Counter()
+        self._asked: Counter[str] = Counter()
         self._first = asyncio.Event()
 
     async def watch(self) -> None:
@@ -57,17 +58,25 @@ class Tables:
         assert self.table is not None
         return self.table
 
-    @contextmanager
-    def using(self, ref: str) -> Iterator[None]:
+    def using(self, ref: str) -> AbstractContextManager[None]:
         """Count a request of the version `ref`, which stays loaded meanwhile."""
-        self._in_use[ref] += 1
-        try:
-            yield
-        finally:
-            self._in_use[ref] -= 1
-            if not self._in_use[ref]:
-                del self._in_use[ref]
+        return _counted(self._in_use, ref)
+
+    def asking(self, deployment: str) -> AbstractContextManager[None]:
+        """Count a request that waits for a replica of `deployment`, which keeps its replicas meanwhile."""
+        return _counted(self._asked, deployment)
 
     def _report(self) -> ApiReport:
         revision = 0 if self.table is None else self.table.revision
-        return ApiReport(self._api, revision, frozenset(self._in_use))
+        return ApiReport(self._api, revision, frozenset(self._in_use), frozenset(self._asked))
+
+
+@contextmanager
+def _counted(counter: Counter[str], key: str) -> Iterator[None]:
+    counter[key] += 1
+    try:
+        yield
+    finally:
+        counter[key] -= 1
+        if not counter[key]:
+            del counter[key]

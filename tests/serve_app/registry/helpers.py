@@ -80,10 +80,11 @@ class Application:
         self.decisions.replica_reports(report, self.now)
         self.settle()
 
-    def api(self, name: str, *in_use: int, revision: int | None = None) -> None:
+    def api(self, name: str, *in_use: int, revision: int | None = None, asked: str | None = None) -> None:
         """Let an API process report, by default that it has the newest table."""
         known = self.decisions.table.revision if revision is None else revision
-        self.decisions.api_reports(ApiReport(name, known, frozenset(map(ref, in_use))), self.now)
+        deployments = frozenset(filter(None, [asked]))
+        self.decisions.api_reports(ApiReport(name, known, frozenset(map(ref, in_use)), deployments), self.now)
         self.settle()
 
     def settle(self) -> None:

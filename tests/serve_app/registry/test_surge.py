@@ -64,7 +64,10 @@ def test_the_others_load_it_once_nobody_uses_the_old_version_and_the_standby_goe
     # A process of the API that has the old table sends requests there still.
     application.api("api", revision=old)
     assert standby(application) == (1, [8])
-    application.api("api")
+    # It has sent one, which waits for a place.
+    application.api("api", 8, asked=STANDBY)
+    assert standby(application) == (1, [8])
+    application.api("api", 8)
     assert standby(application) == (0, [])
     assert (application.served.current, application.wanted) == (ref(8), [8])
 

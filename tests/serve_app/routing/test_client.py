@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from serve_app.errors import ApiError
 from serve_app.protocol.generation import GenerationRequest
+from serve_app.registry.messages import ApiReport
 from serve_app.routing.client import Accepted, RoutedClient
 from serve_app.streams.frames import to_wire
 from serve_app.streams.messages import Answered, ChoiceDelta, Started, Submission
@@ -192,3 +194,49 @@ def test_a_request_for_which_no_replica_comes_fails_in_time(follower: FixedFollo
 
     with pytest.raises(ApiError, match=r"no replica is there, and no other one went on within 0\.2 s"):
         asyncio.run(ask())
+
+
+class Busy(LocalReplicas):
+    """Replicas that take a request once they are told to."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, max_num_seqs=8)
+        self.free = asyncio.Event()
+
+    async def submit(self, deployment: str, submission: Submission) -> Answered:
+        await self.free.wait()
+        return await super().submit(deployment, submission)
+
+
+def test_the_follower_hears_where_requests_wait_and_which_version_they_use(
+    model_dir: Path, follower: FixedFollower
+) -> None:
+    replicas = Busy(model_dir)
+
+    async def report() -> ApiReport:
+        """Return what the API says next."""
+        seen = len(follower.reports)
+        follower.table_now = replace(follower.table_now, revision=follower.table_now.revision + 1)
+        while len(follower.reports) == seen:
+            await asyncio.sleep(0.01)
+        return follower.reports[-1]
+
+    async def ask() -> list[ApiReport]:
+        async with local_client(follower, replicas) as client, asyncio.timeout(30):
+            events = client.generate(GenerationRequest("tiny", ["a"], LONG))
+            first = asyncio.create_task(anext(events))
+            await asyncio.sleep(0)
+            waiting = await report()
+            replicas.free.set()
+            await first
+            taken = await report()
+            await events.aclose()
+            return [waiting, taken, await report()]
+
+    reports = asyncio.run(ask())
+    replicas.stop()
+    assert [(list(report.asked), list(report.in_use)) for report in reports] == [
+        (["LlamaReplica"], ["tiny"]),
+        ([], ["tiny"]),
+        ([], []),
+    ]

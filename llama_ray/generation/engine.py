@@ -70,7 +70,7 @@ class Engine:
         self.max_num_seqs = options.max_num_seqs
         self.max_seq_len = _max_seq_len(options, self.config)
         self.eos_ids = all_eos_ids(tokenizer, eos_ids, self.config.vocab_size)
-        self._sharded = sharded
+        self._sharded, self._backend = sharded, backend
         self._weight_bytes = sharded.weight_bytes if sharded else backend.weight_bytes
         caches = make_caches(
             backend, proposer, sharded, self.max_num_seqs, self.max_seq_len, options.kv_cache_memory_bytes
@@ -244,6 +244,22 @@ class Engine:
                     self._scheduler.add(sequence)
             self._submitted += 1
         return request_id
+
+    @panics_as_errors()
+    @torch.inference_mode()
+    def embed(self, prompt: Prompt) -> list[float]:
+        """Return the mean of the hidden states after the last norm over a prompt, as `hidden_size` floats.
+
+        Takes one forward pass over the whole prompt, without the cache; like `step`, from one thread at a time. Raises
+        ValueError for a prompt that is empty or too long, and for a model that is divided among processes.
+        """
+        if self._sharded is not None:
+            raise ValueError("embeddings need tensor_parallel 1, because other ranks only take part in steps")
+        ids = self.prepare(prompt, SamplingParams(max_tokens=1)).sequences[0].prompt
+        model = self._backend.model
+        tokens = torch.tensor([ids], device=self._backend.device)
+        mean: list[float] = model.hidden(tokens)[0].float().mean(dim=0).tolist()
+        return mean
 
     def abort(self, request_id: int) -> None:
         """Drop a request and free its blocks for the next step; do nothing if it is finished or unknown."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
@@ -19,6 +20,7 @@ from llama_ray.generation.scheduling.sequence import Delta
 _log = logging.getLogger(__name__)
 
 Receiver = TypeVar("Receiver")
+Result = TypeVar("Result")
 Item = list[Delta] | GenerationError
 """What one step gave a request, or why the engine has ended."""
 Deliver = Callable[[list[tuple[Receiver, Item]]], None]
@@ -44,6 +46,7 @@ class EngineThread(Generic[Receiver]):
         self.engine = engine
         self._deliver = deliver
         self._requests: dict[int, _Unfinished[Receiver]] = {}
+        self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._ended: str | None = None
         # When the last step ended, or work came to an idle engine; None while there is no work. Reading it takes no
         # lock, which a step or a delivery that hangs might hold.
@@ -88,6 +91,21 @@ class EngineThread(Generic[Receiver]):
             self._wake.notify()
         return request_id
 
+    def call(self, function: Callable[[], Result]) -> Future[Result]:
+        """Have the thread call `function` between two steps, which wait for it; return what will be its result.
+
+        Raises GenerationError if the engine has ended; a call that waits then is cancelled.
+        """
+        future: Future[Result] = Future()
+        with self._wake:
+            if self.ended is not None:
+                raise GenerationError(self.ended)
+            self._calls.append((function, cast("Future[object]", future)))
+            if self._progress_at is None:
+                self._progress_at = time.monotonic()
+            self._wake.notify()
+        return future
+
     def abort(self, request_id: int) -> None:
         """Drop a request, whose receiver gets nothing more; do nothing if it is finished or unknown."""
         with self._wake:
@@ -108,6 +126,7 @@ class EngineThread(Generic[Receiver]):
         reason = "the engine's thread ended"
         try:
             while self._wait_for_work():
+                self._call_next()
                 by_request: dict[int, list[Delta]] = defaultdict(list)
                 for delta in self.engine.step():
                     by_request[delta.request_id].append(delta)
@@ -135,10 +154,21 @@ class EngineThread(Generic[Receiver]):
         if not request.candidates:
             del self._requests[request_id]
 
+    def _call_next(self) -> None:
+        if not self._calls:
+            return
+        function, future = self._calls.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
     def _wait_for_work(self) -> bool:
         """Sleep until there is work (True) or the engine has ended (False)."""
         with self._wake:
-            while self._ended is None and not self.engine.has_work:
+            while self._ended is None and not self._calls and not self.engine.has_work:
                 self._progress_at = None
                 self._wake.wait()
             return self._ended is None
@@ -147,6 +177,8 @@ class EngineThread(Generic[Receiver]):
         with self._wake:
             self._ended = self._ended or reason
             requests, self._requests = self._requests, {}
+            while self._calls:
+                self._calls.popleft()[1].cancel()
             error = GenerationError(self._ended)
             self._deliver([(request.receiver, error) for request in requests.values()])
             self._wake.notify()

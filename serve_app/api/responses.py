@@ -1,10 +1,11 @@
-"""The response to a request for completions, and how any stream of events is sent."""
+"""The events of one request as an HTTP response: whole, or as server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -13,20 +14,23 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.api.chunks import ChunkWriter
 from serve_app.api.disconnect import until_disconnected
-from serve_app.api.writer import DeltaWriter, server_sent_event
+from serve_app.errors import ApiError
 from serve_app.protocol.completions import Choice, CompletionRequest, CompletionResponse
-from serve_app.routing.client import Accepted
+from serve_app.protocol.sampling import Usage
+from serve_app.routing.client import Accepted, Events
 from serve_app.streams.messages import ChoiceDelta
 
 VERSION_HEADER = "x-model-version"
 """Names the exact version that answers, as `system_fingerprint` does in the body."""
 
 
-class CompletionWriter(DeltaWriter):
-    """Writes the response to `request`."""
+class CompletionWriter:
+    """Writes the response to `request` from the events that follow `accepted`."""
 
     def __init__(self, request: CompletionRequest, accepted: Accepted) -> None:
-        super().__init__(accepted, request.stream_options)
+        self._prompt_tokens, self._completion_tokens = accepted.prompt_tokens, 0
+        options = request.stream_options
+        self._include_usage = options is not None and options.include_usage
         self._empty_response = CompletionResponse(
             id=f"cmpl-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -34,21 +38,41 @@ class CompletionWriter(DeltaWriter):
             system_fingerprint=accepted.ref,
             choices=[],
         )
-        self._chunks = ChunkWriter(self._empty_response, usage=self.include_usage)
 
-    def response(self, choices: list[ChoiceDelta]) -> str:
-        """See `DeltaWriter`."""
-        fields = {"choices": [_choice(delta) for delta in choices], "usage": self.usage()}
-        return self._empty_response.model_copy(update=fields).model_dump_json()
+    async def whole(self, events: Events) -> str:
+        """Return the response once it is complete, as JSON."""
+        by_choice: dict[int, list[ChoiceDelta]] = defaultdict(list)
+        async for event in events:
+            for delta in self._count(event):
+                by_choice[delta.index].append(delta)
+        choices = [_choice(ChoiceDelta.joined(by_choice[index])) for index in sorted(by_choice)]
+        whole = self._empty_response.model_copy(update={"choices": choices, "usage": self._usage()})
+        return whole.model_dump_json()
 
-    def chunk(self, delta: ChoiceDelta) -> bytes:
-        """See `DeltaWriter`."""
-        return self._chunks.chunk(delta)
+    async def stream(self, events: Events) -> AsyncGenerator[bytes]:
+        """Yield server-sent events, one per delta; those that are ready at the same moment together."""
+        writer = ChunkWriter(self._empty_response, usage=self._include_usage)
+        async with aclosing(events):
+            try:
+                async for event in events:
+                    chunks = [writer.chunk(delta) for delta in self._count(event) if _has_content(delta)]
+                    if chunks:
+                        yield b"".join(chunks)
+                if self._include_usage:
+                    last = self._empty_response.model_copy(update={"usage": self._usage()})
+                    yield _server_sent_event(last.model_dump_json())
+            except ApiError as error:
+                yield _server_sent_event(error.response.model_dump_json())
+        yield _server_sent_event("[DONE]")
 
-    def usage_chunk(self) -> bytes:
-        """See `DeltaWriter`."""
-        last = self._empty_response.model_copy(update={"usage": self.usage()})
-        return server_sent_event(last.model_dump_json())
+    def _count(self, event: Accepted | list[ChoiceDelta]) -> list[ChoiceDelta]:
+        """Add the deltas' tokens to the usage, and return the deltas."""
+        assert isinstance(event, list)
+        self._completion_tokens += sum(len(delta.token_ids) for delta in event)
+        return event
+
+    def _usage(self) -> Usage:
+        return Usage.of(self._prompt_tokens, self._completion_tokens)
 
 
 class EventStream(Response):
@@ -84,7 +108,15 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def _has_content(delta: ChoiceDelta) -> bool:
+    return bool(delta.text or delta.logprobs or delta.finish_reason)
+
+
 def _choice(delta: ChoiceDelta) -> Choice:
     return Choice(
         index=delta.index, text=delta.text, logprobs=delta.logprobs, finish_reason=delta.finish_reason
     )
+
+
+def _server_sent_event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -96,38 +96,6 @@ class StreamOptions(StrictBody):
     )
 
 
-class NamedSchema(StrictBody):
-    """A JSON schema as OpenAI's `response_format` wraps it."""
-
-    name: str = Field("", description="Accepted for compatibility; has no effect.")
-    description: str = Field("", description=_NO_EFFECT)
-    # `schema` is a method of pydantic's.
-    of_text: dict[str, Any] = Field(
-        {"type": "object"}, alias="schema", description="The text is JSON that it allows."
-    )
-    strict: bool = Field(True, description="Accepted for compatibility; the schema is always enforced.")
-
-
-class ResponseFormat(StrictBody):
-    """What the text is: any text, a JSON object, or JSON of a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_its_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("needs json_schema if its type is json_schema, and only then")
-        return self
-
-    @property
-    def schema_of_text(self) -> dict[str, Any] | None:
-        """The schema of the text; None for any text."""
-        if self.type == "text":
-            return None
-        return {"type": "object"} if self.json_schema is None else self.json_schema.of_text
-
-
 class SamplingFields(_WithoutEffect):
     """How the tokens of a request are chosen, when its texts end, and how they are sent."""
 
@@ -162,10 +130,6 @@ class SamplingFields(_WithoutEffect):
     json_schema: dict[str, Any] | None = Field(None, description="The text is JSON that this schema allows.")
     regex: str | None = Field(None, description="The whole text matches this expression (Rust's syntax).")
 
-    response_format: ResponseFormat | None = Field(
-        None, description="OpenAI's way to ask for JSON: any object, or that of a schema."
-    )
-
     @field_validator("stop", mode="wrap")
     @classmethod
     def _stop_is_text(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -185,15 +149,6 @@ class SamplingFields(_WithoutEffect):
             raise bad_request(
                 "stream_options", "stream_options needs stream to be true; set it, or leave it out"
             )
-        shared = {name: getattr(self, name) for name in _SHARED_FIELDS}
-        schema = None if self.response_format is None else self.response_format.schema_of_text
-        if schema is not None:
-            if self.json_schema is not None or self.regex is not None:
-                raise bad_request(
-                    "response_format",
-                    "response_format asks for JSON beside json_schema or regex; give one of them",
-                )
-            shared["json_schema"] = schema
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
@@ -201,7 +156,7 @@ class SamplingFields(_WithoutEffect):
                 prompt_logprobs=prompt_logprobs,
                 stop=stop,
                 stop_token_ids=tuple(self.stop_token_ids),
-                **shared,
+                **{name: getattr(self, name) for name in _SHARED_FIELDS},
             )
         except ValueError as error:
             # The message begins with the field's name.

@@ -20,6 +20,7 @@ from tests.generation.constraints.helpers import Processes
 
 PARAMS = SamplingParams(max_tokens=5, seed=3, ignore_eos=True)
 LONG = SamplingParams(max_tokens=140, ignore_eos=True)
+LONG_GREEDY = replace(LONG, temperature=0)
 
 
 class Delivered(queue.Queue[tuple[str, Item]]):
@@ -272,3 +273,22 @@ def test_a_crash_of_the_engine_reaches_all_receivers(
     assert thread.ended == reason
     with pytest.raises(GenerationError, match=reason):
         thread.submit("c", LONG, "late")
+
+
+def test_a_call_runs_between_the_steps_of_others_and_gives_its_result(
+    thread: EngineThread[str], delivered: Delivered, engine: Engine
+) -> None:
+    [want] = engine.generate([[1, 2, 3]], LONG_GREEDY)
+    thread.submit([1, 2, 3], LONG_GREEDY, "stream")
+    calls = [thread.call(lambda: threading.current_thread().name) for _ in range(5)]
+    failing = thread.call(lambda: 1 // 0)
+    assert {call.result(30) for call in calls} == {"engine"}
+    with pytest.raises(ZeroDivisionError):
+        failing.result(30)
+    deltas = delivered.until_finished("stream")
+    assert [token for delta in deltas for token in delta.token_ids] == want.token_ids
+    # An idle engine is woken for it.
+    assert thread.call(lambda: 7).result(30) == 7
+    thread.stop()
+    with pytest.raises(GenerationError):
+        thread.call(lambda: 7)

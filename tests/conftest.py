@@ -50,6 +50,7 @@ RAY = (
     "tests/orchestration/test_placement_groups.py",
     "tests/serve_app/test_draining.py",
     "tests/serve_app/test_front.py",
+    "tests/serve_app/registry/test_follower.py",
     "tests/serve_app/test_serving.py",
     "tests/serve_app/test_serving_errors.py",
 )

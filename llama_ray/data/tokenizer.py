@@ -172,14 +172,17 @@ class Tokenizer:
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return [*start, *ids, *end]
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
+    ) -> list[int]:
         """Return the token ids of `text` as a prompt: with bos where the tokenizer's own post-processor adds it.
 
-        The ids are those of transformers' AutoTokenizer, but for special tokens in `text`, which are characters here.
-        Raises TokenizerError for a lone surrogate.
+        The ids are those of transformers' AutoTokenizer, but for special tokens in `text`, which are characters here
+        unless `parse_special`. Without `add_special_tokens` none is added. Raises TokenizerError for a lone surrogate.
         """
         _check_characters(text)
-        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
+        backend = self._parsing if parse_special else self._backend
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def render_chat(self, prompt: ChatPrompt) -> ChatText:
@@ -260,6 +263,13 @@ class Tokenizer:
         }
         named = {"bos_token": self._name(self.bos_id), "eos_token": self._name(self.eos_id), **named}
         return {key: text for key, text in named.items() if text is not None}
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """A copy that finds special tokens in texts: the setting is the object's, and other threads encode."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def _name(self, id: int | None) -> str | None:
         return None if id is None else self._backend.id_to_token(id)

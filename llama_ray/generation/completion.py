@@ -21,7 +21,7 @@ class Completion:
 
     `token_ids` include the end-of-text token or the stop string's tokens, which `text` leaves out. `logprobs` has an
     entry for each of them, and `prompt_logprobs` for each prompt token but the first; each is None if the request did
-    not ask for it.
+    not ask for it. `stop_reason` is what ended the text: a stop string, or the id of one of `stop_token_ids`.
     """
 
     text: str
@@ -31,6 +31,7 @@ class Completion:
     prompt_token_ids: list[int]
     prompt_logprobs: list[TokenLogprob] | None = None
     stats: RequestStats | None = field(default=None, compare=False)
+    stop_reason: str | int | None = None
 
     @classmethod
     def of(cls, deltas: Sequence[Delta], prompt: list[int]) -> Self:
@@ -46,4 +47,5 @@ class Completion:
             prompt,
             whole.prompt_logprobs,
             whole.stats,
+            whole.stop_reason,
         )

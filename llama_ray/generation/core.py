@@ -95,8 +95,8 @@ class Core:
             for chunk in plan.chunks:
                 for sequence in (chunk.sequence, *chunk.forks):
                     if sequence.stats.started is None:
-                        sequence.stats.started = now
-                        self.counts["reused_tokens"] += min(sequence.reused, len(sequence.prompt))
+                        sequence.start(now)
+                        self.counts["reused_tokens"] += sequence.stats.reused_tokens
         return plan
 
     def _attempt(self, plan: StepPlan) -> _Outcome | None:
@@ -248,6 +248,6 @@ def _ask_for_masks(plan: StepPlan) -> None:
 def _report_prompts(logits: StepLogits) -> None:
     tokens = [sequence.prompt[position] for sequence, position in logits.reported]
     numbers = [sequence.params.prompt_logprobs or 0 for sequence, _ in logits.reported]
-    reports = token_logprobs(logits.prompt, tokens, numbers)
+    reports = token_logprobs(logits.prompt, tokens, numbers, ranks=True)
     for (sequence, position), report in zip(logits.reported, reports, strict=True):
         sequence.prompt_report.add(position, report)

@@ -205,12 +205,14 @@ class Engine:
         return [self.prepare(ids, params) for ids, params in zip(encoded, sampling_params, strict=True)]
 
     @panics_as_errors()
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Return a prompt's token ids: text gets bos if the tokenizer adds it to prompts, ids stay as they are.
+    def encode(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Return a prompt's token ids: text is encoded as `Tokenizer.encode_prompt` does it, ids stay as they are.
 
         Raises ValueError for text without a tokenizer, and for a prompt that is neither text nor ids.
         """
-        return self._maker.encode(prompt)
+        return self._maker.encode(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special)
 
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a request; return its id, which its deltas carry. Raises ValueError if it cannot be served."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llama_ray.generation.sampling.params import SamplingParams
@@ -28,7 +28,7 @@ class Limits:
             return
         size = len(prompt.encode(errors="surrogatepass"))
         least = ceil_div(size, self.max_token_bytes)
-        if least >= self.max_seq_len:
+        if least > self.max_seq_len:
             raise ValueError(
                 f"the prompt has {size:,} bytes, which are {least:,} tokens or more and leave no room for an answer "
                 f"within max_seq_len {self.max_seq_len}; shorten the prompt"
@@ -40,7 +40,8 @@ class Limits:
             raise ValueError(
                 "the prompt is empty and the model has no token to begin with; give at least one token"
             )
-        if len(ids) >= self.max_seq_len:
+        # With max_tokens 0 the prompt itself may take all of it.
+        if len(ids) + min(params.max_tokens, 1) > self.max_seq_len:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens, which leaves no room for an answer within max_seq_len "
                 f"{self.max_seq_len}; shorten the prompt"
@@ -50,9 +51,12 @@ class Limits:
                 f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed max_seq_len "
                 f"{self.max_seq_len}; set max_tokens to at most {self.max_seq_len - len(ids)} or shorten the prompt"
             )
-        self._check_ids([*ids, *(params.logit_bias or ()), *params.stop_token_ids])
-        if params.stop_strings and not self.has_tokenizer:
-            raise ValueError("stop strings need a tokenizer, and this model has none")
+        self._check_ids("prompt", ids)
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            self._check_ids(name, getattr(params, name) or ())
+        for what, texts in (("stop strings", params.stop_strings), ("bad_words", params.bad_word_strings)):
+            if texts and not self.has_tokenizer:
+                raise ValueError(f"{what} need a tokenizer, and this model has none; leave them out")
 
     def check_done(self, done: Mapping[int, Sequence[int] | None], params: SamplingParams) -> None:
         """Raise ValueError if these cannot be outputs of another engine that has begun the request."""
@@ -70,12 +74,12 @@ class Limits:
                     f"done has {len(output)} tokens of candidate {index}; it must have at most max_tokens, "
                     f"{params.max_tokens}"
                 )
-            self._check_ids(output or ())
+            self._check_ids("done", output or ())
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
+    def _check_ids(self, name: str, ids: Collection[int]) -> None:
         for token in (min(ids), max(ids)) if ids else ():
             if not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"token id {shown(token)} is outside the model's vocabulary of {self.vocab_size} "
+                    f"{name}: token id {shown(token)} is outside the model's vocabulary of {self.vocab_size} "
                     f"(0 to {self.vocab_size - 1})"
                 )

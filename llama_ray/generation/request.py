@@ -14,6 +14,7 @@ from llama_ray.generation.constraints.grammar import Constraint
 from llama_ray.generation.constraints.grammars import Grammars
 from llama_ray.generation.constraints.processes import Closed
 from llama_ray.generation.limits import Limits
+from llama_ray.generation.sampling.bad_words import BadWords
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import SequenceState
 from llama_ray.generation.scheduling.text import TextOutput
@@ -40,14 +41,18 @@ class RequestMaker:
     ) -> None:
         self._tokenizer, self._limits, self._grammars, self._eos_ids = tokenizer, limits, grammars, eos_ids
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = False
+    ) -> list[int]:
         """See `Engine.encode`."""
         if isinstance(prompt, (str, ChatPrompt, ChatText)):
             if self._tokenizer is None:
                 raise ValueError(
                     "this model has no tokenizer to encode text with; give the prompt as token ids"
                 )
-            return self._encode_text(self._tokenizer, prompt)
+            return self._encode_text(
+                self._tokenizer, prompt, add_special_tokens=add_special_tokens, parse_special=parse_special
+            )
         try:
             return [operator.index(token) for token in prompt]
         except TypeError:
@@ -55,11 +60,15 @@ class RequestMaker:
                 f"a prompt is {type(prompt).__name__}; give text or a list of token ids (integers)"
             ) from None
 
-    def _encode_text(self, tokenizer: Tokenizer, prompt: str | ChatPrompt | ChatText) -> list[int]:
+    def _encode_text(
+        self, tokenizer: Tokenizer, prompt: str | ChatPrompt | ChatText, **options: bool
+    ) -> list[int]:
         if isinstance(prompt, ChatPrompt):
             prompt = tokenizer.render_chat(prompt)
         self._limits.check_text(prompt if isinstance(prompt, str) else prompt.text)
-        return tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        if isinstance(prompt, ChatText):
+            return tokenizer.encode_chat(prompt)
+        return tokenizer.encode_prompt(prompt, **options)
 
     def make(self, prompt: Prompt, params: SamplingParams, done: Done) -> Request:
         """See `Engine.prepare`."""
@@ -67,18 +76,25 @@ class RequestMaker:
         self._limits.check(ids, params)
         self._limits.check_done(done, params)
         indices = [index for index in range(params.n) if done.get(index, ()) is not None]
+        bad_words = self._bad_words(params)
         sequences: list[SequenceState] = []
         leader: SequenceState | None = None
         for index, constraint in zip(indices, self._constraints(params, len(indices)), strict=True):
             output = done.get(index) or ()
             # Candidates that begin now share the prompt of the first of them; others have more than it to compute.
-            sequence = self._sequence(index, ids, params, constraint, None if output else leader)
+            of = None if output else leader
+            sequence = self._sequence(index, ids, params, constraint, of, bad_words)
             if output:
                 sequence.resume(output)
             elif leader is None:
                 leader = sequence
             sequences.append(sequence)
         return Request(ids, params, sequences)
+
+    def _bad_words(self, params: SamplingParams) -> BadWords | None:
+        if not params.bad_word_strings or self._tokenizer is None:
+            return None
+        return BadWords.of(params.bad_word_strings, self._tokenizer.encode, self._limits.vocab_size)
 
     def _constraints(self, params: SamplingParams, count: int) -> Sequence[Constraint | None]:
         if params.grammar is None:
@@ -95,9 +111,11 @@ class RequestMaker:
         params: SamplingParams,
         constraint: Constraint | None,
         leader: SequenceState | None,
+        bad_words: BadWords | None,
     ) -> SequenceState:
         # What a grammar allows is the text itself: none of it is dropped at the start.
         at_start = constraint is None
         stream = self._tokenizer.stream(prompt, at_start) if self._tokenizer else None
-        text = TextOutput(stream, params.stop_strings, params.min_tokens)
-        return SequenceState(index, prompt, params, text, self._eos_ids, constraint, leader)
+        include = params.include_stop_str_in_output
+        text = TextOutput(stream, params.stop_strings, params.min_tokens, include_stop=include)
+        return SequenceState(index, prompt, params, text, self._eos_ids, constraint, leader, bad_words)

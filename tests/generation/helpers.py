@@ -14,6 +14,7 @@ from torch import Tensor
 from llama_ray.generation.backends.quantize import QuantizedWeight
 from llama_ray.generation.constraints.grammar import Constraint
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.sampling.bad_words import BadWords
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts
 from llama_ray.generation.sampling.sampler import Sample, Sampler
@@ -69,6 +70,7 @@ class Row:
     draft: tuple[int, ...] = ()
     end_ids: Collection[int] = ()
     constraint: Constraint | None = None
+    bad_words: BadWords | None = None
 
     def __post_init__(self) -> None:
         self.counts = TokenCounts.of(self.params, self.prompt)

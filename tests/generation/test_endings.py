@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from typing import Any
 
 import jsonschema
 import pytest
@@ -36,6 +38,75 @@ def test_a_stop_token_ends_the_text_before_it(engine: Engine, tokenizer: Tokeniz
     assert cut.text == tokenizer.decode(cut.token_ids[:-1])
     with pytest.raises(ValueError, match="token id 320 is outside the model's vocabulary of 320"):
         engine.generate("The", SamplingParams(stop_token_ids=(320,)))
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_what_ended_a_text_is_named_and_may_be_part_of_it(
+    engine: Engine, tokenizer: Tokenizer, include: bool
+) -> None:
+    assert tokenizer.eos_id is not None
+    params = SamplingParams(max_tokens=20, seed=1, ignore_eos=True, include_stop_str_in_output=include)
+    whole = engine.generate("The", params)[0]
+    assert (whole.finish_reason, whole.stop_reason) == ("length", None)
+    word, token = whole.text[8:11], whole.token_ids[7]
+    by_word = engine.generate("The", dataclasses.replace(params, stop=("never", word)))[0]
+    assert (by_word.finish_reason, by_word.stop_reason) == ("stop", word)
+    assert by_word.text == whole.text.partition(word)[0] + word * include
+    by_token = engine.generate("The", dataclasses.replace(params, stop_token_ids=(token,)))[0]
+    assert (by_token.finish_reason, by_token.stop_reason) == ("stop", token)
+    end = len(by_token.token_ids) - (not include)
+    assert by_token.text == tokenizer.decode(by_token.token_ids[:end])
+    by_end = dataclasses.replace(params, logit_bias={tokenizer.eos_id: 100.0}, ignore_eos=False)
+    got = engine.generate("The", by_end)[0]
+    assert (got.finish_reason, got.stop_reason, got.text) == ("stop", None, "")
+
+
+@pytest.mark.parametrize("limit", [{}, {"regex": "[a-z]+"}, {"logprobs": 1, "n": 2}])
+def test_without_tokens_to_generate_only_the_prompt_is_computed(
+    engine: Engine, limit: dict[str, Any]
+) -> None:
+    prompt = list(range(20))
+    params = SamplingParams(max_tokens=0, prompt_logprobs=3, **limit)
+    generated = dataclasses.replace(params, max_tokens=1, n=1)
+    [want] = engine.generate([prompt], generated)
+    before = engine.stats.generated_tokens
+    for got in engine.generate([prompt], params):
+        assert (got.token_ids, got.text, got.finish_reason) == ([], "", "length")
+        assert got.prompt_logprobs == want.prompt_logprobs
+    assert engine.stats.generated_tokens == before
+    longest = [1] * engine.max_seq_len
+    assert engine.generate([longest], SamplingParams(max_tokens=0))[0].finish_reason == "length"
+
+
+def test_only_allowed_tokens_are_generated(engine: Engine) -> None:
+    allowed = (70, 71, 90)
+    limit = SamplingParams(max_tokens=30, seed=1, allowed_token_ids=allowed, ignore_eos=True)
+    free = SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
+    limited, other = engine.generate(["The", "The"], [limit, free])
+    assert set(limited.token_ids) == set(allowed)
+    assert other == engine.generate("The", free)[0]
+    with pytest.raises(ValueError, match="allowed_token_ids: token id 320 is outside the model's vocabulary"):
+        engine.generate("The", SamplingParams(allowed_token_ids=(320,)))
+
+
+def test_bad_words_are_never_completed(engine: Engine, tokenizer: Tokenizer) -> None:
+    words = ("quick", "zq")
+    pushed = {token: 30.0 for word in words for token in tokenizer.encode(word)}
+    params = SamplingParams(max_tokens=60, seed=2, logit_bias=pushed, ignore_eos=True)
+    assert any(word in engine.generate("The", params)[0].text for word in words)
+    got = engine.generate("The", dataclasses.replace(params, bad_words=words))[0]
+    for word in words:
+        tokens = tokenizer.encode(word)
+        size = len(tokens)
+        assert tokens not in [got.token_ids[i : i + size] for i in range(len(got.token_ids))]
+
+
+def test_a_text_for_which_no_token_is_left_ends_with_a_reason(engine: Engine, tokenizer: Tokenizer) -> None:
+    [a], [b] = tokenizer.encode("a"), tokenizer.encode("b")
+    for seed in range(5):
+        params = SamplingParams(seed=seed, allowed_token_ids=(a, b), bad_words=("a", "bb"), ignore_eos=True)
+        got = engine.generate("The", params)[0]
+        assert (got.text, got.finish_reason) == ("b", "constraint")
 
 
 def test_no_completion_ends_before_min_tokens(engine: Engine, tokenizer: Tokenizer) -> None:

@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "min_tokens": {"min_tokens": 9, "ignore_eos": False, "logit_bias": {0: 50.0, 1: 50.0, 2: 50.0}},
     "schema": {"json_schema": PERSON, "ignore_eos": False, "max_tokens": 60, "n": 2},
     "emojis": {"regex": "[🙂🙃漢]{3,7}", "stop": "🙃", "ignore_eos": False, "n": 2, "logprobs": 1},
+    "words": {"bad_words": ("e", "th"), "allowed_token_ids": tuple(range(60, 150)), "logprobs": 1},
+    "stop_included": {"temperature": 0, "stop": ("e", "a"), "include_stop_str_in_output": True, "n": 2},
     "cut_off": {"regex": "[a-z🙂]{40}", "ignore_eos": False, "max_tokens": 11},
 }
 
@@ -76,7 +78,7 @@ class Pair:
 
 
 def plain(delta: Delta) -> Delta:
-    return dataclasses.replace(delta, request_id=0, stats=None)
+    return dataclasses.replace(delta, request_id=0, stats=None, cached_tokens=0)
 
 
 def make_backend(tokenizer: Tokenizer) -> Backend:

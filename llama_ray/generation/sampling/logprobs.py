@@ -19,8 +19,10 @@ def token_logprobs(
     tokens: Sequence[int],
     top: Sequence[int],
     top_candidates: TopCandidates = torch_top_candidates,
+    *,
+    ranks: bool = False,
 ) -> list[TokenLogprob]:
-    """Return the log-probabilities of each row's token and of its `top[row]` most probable tokens.
+    """Return the log-probabilities of each row's token, with its rank if `ranks`, and of its `top[row]` likeliest ones.
 
     Logits are [rows, vocab_size] of any dtype. To report the tokens of a prompt, pass the rows that predict them: the
     logits at position i with token i + 1.
@@ -37,7 +39,9 @@ def token_logprobs(
     )
     own = logits.gather(-1, torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None])
     logprobs = (torch.cat([own, values], dim=-1).double() - normaliser).tolist()
+    # Of equally probable tokens all have the last one's place.
+    places: list[int | None] = (logits >= own).sum(-1).tolist() if ranks else [None] * len(tokens)
     return [
-        TokenLogprob(token, row[0], tuple(zip(best[:n], row[1 : 1 + n], strict=False)))
-        for token, row, best, n in zip(tokens, logprobs, ids.tolist(), top, strict=True)
+        TokenLogprob(token, row[0], tuple(zip(best[:n], row[1 : 1 + n], strict=False)), place)
+        for token, row, best, n, place in zip(tokens, logprobs, ids.tolist(), top, places, strict=True)
     ]

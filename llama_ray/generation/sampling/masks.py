@@ -16,10 +16,10 @@ class TokenMasks:
     def __init__(self) -> None:
         self._additive: dict[torch.device, Tensor] = {}
 
-    def apply(self, logits: Tensor, rows: Tensor, allowed: NDArray[np.uint8]) -> None:
+    def apply(self, logits: Tensor, rows: Tensor, allowed: Tensor) -> None:
         """Set logits fp32 [_, vocab_size] of `rows` to -inf, in place, where the bit in `allowed` is 0.
 
-        `allowed` holds bits by token id, least significant first, uint8 [rows, bytes].
+        `allowed` holds bits by token id, least significant first, uint8 [rows, bytes], on the logits' device.
         """
         device = logits.device
         if device not in self._additive:
@@ -27,8 +27,7 @@ class TokenMasks:
             bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
             table = torch.zeros(256, 8).masked_fill_(torch.from_numpy(bits) == 0, -torch.inf)
             self._additive[device] = table.to(device)
-        bytes_ = torch.from_numpy(allowed).to(device).int()
-        addends = torch.nn.functional.embedding(bytes_, self._additive[device])
+        addends = torch.nn.functional.embedding(allowed.int(), self._additive[device])
         logits[rows] += addends.view(len(rows), -1)[:, : logits.shape[-1]]
 
 

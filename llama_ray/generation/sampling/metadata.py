@@ -15,6 +15,7 @@ from llama_ray.generation.sampling.noise import noise_keys, stream_keys
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import Penalties
 from llama_ray.generation.sampling.row import Row
+from llama_ray.utils.integers import ceil_div
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class SamplingMetadata:
             else None
         )
         self.bias = _bias(params, vocab_size, device)
+        self.allowed = _allowed(params, vocab_size, device)
+        self.bad_words_rows = [i for i, row in enumerate(rows) if row.bad_words is not None]
+        # Those for which no token may be left.
+        self.narrowed_rows = [
+            i for i, row in enumerate(rows) if row.params.allowed is not None or row.bad_words is not None
+        ]
         self.constraint_rows = [i for i, row in enumerate(rows) if row.constraint is not None]
         self.constraint_index = torch.tensor(self.constraint_rows, dtype=torch.int64, device=device)
         self.min_tokens_rows = [
@@ -95,3 +102,17 @@ def _bias(
         return None
     values = np.concatenate([bias[1] for _, bias in biases if bias is not None])
     return torch.from_numpy(np.concatenate(flat)).to(device), torch.from_numpy(values).to(device)
+
+
+def _allowed(
+    params: Sequence[SamplingParams], vocab_size: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Return the rows with `allowed_token_ids`, and those ids as bits for `TokenMasks`; None if there are none."""
+    limited = [(i, p.allowed) for i, p in enumerate(params) if p.allowed is not None]
+    if not limited:
+        return None
+    allowed = np.zeros((len(limited), ceil_div(vocab_size, 8) * 8), dtype=np.uint8)
+    for bits, (_, ids) in zip(allowed, limited, strict=True):
+        bits[ids] = 1
+    rows = torch.tensor([i for i, _ in limited], device=device)
+    return rows, torch.from_numpy(np.packbits(allowed, axis=1, bitorder="little")).to(device)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from llama_ray.generation.constraints.grammar import Constraint
+from llama_ray.generation.sampling.bad_words import BadWords
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts
 
@@ -15,7 +16,7 @@ class Row(Protocol):
 
     `seed` is set even if the request named none, and `index` is the candidate's number within its request. `end_ids`
     are the tokens that end the sequence. `counts` and `constraint` have seen the whole output but not the draft; each
-    is None if the parameters do not need it.
+    is None if the parameters do not need it, and so is `bad_words`.
     """
 
     @property
@@ -36,6 +37,8 @@ class Row(Protocol):
     def counts(self) -> TokenCounts | None: ...  # noqa: D102
     @property
     def constraint(self) -> Constraint | None: ...  # noqa: D102
+    @property
+    def bad_words(self) -> BadWords | None: ...  # noqa: D102
 
 
 class DraftRow:
@@ -48,7 +51,8 @@ class DraftRow:
     def __init__(self, row: Row, draft: Sequence[int]) -> None:
         self.params, self.seed, self.index = row.params, row.seed, row.index
         self.prompt, self.output, self.draft = row.prompt, row.output, draft
-        self.end_ids, self.counts, self.constraint = row.end_ids, row.counts, row.constraint
+        self.end_ids, self.counts = row.end_ids, row.counts
+        self.constraint, self.bad_words = row.constraint, row.bad_words
 
 
 def below_min_tokens(row: Row) -> bool:

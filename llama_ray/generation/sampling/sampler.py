@@ -10,7 +10,7 @@ A row's token depends only on its own logits, parameters, seed and position; `dr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ NOT_FINITE = (
     "the model's logits are not finite (its numbers overflowed or its weights hold NaN); "
     "try dtype bfloat16 or float32"
 )
+_NOTHING_LEFT = "allowed_token_ids, bad_words and what else limits it leave no token"
 _REDRAW = -1
 
 
@@ -105,8 +106,18 @@ class Sampler:
             flat, values = metadata.bias
             logits.view(-1)[flat] += values
         if metadata.min_tokens_rows:
-            _forbid_ends(logits, rows, metadata.min_tokens_rows)
-        return self._constrain(logits, rows, metadata) if metadata.constraint_rows else {}
+            ends = {i: rows[i].end_ids for i in metadata.min_tokens_rows if below_min_tokens(rows[i])}
+            _forbid(logits, ends)
+        if metadata.allowed is not None:
+            self._masks.apply(logits, *metadata.allowed)
+        if metadata.bad_words_rows:
+            words = [(i, rows[i].bad_words) for i in metadata.bad_words_rows]
+            _forbid(logits, {i: b.completing(rows[i].output, rows[i].draft) for i, b in words if b})
+        without_token = self._constrain(logits, rows, metadata) if metadata.constraint_rows else {}
+        if metadata.narrowed_rows:
+            for i in _without_any(logits, metadata.narrowed_rows):
+                without_token.setdefault(i, Sample(None, None, ending=Ending(_NOTHING_LEFT)))
+        return without_token
 
     def _constrain(
         self, logits: Tensor, rows: Sequence[Row], metadata: SamplingMetadata
@@ -129,7 +140,7 @@ class Sampler:
                 bits[:] = outcome
                 if below_min_tokens(rows[i]):
                     forbid_tokens(bits, rows[i].end_ids)
-        self._masks.apply(logits, metadata.constraint_index, allowed)
+        self._masks.apply(logits, metadata.constraint_index, torch.from_numpy(allowed).to(logits.device))
         return without_token
 
     def _draw(self, logits: Tensor, groups: Sequence[RowGroup], keys: Tensor | None) -> Tensor:
@@ -172,15 +183,20 @@ class Sampler:
                 samples[i] = Sample(report.token_id, report)
 
 
-def _forbid_ends(logits: Tensor, rows: Sequence[Row], candidates: Sequence[int]) -> None:
-    """Set the logits of end tokens to -inf in place, in those of the `candidates` that are too short to end."""
+def _forbid(logits: Tensor, forbidden: Mapping[int, Collection[int]]) -> None:
+    """Set logits to -inf in place: those of some tokens of some rows."""
     vocab_size = logits.shape[-1]
     flat = [
-        i * vocab_size + token
-        for i in candidates
-        if below_min_tokens(rows[i])
-        for token in rows[i].end_ids
-        if token < vocab_size
+        i * vocab_size + token for i, tokens in forbidden.items() for token in tokens if token < vocab_size
     ]
     if flat:
         logits.view(-1)[torch.tensor(flat, device=logits.device)] = -torch.inf
+
+
+def _without_any(logits: Tensor, rows: Sequence[int]) -> list[int]:
+    """Return those of `rows` that have no token left; their logits become 0, so that one can be drawn."""
+    largest = logits[torch.tensor(rows, device=logits.device)].amax(-1).tolist()
+    empty = [i for i, value in zip(rows, largest, strict=True) if value == -math.inf]
+    if empty:
+        logits[torch.tensor(empty, device=logits.device)] = 0
+    return empty

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llama_ray.generation.constraints.grammar import Constraint, Ending
+from llama_ray.generation.sampling.bad_words import BadWords
 from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 from llama_ray.generation.sampling.penalties import TokenCounts
 from llama_ray.generation.sampling.sampler import NOT_FINITE, Sample
@@ -31,8 +32,10 @@ class Delta:
     request did not ask for them; `prompt_logprobs`, for each prompt token but the first, comes with the first delta.
     `finish_reason` is set on the candidate's last delta, with its `stats`: "stop" (end-of-text or stop token, stop
     string, or a complete match of `regex` or `json_schema`), "length" (`max_tokens`), "constraint" (the output cannot
-    go on as `regex` or `json_schema` want it, or finding out how exceeds the limits of a step), or "error" with the
-    cause in `error`.
+    go on as `regex` or `json_schema` want it, or finding out how exceeds the limits of a step, or `allowed_token_ids`
+    and `bad_words` leave no token), or "error" with the cause in `error`. `stop_reason` is the string or the id of the
+    token, one of `stop_token_ids`, that ended it. `cached_tokens`, those of the prompt that were not computed, come
+    with the first delta.
     """
 
     request_id: int
@@ -44,6 +47,8 @@ class Delta:
     error: str | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     stats: RequestStats | None = None
+    stop_reason: str | int | None = None
+    cached_tokens: int = 0
 
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
@@ -60,6 +65,8 @@ class Delta:
             last.error,
             first.prompt_logprobs,
             last.stats,
+            last.stop_reason,
+            first.cached_tokens,
         )
 
     def __add__(self, later: Delta) -> Delta:
@@ -88,6 +95,7 @@ class SequenceState:
         eos_ids: Collection[int],
         constraint: Constraint | None = None,
         leader: SequenceState | None = None,
+        bad_words: BadWords | None = None,
     ) -> None:
         self.index = index
         self.request_id = self.seed = 0
@@ -113,14 +121,21 @@ class SequenceState:
             else frozenset([*(() if params.ignore_eos else eos_ids), *params.stop_token_ids])
         )
         self.counts = TokenCounts.of(params, prompt)
-        self.constraint = constraint
+        self.constraint, self.bad_words = constraint, bad_words
         self._text = text
+        self._eos_ids: Collection[int] = () if params.ignore_eos else eos_ids
         self._ended: FinishReason | None = None
+        self._stop_reason: str | int | None = None
 
     def arrive(self, request_id: int, seed: int) -> None:
         """Become a candidate of request `request_id`, whose noise depends on `seed`; its time begins now."""
         self.request_id, self.seed = request_id, seed
         self.stats.arrived = time.monotonic()
+
+    def start(self, now: float) -> None:
+        """Note that the first step that computes it begins `now`."""
+        self.stats.started = now
+        self.stats.reused_tokens = min(self.reused, len(self.prompt))
 
     def resume(self, output: Sequence[int]) -> None:
         """Take the tokens, at least one, that another engine has generated and reported, each with its text.
@@ -170,9 +185,11 @@ class SequenceState:
         logprobs: list[TokenLogprob] | None = None if self.params.logprobs is None else []
         finish: FinishReason | None = None
         # All candidates of a request report its prompt, with their first delta.
-        prompt_logprobs = None if self.output else self.prompt_report.entries
+        prompt_logprobs, cached_tokens = (
+            (None, 0) if self.output else (self.prompt_report.entries, self.stats.reused_tokens)
+        )
         for sample in samples:
-            if sample.ending is not None or (self.constraint and not self.tokens_left and not sample.error):
+            if sample.ending is not None or (not self.tokens_left and not sample.error):
                 text, finish = self._end(sample.ending)
                 texts.append(text)
                 break
@@ -186,7 +203,7 @@ class SequenceState:
                 logprobs.append(sample.logprob)
             if finish is not None:
                 break
-        return self._delta("".join(texts), token_ids, logprobs, finish, prompt_logprobs=prompt_logprobs)
+        return self._delta("".join(texts), token_ids, logprobs, finish, None, prompt_logprobs, cached_tokens)
 
     def fail(self, reason: str) -> Delta:
         """End the sequence with an error."""
@@ -198,23 +215,28 @@ class SequenceState:
         if self.counts is not None:
             self.counts.push(token)
         at_end = token in self.end_ids
-        text, stopped = ("", False) if at_end else self._text.push(token)
+        named = at_end and token not in self._eos_ids
+        shown = not at_end or (named and self.params.include_stop_str_in_output)
+        text, stop = self._text.push(token) if shown else ("", None)
         if self.constraint is not None and not at_end:
             self.constraint.push(token)
         done = at_end or (not self.tokens_left and self.constraint is None)
-        if done and not stopped:
-            rest, stopped = self._text.finish()
+        if done and not stop:
+            rest, stop = self._text.finish()
             text += rest
-        return text, "stop" if at_end or stopped else "length" if done else None
+        self._stop_reason = token if named else stop
+        return text, "stop" if at_end or stop else "length" if done else None
 
     def _end(self, ending: Ending | None) -> tuple[str, FinishReason]:
         """End without a further token, as the constraint wants it or (None) because there are `max_tokens`."""
-        text, stopped = self._text.finish()
-        if stopped or (ending is not None and ending.reason is None):
+        text, self._stop_reason = self._text.finish()
+        if self._stop_reason or (ending is not None and ending.reason is None):
             return text, "stop"
         if not self.tokens_left:
             return text, "length"
-        _log.warning("request %d ends: json_schema or regex: %s", self.request_id, ending and ending.reason)
+        _log.warning(
+            "request %d ends: its output cannot go on: %s", self.request_id, ending and ending.reason
+        )
         return text, "constraint"
 
     def _delta(
@@ -225,13 +247,23 @@ class SequenceState:
         finish: FinishReason | None,
         error: str | None = None,
         prompt_logprobs: list[TokenLogprob] | None = None,
+        cached_tokens: int = 0,
     ) -> Delta:
         now = time.monotonic()
         self.stats.count(len(token_ids), now)
         if finish is not None:
             self.stats.finished = now
-            self.stats.reused_tokens = self.reused
         stats = self.stats if finish is not None else None
         return Delta(
-            self.request_id, self.index, text, token_ids, logprobs, finish, error, prompt_logprobs, stats
+            self.request_id,
+            self.index,
+            text,
+            token_ids,
+            logprobs,
+            finish,
+            error,
+            prompt_logprobs,
+            stats,
+            self._stop_reason,
+            cached_tokens,
         )

@@ -12,32 +12,33 @@ class StopMatcher:
     character, so the cut does not depend on how the text is divided into pieces.
     """
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self._stop = stop
+    def __init__(self, stop: tuple[str, ...], include: bool = False) -> None:
+        """Look for `stop`; the text ends before one of them, or with `include` after it."""
+        self._stop, self._include = stop, include
         self._held = ""
         # Leading characters of the held text in which no stop string may end.
         self._passed = 0
 
-    def push(self, piece: str, may_stop: bool = True) -> tuple[str, bool]:
-        """Return the text that may be shown now, and whether a stop string ends it.
+    def push(self, piece: str, may_stop: bool = True) -> tuple[str, str | None]:
+        """Return the text that may be shown now, and the stop string that ends it, if one does.
 
         An end of the text that could begin a stop string is held back. With `may_stop` False a stop string that this
         piece completes is text like any other.
         """
         self._held += piece
         if may_stop:
-            found = [(start + len(s), start) for s in self._stop if (start := self._find(s)) >= 0]
+            found = [(start + len(s), start, s) for s in self._stop if (start := self._find(s)) >= 0]
             if found:
-                _, start = min(found)
-                shown, self._held = self._held[:start], ""
-                return shown, True
+                end, start, stop = min(found)
+                shown, self._held = self._held[: end if self._include else start], ""
+                return shown, stop
         else:
             self._passed = len(self._held)
         keep = max((self._overlap(s) for s in self._stop), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         self._passed = max(self._passed - cut, 0)
-        return shown, False
+        return shown, None
 
     def flush(self) -> str:
         """Return what is still held back, at the end of the text."""
@@ -59,21 +60,28 @@ class TextOutput:
     Stop strings count from token number `min_tokens` on.
     """
 
-    def __init__(self, stream: TextStream | None, stop: tuple[str, ...], min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        stream: TextStream | None,
+        stop: tuple[str, ...],
+        min_tokens: int = 0,
+        *,
+        include_stop: bool = False,
+    ) -> None:
         self._stream = stream
-        self._matcher = StopMatcher(stop)
+        self._matcher = StopMatcher(stop, include_stop)
         self._before_stop = min_tokens
 
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """Return the text that this token made certain, and whether a stop string ends it."""
+    def push(self, token_id: int) -> tuple[str, str | None]:
+        """Return the text that this token made certain, and the stop string that ends it, if one does."""
         self._before_stop -= 1
         if self._stream is None:
-            return "", False
+            return "", None
         return self._matcher.push(self._stream.push(token_id), may_stop=self._before_stop <= 0)
 
-    def finish(self) -> tuple[str, bool]:
-        """Return the rest when no token follows, and whether a stop string ends it: the last bytes may complete one."""
+    def finish(self) -> tuple[str, str | None]:
+        """Return the rest when no token follows, and the stop string that ends it: the last bytes may complete one."""
         if self._stream is None:
-            return "", False
-        shown, stopped = self._matcher.push(self._stream.flush())
-        return (shown, True) if stopped else (shown + self._matcher.flush(), False)
+            return "", None
+        shown, stop = self._matcher.push(self._stream.flush())
+        return (shown, stop) if stop else (shown + self._matcher.flush(), None)

@@ -69,7 +69,7 @@ def test_a_costly_mask_ends_its_own_request(engine: Engine, caplog: pytest.LogCa
     done, other = engine.generate(["a", "b"], [costly, FREE])
     assert (done.finish_reason, other.finish_reason) == ("constraint", "length")
     assert done.text
-    assert "json_schema or regex: " in caplog.text
+    assert "its output cannot go on: " in caplog.text
     engine.close()
 
 

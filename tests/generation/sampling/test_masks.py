@@ -14,7 +14,7 @@ def test_a_mask_sets_only_logits_without_a_bit_to_minus_infinity() -> None:
     expected[[0, 2]] = logits[[0, 2]]
     expected[3, [0, 7]] = logits[3, [0, 7]]
     expected[1, [48, 49]] = logits[1, [48, 49]]
-    TokenMasks().apply(logits, torch.tensor([3, 1]), bits)
+    TokenMasks().apply(logits, torch.tensor([3, 1]), torch.from_numpy(bits))
     assert logits.equal(expected)
 
 

@@ -14,7 +14,7 @@ from llama_ray.generation.sampling.params import SamplingParams
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"max_tokens": -1}, "max_tokens is -1; it must be at least 0"),
         ({"min_tokens": 17}, "min_tokens is 17; it must be at most max_tokens, 16"),
         ({"min_tokens": -1}, "min_tokens is -1"),
         ({"temperature": -0.1}, "temperature is -0.1; it must be at least 0"),
@@ -36,6 +36,18 @@ from llama_ray.generation.sampling.params import SamplingParams
         ({"frequency_penalty": -3.0}, "frequency_penalty is -3.0"),
         ({"logit_bias": {5: math.inf}}, "logit_bias[5] is inf; it must be at least -1e+30 and at most 1e+30"),
         ({"logprobs": 21}, "logprobs is 21; it must be at most 20"),
+        (
+            {"allowed_token_ids": (3, -1)},
+            "allowed_token_ids has a token id that is -1; it must be at least 0",
+        ),
+        ({"allowed_token_ids": (2**31,)}, "allowed_token_ids has a token id that is 2147483648"),
+        ({"allowed_token_ids": ()}, "allowed_token_ids is (); it must be at least one token id, or None"),
+        (
+            {"bad_words": ("a", " ")},
+            "bad_words is ('a', ' '); it must be a string or several, none of them blank",
+        ),
+        ({"bad_words": (1,)}, "bad_words is (1,); it must be a string or several"),
+        ({"include_stop_str_in_output": 1}, "include_stop_str_in_output is 1; it must be true or false"),
         ({"prompt_logprobs": -1}, "prompt_logprobs is -1; it must be at least 0"),
         ({"json_schema": "[1]"}, "json_schema is [1]; it must be a JSON object"),
         ({"n": 0}, "n is 0; it must be at least 1"),
@@ -110,6 +122,7 @@ def test_a_key_of_logit_bias_is_a_token_id(key: object) -> None:
             "stop_token_ids has 980,000 entries; it must have at most 128",
         ),
         ({"stop": ("s",) * 17}, "stop has 17 strings; it must have at most 16"),
+        ({"bad_words": ("s",) * 129}, "bad_words has 129 strings; it must have at most 128"),
         ({"stop": "s" * 1001}, "stop has 1,001 characters in one string; it must have at most 1,000"),
         ({"stop": 5}, "stop is 5; it must be a string or several"),
         ({"stop_token_ids": 5}, "stop_token_ids is 5; it must be token ids"),

@@ -56,11 +56,17 @@ def test_stop_strings_in_pieces_that_may_not_stop_are_text(
 
 def test_only_a_possible_beginning_of_a_stop_string_is_held_back() -> None:
     matcher = StopMatcher(("###", "END"))
-    assert matcher.push("one #") == ("one ", False)
-    assert matcher.push(" two E") == ("# two ", False)
-    assert matcher.push("N") == ("", False)
-    assert matcher.push("E") == ("EN", False)
-    assert matcher.push("ND more") == ("", True)
+    assert matcher.push("one #") == ("one ", None)
+    assert matcher.push(" two E") == ("# two ", None)
+    assert matcher.push("N") == ("", None)
+    assert matcher.push("E") == ("EN", None)
+    assert matcher.push("ND more") == ("", "END")
+
+
+def test_a_stop_string_may_be_part_of_the_text() -> None:
+    matcher = StopMatcher(("end.", "nd"), include=True)
+    assert matcher.push("the e") == ("the ", None)
+    assert matcher.push("nd. more") == ("end", "nd")
 
 
 def test_characters_come_whole_and_incomplete_bytes_may_complete_a_stop_string(tokenizer: Tokenizer) -> None:
@@ -72,8 +78,8 @@ def test_characters_come_whole_and_incomplete_bytes_may_complete_a_stop_string(t
 
     unfinished = TextOutput(tokenizer.stream(), ("�",))
     first_byte = tokenizer.encode("\U0010ffff")[0]
-    assert unfinished.push(first_byte) == ("", False)
-    assert unfinished.finish() == ("", True)
+    assert unfinished.push(first_byte) == ("", None)
+    assert unfinished.finish() == ("", "�")
 
 
 def test_stop_strings_count_from_token_min_tokens_on(tokenizer: Tokenizer) -> None:

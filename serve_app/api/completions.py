@@ -8,7 +8,6 @@ from fastapi.responses import Response
 from serve_app.api.generating import ERRORS, respond, session_of
 from serve_app.api.responses import CompletionWriter
 from serve_app.protocol.completions import CompletionRequest, CompletionResponse
-from serve_app.protocol.generation import GenerationRequest
 
 
 def add_routes(api: FastAPI) -> None:
@@ -17,13 +16,7 @@ def add_routes(api: FastAPI) -> None:
     @api.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue each prompt. With `stream`, the text comes as server-sent events, ended by `data: [DONE]`."""
-        generation = GenerationRequest(
-            body.model,
-            body.prompts,
-            body.sampling_params(),
-            body.echo,
-            session_of(request, body.session),
-        )
+        generation = body.generation_request(session_of(request, body.session))
         return await respond(
             request, generation, lambda accepted: CompletionWriter(body, accepted), stream=body.stream
         )

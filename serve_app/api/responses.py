@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.api.chunks import ChunkWriter
 from serve_app.api.disconnect import until_disconnected
 from serve_app.errors import ApiError
-from serve_app.protocol.completions import Choice, CompletionRequest, CompletionResponse
+from serve_app.protocol.completions import Choice, CompletionRequest, CompletionResponse, prompt_logprobs
 from serve_app.protocol.sampling import Usage
 from serve_app.routing.client import Accepted, Events
 from serve_app.streams.messages import ChoiceDelta
@@ -28,9 +28,14 @@ class CompletionWriter:
     """Writes the response to `request` from the events that follow `accepted`."""
 
     def __init__(self, request: CompletionRequest, accepted: Accepted) -> None:
-        self._prompt_tokens, self._completion_tokens = accepted.prompt_tokens, 0
+        self._prompt_tokens = accepted.prompt_tokens
+        self._completion_tokens = self._cached_tokens = 0
+        # By choice: what has not been sent yet.
+        self._prompt_ids = _by_choice(accepted.prompt_ids, request.n)
+        self._token_ids = request.return_token_ids
         options = request.stream_options
         self._include_usage = options is not None and options.include_usage
+        self._counts = options is not None and options.continuous_usage_stats
         self._empty_response = CompletionResponse(
             id=f"cmpl-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -45,17 +50,23 @@ class CompletionWriter:
         async for event in events:
             for delta in self._count(event):
                 by_choice[delta.index].append(delta)
-        choices = [_choice(ChoiceDelta.joined(by_choice[index])) for index in sorted(by_choice)]
+        choices = [self._choice(ChoiceDelta.joined(by_choice[index])) for index in sorted(by_choice)]
         whole = self._empty_response.model_copy(update={"choices": choices, "usage": self._usage()})
         return whole.model_dump_json()
 
     async def stream(self, events: Events) -> AsyncGenerator[bytes]:
         """Yield server-sent events, one per delta; those that are ready at the same moment together."""
-        writer = ChunkWriter(self._empty_response, usage=self._include_usage)
+        writer = ChunkWriter(self._empty_response, usage=self._include_usage, token_ids=self._token_ids)
         async with aclosing(events):
             try:
                 async for event in events:
-                    chunks = [writer.chunk(delta) for delta in self._count(event) if _has_content(delta)]
+                    deltas = self._count(event)
+                    usage = self._usage().model_dump_json() if self._counts else None
+                    chunks = [
+                        writer.chunk(delta, self._prompt_ids.pop(delta.index, None), usage)
+                        for delta in deltas
+                        if self._has_content(delta)
+                    ]
                     if chunks:
                         yield b"".join(chunks)
                 if self._include_usage:
@@ -68,11 +79,34 @@ class CompletionWriter:
     def _count(self, event: Accepted | list[ChoiceDelta]) -> list[ChoiceDelta]:
         """Add the deltas' tokens to the usage, and return the deltas."""
         assert isinstance(event, list)
-        self._completion_tokens += sum(len(delta.token_ids) for delta in event)
+        for delta in event:
+            self._completion_tokens += len(delta.token_ids)
+            self._cached_tokens += delta.cached_tokens
         return event
 
     def _usage(self) -> Usage:
-        return Usage.of(self._prompt_tokens, self._completion_tokens)
+        return Usage.of(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
+
+    def _has_content(self, delta: ChoiceDelta) -> bool:
+        return bool(
+            delta.text
+            or delta.logprobs
+            or delta.finish_reason
+            or delta.prompt_logprobs is not None
+            or (self._token_ids and delta.token_ids)
+        )
+
+    def _choice(self, delta: ChoiceDelta) -> Choice:
+        return Choice(
+            index=delta.index,
+            text=delta.text,
+            logprobs=delta.logprobs,
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if self._token_ids else None,
+            prompt_token_ids=self._prompt_ids.get(delta.index),
+            prompt_logprobs=None if delta.prompt_logprobs is None else prompt_logprobs(delta.prompt_logprobs),
+        )
 
 
 class EventStream(Response):
@@ -108,14 +142,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _has_content(delta: ChoiceDelta) -> bool:
-    return bool(delta.text or delta.logprobs or delta.finish_reason)
-
-
-def _choice(delta: ChoiceDelta) -> Choice:
-    return Choice(
-        index=delta.index, text=delta.text, logprobs=delta.logprobs, finish_reason=delta.finish_reason
-    )
+def _by_choice(prompt_ids: list[list[int]] | None, n: int) -> dict[int, list[int]]:
+    """Return the token ids of the prompt of each choice; none if they are not wanted."""
+    return {i * n + j: ids for i, ids in enumerate(prompt_ids or ()) for j in range(n)}
 
 
 def _server_sent_event(data: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidatorFunctionWrapHandler, field_validator
@@ -9,8 +10,13 @@ from pydantic import BaseModel, Field, ValidatorFunctionWrapHandler, field_valid
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.utils.fields import shown
 from serve_app.errors import bad_request
+from serve_app.protocol.generation import GenerationRequest
 from serve_app.protocol.sampling import MAX_CHOICES, SamplingFields, Texts, TokenIds, Usage, one_message
-from serve_app.streams.messages import Logprobs
+from serve_app.streams.messages import Encoding, Logprobs, PromptToken, Reporting
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class CompletionRequest(SamplingFields):
@@ -20,14 +26,30 @@ class CompletionRequest(SamplingFields):
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="Text or token ids to continue; a list of them is completed in one batch."
     )
-    max_tokens: int = Field(16, description="Tokens to generate at most.")
+    max_tokens: int = Field(
+        16, description="Tokens to generate at most; 0 only computes the prompt, for its log-probabilities."
+    )
     best_of: int | None = Field(None, description="Not supported, except with the value of n.")
     logprobs: int | None = Field(
         None,
-        description="Also return log-probabilities: of this many likeliest tokens, 0 to 20; not with echo.",
+        description="Also return log-probabilities: of this many likeliest tokens, 0 to 20.",
     )
-    echo: bool = Field(False, description="Put the prompt before the text.")
+    echo: bool = Field(False, description="Put the prompt, with its log-probabilities, before the text.")
     suffix: str | None = Field(None, description="Not supported, except empty.")
+
+    prompt_logprobs: int | None = Field(
+        None,
+        description="Also return the log-probabilities of the prompt's tokens and this many likeliest ones, 0 to 20.",
+    )
+    add_special_tokens: bool = Field(
+        True, description="Begin a prompt that is text with bos, where the tokenizer does so."
+    )
+    parse_special: bool = Field(
+        False,
+        description="Take names of special tokens in a prompt's text for these tokens, not for characters.",
+    )
+    return_token_ids: bool = Field(False, description="Also return the token ids of texts and prompts.")
+    return_tokens_as_token_ids: bool = Field(False, description="Call tokens token_id:N in logprobs.")
 
     @field_validator("prompt", mode="wrap")
     @classmethod
@@ -46,9 +68,24 @@ class CompletionRequest(SamplingFields):
 
     def sampling_params(self) -> SamplingParams:
         """Return how to sample. Raises ApiError (400) for values, of any field, out of range or not supported."""
-        params = self.params(self.max_tokens, self.logprobs)
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        of_prompt = max((number for number in wanted if number is not None), default=None)
+        params = self.params(self.max_tokens, self.logprobs, of_prompt)
         self._check()
         return params
+
+    def generation_request(self, session: str | None) -> GenerationRequest:
+        """Return what is asked of the model, for requests of a `session`. Raises ApiError as `sampling_params` does."""
+        return GenerationRequest(
+            self.model,
+            self.prompts,
+            self.sampling_params(),
+            session,
+            encoding=Encoding(self.add_special_tokens, self.parse_special),
+            reporting=Reporting(
+                self.echo, self.return_token_ids, self.prompt_logprobs, self.return_tokens_as_token_ids
+            ),
+        )
 
     def _check(self) -> None:
         """Raise ApiError for what is not supported, and for fields that do not fit together."""
@@ -61,12 +98,6 @@ class CompletionRequest(SamplingFields):
                 "best_of",
                 f"best_of {shown(self.best_of)} is not supported; leave it out, or set it to n ({self.n})",
             )
-        if self.echo and self.logprobs is not None:
-            raise bad_request(
-                "echo",
-                "echo with logprobs is not supported; leave one of them out: log-probabilities of the prompt are not "
-                "computed",
-            )
         if not self.prompts:
             raise bad_request("prompt", "prompt is an empty list; give at least one prompt")
         choices = len(self.prompts) * self.n
@@ -78,13 +109,47 @@ class CompletionRequest(SamplingFields):
             )
 
 
+class PromptLogprob(BaseModel):
+    """One entry of `prompt_logprobs`; `rank` is the token's place among all of the vocabulary, from 1."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt its log-probability and those of the likeliest ones, by id; null for the first token."""
+
+
+def prompt_logprobs(tokens: Sequence[PromptToken]) -> PromptLogprobs:
+    """Return the log-probabilities of a prompt as a choice has them."""
+    return [
+        None,
+        *(
+            {
+                str(token_id): PromptLogprob(logprob=logprob, rank=rank, decoded_token=text)
+                for token_id, logprob, rank, text in entries
+            }
+            for entries in tokens
+        ),
+    ]
+
+
 class Choice(BaseModel):
-    """A completion, or in a stream what was added to it. Choice i belongs to prompt i // n."""
+    """A completion, or in a stream what was added to it. Choice i belongs to prompt i // n.
+
+    `stop_reason` is the stop string or the stop token that ended the text. The fields after it, vLLM's, are there if
+    they were asked for; those of the prompt come with the first chunk of a choice.
+    """
 
     index: int
     text: str
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = Field(None, exclude_if=_is_none)
+    prompt_token_ids: list[int] | None = Field(None, exclude_if=_is_none)
+    prompt_logprobs: PromptLogprobs | None = Field(None, exclude_if=_is_none)
 
 
 class CompletionResponse(BaseModel):

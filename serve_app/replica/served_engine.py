@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 
 from llama_ray.data.chat_encoding import ChatText
 from llama_ray.data.chat_template import PLAIN_STOP, ChatPrompt
@@ -17,20 +19,30 @@ from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.request import Done, Request
-from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.utils.panics import panics_as_errors
 from serve_app.errors import INTERNAL_ERROR
 from serve_app.registry.messages import ModelVersion
-from serve_app.replica.logprobs import LogprobWriter
+from serve_app.replica.logprobs import LogprobWriter, prompt_tokens
 from serve_app.streams.frames import to_wire
-from serve_app.streams.messages import Answered, ChoiceDelta, Event, Failure, Prompt, Started, Submission
+from serve_app.streams.messages import (
+    Answered,
+    ChoiceDelta,
+    Event,
+    Failure,
+    Logprobs,
+    Prompt,
+    Started,
+    Submission,
+)
 from serve_app.streams.sender import Connection
 
 _log = logging.getLogger(__name__)
 
 LONG_PROMPT = 50_000
 """Characters, or token ids; some ten milliseconds of tokenising."""
+_FIELDS = ("prompt", *(field.name for field in fields(SamplingParams)))
 _MAX_COMPILING_REQUESTS = 256
 """Requests that wait for their grammar at once; others wait for one of them."""
 
@@ -108,11 +120,12 @@ class ServedEngine:
         requests = await self._prepare(submission, prompts, done)
         if answer.ended.done():
             return
-        echo = self._echo(submission, prompts) if submission.echo and not submission.done else None
-        answer.send(Started(submission.ref, sum(len(ids) for ids in prompts), echo))
+        echo = self._echo(submission, prompts) if submission.reporting.echo else None
+        answer.send(_started(submission, prompts, echo))
         answer.unfinished = sum(len(request.sequences) for request in requests)
         for number, request in enumerate(requests):
-            part = self._part(answer, number, prompts[number], done[number])
+            text = echo[number] if echo else ""
+            part = self._part(answer, number, prompts[number], done[number], text)
             answer.request_ids.append(self._thread.add(request, part))
         # Now, not with the first token: a client that waits for its status sees that it was accepted.
         answer.connection.flush()
@@ -120,6 +133,7 @@ class ServedEngine:
     async def _encode(self, answer: _Answer) -> list[list[int]]:
         """Encode prompts in a thread, one by one: streams go on, and a client that leaves ends it."""
         loop, prompts = asyncio.get_running_loop(), list[list[int]]()
+        encode = partial(self.engine.encode, **asdict(answer.submission.encoding))
         for prompt in answer.submission.prompts:
             if answer.ended.done():
                 break
@@ -130,7 +144,7 @@ class ServedEngine:
                 else:
                     text = prompt
                 lane = self._lanes[len(text) > LONG_PROMPT]
-                prompts.append(await loop.run_in_executor(lane, self.engine.encode, text))
+                prompts.append(await loop.run_in_executor(lane, encode, text))
             except ValueError as error:
                 param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
                 raise _BadPrompt(param, str(error)) from error
@@ -147,7 +161,8 @@ class ServedEngine:
                 for prompt, ids, of_prompt in zip(submission.prompts, prompts, done, strict=True)
             ]
 
-        if not submission.params.constrained:
+        # Bad words are encoded.
+        if not (submission.params.constrained or submission.params.bad_words):
             return prepare()
         return await asyncio.get_running_loop().run_in_executor(self._compiling, prepare)
 
@@ -160,13 +175,21 @@ class ServedEngine:
             params = replace(params, max_tokens=room)
         return params
 
-    def _part(self, answer: _Answer, number: int, ids: list[int], done: Done) -> _Part:
-        params = answer.submission.params
-        part = _Part(answer, number * params.n)
+    def _part(self, answer: _Answer, number: int, ids: list[int], done: Done, echo: str) -> _Part:
+        params, reporting = answer.submission.params, answer.submission.reporting
+        part = _Part(answer, number * params.n, self.tokenizer, ids, echo)
         if params.logprobs is not None:
             for index in range(params.n):
-                part.writers[index] = LogprobWriter(self.tokenizer, ids, params.constrained)
-                part.writers[index].skip(done.get(index) or ())
+                writer = LogprobWriter(
+                    self.tokenizer,
+                    ids,
+                    params.constrained,
+                    top=params.logprobs,
+                    before=len(echo),
+                    names_are_ids=reporting.names_are_ids,
+                )
+                writer.skip(done.get(index) or ())
+                part.writers[index] = writer
         return part
 
     def _echo(self, submission: Submission, prompts: Sequence[list[int]]) -> list[str]:
@@ -222,12 +245,14 @@ class _Answer:
 
 
 class _Part:
-    """The candidates of one prompt of an answer, whose first choice is number `first`."""
+    """The candidates of one prompt of an answer, whose first choice is number `first`; `echo` precedes their texts."""
 
-    def __init__(self, answer: _Answer, first: int) -> None:
+    def __init__(
+        self, answer: _Answer, first: int, tokenizer: Tokenizer, prompt: list[int], echo: str
+    ) -> None:
         self.answer = answer
         self.writers: dict[int, LogprobWriter] = {}
-        self._first = first
+        self._first, self._tokenizer, self._prompt, self._echo = first, tokenizer, prompt, echo
 
     def take(self, item: Item) -> None:
         """Send what one step gave."""
@@ -249,8 +274,44 @@ class _Part:
 
     def _choice_delta(self, delta: Delta) -> ChoiceDelta:
         logprobs = None if delta.logprobs is None else self.writers[delta.index].write(delta.logprobs)
-        index = self._first + delta.index
-        return ChoiceDelta(index, delta.text, delta.token_ids, logprobs, delta.finish_reason)
+        choice = ChoiceDelta(
+            self._first + delta.index,
+            delta.text,
+            delta.token_ids,
+            logprobs,
+            delta.finish_reason,
+            delta.stop_reason,
+            None,
+            # Those of the other candidates are the first one's.
+            0 if delta.index else delta.cached_tokens,
+        )
+        return choice if delta.prompt_logprobs is None else self._with_prompt(choice, delta.prompt_logprobs)
+
+    def _with_prompt(self, choice: ChoiceDelta, positions: Sequence[TokenLogprob]) -> ChoiceDelta:
+        """Return the first delta of a choice with what the request wants to be told of the prompt."""
+        submission, first = self.answer.submission, self._prompt[0]
+        reporting, text, logprobs, report = submission.reporting, choice.text, choice.logprobs, None
+        if submission.echoes_logprobs and logprobs is not None:
+            writer = LogprobWriter(
+                self._tokenizer,
+                (),
+                constrained=False,
+                top=submission.params.logprobs or 0,
+                names_are_ids=reporting.names_are_ids,
+            )
+            text = self._echo + text
+            logprobs = Logprobs.joined([writer.write_prompt(first, positions), logprobs])
+        if reporting.prompt_logprobs is not None:
+            report = prompt_tokens(self._tokenizer, first, positions, reporting.prompt_logprobs)
+        return replace(choice, text=text, logprobs=logprobs, prompt_logprobs=report)
+
+
+def _started(submission: Submission, prompts: list[list[int]], echo: list[str] | None) -> Started:
+    """Return the first event; what comes with it comes once, however many replicas answer."""
+    if submission.echoes_logprobs or submission.done:
+        echo = None
+    ids = prompts if submission.reporting.prompt_ids and not submission.done else None
+    return Started(submission.ref, sum(len(ids) for ids in prompts), echo, ids)
 
 
 def _failure(error: Exception, submission: Submission) -> Failure:
@@ -260,8 +321,9 @@ def _failure(error: Exception, submission: Submission) -> Failure:
     if isinstance(error, _BadPrompt):
         return Failure(400, str(error), param=error.param)
     if isinstance(error, ValueError):
-        grammar = submission.params.grammar
-        at_fault = grammar[0] if grammar and str(error).startswith(grammar[0]) else None
+        # Where a single field is at fault, the message begins with its name.
+        name = re.match(r"\w*", str(error))
+        at_fault = name[0] if name and name[0] in _FIELDS else None
         return Failure(400, str(error), param=at_fault)
     _log.error("a request fails", exc_info=error)
     return Failure(500, INTERNAL_ERROR)

@@ -35,11 +35,15 @@ _REASONS: dict[Answered, str] = {
 
 @dataclass(frozen=True)
 class Accepted:
-    """A replica has taken a request for the version `ref` of `model`; its prompts have `prompt_tokens` in all."""
+    """A replica has taken a request for the version `ref` of `model`; its prompts have `prompt_tokens` in all.
+
+    `prompt_ids` are the token ids of each, if the request asked for them.
+    """
 
     model: str
     ref: str
     prompt_tokens: int
+    prompt_ids: list[list[int]] | None = None
 
 
 Events = AsyncGenerator[Accepted | list[ChoiceDelta]]
@@ -125,8 +129,9 @@ class RoutedClient:
             request.params,
             self._receiver.address,
             stream.number,
-            request.echo,
             request.fit,
+            request.encoding,
+            request.reporting,
             answer.done,
         )
         call = self._call(deployment, submission, stream)
@@ -142,7 +147,7 @@ class RoutedClient:
                         asking.close()
                         losses.accepted()
                         if answer.started is None:
-                            yield Accepted(place.model, ref, event.prompt_tokens)
+                            yield Accepted(place.model, ref, event.prompt_tokens, event.prompt_ids)
                         deltas += answer.start(event)
                     elif isinstance(event, Failure):
                         failure = event

@@ -70,7 +70,7 @@ def to_wire(stream: int, event: Event) -> Wire:
     if isinstance(event, list):
         return [stream, _DELTAS, [_delta_to_wire(delta) for delta in event]]
     if isinstance(event, Started):
-        return [stream, _STARTED, event.ref, event.prompt_tokens, event.echo]
+        return [stream, _STARTED, event.ref, event.prompt_tokens, event.echo, event.prompt_ids]
     return [stream, _FAILURE, event.status, event.message, event.code, event.param]
 
 
@@ -88,9 +88,15 @@ def _delta_to_wire(delta: ChoiceDelta) -> Wire:
     wire: Wire = [delta.index, delta.text, delta.token_ids, delta.finish_reason]
     if (logprobs := delta.logprobs) is not None:
         wire += (logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset)
+    # What most deltas lack takes no room in theirs.
+    if delta.stop_reason is not None or delta.prompt_logprobs is not None or delta.cached_tokens:
+        wire += (delta.stop_reason, delta.prompt_logprobs, delta.cached_tokens)
     return wire
 
 
 def _delta_from_wire(wire: Wire) -> ChoiceDelta:
-    index, text, token_ids, finish_reason, *logprobs = wire
-    return ChoiceDelta(index, text, token_ids, Logprobs(*logprobs) if logprobs else None, finish_reason)
+    index, text, token_ids, finish_reason, *more = wire
+    if not more:
+        return ChoiceDelta(index, text, token_ids, None, finish_reason)
+    logprobs = Logprobs(*more[:4]) if len(more) >= 4 else None
+    return ChoiceDelta(index, text, token_ids, logprobs, finish_reason, *more[4 if logprobs else 0 :])

@@ -23,14 +23,36 @@ class Address:
 
 
 @dataclass(frozen=True)
+class Reporting:
+    """What a request wants to be told beside its texts.
+
+    `echo` asks for each prompt before its texts, with its log-probabilities if they and the texts' are asked for;
+    `prompt_ids` for the token ids of the prompts, and `prompt_logprobs` for the log-probabilities of their tokens and
+    of this many likeliest ones, in vLLM's layout. With `names_are_ids` tokens are called `token_id:N` in `Logprobs`.
+    """
+
+    echo: bool = False
+    prompt_ids: bool = False
+    prompt_logprobs: int | None = None
+    names_are_ids: bool = False
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a text becomes token ids: see `Tokenizer.encode_prompt`."""
+
+    add_special_tokens: bool = True
+    parse_special: bool = False
+
+
+@dataclass(frozen=True)
 class Submission:
     """A request, or the rest of one that another replica has begun, for the version `ref`.
 
     Each prompt is completed `params.n` times; choice i belongs to prompt i // n. `params.seed` is set, so that any
     replica goes on with the same tokens. With `fit`, `params.max_tokens` is lowered to what the context leaves. The
-    events go to stream number `stream` at `reply_to`. `echo` asks for the text of each prompt. `done` holds, for each
-    choice, the tokens that the client has by now, or None if the choice is complete; it is empty for a request that has
-    not begun.
+    events go to stream number `stream` at `reply_to`. `done` holds, for each choice, the tokens that the client has by
+    now, or None if the choice is complete; it is empty for a request that has not begun.
     """
 
     ref: str
@@ -38,9 +60,16 @@ class Submission:
     params: SamplingParams
     reply_to: Address
     stream: int
-    echo: bool = False
     fit: bool = False
+    encoding: Encoding = field(default_factory=Encoding)
+    reporting: Reporting = field(default_factory=Reporting)
     done: Mapping[int, list[int] | None] = field(default_factory=dict)
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether an echo waits for the log-probabilities of its prompt, to come with them."""
+        wanted = (self.params.logprobs, self.params.prompt_logprobs)
+        return self.reporting.echo and None not in wanted
 
     def done_of(self, prompt: int) -> dict[int, list[int] | None]:
         """Return `done` of one prompt's candidates; empty if the request has not begun."""
@@ -50,11 +79,16 @@ class Submission:
 
 @dataclass(frozen=True)
 class Started:
-    """The first event of a request that was accepted. `echo` has the text of each prompt, if it was asked for."""
+    """The first event of a request that was accepted.
+
+    `echo` has the text of each prompt, if it was asked for without log-probabilities; with them, it comes with the
+    first delta of each choice. `prompt_ids` has the token ids of each prompt, if they were asked for.
+    """
 
     ref: str
     prompt_tokens: int
     echo: list[str] | None = None
+    prompt_ids: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +96,13 @@ class Logprobs:
     """Log-probabilities of some tokens of a choice, in the layout of OpenAI's completions.
 
     `tokens` are their texts; a token that is only part of a character is `token_id:N`, as in vLLM. `top_logprobs` has
-    the sampled token beside the most probable ones. `text_offset` counts characters from the beginning of the choice.
+    the token itself beside the most probable ones. `text_offset` counts characters from the beginning of the choice.
+    The first token of a prompt has no log-probabilities.
     """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
     @classmethod
@@ -81,15 +116,28 @@ class Logprobs:
         )
 
 
+PromptToken = list[tuple[int, float, int | None, str | None]]
+"""Log-probabilities at one position of a prompt: of its own token, then of the most probable ones. Each has the token's
+id, its log-probability, its rank among all tokens, from 1, and its text, None for part of a character."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """What was added to choice `index`: text, and the tokens that were generated for it."""
+    """What was added to choice `index`: text, and the tokens that were generated for it.
+
+    With the `finish_reason` comes the `stop_reason`: the stop string, or the id of the stop token. The first delta of
+    a choice has the `prompt_logprobs`, for each token of its prompt but the first, if they were asked for; that of a
+    prompt's first choice has the number of its `cached_tokens`.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: list[PromptToken] | None = None
+    cached_tokens: int = 0
 
     @classmethod
     def joined(cls, deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
@@ -101,6 +149,9 @@ class ChoiceDelta:
             [token for delta in deltas for token in delta.token_ids],
             Logprobs.joined(logprobs) if logprobs else None,
             deltas[-1].finish_reason,
+            deltas[-1].stop_reason,
+            next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None),
+            sum(delta.cached_tokens for delta in deltas),
         )
 
 

@@ -10,7 +10,7 @@ from tests.data.helpers import BYTE_FALLBACK, KINDS, OURS
 
 
 def write(tokenizer: Tokenizer, prompt: list[int], ids: list[int], top: tuple[int, ...] = ()) -> Logprobs:
-    writer = LogprobWriter(tokenizer, prompt, constrained=False)
+    writer = LogprobWriter(tokenizer, prompt, constrained=False, top=20)
     parts = [writer.write([TokenLogprob(id, -1.0, tuple((t, -2.0) for t in top))]) for id in ids]
     return Logprobs.joined(parts)
 

@@ -16,7 +16,16 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.pretrained import save_pretrained
 from serve_app.registry.messages import ModelVersion
 from serve_app.replica.served_engine import ServedEngine
-from serve_app.streams.messages import Address, Answered, ChoiceDelta, Event, Failure, Started, Submission
+from serve_app.streams.messages import (
+    Address,
+    Answered,
+    ChoiceDelta,
+    Event,
+    Failure,
+    Reporting,
+    Started,
+    Submission,
+)
 from serve_app.streams.receiver import Receiver, Stream
 from serve_app.streams.sender import Sender
 from tests.data.helpers import BYTE_FALLBACK
@@ -119,7 +128,9 @@ def texts(events: list[Event]) -> list[str]:
 def test_prompts_and_candidates_are_answered_as_by_the_engine(served: ServedEngine, engine: Engine) -> None:
     params = SamplingParams(max_tokens=20, seed=1, n=3)
     prompts: list[str | list[int]] = ["The quick", engine.encode("dog"), "a"]
-    started, *lists = answer(served, replace(SUBMISSION, prompts=prompts, params=params, echo=True))
+    started, *lists = answer(
+        served, replace(SUBMISSION, prompts=prompts, params=params, reporting=Reporting(echo=True))
+    )
     want = engine.generate(prompts, params)
     assert started == Started(
         "tiny", sum(len(c.prompt_token_ids) for c in want[::3]), ["The quick", "dog", "a"]
@@ -177,7 +188,7 @@ def test_nothing_is_tokenised_for_a_client_that_has_left(
     began, may_go_on = threading.Event(), threading.Event()
     encoded: list[str] = []
 
-    def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    def encode(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:
         encoded.append(text)
         began.set()
         may_go_on.wait(30)

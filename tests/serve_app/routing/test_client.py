@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
@@ -19,7 +20,7 @@ from serve_app.protocol.generation import GenerationRequest
 from serve_app.registry.messages import ApiReport
 from serve_app.routing.client import Accepted, RoutedClient
 from serve_app.streams.frames import to_wire
-from serve_app.streams.messages import Answered, ChoiceDelta, Started, Submission
+from serve_app.streams.messages import Answered, ChoiceDelta, Encoding, Reporting, Started, Submission
 from serve_app.streams.receiver import Lost
 from serve_app.streams.sender import Sender
 from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN, FixedFollower, LocalReplicas, local_client, table_of
@@ -67,10 +68,16 @@ def lose_at(replicas: LocalReplicas, moments: list[int]) -> Callable[[int], None
     return on_tokens
 
 
+ECHO = Reporting(echo=True)
 CASES = [
     GenerationRequest("tiny", ["The quick"], SamplingParams(max_tokens=120, seed=1, logprobs=2)),
-    GenerationRequest("tiny", [EMOJI], SamplingParams(max_tokens=119, temperature=0, logprobs=0), echo=True),
-    GenerationRequest("tiny", ["dog", [5, 6, 7]], SamplingParams(max_tokens=60, seed=3, n=2), echo=True),
+    GenerationRequest(
+        "tiny",
+        [EMOJI],
+        SamplingParams(max_tokens=119, temperature=0, logprobs=0),
+        reporting=ECHO,
+    ),
+    GenerationRequest("tiny", ["dog", [5, 6, 7]], SamplingParams(max_tokens=60, seed=3, n=2), reporting=ECHO),
     GenerationRequest(
         "tiny", ["def add("], SamplingParams(max_tokens=90, seed=4, stop=("zz", "qu"), frequency_penalty=0.5)
     ),
@@ -81,6 +88,25 @@ CASES = [
         "tiny",
         [ChatPrompt([{"role": "user", "content": "dog"}], now="2026-01-01T00:00:00")],
         SamplingParams(max_tokens=100, seed=6, stop=("\nUser:",)),
+    ),
+    GenerationRequest(
+        "tiny",
+        ["The quick", [5, 6, 7]],
+        SamplingParams(max_tokens=70, seed=6, n=2, logprobs=1, prompt_logprobs=3, bad_words=("a", "the")),
+        reporting=Reporting(echo=True, prompt_ids=True, prompt_logprobs=3, names_are_ids=True),
+    ),
+    GenerationRequest(
+        "tiny",
+        ["<|end_of_text|> dog"],
+        SamplingParams(
+            max_tokens=200,
+            seed=2,
+            stop=("?", "x"),
+            include_stop_str_in_output=True,
+            min_tokens=70,
+            allowed_token_ids=tuple(range(32, 120)),
+        ),
+        encoding=Encoding(add_special_tokens=False, parse_special=True),
     ),
 ]
 
@@ -100,7 +126,9 @@ def test_a_request_that_loses_its_replicas_ends_as_if_it_had_not(
     calm, disturbed = asyncio.run(ask())
     assert len(replicas.submissions) > 3
     assert disturbed == calm
-    want = engine.generate(request_.prompts, request_.params)
+    encoding = dataclasses.asdict(request_.encoding)
+    want = engine.generate([engine.encode(p, **encoding) for p in request_.prompts], request_.params)
+    assert [delta.stop_reason for delta in disturbed] == [completion.stop_reason for completion in want]
     assert [delta.token_ids for delta in disturbed] == [completion.token_ids for completion in want]
     echoes = [echo for echo in _echoes(engine, request_) for _ in range(request_.params.n)]
     assert [delta.text for delta in disturbed] == [e + c.text for e, c in zip(echoes, want, strict=True)]
@@ -110,7 +138,7 @@ def _echoes(engine: Engine, request: GenerationRequest) -> list[str]:
     assert engine.tokenizer is not None
     decode = engine.tokenizer.decode
     return [
-        "" if not request.echo else prompt if isinstance(prompt, str) else decode(prompt)
+        "" if not request.reporting.echo else prompt if isinstance(prompt, str) else decode(prompt)
         for prompt in request.prompts
     ]
 

@@ -163,6 +163,8 @@ def _running() -> dict[str, Any] | None:
 def _environment(state: dict[str, Any]) -> dict[str, str]:
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     demo = {
+        # There is no other node on which what this one does could go on.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -46,9 +46,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--moves", type=int, default=50, help="of the alias between the versions (50)")
-    parser.add_argument(
-        "--kills", type=int, default=0, help="SIGKILLs of replicas; a fifth hits both at once"
-    )
+    parser.add_argument("--kills", type=int, default=0, help="SIGKILLs of one of two replicas")
+    parser.add_argument("--outages", type=int, default=0, help="SIGKILLs of both replicas at once")
     parser.add_argument("--stops", type=int, default=0, help="SIGSTOPs of one of two replicas")
     parser.add_argument("--streams", type=int, default=16, help="of clients (16)")
     parser.add_argument("--new_tokens", type=int, default=160, help="of each answer (160)")

@@ -18,7 +18,10 @@ from serve_app.streams.sender import Connection, Sender
 TEXTS = st.text(st.characters(codec="utf-8") | st.just("\ud800"))
 LOGPROBS = st.builds(
     lambda tokens, values: Logprobs(
-        tokens, values[: len(tokens)], [{token: -1.5} for token in tokens], [0] * len(tokens)
+        tokens,
+        [None, *values[: len(tokens) - 1]],
+        [None, *({token: -1.5} for token in tokens[1:])],
+        [0] * len(tokens),
     ),
     st.lists(TEXTS, max_size=3),
     st.lists(st.floats(allow_nan=False), min_size=3, max_size=3),
@@ -30,10 +33,19 @@ DELTAS = st.builds(
     st.lists(st.integers(0, 2**31)),
     st.none() | LOGPROBS,
     st.sampled_from([None, "stop", "length"]),
+    st.none() | TEXTS | st.integers(0, 2**31),
+    st.none() | st.lists(st.lists(st.builds(lambda text: [5, -1.5, 2, text], st.none() | TEXTS))),
+    st.integers(0, 9),
 )
 EVENTS = st.one_of(
     st.lists(DELTAS, max_size=4),
-    st.builds(Started, TEXTS, st.integers(0, 2**31), st.none() | st.lists(TEXTS)),
+    st.builds(
+        Started,
+        TEXTS,
+        st.integers(0, 2**31),
+        st.none() | st.lists(TEXTS),
+        st.none() | st.lists(st.lists(st.integers(0, 9))),
+    ),
     st.builds(Failure, st.integers(400, 599), TEXTS, st.none() | TEXTS, st.none() | TEXTS),
 )
 
@@ -48,6 +60,10 @@ def test_events_arrive_as_they_were_sent_however_the_bytes_are_divided(
         for messages in reader.feed(data[start : start + size]):
             received += [from_wire(message) for message in messages]
     assert received == sent
+
+
+def test_what_most_deltas_lack_takes_no_room_in_their_frames() -> None:
+    assert len(frame([to_wire(1, [ChoiceDelta(0, "a", [5])])])) == 4 + 12
 
 
 def test_a_frame_beyond_the_limit_is_refused_before_it_is_read() -> None:

@@ -10,6 +10,8 @@ from serve_app.registry.replicas import Replicas
 
 PLACING_S = 20.0
 """Seconds after which replicas that have not reported wait for room on a node, rather than for their process."""
+ROUTABLE_S = 2.0
+"""Seconds after which Ray Serve knows that a replica has started."""
 
 
 class Surge:
@@ -24,6 +26,8 @@ class Surge:
         self._spec, self._replicas = spec, replicas
         self.version = version if spec.standby else None
         self._since = self._now = 0.0
+        # Since when it has replicas enough that are ready.
+        self._complete_since: float | None = None
         # The revision of the first table that leads nobody to the standby.
         self._left: int | None = None
 
@@ -50,6 +54,7 @@ class Surge:
             self._left = moment.revision
         elif version and not self.has(version):
             self.version, self._since = version, moment.now
+        self._complete_since = (self._complete_since or moment.now) if self._is_complete else None
 
     def has(self, version: ModelVersion | None) -> bool:
         """Whether the standby has `version`, or is to have it."""
@@ -57,9 +62,8 @@ class Surge:
 
     def takes_over(self, version: ModelVersion) -> bool:
         """Whether `version` can serve from the standby."""
-        return (
-            self.has(version) and self._left is None and self._count(version) >= max(1, self.least_replicas)
-        )
+        since = self._complete_since
+        return self.has(version) and since is not None and self._now - since >= ROUTABLE_S
 
     @property
     def least_replicas(self) -> int:
@@ -133,6 +137,10 @@ class Surge:
         standby = self._spec.standby
         return self.version is None and standby is not None and self._replicas.live(standby.deployment) > 0
 
-    def _count(self, version: ModelVersion) -> int:
-        assert self._spec.standby is not None
-        return self._replicas.ready(version.ref)[self._spec.standby.deployment]
+    @property
+    def _is_complete(self) -> bool:
+        """Whether the standby has its version ready on as many replicas as are needed."""
+        standby = self._spec.standby
+        if standby is None or self.version is None or self._left is not None:
+            return False
+        return self._replicas.ready(self.version.ref)[standby.deployment] >= self.least_replicas

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from serve_app.registry.decisions import HEARING_S
 from serve_app.registry.messages import ModelSpec, Standby
 from serve_app.registry.replicas import FORGET_S
-from serve_app.registry.surge import PLACING_S
+from serve_app.registry.surge import PLACING_S, ROUTABLE_S
 from serve_app.routing.client import deployment_of
 from tests.serve_app.registry.helpers import Application, ref
 from tests.serve_app.registry.simulation import STANDBY, Simulation
@@ -35,6 +35,18 @@ def standby(application: Application) -> tuple[int, list[int | None]]:
     return replicas, [version.number for version in application.plan(STANDBY).wanted]
 
 
+def until_switched(application: Application, *replicas: str) -> None:
+    """Version 8 is ready on replicas of the standby, and serves as soon as Ray Serve knows them."""
+    for name in replicas:
+        application.replica(name, {8: "ready"}, deployment=STANDBY)
+    assert application.served.current == ref(7)
+    for _ in range(round(ROUTABLE_S)):
+        application.now += 1
+        application.settle()
+    application.settle()
+    assert application.served.current == ref(8)
+
+
 def test_a_version_that_does_not_fit_is_loaded_by_as_many_new_replicas_and_serves_then() -> None:
     application = surging("a", "b")
     assert standby(application) == (2, [8])
@@ -42,15 +54,14 @@ def test_a_version_that_does_not_fit_is_loaded_by_as_many_new_replicas_and_serve
     application.replica("x", {8: "ready"}, deployment=STANDBY)
     application.replica("y", {8: "loading"}, deployment=STANDBY)
     assert application.served.current == ref(7)
-    application.replica("y", {8: "ready"}, deployment=STANDBY)
-    assert application.served.current == ref(8)
+    until_switched(application, "x", "y")
     assert deployment_of(application.decisions.table, ref(8)) == STANDBY
     assert deployment_of(application.decisions.table, ref(7)) == SPEC.deployment
 
 
 def test_the_others_load_it_once_nobody_uses_the_old_version_and_the_standby_goes() -> None:
     application = surging("a")
-    application.replica("x", {8: "ready"}, deployment=STANDBY)
+    until_switched(application, "x")
     application.api("api", 7)
     application.replica("a", {7: "ready", 8: "too_large"})
     # What only it has comes first, also for a replica that starts now.
@@ -135,7 +146,7 @@ def test_an_alias_that_moves_on_during_a_surge_takes_the_new_replicas() -> None:
 
 def test_moving_back_serves_the_old_version_from_where_it_is() -> None:
     application = surging("a")
-    application.replica("x", {8: "ready"}, deployment=STANDBY)
+    until_switched(application, "x")
     application.registry(7)
     assert application.served.current == ref(7)
     for _ in range(5):
@@ -153,8 +164,7 @@ def test_a_surge_outlives_the_follower() -> None:
     again.replica("x", {8: "ready"}, deployment=STANDBY)
     assert again.served.current == ref(7)
     again.wait(HEARING_S, a={7: "ready", 8: "too_large"})
-    again.replica("x", {8: "ready"}, deployment=STANDBY)
-    assert again.served.current == ref(8)
+    until_switched(again, "x")
 
 
 EVENT = st.one_of(

@@ -72,7 +72,7 @@ class Tokenizer:
         self._decoder = TextDecoder(backend, special)
         canonical = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
         templates = chat_templates(config)
-        self.chat_template = ChatTemplate(templates, self._special_names()) if templates else None
+        self.chat_template = ChatTemplate(templates, self.special_names()) if templates else None
         self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
@@ -254,8 +254,8 @@ class Tokenizer:
         # Made for the first conversation: it has read the vocabulary again.
         return ChatEncoder(self.to_json())
 
-    def _special_names(self) -> dict[str, str]:
-        """Return the names that templates have for special tokens, with their texts."""
+    def special_names(self) -> dict[str, str]:
+        """Return the special tokens' names, such as bos_token, with their texts."""
         named = {
             key: content(value)
             for key, value in self._config.items()

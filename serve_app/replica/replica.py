@@ -11,6 +11,7 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.stats import EngineStats
 from serve_app.registry.handle import FollowerHandle
@@ -19,8 +20,10 @@ from serve_app.replica.engines import Engines
 from serve_app.replica.following import Following
 from serve_app.replica.health import Watchdog
 from serve_app.replica.loader import DEFAULT_OPTIONS, DType, EngineLoader
+from serve_app.replica.questions import reply
 from serve_app.replica.served_engine import ServedEngine
 from serve_app.streams.messages import Answered, Submission
+from serve_app.streams.questions import Question, Reply
 from serve_app.streams.sender import Sender
 
 
@@ -66,6 +69,16 @@ class LlamaReplica:
         connection = await self._sender.connect(submission.reply_to)
         served = self._engines.get(submission.ref)
         return "not_loaded" if served is None else await served.answer(submission, connection)
+
+    async def ask(self, ref: str, question: Question) -> Reply | None:
+        """Return the answer of the version `ref`; None if it is not loaded here, or its engine has ended."""
+        served = self._engines.get(ref)
+        if served is None:
+            return None
+        try:
+            return await reply(served, question)
+        except GenerationError:
+            return None
 
     async def stats(self) -> Mapping[str, EngineStats]:
         """Return what the engine of each version is doing and has done."""

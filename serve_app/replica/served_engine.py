@@ -6,16 +6,17 @@ import asyncio
 import logging
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
+from typing import TypeVar
 
 from llama_ray.data.chat_encoding import ChatText
 from llama_ray.data.chat_template import PLAIN_STOP, ChatPrompt
 from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.generation.completion import GenerationError
+from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.request import Done, Request
@@ -29,6 +30,7 @@ from serve_app.streams.frames import to_wire
 from serve_app.streams.messages import (
     Answered,
     ChoiceDelta,
+    Encoding,
     Event,
     Failure,
     Logprobs,
@@ -39,6 +41,8 @@ from serve_app.streams.messages import (
 from serve_app.streams.sender import Connection
 
 _log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 LONG_PROMPT = 50_000
 """Characters, or token ids; some ten milliseconds of tokenising."""
@@ -59,7 +63,7 @@ class ServedEngine:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.open_requests = 0
         # What the engine's thread has delivered and the event loop has not sent.
-        self._items: deque[list[tuple[_Part, Item]]] = deque()
+        self._items: deque[list[tuple[_Part | _Collector, Item]]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = EngineThread(engine, self._deliver)
         # Long prompts wait for each other, short ones never for long ones, and the model keeps the other cores.
@@ -110,6 +114,43 @@ class ServedEngine:
             for request_id in answer.request_ids:
                 self._thread.abort(request_id)
 
+    async def encode(self, prompt: Prompt, encoding: Encoding = Encoding()) -> list[int]:
+        """Return a prompt's token ids, in a thread: streams go on. Raises ValueError for a prompt that has none."""
+        loop = asyncio.get_running_loop()
+        text: str | list[int] | ChatText
+        if isinstance(prompt, ChatPrompt):
+            text = await loop.run_in_executor(self._rendering, self.tokenizer.render_chat, prompt)
+        else:
+            text = prompt
+        encode = partial(self.engine.encode, text, **asdict(encoding))
+        return await loop.run_in_executor(self._lanes[len(text) > LONG_PROMPT], encode)
+
+    async def complete(self, ids: list[int], params: SamplingParams) -> Completion:
+        """Return the completion of one prompt. Raises ValueError and GenerationError as `Engine.generate` does."""
+        self._loop = loop = asyncio.get_running_loop()
+        collector = _Collector(loop.create_future())
+        self.open_requests += 1
+        try:
+            request_id = self._thread.add(self.engine.prepare(ids, params), collector)
+            try:
+                return Completion.of(await collector.deltas, ids)
+            finally:
+                self._thread.abort(request_id)
+        finally:
+            self.open_requests -= 1
+
+    async def call(self, function: Callable[[], Result]) -> Result:
+        """Return what `function` does between two steps, in the engine's thread."""
+        self.open_requests += 1
+        try:
+            return await asyncio.wrap_future(self._thread.call(function))
+        except asyncio.CancelledError:
+            if self.ended is None:
+                raise
+            raise GenerationError(self.ended) from None
+        finally:
+            self.open_requests -= 1
+
     async def _begin(self, answer: _Answer) -> None:
         """Queue a request for each prompt that has choices to go on with."""
         submission = answer.submission
@@ -131,20 +172,13 @@ class ServedEngine:
         answer.connection.flush()
 
     async def _encode(self, answer: _Answer) -> list[list[int]]:
-        """Encode prompts in a thread, one by one: streams go on, and a client that leaves ends it."""
-        loop, prompts = asyncio.get_running_loop(), list[list[int]]()
-        encode = partial(self.engine.encode, **asdict(answer.submission.encoding))
-        for prompt in answer.submission.prompts:
+        """Encode prompts one by one, so that a client that leaves ends it."""
+        submission, prompts = answer.submission, list[list[int]]()
+        for prompt in submission.prompts:
             if answer.ended.done():
                 break
             try:
-                text: str | list[int] | ChatText
-                if isinstance(prompt, ChatPrompt):
-                    text = await loop.run_in_executor(self._rendering, self.tokenizer.render_chat, prompt)
-                else:
-                    text = prompt
-                lane = self._lanes[len(text) > LONG_PROMPT]
-                prompts.append(await loop.run_in_executor(lane, encode, text))
+                prompts.append(await self.encode(prompt, submission.encoding))
             except ValueError as error:
                 param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
                 raise _BadPrompt(param, str(error)) from error
@@ -196,7 +230,7 @@ class ServedEngine:
         given = zip(submission.prompts, prompts, strict=True)
         return [prompt if isinstance(prompt, str) else self.tokenizer.decode(ids) for prompt, ids in given]
 
-    def _deliver(self, items: list[tuple[_Part, Item]]) -> None:
+    def _deliver(self, items: list[tuple[_Part | _Collector, Item]]) -> None:
         """Hand what a step gave to the event loop. Called in the engine's thread."""
         self._items.append(items)
         # If there is more, the loop has been woken and has not come to it.
@@ -210,7 +244,8 @@ class ServedEngine:
         while self._items:
             for part, item in self._items[0]:
                 part.take(item)
-                connections.add(part.answer.connection)
+                if part.connection is not None:
+                    connections.add(part.connection)
             self._items.popleft()
         for connection in connections:
             connection.flush()
@@ -244,13 +279,34 @@ class _Answer:
             self.ended.set_result(how)
 
 
+class _Collector:
+    """Receives the deltas of one candidate for a caller in this process."""
+
+    connection = None
+
+    def __init__(self, deltas: asyncio.Future[list[Delta]]) -> None:
+        self.deltas = deltas
+        self._received: list[Delta] = []
+
+    def take(self, item: Item) -> None:
+        """Take what one step gave."""
+        if self.deltas.done():
+            return
+        if isinstance(item, GenerationError):
+            self.deltas.set_exception(item)
+            return
+        self._received += item
+        if item[-1].finish_reason is not None:
+            self.deltas.set_result(self._received)
+
+
 class _Part:
     """The candidates of one prompt of an answer, whose first choice is number `first`; `echo` precedes their texts."""
 
     def __init__(
         self, answer: _Answer, first: int, tokenizer: Tokenizer, prompt: list[int], echo: str
     ) -> None:
-        self.answer = answer
+        self.answer, self.connection = answer, answer.connection
         self.writers: dict[int, LogprobWriter] = {}
         self._first, self._tokenizer, self._prompt, self._echo = first, tokenizer, prompt, echo
 

@@ -21,6 +21,7 @@ from serve_app.routing.losses import Losses
 from serve_app.routing.replicas import Replicas
 from serve_app.routing.tables import Tables
 from serve_app.streams.messages import Answered, ChoiceDelta, Failure, Started, Submission
+from serve_app.streams.questions import Question, Reply
 from serve_app.streams.receiver import Lost, Receiver, Stream
 
 _log = logging.getLogger(__name__)
@@ -58,6 +59,9 @@ class ModelClient(Protocol):
 
     async def table(self) -> Table:
         """Return what is served, as soon as it is known."""
+
+    async def ask(self, model: str, session: str | None, question: Question) -> tuple[str, Reply]:
+        """Return the version that answered a question about the model that is called `model`, and its answer."""
 
     def generate(self, request: GenerationRequest) -> Events:
         """Yield `Accepted`, then lists of deltas, at most one for each choice.
@@ -117,6 +121,26 @@ class RoutedClient:
                 except Lost as loss:
                     _log.warning("a request is lost after %d tokens: %s", answer.completion_tokens, loss)
                     await losses.lost(loss, answer.completion_tokens)
+
+    async def ask(self, model: str, session: str | None, question: Question) -> tuple[str, Reply]:
+        """See `ModelClient`. A question that is lost is asked again."""
+        losses, request_id = Losses(self._resume_timeout_s), uuid.uuid4().hex
+        while True:
+            table = await self._tables.current()
+            served, ref = choose(table, model, session, request_id)
+            with self._admission.enter(served.spec.name, table.apis), self._tables.using(ref):
+                try:
+                    async with asyncio.timeout_at(losses.deadline):
+                        reply = await self._replicas.ask(deployment_of(table, ref), ref, question)
+                except TimeoutError:
+                    loss = Lost("no replica answered")
+                except Lost as lost:
+                    loss = lost
+                else:
+                    if isinstance(reply, Failure):
+                        raise ApiError(reply.status, reply.message, param=reply.param, code=reply.code)
+                    return ref, reply
+            await losses.lost(loss, 0)
 
     async def _attempt(
         self, deployment: str, ref: str, answer: Answer, losses: Losses, place: Place, asking: ExitStack

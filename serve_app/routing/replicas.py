@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from serve_app.streams.messages import Answered, Submission
+from serve_app.streams.questions import Question, Reply
 from serve_app.streams.receiver import Lost
 
 
@@ -23,6 +24,9 @@ class Replicas(Protocol):
         Raises Lost if no replica could, or the one that did has gone. Cancelling ends the request.
         """
 
+    async def ask(self, deployment: str, ref: str, question: Question) -> Reply:
+        """Have a replica answer a question about the version `ref`. Raises Lost as `submit` does."""
+
 
 class ServeReplicas:
     """The replicas behind the handles of their deployments."""
@@ -32,15 +36,26 @@ class ServeReplicas:
 
     async def submit(self, deployment: str, submission: Submission) -> Answered:
         """See `Replicas`."""
-        response = self._handles[deployment].generate.remote(submission)
-        try:
-            answered: Answered = await response
-        except asyncio.CancelledError:
-            response.cancel()  # type: ignore[no-untyped-call]
-            raise
-        except (RayError, RayServeException) as error:
-            raise Lost(_reason(error), failed=isinstance(error, RayTaskError)) from error
+        answered: Answered = await _result(self._handles[deployment].generate.remote(submission))
         return answered
+
+    async def ask(self, deployment: str, ref: str, question: Question) -> Reply:
+        """See `Replicas`."""
+        reply: Reply | None = await _result(self._handles[deployment].ask.remote(ref, question))
+        if reply is None:
+            raise Lost("the replica does not have that version")
+        return reply
+
+
+async def _result(response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> Any:
+    assert isinstance(response, DeploymentResponse)
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()  # type: ignore[no-untyped-call]
+        raise
+    except (RayError, RayServeException) as error:
+        raise Lost(_reason(error), failed=isinstance(error, RayTaskError)) from error
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,127 @@
+"""Answers questions about texts with the tokenizer and the engine of one version."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.generation.completion import GenerationError
+from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
+from llama_ray.utils.panics import panics_as_errors
+from serve_app.errors import INTERNAL_ERROR
+from serve_app.replica.served_engine import ServedEngine
+from serve_app.streams.messages import Encoding, Failure
+from serve_app.streams.questions import (
+    Describe,
+    Description,
+    Detokenize,
+    Detokenized,
+    Embed,
+    Embedded,
+    Question,
+    Reply,
+    Score,
+    Scored,
+    TextScore,
+    Tokenize,
+    Tokenized,
+)
+
+_log = logging.getLogger(__name__)
+
+# Only the prompt's own log-probabilities are wanted, and of each position the most probable token.
+_SCORING = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=1)
+
+
+async def reply(served: ServedEngine, question: Question) -> Reply:
+    """Return the answer, or why there is none. Raises GenerationError if the engine has ended."""
+    try:
+        with panics_as_errors():
+            return await _reply(served, question)
+    except GenerationError as error:
+        if served.ended is not None:
+            raise
+        return Failure(500, str(error), code="generation_failed")
+    except ValueError as error:
+        return Failure(400, str(error))
+    except Exception:
+        _log.exception("a question fails")
+        return Failure(500, INTERNAL_ERROR)
+
+
+async def _reply(served: ServedEngine, question: Question) -> Reply:
+    tokenizer = served.tokenizer
+    match question:
+        case Tokenize():
+            ids = await served.encode(
+                question.prompt, Encoding(question.add_special_tokens, parse_special=True)
+            )
+            texts = [tokenizer.decode([token], skip_special=False) for token in ids]
+            return Tokenized(ids, texts, served.engine.max_seq_len)
+        case Detokenize():
+            _check_ids(question.token_ids, served.engine.config.vocab_size)
+            return Detokenized(tokenizer.decode(question.token_ids, skip_special=False))
+        case Describe():
+            templates = tokenizer.chat_template.templates if tokenizer.chat_template else {}
+            vocab_size, limit = served.engine.config.vocab_size, served.engine.max_seq_len
+            return Description(tokenizer.special_names(), dict(templates), vocab_size, limit)
+        case Score():
+            pairs = zip(question.contexts, question.texts, strict=True)
+            scores = await asyncio.gather(*(_score(served, context, text) for context, text in pairs))
+            return Scored(list(scores))
+        case Embed():
+            return await _embed(served, question.prompts)
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"tokens has {token}; a token id must be from 0 to {vocab_size - 1}")
+
+
+async def _embed(served: ServedEngine, prompts: Sequence[str | list[int]]) -> Embedded:
+    embeddings, count = list[list[float]](), 0
+    for prompt in prompts:
+        ids = await served.encode(prompt)
+        count += len(ids)
+        # One at a time: streams go on between them.
+        embeddings.append(await served.call(lambda ids=ids: served.engine.embed(ids)))  # type: ignore[misc]
+    return Embedded(embeddings, count)
+
+
+async def _score(served: ServedEngine, context: str, text: str) -> TextScore:
+    """Score a text. Where tokens reach over the border, all that differ from the context's belong to the text."""
+    ids = await served.encode(context + text)
+    begin = _common(ids, await served.encode(context)) if context else _added_before(served.tokenizer)
+    reported = (await served.complete(ids, _SCORING)).prompt_logprobs or []
+    entries: list[TokenLogprob | None] = [None, *reported]
+    return _text_score(served.tokenizer, ids, begin, entries, len(text.encode()))
+
+
+def _text_score(
+    tokenizer: Tokenizer, ids: list[int], begin: int, entries: list[TokenLogprob | None], text_bytes: int
+) -> TextScore:
+    scored = [entry for entry in entries[begin:] if entry is not None]
+    unscored = tokenizer.decode(ids[begin : len(ids) - len(scored)])
+    return TextScore(
+        token_ids=ids[begin:],
+        tokens=[tokenizer.decode([token], skip_special=False) for token in ids[begin:]],
+        logprobs=[None if entry is None else entry.logprob for entry in entries[begin:]],
+        scored_bytes=max(text_bytes - len(unscored.encode()), 0),
+        is_greedy=all(entry.top[0][0] == entry.token_id for entry in scored),
+        prompt_tokens=len(ids),
+    )
+
+
+def _common(ids: Sequence[int], context: Sequence[int]) -> int:
+    """Return the number of tokens that both begin with."""
+    pairs = enumerate(zip(ids, context, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(context)))
+
+
+def _added_before(tokenizer: Tokenizer) -> int:
+    """Return the number of tokens that a prompt gets before its text."""
+    added = tokenizer.encode_prompt("")
+    return int(bool(added) and added[0] == tokenizer.bos_id)

@@ -18,6 +18,7 @@ from serve_app.args import ModelArgs, ServeArgs
 from serve_app.registry.follower import RegistryFollower
 from serve_app.registry.messages import ModelSpec, Standby
 from serve_app.replica.replica import LlamaReplica
+from serve_app.routing.admission import QueueLimit
 from serve_app.scaling import StandbyPolicy
 
 _FOLLOWER_CPUS, _API_CPUS = 0.01, 0.1
@@ -63,7 +64,9 @@ def build(args: ServeArgs) -> Application:
     )(serve.ingress()(Api)).bind(
         follower,
         replicas,
-        max_queued_requests={model.name: model.max_queued_requests for model in args.served},
+        queue_limits={
+            model.name: QueueLimit(_ongoing(model), model.max_queued_requests) for model in args.served
+        },
         resume_timeout_s=args.resume_timeout_s,
         http=_http_options(args),
     )

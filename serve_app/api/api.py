@@ -16,12 +16,13 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import environment
-from serve_app.api import completions, models, pages
+from serve_app.api import completions, models, pages, questions
 from serve_app.api.access import KeyRequired, check_address
 from serve_app.api.failures import add_handlers
 from serve_app.api.metrics import RequestMetrics
 from serve_app.api.middleware import BodyLimit, PanicsAsErrors
 from serve_app.api.responses import VERSION_HEADER
+from serve_app.routing.admission import QueueLimit
 from serve_app.routing.client import ModelClient
 from serve_app.routing.serve import serve_client
 
@@ -50,7 +51,8 @@ class Api:
     """The deployment that receives HTTP requests.
 
     `follower` and `replicas` (by the names of their deployments) are those of the application. For
-    `max_queued_requests` (by model) and `resume_timeout_s` see `ServeArgs`. Raises UserError if everybody could use it.
+    `queue_limits` (by model) see `Admission`, for `resume_timeout_s` `ServeArgs`. Raises UserError if everybody could
+    use it.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Api:
         follower: DeploymentHandle[Any],
         replicas: Mapping[str, DeploymentHandle[Any]],
         *,
-        max_queued_requests: Mapping[str, int],
+        queue_limits: Mapping[str, QueueLimit],
         resume_timeout_s: float,
         http: HttpOptions = HttpOptions(),
     ) -> None:
@@ -66,7 +68,7 @@ class Api:
         assert client is not None
         host = client.http_config.host
         check_address(host, has_keys=bool(http.key_digests), allow_anonymous=http.allow_anonymous)
-        self._connect = lambda: serve_client(follower, replicas, max_queued_requests, resume_timeout_s)
+        self._connect = lambda: serve_client(follower, replicas, queue_limits, resume_timeout_s)
         self._http, self._metrics = http, RequestMetrics()
         # Here, because this process has what Ray has started with, and the one that deploys may not.
         if advice := environment.advice(os.environ):
@@ -100,7 +102,7 @@ def create_api(
         redoc_url=None,
         lifespan=lifespan,
     )
-    for routes in (completions, models):
+    for routes in (completions, questions, models):
         routes.add_routes(api)
     pages.add_pages(api)
     add_handlers(api)

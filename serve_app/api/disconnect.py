@@ -12,9 +12,14 @@ from starlette.types import Receive
 T = TypeVar("T")
 
 
-async def while_connected(request: Request, work: Coroutine[None, None, T]) -> T | None:
-    """Return the result of `work`; cancel it and return None if the client of `request`, whose body has been read, goes
-    away.
+class ClientGone(Exception):
+    """The client did not wait for its answer."""
+
+
+async def while_connected(request: Request, work: Coroutine[None, None, T]) -> T:
+    """Return the result of `work`; cancel it and raise ClientGone if the client of `request` goes away.
+
+    The body of `request` has been read.
     """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(until_disconnected(request.receive))
@@ -25,7 +30,9 @@ async def while_connected(request: Request, work: Coroutine[None, None, T]) -> T
         if not working.done():
             working.cancel()
             await asyncio.wait((working,))
-    return None if working.cancelled() else working.result()
+    if working.cancelled():
+        raise ClientGone
+    return working.result()
 
 
 async def until_disconnected(receive: Receive) -> None:

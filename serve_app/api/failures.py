@@ -7,7 +7,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from serve_app.errors import INTERNAL_ERROR, ApiError, error_response, validation_error
+from serve_app.api.disconnect import ClientGone
+from serve_app.errors import CLIENT_GONE, INTERNAL_ERROR, ApiError, error_response, validation_error
 
 
 def add_handlers(api: FastAPI) -> None:
@@ -15,6 +16,7 @@ def add_handlers(api: FastAPI) -> None:
     api.add_exception_handler(ApiError, _on_api_error)
     api.add_exception_handler(RequestValidationError, _on_validation_error)
     api.add_exception_handler(HTTPException, _on_http_exception)
+    api.add_exception_handler(ClientGone, _on_client_gone)
     api.add_exception_handler(Exception, _on_bug)
 
 
@@ -32,6 +34,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists the endpoints"
     return error_response(ApiError(error.status_code, message))
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from serve_app.api.disconnect import while_connected
 from serve_app.api.responses import VERSION_HEADER, EventStream
-from serve_app.errors import CLIENT_GONE, ErrorResponse
+from serve_app.errors import ErrorResponse
 from serve_app.protocol.generation import GenerationRequest
 from serve_app.routing.client import Accepted, Events, ModelClient
 
@@ -45,8 +45,7 @@ async def respond(
     request: Request, generation: GenerationRequest, writer: Callable[[Accepted], Writer], *, stream: bool
 ) -> Response:
     """Have a request answered, while its client is there, with what `writer` makes of the events."""
-    answer = await while_connected(request, _answer(request, generation, writer, stream))
-    return answer or Response(status_code=CLIENT_GONE)
+    return await while_connected(request, _answer(request, generation, writer, stream))
 
 
 async def _answer(

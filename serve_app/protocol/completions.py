@@ -19,6 +19,15 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def as_prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """Return each prompt of a field that may hold one or several, as text or as token ids."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [[t for t in given if isinstance(t, int)]]
+    return [p for p in given if not isinstance(p, int)]
+
+
 class CompletionRequest(SamplingFields):
     """The body of `POST /v1/completions`. OpenAI has the fields before `top_k`; vLLM has those from there on, too."""
 
@@ -60,11 +69,7 @@ class CompletionRequest(SamplingFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [[t for t in self.prompt if isinstance(t, int)]]
-        return [p for p in self.prompt if not isinstance(p, int)]
+        return as_prompts(self.prompt)
 
     def sampling_params(self) -> SamplingParams:
         """Return how to sample. Raises ApiError (400) for values, of any field, out of range or not supported."""

@@ -83,7 +83,7 @@ class StrictBody(BaseModel):
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
 
 
-class _WithoutEffect(StrictBody):
+class WithoutEffect(StrictBody):
     """Fields of OpenAI's API that clients send and that no parameter of sampling depends on."""
 
     user: Any = Field(
@@ -143,7 +143,7 @@ class ResponseFormat(StrictBody):
         return {"type": "object"} if schema is None else schema
 
 
-class SamplingFields(_WithoutEffect):
+class SamplingFields(WithoutEffect):
     """How the tokens of a request are chosen, when its texts end, and how they are sent."""
 
     temperature: float = Field(

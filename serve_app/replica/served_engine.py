@@ -47,6 +47,7 @@ Result = TypeVar("Result")
 LONG_PROMPT = 50_000
 """Characters, or token ids; some ten milliseconds of tokenising."""
 _FIELDS = ("prompt", *(field.name for field in fields(SamplingParams)))
+_ENCODING = Encoding()
 _MAX_COMPILING_REQUESTS = 256
 """Requests that wait for their grammar at once; others wait for one of them."""
 
@@ -114,7 +115,7 @@ class ServedEngine:
             for request_id in answer.request_ids:
                 self._thread.abort(request_id)
 
-    async def encode(self, prompt: Prompt, encoding: Encoding = Encoding()) -> list[int]:
+    async def encode(self, prompt: Prompt, encoding: Encoding = _ENCODING) -> list[int]:
         """Return a prompt's token ids, in a thread: streams go on. Raises ValueError for a prompt that has none."""
         loop = asyncio.get_running_loop()
         text: str | list[int] | ChatText

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from serve_app.errors import INTERNAL_ERROR, ApiError
 from serve_app.protocol.generation import GenerationRequest
-from serve_app.registry.messages import Table
+from serve_app.registry.messages import ServedModel, Table
 from serve_app.routing.admission import Admission, Place
 from serve_app.routing.answer import Answer
 from serve_app.routing.choice import choose
@@ -60,8 +60,8 @@ class ModelClient(Protocol):
     async def table(self) -> Table:
         """Return what is served, as soon as it is known."""
 
-    async def ask(self, model: str, session: str | None, question: Question) -> tuple[str, Reply]:
-        """Return the version that answered a question about the model that is called `model`, and its answer."""
+    async def ask(self, model: str | None, session: str | None, question: Question) -> tuple[str, Reply]:
+        """Return the version that answered a question about `model` (None: the first one), and its answer."""
 
     def generate(self, request: GenerationRequest) -> Events:
         """Yield `Accepted`, then lists of deltas, at most one for each choice.
@@ -109,7 +109,7 @@ class RoutedClient:
                 if answer.started is None:
                     held.close()
                     model, ref = choose(table, request.model, request.session, request_id)
-                    place = held.enter_context(self._admission.enter(model.spec.name, table.apis))
+                    place = held.enter_context(self._enter(model, ref, table))
                     held.enter_context(self._tables.using(ref))
                 assert place is not None
                 deployment = deployment_of(table, ref)
@@ -122,13 +122,13 @@ class RoutedClient:
                     _log.warning("a request is lost after %d tokens: %s", answer.completion_tokens, loss)
                     await losses.lost(loss, answer.completion_tokens)
 
-    async def ask(self, model: str, session: str | None, question: Question) -> tuple[str, Reply]:
+    async def ask(self, model: str | None, session: str | None, question: Question) -> tuple[str, Reply]:
         """See `ModelClient`. A question that is lost is asked again."""
         losses, request_id = Losses(self._resume_timeout_s), uuid.uuid4().hex
         while True:
             table = await self._tables.current()
-            served, ref = choose(table, model, session, request_id)
-            with self._admission.enter(served.spec.name, table.apis), self._tables.using(ref):
+            served, ref = choose(table, model or table.models[0].spec.name, session, request_id)
+            with self._enter(served, ref, table), self._tables.using(ref):
                 try:
                     async with asyncio.timeout_at(losses.deadline):
                         reply = await self._replicas.ask(deployment_of(table, ref), ref, question)
@@ -167,7 +167,6 @@ class RoutedClient:
                 for event in events:
                     if isinstance(event, Started):
                         accepted = True
-                        place.leave()
                         asking.close()
                         losses.accepted()
                         if answer.started is None:
@@ -189,6 +188,11 @@ class RoutedClient:
             # One that has been accepted ends by the message that closing the stream sends.
             if not accepted:
                 call.cancel()
+
+    def _enter(self, model: ServedModel, ref: str, table: Table) -> Place:
+        status = model.status(ref)
+        replicas = sum(status.ready.values()) if status else 0
+        return self._admission.enter(model.spec.name, replicas, table.apis)
 
     def _call(self, deployment: str, submission: Submission, stream: Stream) -> asyncio.Task[Answered]:
         """Start a call that loses `stream` when no more can come from it."""

@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.registry.handle import FollowerHandle
-from serve_app.routing.admission import Admission
+from serve_app.routing.admission import Admission, QueueLimit
 from serve_app.routing.client import RoutedClient
 from serve_app.routing.replicas import ServeReplicas
 from serve_app.routing.tables import Tables
@@ -23,7 +23,7 @@ from serve_app.streams.receiver import Receiver
 async def serve_client(
     follower: DeploymentHandle[Any],
     replicas: Mapping[str, DeploymentHandle[Any]],
-    max_queued_requests: Mapping[str, int],
+    queue_limits: Mapping[str, QueueLimit],
     resume_timeout_s: float,
 ) -> AsyncIterator[RoutedClient]:
     """Give a client of the models that listens for their replicas."""
@@ -33,7 +33,7 @@ async def serve_client(
     watching = asyncio.create_task(tables.watch())
     try:
         yield RoutedClient(
-            tables, ServeReplicas(replicas), receiver, Admission(max_queued_requests), resume_timeout_s
+            tables, ServeReplicas(replicas), receiver, Admission(queue_limits), resume_timeout_s
         )
     finally:
         watching.cancel()

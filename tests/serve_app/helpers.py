@@ -26,12 +26,14 @@ from serve_app.registry.messages import (
     Table,
     VersionStatus,
 )
+from serve_app.replica.questions import reply
 from serve_app.replica.served_engine import ServedEngine
-from serve_app.routing.admission import Admission
+from serve_app.routing.admission import Admission, QueueLimit
 from serve_app.routing.client import RoutedClient
 from serve_app.routing.replicas import Replicas
 from serve_app.routing.tables import Tables
 from serve_app.streams.messages import Answered, Submission
+from serve_app.streams.questions import Question, Reply
 from serve_app.streams.receiver import Receiver
 from serve_app.streams.sender import Connection, Sender
 from tests.small_models import small_config, small_tokenizer
@@ -43,6 +45,7 @@ TEXTS = [
 ]
 EMOJI = "🙂"
 MAX_SEQ_LEN = 4096
+NO_LIMIT = QueueLimit(1, -1)
 MAX_QUEUED = 32
 """Requests that wait for the served replica, beside the 16 that it works on."""
 
@@ -110,6 +113,10 @@ class LocalReplicas:
         finally:
             connection.close()
 
+    async def ask(self, deployment: str, ref: str, question: Question) -> Reply:
+        """See `Replicas`."""
+        return await reply(self.served[0], question)
+
     def lose(self) -> None:
         """End the connection of the last submission at once, whatever it has not sent."""
         assert self._connections[-1].transport is not None
@@ -151,7 +158,11 @@ class FixedFollower:
 
 @asynccontextmanager
 async def local_client(
-    follower: FixedFollower, replicas: Replicas, *, max_queued: int = -1, resume_timeout_s: float = 30
+    follower: FixedFollower,
+    replicas: Replicas,
+    *,
+    limit: QueueLimit = NO_LIMIT,
+    resume_timeout_s: float = 30,
 ) -> AsyncIterator[RoutedClient]:
     """A client of replicas in this process."""
     tables = Tables(follower, "api")
@@ -159,7 +170,7 @@ async def local_client(
     watching = asyncio.create_task(tables.watch())
     try:
         await tables.current()
-        yield RoutedClient(tables, replicas, receiver, Admission({"tiny": max_queued}), resume_timeout_s)
+        yield RoutedClient(tables, replicas, receiver, Admission({"tiny": limit}), resume_timeout_s)
     finally:
         watching.cancel()
         receiver.close()

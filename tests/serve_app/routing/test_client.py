@@ -21,6 +21,7 @@ from serve_app.registry.messages import ApiReport
 from serve_app.routing.client import Accepted, RoutedClient
 from serve_app.streams.frames import to_wire
 from serve_app.streams.messages import Answered, ChoiceDelta, Encoding, Reporting, Started, Submission
+from serve_app.streams.questions import Question, Reply
 from serve_app.streams.receiver import Lost
 from serve_app.streams.sender import Sender
 from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN, FixedFollower, LocalReplicas, local_client, table_of
@@ -186,6 +187,9 @@ class Poisoned:
     def __init__(self) -> None:
         self.lost = 0
 
+    async def ask(self, deployment: str, ref: str, question: Question) -> Reply:
+        raise Lost("no replica is there")
+
     async def submit(self, deployment: str, submission: Submission) -> Answered:
         connection = await Sender().connect(submission.reply_to)
         connection.write(to_wire(submission.stream, Started("tiny", 1)))
@@ -208,7 +212,7 @@ def test_a_request_that_ends_its_replicas_is_given_up(follower: FixedFollower) -
     assert replicas.lost == 4
 
 
-class Nobody:
+class Nobody(Poisoned):
     """No replica."""
 
     async def submit(self, deployment: str, submission: Submission) -> Answered:

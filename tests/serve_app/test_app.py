@@ -55,7 +55,9 @@ def test_each_of_several_models_has_replicas_of_its_own() -> None:
     assert {name: handle.deployment_name for name, handle in replicas.items()} == {
         name: name for name in (big, standby, other)
     }
-    assert made["Api"].init_kwargs["max_queued_requests"] == {"big": 5, "a name+ü": 256}
+    limits = made["Api"].init_kwargs["queue_limits"]
+    assert {name: limit.max_queued for name, limit in limits.items()} == {"big": 5, "a name+ü": 256}
+    assert {name: limit.max_ongoing for name, limit in limits.items()} == {"big": 32, "a name+ü": 32}
     specs = made["RegistryFollower"].init_args[0]
     assert {spec.name: (spec.deployment, spec.standby) for spec in specs} == {
         "big": (big, Standby(standby, 4, "1 CPUs, 1 GPUs")),

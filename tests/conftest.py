@@ -51,8 +51,10 @@ RAY = (
     "tests/serve_app/test_draining.py",
     "tests/serve_app/test_front.py",
     "tests/serve_app/registry/test_follower.py",
+    "tests/serve_app/test_scaling.py",
     "tests/serve_app/test_serving.py",
     "tests/serve_app/test_serving_errors.py",
+    "tests/serve_app/test_surge.py",
 )
 """Modules outside e2e that need Ray, at least for one of their tests."""
 SLOW_CLIENT_S = 5

@@ -35,6 +35,9 @@ class TextStream(Protocol):
     def name(self, id: int) -> str | None:
         """Return the text that `id` would add here, the name of a special token, or None for part of a character."""
 
+    def part(self, id: int) -> bytes:
+        """Return the bytes of a token that is only part of a character."""
+
 
 class TextDecoder:
     """How the ids of one vocabulary become text."""
@@ -113,6 +116,9 @@ class _ByteLevelStream:
             return token
         return _strictly(_token_bytes(token))
 
+    def part(self, id: int) -> bytes:
+        return _token_bytes(self._backend.id_to_token(id) or "")
+
     @property
     def pending(self) -> int:
         """Number of U+FFFD that `flush` would return."""
@@ -170,6 +176,9 @@ class _WindowStream:
         broken = [REPLACEMENT] * len(self._pending)
         return self._added([*self._context, *broken], [token])
 
+    def part(self, id: int) -> bytes:
+        return self._bytes_of(self._backend.id_to_token(id) or "") or b""
+
     @property
     def pending(self) -> int:
         """Number of U+FFFD that `flush` would return."""
@@ -222,6 +231,9 @@ class _Continued:
 
     def name(self, id: int) -> str | None:
         return self._stream.name(id)
+
+    def part(self, id: int) -> bytes:
+        return self._stream.part(id)
 
     def _without_shown(self, text: str) -> str:
         if not text:

@@ -16,7 +16,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import environment
-from serve_app.api import completions, models, pages, questions
+from serve_app.api import chat, completions, models, pages, questions
 from serve_app.api.access import KeyRequired, check_address
 from serve_app.api.failures import add_handlers
 from serve_app.api.metrics import RequestMetrics
@@ -102,7 +102,7 @@ def create_api(
         redoc_url=None,
         lifespan=lifespan,
     )
-    for routes in (completions, questions, models):
+    for routes in (completions, chat, questions, models):
         routes.add_routes(api)
     pages.add_pages(api)
     add_handlers(api)

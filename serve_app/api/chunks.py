@@ -45,17 +45,18 @@ def _choice(delta: ChoiceDelta) -> bytes:
     reason = b',"stop_reason":null' if delta.stop_reason is None else _stop_reason(delta.stop_reason)
     return (
         head
-        + _text(delta.text)
+        + json_text(delta.text)
         + f',"logprobs":{_logprobs(delta.logprobs)},"finish_reason":{finish}'.encode()
         + reason
     )
 
 
 def _stop_reason(reason: str | int) -> bytes:
-    return b',"stop_reason":' + (_text(reason) if isinstance(reason, str) else str(reason).encode())
+    return b',"stop_reason":' + (json_text(reason) if isinstance(reason, str) else str(reason).encode())
 
 
-def _text(text: str) -> bytes:
+def json_text(text: str) -> bytes:
+    """Return a text as JSON."""
     try:
         return encode_basestring(text).encode()
     except UnicodeEncodeError:
@@ -80,6 +81,11 @@ def _prompt_logprobs(tokens: Sequence[PromptToken]) -> str:
             ),
         ]
     )
+
+
+def json_bytes(value: object) -> bytes:
+    """Return a value as JSON."""
+    return _json(value).encode()
 
 
 def _json(value: object) -> str:

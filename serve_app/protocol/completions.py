@@ -88,7 +88,10 @@ class CompletionRequest(SamplingFields):
             session,
             encoding=Encoding(self.add_special_tokens, self.parse_special),
             reporting=Reporting(
-                self.echo, self.return_token_ids, self.prompt_logprobs, self.return_tokens_as_token_ids
+                self.echo,
+                self.return_token_ids,
+                self.prompt_logprobs,
+                "ids" if self.return_tokens_as_token_ids else "texts",
             ),
         )
 

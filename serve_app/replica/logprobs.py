@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.sampling.params import TokenLogprob
-from serve_app.streams.messages import Logprobs, PromptToken
+from serve_app.streams.messages import Logprobs, PromptToken, TokenNames
 
 
 class LogprobWriter:
     """Converts the log-probabilities of one choice, a continuation of `prompt`, as its tokens arrive.
 
     Of each position it reports `top` most probable tokens. The text of the choice begins with `before` characters that
-    do not belong to these tokens. With `names_are_ids` tokens are called `token_id:N`.
+    do not belong to these tokens. `names` is what tokens are called, see `Reporting`.
     """
 
     def __init__(
@@ -24,10 +24,10 @@ class LogprobWriter:
         *,
         top: int,
         before: int = 0,
-        names_are_ids: bool = False,
+        names: TokenNames = "texts",
     ) -> None:
         self._stream = tokenizer.stream(prompt, at_start=not constrained)
-        self._top_tokens, self._length, self._names_are_ids = top, before, names_are_ids
+        self._top_tokens, self._length, self._names = top, before, names
 
     def skip(self, token_ids: Sequence[int]) -> None:
         """Pass over tokens whose entries the client has."""
@@ -67,11 +67,16 @@ class LogprobWriter:
             if token_id != position.token_id:
                 other = self._name(token_id, self._stream.name(token_id))
                 # Some vocabularies have several tokens with the same text; none may hide another.
-                top[f"token_id:{token_id}" if other in top else other] = logprob
+                top[self._other_name(token_id, other) if other in top else other] = logprob
         return top
 
     def _name(self, token_id: int, text: str | None) -> str:
-        return f"token_id:{token_id}" if text is None or self._names_are_ids else text
+        if self._names == "bytes":
+            return (self._stream.part(token_id) if text is None else text.encode()).hex()
+        return f"token_id:{token_id}" if text is None or self._names == "ids" else text
+
+    def _other_name(self, token_id: int, name: str) -> str:
+        return f"{name}:{token_id}" if self._names == "bytes" else f"token_id:{token_id}"
 
 
 def prompt_tokens(

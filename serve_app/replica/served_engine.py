@@ -221,7 +221,7 @@ class ServedEngine:
                     params.constrained,
                     top=params.logprobs,
                     before=len(echo),
-                    names_are_ids=reporting.names_are_ids,
+                    names=reporting.names,
                 )
                 writer.skip(done.get(index) or ())
                 part.writers[index] = writer
@@ -354,7 +354,7 @@ class _Part:
                 (),
                 constrained=False,
                 top=submission.params.logprobs or 0,
-                names_are_ids=reporting.names_are_ids,
+                names=reporting.names,
             )
             text = self._echo + text
             logprobs = Logprobs.joined([writer.write_prompt(first, positions), logprobs])

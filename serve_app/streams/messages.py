@@ -22,19 +22,24 @@ class Address:
     key: bytes
 
 
+TokenNames = Literal["texts", "ids", "bytes"]
+
+
 @dataclass(frozen=True)
 class Reporting:
     """What a request wants to be told beside its texts.
 
     `echo` asks for each prompt before its texts, with its log-probabilities if they and the texts' are asked for;
     `prompt_ids` for the token ids of the prompts, and `prompt_logprobs` for the log-probabilities of their tokens and
-    of this many likeliest ones, in vLLM's layout. With `names_are_ids` tokens are called `token_id:N` in `Logprobs`.
+    of this many likeliest ones, in vLLM's layout. `names` is what tokens are called in `Logprobs`: their "texts" (or
+    `token_id:N` for part of a character), `token_id:N` all of them ("ids"), or their "bytes" in hexadecimal digits,
+    with `:N` behind those that another token has, too.
     """
 
     echo: bool = False
     prompt_ids: bool = False
     prompt_logprobs: int | None = None
-    names_are_ids: bool = False
+    names: TokenNames = "texts"
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Started:
 class Logprobs:
     """Log-probabilities of some tokens of a choice, in the layout of OpenAI's completions.
 
-    `tokens` are their texts; a token that is only part of a character is `token_id:N`, as in vLLM. `top_logprobs` has
+    `tokens` are their names, see `Reporting`. `top_logprobs` has
     the token itself beside the most probable ones. `text_offset` counts characters from the beginning of the choice.
     The first token of a prompt has no log-probabilities.
     """

@@ -39,3 +39,14 @@ def test_a_token_after_an_incomplete_character_stands_after_it(tokenizer: Tokeni
     got = write(tokenizer, tokenizer.encode("the"), [party[0], letter])
     assert got.text_offset == [0, 1]
     assert got.tokens[0] == f"token_id:{party[0]}"
+
+
+@pytest.mark.parametrize("tokenizer", [OURS, BYTE_FALLBACK], ids=["byte_level", "byte_fallback"])
+def test_tokens_can_be_named_by_their_bytes(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the 🎉")
+    prompt, new = ids[:1], ids[1:]
+    writer = LogprobWriter(tokenizer, prompt, constrained=False, top=2, names="bytes")
+    # Twice the same token: the second one is told apart.
+    got = writer.write([TokenLogprob(id, -1.0, ((new[0], -2.0), (new[-1], -3.0))) for id in new])
+    text = tokenizer.decode(prompt).encode() + b"".join(map(bytes.fromhex, got.tokens))
+    assert text.decode() == "the 🎉"

@@ -94,7 +94,7 @@ CASES = [
         "tiny",
         ["The quick", [5, 6, 7]],
         SamplingParams(max_tokens=70, seed=6, n=2, logprobs=1, prompt_logprobs=3, bad_words=("a", "the")),
-        reporting=Reporting(echo=True, prompt_ids=True, prompt_logprobs=3, names_are_ids=True),
+        reporting=Reporting(echo=True, prompt_ids=True, prompt_logprobs=3, names="ids"),
     ),
     GenerationRequest(
         "tiny",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 
 import ray
@@ -20,6 +21,8 @@ from serve_app.scaling import tell_standby
 _NAMESPACE = "llama_ray"
 _SERVE_NAMESPACE = "serve"
 _RECORDS = MODEL_CACHE / ".serving"
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""For MLflow's client, which would repeat for minutes a request that a server took along: the next look comes soon."""
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +44,8 @@ class RegistryFollower(Exchange):
         deployed: str = "",
     ) -> None:
         application = serve.get_replica_context().app_name
+        for name, value in _IMPATIENT.items():
+            os.environ.setdefault(name, value)
 
         def scale(replicas: Mapping[str, int]) -> None:
             tell_standby(application, deployed, replicas)

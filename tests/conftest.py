@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +34,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import pytest
 import torch
 
+from tests.mlflow_server import MlflowServer
+
 CLUSTERS = {"ray_cluster", "nodes"}
 RAY = (
     "tests/batch_inference/test_interrupted_jobs.py",
@@ -49,8 +46,10 @@ RAY = (
     "tests/jobs/test_prepare_data.py",
     "tests/orchestration/test_placement_groups.py",
     "tests/serve_app/test_draining.py",
+    "tests/serve_app/test_following.py",
     "tests/serve_app/test_front.py",
     "tests/serve_app/registry/test_follower.py",
+    "tests/serve_app/test_losses.py",
     "tests/serve_app/test_scaling.py",
     "tests/serve_app/test_serving.py",
     "tests/serve_app/test_serving_errors.py",
@@ -119,8 +118,13 @@ def ray_cluster() -> Iterator[str]:
 
     # Short, for sockets: pytest's own directories are not.
     haproxy = Path(tempfile.mkdtemp(prefix="hap-", dir="/tmp"))
+    # Where models are cached, but not kernels, which take long to build.
+    home = {
+        "HOME": str(haproxy),
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path("~/.cache").expanduser())),
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in _serve_variables(haproxy).items():
+        for name, value in (_serve_variables(haproxy) | home).items():
             patch.setenv(name, value)
         context = ray.init(
             address="local",
@@ -163,40 +167,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real MLflow server that stores and serves artifacts itself."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = {
-        "--backend-store-uri": f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination": f"{folder}/artifacts",
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--workers": "1",
-    }
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 120
-        while not _answers(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail((folder / "log").read_text())
-            time.sleep(0.2)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return True
-    except OSError:
-        return False
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server.url
+    server.stop()

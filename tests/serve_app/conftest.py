@@ -29,16 +29,25 @@ def engine(model_dir: Path) -> Engine:
 
 
 @pytest.fixture(scope="package")
-def served(ray_cluster: str, model_dir: Path) -> Iterator[str]:
-    """The base URL of the application, which serves the directory."""
+def serve_url(ray_cluster: str) -> Iterator[str]:
+    """The URL of a Ray Serve instance that all applications of the tests share."""
     from ray import serve
-
-    from serve_app.app import ServeArgs, build
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="package")
+def served(serve_url: str, model_dir: Path) -> str:
+    """The base URL of the application, which serves the directory."""
+    from ray import serve
+
+    from serve_app.app import ServeArgs, build
+
     args = ServeArgs(
         model=str(model_dir),
         num_cpus=0.5,
@@ -49,8 +58,7 @@ def served(ray_cluster: str, model_dir: Path) -> Iterator[str]:
         graceful_shutdown_timeout_s=0.1,
     )
     serve.run(build(args), name="llama-ray", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    return serve_url
 
 
 @pytest.fixture

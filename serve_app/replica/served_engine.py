@@ -20,20 +20,15 @@ from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.request import Done, Request
-from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
-from llama_ray.generation.scheduling.sequence import Delta
+from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.utils.panics import panics_as_errors
 from serve_app.errors import INTERNAL_ERROR
 from serve_app.registry.messages import ModelVersion
-from serve_app.replica.logprobs import LogprobWriter, prompt_tokens
-from serve_app.streams.frames import to_wire
+from serve_app.replica.answers import Answer, Collector, Part, check_report
 from serve_app.streams.messages import (
     Answered,
-    ChoiceDelta,
     Encoding,
-    Event,
     Failure,
-    Logprobs,
     Prompt,
     Started,
     Submission,
@@ -64,7 +59,7 @@ class ServedEngine:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.open_requests = 0
         # What the engine's thread has delivered and the event loop has not sent.
-        self._items: deque[list[tuple[_Part | _Collector, Item]]] = deque()
+        self._items: deque[list[tuple[Part | Collector, Item]]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = EngineThread(engine, self._deliver)
         # Long prompts wait for each other, short ones never for long ones, and the model keeps the other cores.
@@ -96,7 +91,7 @@ class ServedEngine:
         Cancelling frees what the request holds in the engine.
         """
         self._loop = asyncio.get_running_loop()
-        answer = _Answer(submission, connection)
+        answer = Answer(submission, connection)
         self.open_requests += 1
         connection.add(submission.stream, answer.end)
         try:
@@ -129,7 +124,7 @@ class ServedEngine:
     async def complete(self, ids: list[int], params: SamplingParams) -> Completion:
         """Return the completion of one prompt. Raises ValueError and GenerationError as `Engine.generate` does."""
         self._loop = loop = asyncio.get_running_loop()
-        collector = _Collector(loop.create_future())
+        collector = Collector(loop.create_future())
         self.open_requests += 1
         try:
             request_id = self._thread.add(self.engine.prepare(ids, params), collector)
@@ -152,12 +147,13 @@ class ServedEngine:
         finally:
             self.open_requests -= 1
 
-    async def _begin(self, answer: _Answer) -> None:
+    async def _begin(self, answer: Answer) -> None:
         """Queue a request for each prompt that has choices to go on with."""
         submission = answer.submission
         prompts = await self._encode(answer)
         if answer.ended.done():
             return
+        check_report(submission, sum(map(len, prompts)))
         done = [submission.done_of(number) for number in range(len(prompts))]
         requests = await self._prepare(submission, prompts, done)
         if answer.ended.done():
@@ -167,12 +163,14 @@ class ServedEngine:
         answer.unfinished = sum(len(request.sequences) for request in requests)
         for number, request in enumerate(requests):
             text = echo[number] if echo else ""
-            part = self._part(answer, number, prompts[number], done[number], text)
+            part = Part(
+                answer, number, prompts[number], done[number], text, self.tokenizer, self._lanes[True]
+            )
             answer.request_ids.append(self._thread.add(request, part))
         # Now, not with the first token: a client that waits for its status sees that it was accepted.
         answer.connection.flush()
 
-    async def _encode(self, answer: _Answer) -> list[list[int]]:
+    async def _encode(self, answer: Answer) -> list[list[int]]:
         """Encode prompts one by one, so that a client that leaves ends it."""
         submission, prompts = answer.submission, list[list[int]]()
         for prompt in submission.prompts:
@@ -210,28 +208,11 @@ class ServedEngine:
             params = replace(params, max_tokens=room)
         return params
 
-    def _part(self, answer: _Answer, number: int, ids: list[int], done: Done, echo: str) -> _Part:
-        params, reporting = answer.submission.params, answer.submission.reporting
-        part = _Part(answer, number * params.n, self.tokenizer, ids, echo)
-        if params.logprobs is not None:
-            for index in range(params.n):
-                writer = LogprobWriter(
-                    self.tokenizer,
-                    ids,
-                    params.constrained,
-                    top=params.logprobs,
-                    before=len(echo),
-                    names=reporting.names,
-                )
-                writer.skip(done.get(index) or ())
-                part.writers[index] = writer
-        return part
-
     def _echo(self, submission: Submission, prompts: Sequence[list[int]]) -> list[str]:
         given = zip(submission.prompts, prompts, strict=True)
         return [prompt if isinstance(prompt, str) else self.tokenizer.decode(ids) for prompt, ids in given]
 
-    def _deliver(self, items: list[tuple[_Part | _Collector, Item]]) -> None:
+    def _deliver(self, items: list[tuple[Part | Collector, Item]]) -> None:
         """Hand what a step gave to the event loop. Called in the engine's thread."""
         self._items.append(items)
         # If there is more, the loop has been woken and has not come to it.
@@ -258,109 +239,6 @@ class _BadPrompt(ValueError):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
         self.param = param
-
-
-class _Answer:
-    """One submission that is being answered; `ended` is set when no more will be sent."""
-
-    def __init__(self, submission: Submission, connection: Connection) -> None:
-        self.submission, self.connection = submission, connection
-        self.ended: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
-        self.request_ids: list[int] = []
-        self.unfinished = 0
-
-    def send(self, event: Event) -> None:
-        """Send an event with the next frame, unless the answer has ended."""
-        if not self.ended.done():
-            self.connection.write(to_wire(self.submission.stream, event))
-
-    def end(self, how: Answered = "done") -> None:
-        """Send no more."""
-        if not self.ended.done():
-            self.ended.set_result(how)
-
-
-class _Collector:
-    """Receives the deltas of one candidate for a caller in this process."""
-
-    connection = None
-
-    def __init__(self, deltas: asyncio.Future[list[Delta]]) -> None:
-        self.deltas = deltas
-        self._received: list[Delta] = []
-
-    def take(self, item: Item) -> None:
-        """Take what one step gave."""
-        if self.deltas.done():
-            return
-        if isinstance(item, GenerationError):
-            self.deltas.set_exception(item)
-            return
-        self._received += item
-        if item[-1].finish_reason is not None:
-            self.deltas.set_result(self._received)
-
-
-class _Part:
-    """The candidates of one prompt of an answer, whose first choice is number `first`; `echo` precedes their texts."""
-
-    def __init__(
-        self, answer: _Answer, first: int, tokenizer: Tokenizer, prompt: list[int], echo: str
-    ) -> None:
-        self.answer, self.connection = answer, answer.connection
-        self.writers: dict[int, LogprobWriter] = {}
-        self._first, self._tokenizer, self._prompt, self._echo = first, tokenizer, prompt, echo
-
-    def take(self, item: Item) -> None:
-        """Send what one step gave."""
-        answer = self.answer
-        if isinstance(item, GenerationError):
-            answer.end("engine_ended")
-            return
-        deltas = list[ChoiceDelta]()
-        for delta in item:
-            if delta.error is not None:
-                answer.send(Failure(500, delta.error, code="generation_failed"))
-                answer.end()
-                return
-            deltas.append(self._choice_delta(delta))
-            answer.unfinished -= delta.finish_reason is not None
-        answer.send(deltas)
-        if not answer.unfinished:
-            answer.end()
-
-    def _choice_delta(self, delta: Delta) -> ChoiceDelta:
-        logprobs = None if delta.logprobs is None else self.writers[delta.index].write(delta.logprobs)
-        choice = ChoiceDelta(
-            self._first + delta.index,
-            delta.text,
-            delta.token_ids,
-            logprobs,
-            delta.finish_reason,
-            delta.stop_reason,
-            None,
-            # Those of the other candidates are the first one's.
-            0 if delta.index else delta.cached_tokens,
-        )
-        return choice if delta.prompt_logprobs is None else self._with_prompt(choice, delta.prompt_logprobs)
-
-    def _with_prompt(self, choice: ChoiceDelta, positions: Sequence[TokenLogprob]) -> ChoiceDelta:
-        """Return the first delta of a choice with what the request wants to be told of the prompt."""
-        submission, first = self.answer.submission, self._prompt[0]
-        reporting, text, logprobs, report = submission.reporting, choice.text, choice.logprobs, None
-        if submission.echoes_logprobs and logprobs is not None:
-            writer = LogprobWriter(
-                self._tokenizer,
-                (),
-                constrained=False,
-                top=submission.params.logprobs or 0,
-                names=reporting.names,
-            )
-            text = self._echo + text
-            logprobs = Logprobs.joined([writer.write_prompt(first, positions), logprobs])
-        if reporting.prompt_logprobs is not None:
-            report = prompt_tokens(self._tokenizer, first, positions, reporting.prompt_logprobs)
-        return replace(choice, text=text, logprobs=logprobs, prompt_logprobs=report)
 
 
 def _started(submission: Submission, prompts: list[list[int]], echo: list[str] | None) -> Started:

@@ -148,6 +148,20 @@ def test_prompt_logprobs_name_each_token_with_its_rank(
             assert found["decoded_token"] in (tokenizer.decode([int(id)], skip_special=False), None)
 
 
+def test_a_long_report_is_whole_and_what_follows_it_comes_after_it(
+    client: openai.OpenAI, engine: Engine
+) -> None:
+    ids = [engine.encode(PROMPT)[i % 20] for i in range(1000)]
+    choices = complete(client, [ids], max_tokens=3, n=2, prompt_logprobs=5, echo=True, logprobs=2).choices
+    alone = complete(client, [ids], max_tokens=3, n=2).choices
+    for choice, bare in zip(choices, alone, strict=True):
+        assert len(extra(choice, "prompt_logprobs")) == 1000
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs is not None
+        assert len(choice.logprobs.token_logprobs) == 1003
+        assert choice.text.endswith(bare.text)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "scores": {"max_tokens": 0, "echo": True, "logprobs": 1},
     "prompt": {"max_tokens": 0, "prompt_logprobs": 0},
@@ -285,6 +299,11 @@ def test_a_response_format_limits_the_text_to_json(client: openai.OpenAI, format
         ({"allowed_token_ids": []}, "allowed_token_ids", "it must be at least one token id"),
         ({"allowed_token_ids": [9999]}, "allowed_token_ids", "allowed_token_ids: token id 9999 is outside"),
         ({"bad_words": [""]}, "bad_words", "it must be a string or several, none of them blank"),
+        (
+            {"prompt": [[1] * 4000] * 9, "prompt_logprobs": 15, "max_tokens": 0},
+            "prompt_logprobs",
+            "prompt_logprobs of 36,000 prompt tokens, 16 for each, with n 1 are 576,000; a request may ask for at most",
+        ),
         ({"prompt": [9999]}, "prompt", "prompt: token id 9999 is outside the model's vocabulary"),
         ({"logit_bias": {"9999": 1}}, "logit_bias", "logit_bias: token id 9999 is outside"),
         ({"response_format": {"type": "xml"}}, "response_format", "should be 'text', 'json_object' or 'json_schema'"),

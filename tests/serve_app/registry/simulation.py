@@ -13,16 +13,18 @@ from serve_app.routing.client import deployment_of
 from tests.serve_app.registry.helpers import look
 
 STANDBY = "LlamaStandby"
+LOAD_STEPS = 4
 
 
 @dataclass
 class SimulatedReplica:
-    """Loads what its plan wants first, for a step, where it has room: a version that is used takes it up."""
+    """Loads what its plan wants first, for some steps, where it has room: a version that is used takes it up."""
 
     name: str
     deployment: str
     plan: ReplicaPlan = field(default_factory=lambda: ReplicaPlan(0))
     loaded: str | None = None
+    loading: int = 0
     used: int = 0
 
     @property
@@ -32,14 +34,20 @@ class SimulatedReplica:
     def load(self) -> None:
         if self.loaded not in self.wanted and not self.used:
             self.loaded = None
-        if self.loaded is None and self.wanted:
+        if self.loaded is not None or not self.wanted:
+            self.loading = 0
+        elif self.loading < LOAD_STEPS:
+            self.loading += 1
+        else:
             self.loaded = self.wanted[0]
 
     def report(self, model: str) -> ReplicaReport:
         engines = {
-            ref: EngineReport("ready") if ref == self.loaded else EngineReport("too_large", "no room")
+            ref: EngineReport("loading") if self.loaded is None else EngineReport("too_large", "no room")
             for ref in self.wanted
         }
+        if self.loaded in engines:
+            engines[self.loaded] = EngineReport("ready")
         return ReplicaReport(
             self.name, f"actor-{self.name}", self.deployment, model, self.plan.revision, engines
         )
@@ -164,8 +172,10 @@ class Simulation:
         """Assert that each process of the API finds the version that serves, by the table that it has and by the next.
 
         No request goes to a standby that is to have no replicas, and as long as no replica was killed, some replica of
-        the deployment to which requests go has the version.
+        the deployment to which requests go has the version, and some replica that of a request, if its own were lost.
         """
+        if not self._killed:
+            assert self._in_use <= {replica.loaded for replica in self._running}
         standby = self._decisions.standby_replicas()
         for table in (self._table, self._decisions.table):
             served = table.models[0] if table.models else None

@@ -192,3 +192,19 @@ def test_whatever_happens_requests_find_their_version_and_in_the_end_it_is_the_a
     for _ in range(round(8 * FORGET_S)):
         simulation.step()
     assert simulation.is_at_rest
+
+
+@pytest.mark.parametrize("then", [1, 3])
+def test_an_alias_may_move_on_at_any_moment_of_a_surge(then: int) -> None:
+    for first in range(24):
+        for second in (0, 1, 8, 16):
+            simulation = Simulation(SPEC, 1)
+            simulation.run_until_serving(1)
+            moves = [("alias", then), ("pass", second), ("alias", 2)]
+            for event, number in [("alias", 2), ("pass", first), ("request", 0), *moves]:
+                simulation.happen(event, number)
+                simulation.step()
+            simulation.answer_all()
+            for _ in range(round(8 * FORGET_S)):
+                simulation.step()
+            assert simulation.is_at_rest, (first, second)

@@ -16,9 +16,10 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import environment
-from serve_app.api import chat, completions, models, pages, questions
+from serve_app.api import chat, completions, models, pages, questions, responses_api
 from serve_app.api.access import KeyRequired, check_address
 from serve_app.api.failures import add_handlers
+from serve_app.api.generating import TEMPLATE_HEADER
 from serve_app.api.metrics import RequestMetrics
 from serve_app.api.middleware import BodyLimit, PanicsAsErrors
 from serve_app.api.responses import VERSION_HEADER
@@ -102,7 +103,7 @@ def create_api(
         redoc_url=None,
         lifespan=lifespan,
     )
-    for routes in (completions, chat, questions, models):
+    for routes in (completions, chat, responses_api, questions, models):
         routes.add_routes(api)
     pages.add_pages(api)
     add_handlers(api)
@@ -117,7 +118,7 @@ def create_api(
             allow_origins=http.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[VERSION_HEADER, "x-request-id", "retry-after"],
+            expose_headers=[VERSION_HEADER, TEMPLATE_HEADER, "x-request-id", "retry-after"],
         )
     api.add_middleware(PanicsAsErrors)
     return api

@@ -8,8 +8,6 @@ from fastapi.responses import Response
 from serve_app.api.chat_writer import ChatWriter
 from serve_app.api.generating import ERRORS, respond, session_of
 from serve_app.protocol.chat import ChatRequest, ChatResponse
-from serve_app.protocol.generation import GenerationRequest
-from serve_app.streams.messages import Reporting
 
 
 def add_routes(api: FastAPI) -> None:
@@ -18,14 +16,7 @@ def add_routes(api: FastAPI) -> None:
     @api.post("/v1/chat/completions", response_model=ChatResponse, responses=ERRORS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation. With `stream`, the text comes as server-sent events, ended by `data: [DONE]`."""
-        generation = GenerationRequest(
-            body.model,
-            [body.prompt],
-            body.sampling_params(),
-            session=session_of(request, body.session),
-            fit=body.limit is None,
-            reporting=Reporting(names="bytes"),
-        )
+        generation = body.generation_request(session_of(request, body.session))
         return await respond(
             request, generation, lambda accepted: ChatWriter(body, accepted), stream=body.stream
         )

@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from serve_app.api.chunks import json_bytes, json_text
-from serve_app.api.writer import DeltaWriter, server_sent_event
+from serve_app.api.writer import ChunkedWriter, server_sent_event
 from serve_app.protocol.chat import (
     AnswerMessage,
     ChatChoice,
@@ -20,7 +20,7 @@ from serve_app.routing.client import Accepted
 from serve_app.streams.messages import ChoiceDelta, Logprobs
 
 
-class ChatWriter(DeltaWriter):
+class ChatWriter(ChunkedWriter):
     """Writes the response to `request`.
 
     In a stream the role, text and reason for the end of a choice are chunks of their own: clients rely on it.
@@ -69,7 +69,7 @@ class ChatWriter(DeltaWriter):
         return b"".join([self._head + choice + tail for choice in choices])
 
     def usage_chunk(self) -> bytes:
-        """See `DeltaWriter`."""
+        """See `ChunkedWriter`."""
         last = self._empty_chunk.model_copy(update={"usage": self.usage()})
         return server_sent_event(last.model_dump_json())
 

@@ -8,12 +8,15 @@ from typing import Any, Protocol
 from fastapi import Request
 from fastapi.responses import Response
 
+from llama_ray.data.chat_template import ChatPrompt
 from serve_app.api.disconnect import while_connected
 from serve_app.api.responses import VERSION_HEADER, EventStream
 from serve_app.errors import ErrorResponse
 from serve_app.protocol.generation import GenerationRequest
 from serve_app.routing.client import Accepted, Events, ModelClient
 
+TEMPLATE_HEADER = "x-chat-template"
+"""Says what a conversation was rendered with: "from the checkpoint", or "plain" for a model without a template."""
 # Otherwise FastAPI documents its own error object, with status 422.
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 500, 503)
@@ -58,7 +61,7 @@ async def _answer(
         # An error before the first event still has an HTTP status.
         accepted = await anext(events)
         assert isinstance(accepted, Accepted)
-        headers = {VERSION_HEADER: accepted.ref}
+        headers = {VERSION_HEADER: accepted.ref} | _notes(request, generation, accepted)
         if stream:
             return EventStream(writer(accepted).stream(events), headers)
         whole = await writer(accepted).whole(events)
@@ -66,3 +69,13 @@ async def _answer(
     except BaseException:
         await events.aclose()
         raise
+
+
+def _notes(request: Request, generation: GenerationRequest, accepted: Accepted) -> dict[str, str]:
+    """Return the header that says whether a conversation became a prompt by the model's own template."""
+    table = models_of(request).known
+    if table is None or not any(isinstance(prompt, ChatPrompt) for prompt in generation.prompts):
+        return {}
+    known = (model.status(accepted.ref) for model in table.models)
+    info = next((status.info for status in known if status is not None), None)
+    return {} if info is None else {TEMPLATE_HEADER: info.chat_template}

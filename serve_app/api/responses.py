@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.api.chunks import ChunkWriter
 from serve_app.api.disconnect import until_disconnected
-from serve_app.api.writer import DeltaWriter, server_sent_event
+from serve_app.api.writer import ChunkedWriter, server_sent_event
 from serve_app.protocol.completions import Choice, CompletionRequest, CompletionResponse, prompt_logprobs
 from serve_app.routing.client import Accepted
 from serve_app.streams.messages import ChoiceDelta
@@ -22,7 +22,7 @@ VERSION_HEADER = "x-model-version"
 """Names the exact version that answers, as `system_fingerprint` does in the body."""
 
 
-class CompletionWriter(DeltaWriter):
+class CompletionWriter(ChunkedWriter):
     """Writes the response to `request`."""
 
     def __init__(self, request: CompletionRequest, accepted: Accepted) -> None:
@@ -49,7 +49,7 @@ class CompletionWriter(DeltaWriter):
         return self._chunks.chunk(delta, self._prompt_ids.pop(delta.index, None), usage)
 
     def usage_chunk(self) -> bytes:
-        """See `DeltaWriter`."""
+        """See `ChunkedWriter`."""
         last = self._empty_response.model_copy(update={"usage": self.usage()})
         return server_sent_event(last.model_dump_json())
 

@@ -12,9 +12,11 @@ from serve_app.protocol.sampling import StreamOptions, Usage
 from serve_app.routing.client import Accepted, Events
 from serve_app.streams.messages import ChoiceDelta
 
+_DONE = b"data: [DONE]\n\n"
+
 
 class DeltaWriter(ABC):
-    """Writes a response from the events that follow `accepted`."""
+    """Writes a response from the events that follow `accepted`: whole, or as server-sent events."""
 
     def __init__(self, accepted: Accepted, options: StreamOptions | None) -> None:
         self._prompt_tokens = accepted.prompt_tokens
@@ -31,8 +33,16 @@ class DeltaWriter(ABC):
         """Return the server-sent events for what was added to one choice; `usage` is JSON."""
 
     @abstractmethod
-    def usage_chunk(self) -> bytes:
-        """Return the server-sent event that ends a stream with the token counts."""
+    def ending(self) -> bytes:
+        """Return the server-sent events that end a stream."""
+
+    @abstractmethod
+    def failing(self, error: ApiError) -> bytes:
+        """Return the server-sent events that end a stream with an error."""
+
+    def opening(self) -> bytes:
+        """Return the server-sent events that begin a stream, if there are any."""
+        return b""
 
     async def whole(self, events: Events) -> str:
         """Return the response once it is complete, as JSON."""
@@ -46,16 +56,16 @@ class DeltaWriter(ABC):
         """Yield server-sent events, one or more for each delta; those that are ready at the same moment together."""
         async with aclosing(events):
             try:
+                if opening := self.opening():
+                    yield opening
                 async for event in events:
                     deltas = [delta for delta in self.counted(event) if self.has_content(delta)]
                     usage = self.usage().model_dump_json() if self._counts else None
                     if deltas:
                         yield b"".join([self.chunk(delta, usage) for delta in deltas])
-                if self.include_usage:
-                    yield self.usage_chunk()
+                yield self.ending()
             except ApiError as error:
-                yield server_sent_event(error.response.model_dump_json())
-        yield server_sent_event("[DONE]")
+                yield self.failing(error)
 
     def has_content(self, delta: ChoiceDelta) -> bool:
         """Return whether a delta has anything to send."""
@@ -72,6 +82,22 @@ class DeltaWriter(ABC):
     def usage(self) -> Usage:
         """Return the token counts of what has arrived."""
         return Usage.of(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
+
+
+class ChunkedWriter(DeltaWriter):
+    """A writer whose streams are chunks of one form, which `data: [DONE]` ends."""
+
+    @abstractmethod
+    def usage_chunk(self) -> bytes:
+        """Return the chunk with the token counts."""
+
+    def ending(self) -> bytes:
+        """See `DeltaWriter`."""
+        return (self.usage_chunk() if self.include_usage else b"") + _DONE
+
+    def failing(self, error: ApiError) -> bytes:
+        """See `DeltaWriter`."""
+        return server_sent_event(error.response.model_dump_json()) + _DONE
 
 
 def server_sent_event(data: str) -> bytes:

@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from llama_ray.data.chat_template import ChatPrompt
-from llama_ray.generation.sampling.params import MAX_LOGPROBS, SamplingParams
+from llama_ray.generation.sampling.params import MAX_LOGPROBS
 from serve_app.errors import bad_request
+from serve_app.protocol.generation import GenerationRequest
 from serve_app.protocol.messages import DEFAULT_MAX_TOKENS, Messages, chat_prompt, check_tools
 from serve_app.protocol.sampling import SamplingFields, Usage
+from serve_app.streams.messages import Reporting
 
 MaxTokens = Annotated[int, Field(ge=1)]
 
@@ -40,35 +41,35 @@ class ChatRequest(SamplingFields):
     )
     chat_template_kwargs: dict[str, Any] = Field({}, description="Further variables of the chat template.")
 
-    @property
-    def prompt(self) -> ChatPrompt:
-        """The conversation. Raises ApiError (400) for what is not supported, and fields that do not fit together."""
-        check_tools(self.tools, self.tool_choice)
-        if self.continue_final_message and self.add_generation_prompt:
-            raise bad_request(
-                "continue_final_message",
-                "continue_final_message and add_generation_prompt are both true; set one of them to false",
-            )
-        return chat_prompt(
+    def generation_request(self, session: str | None) -> GenerationRequest:
+        """Return what is asked of the model, for requests of a `session`.
+
+        Raises ApiError (400) for values, of any field, out of range or not supported.
+        """
+        self._check()
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        prompt = chat_prompt(
             self.messages,
             begin_answer=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             variables=self.chat_template_kwargs,
         )
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        params = self.params(DEFAULT_MAX_TOKENS if limit is None else limit, logprobs)
+        names = Reporting(names="bytes")
+        return GenerationRequest(self.model, [prompt], params, session, fit=limit is None, reporting=names)
 
-    @property
-    def limit(self) -> int | None:
-        """How many tokens the request allows; None if it leaves that to the server."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    def sampling_params(self) -> SamplingParams:
-        """Return how to sample. Raises ApiError (400) for values, of any field, out of range or not supported."""
+    def _check(self) -> None:
+        check_tools(self.tools, self.tool_choice)
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request(
                 "top_logprobs", "top_logprobs needs logprobs to be true; set it, or leave it out"
             )
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.params(DEFAULT_MAX_TOKENS if self.limit is None else self.limit, logprobs)
+        if self.continue_final_message and self.add_generation_prompt:
+            raise bad_request(
+                "continue_final_message",
+                "continue_final_message and add_generation_prompt are both true; set one of them to false",
+            )
 
 
 class TopLogprob(BaseModel):

@@ -22,7 +22,7 @@ class Answer:
 
     text: str
     tokens: list[str]
-    logprobs: list[float]
+    logprobs: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Answers:
         prompts = [self._load.prompt(i) for i in range(self._prompts)]
         answers = []
         for prompt, completion in zip(prompts, engine.generate(prompts, params), strict=True):
-            logprobs = LogprobWriter(engine.tokenizer, prompt, False).write(completion.logprobs or [])
+            logprobs = LogprobWriter(engine.tokenizer, prompt, False, top=0).write(completion.logprobs or [])
             answers.append(Answer(completion.text, logprobs.tokens, logprobs.token_logprobs))
         return answers
 

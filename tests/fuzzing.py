@@ -100,7 +100,7 @@ def _prompts(vocab_size: int) -> st.SearchStrategy[str | list[int]]:
 def _params(tokenizer: Tokenizer) -> st.SearchStrategy[SamplingParams]:
     tokens = st.integers(0, tokenizer.vocab_size - 1)
     always = {
-        "max_tokens": st.sampled_from([1, 2, 3, 10, 33, 40, 60, 60]),
+        "max_tokens": st.sampled_from([0, 1, 2, 3, 10, 33, 40, 60, 60]),
         "seed": st.integers(-(2**63), 2**64 - 1),
     }
     sometimes: dict[str, st.SearchStrategy[Any]] = {
@@ -119,6 +119,9 @@ def _params(tokenizer: Tokenizer) -> st.SearchStrategy[SamplingParams]:
         "logit_bias": st.dictionaries(
             tokens | st.just(tokenizer.eos_id), st.sampled_from([-1e30, 2.0, 9.0, 1e30])
         ),
+        "include_stop_str_in_output": st.booleans(),
+        "allowed_token_ids": st.sets(tokens | st.just(tokenizer.eos_id), min_size=1).map(tuple),
+        "bad_words": st.lists(st.sampled_from(["e", "the", "quick", "🙂", "a b"]), max_size=3).map(tuple),
         "logprobs": st.integers(0, 20),
         "prompt_logprobs": st.integers(0, 20),
         "n": st.integers(1, 5),
@@ -339,6 +342,7 @@ def _plain(delta: Delta) -> Delta:
         delta.finish_reason,
         delta.error,
         delta.prompt_logprobs,
+        stop_reason=delta.stop_reason,
     )
 
 

@@ -15,6 +15,7 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.pretrained import save_pretrained
 from serve_app.registry.messages import ModelVersion
+from serve_app.replica.logprobs import LogprobWriter
 from serve_app.replica.served_engine import ServedEngine
 from serve_app.streams.messages import (
     Address,
@@ -241,6 +242,28 @@ def test_a_dead_engine_ends_the_call_without_a_failure_so_that_another_one_goes_
 
     with_ask(served, test)
     assert served.ended == "the engine was stopped"
+
+
+def test_a_panic_while_an_answer_is_written_ends_that_answer_alone(
+    served: ServedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panicked(BaseException):
+        """As pyo3's PanicException, which is no Exception either."""
+
+    def panic(*arguments: object) -> None:
+        raise Panicked("index out of bounds")
+
+    async def test(ask: Ask) -> None:
+        other = await ask(replace(SUBMISSION, params=replace(LONG, max_tokens=300)))
+        asked = await ask(replace(SUBMISSION, params=replace(SUBMISSION.params, logprobs=1)))
+        *_, failure = await asked.rest()
+        assert isinstance(failure, Failure)
+        assert failure.status == 500
+        assert await asked.call == "done"
+        assert len("".join(texts((await other.rest())[1:]))) > 100
+
+    monkeypatch.setattr(LogprobWriter, "write", panic)
+    with_ask(served, test)
 
 
 def test_deltas_of_one_choice_join() -> None:

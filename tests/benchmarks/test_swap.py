@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,3 +105,9 @@ def test_a_wrong_answer_is_found(
 def test_a_failed_request_is_counted_as_such(answers: Answers) -> None:
     verdict = answers.compare(Measured([Outcome(0, 0.0, error="503")], 1.0, 0.0))
     assert (verdict.failed, verdict.wrong) == (1, 0)
+
+
+def test_a_run_without_a_disturbance_ends_well() -> None:
+    command = [sys.executable, "-m", "benchmarks.swap", "--preset", "llama-tiny", "--moves", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr

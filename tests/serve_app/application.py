@@ -72,13 +72,13 @@ class Application:
         running = [replica for replica in running if psutil.pid_exists(replica["pid"])]
         return [replica["pid"] for replica in sorted(running, key=lambda replica: replica["start_time_s"])]
 
-    def stats(self, deployment: str = "LlamaReplica") -> list[Any]:
-        """Return the statistics of each engine of the deployment's replicas."""
+    def call(self, deployment: str, method: str, timeout_s: float) -> None:
+        """Wait until a replica has answered a call. Raises TimeoutError."""
         from ray import serve
 
-        handle = serve.get_deployment_handle(deployment, self.name)
-        answers = handle.broadcast("stats").results(timeout_s=PATIENCE_S)
-        return [stats for answer in answers for stats in answer.values()]
+        getattr(serve.get_deployment_handle(deployment, self.name), method).remote().result(
+            timeout_s=timeout_s
+        )
 
 
 def eventually(condition: Callable[[], object], what: str) -> None:

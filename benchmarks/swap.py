@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.serve import ENVIRONMENTS, machine
@@ -40,8 +40,8 @@ PROMPTS = 24
 FIELDS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 7, "logprobs": 0}
 
 
-def main() -> None:
-    """Print each block and the verdicts."""
+def main(argv: Sequence[str] | None = None) -> bool:
+    """Print each block and the verdicts; return whether nothing was lost."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,12 +55,9 @@ def main() -> None:
     parser.add_argument("--poll_s", type=float, default=1.0, help="registry_poll_s of the application (1)")
     parser.add_argument("--stuck_s", type=float, default=10.0, help="stuck_after_s of the application (10)")
     parser.add_argument("--seed", type=int, default=0, help="of the random victims and instants (0)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     print(machine(1), flush=True)
-    # `finally` ends the servers also when this process is told to end.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    rng = random.Random(arguments.seed)
+    rng, good = random.Random(arguments.seed), True
     with tempfile.TemporaryDirectory(prefix="swap_") as directory:
         root = Path(directory)
         model = register_versions(root, arguments.preset, sqlite_uri(root / "mlflow.db"))
@@ -86,7 +83,6 @@ def main() -> None:
             ),
             ("stops", arguments.stops, 2, lambda server: Killing(server, rng, signal.SIGSTOP)),
         ]
-        good = True
         for name, count, replicas, disturb in kinds:
             if count:
                 server = application(model, replicas, arguments)
@@ -95,7 +91,7 @@ def main() -> None:
                     good &= run(name, count, server, disturb(server), load, answers)
                 finally:
                     server.stop()
-    sys.exit(not good)
+    return good
 
 
 def application(model: Registered, replicas: int, arguments: argparse.Namespace) -> OurApplication:
@@ -149,4 +145,8 @@ def run(
 
 
 if __name__ == "__main__":
-    main()
+    # It says that it creates a database.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    # `finally` ends the servers also when this process is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(not main())

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ import pytest
 from benchmarks.serving.answers import Answers
 from benchmarks.serving.load import Load, Measured, Outcome
 from benchmarks.serving.registered import Registered, register_versions
-from benchmarks.swap import FIELDS
+from benchmarks.swap import FIELDS, main
 from llama_ray.tracking.registry import resolve_version
 
 LOAD = Load(prompt_tokens=8, new_tokens=6, vocab_size=512, prompts=2, fields=FIELDS)
@@ -108,6 +105,4 @@ def test_a_failed_request_is_counted_as_such(answers: Answers) -> None:
 
 
 def test_a_run_without_a_disturbance_ends_well() -> None:
-    command = [sys.executable, "-m", "benchmarks.swap", "--preset", "llama-tiny", "--moves", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(["--preset", "llama-tiny", "--moves", "0"])

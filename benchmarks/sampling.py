@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llama_ray.generation.backends.prepare import sampler_ops
 from llama_ray.generation.constraints.grammar import Constraint
+from llama_ray.generation.sampling.bad_words import BadWords
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.penalties import TokenCounts
 from llama_ray.generation.sampling.sampler import Sampler
@@ -46,6 +47,7 @@ class Row:
     draft: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
     constraint: Constraint | None = None
+    bad_words: BadWords | None = None
 
     def __post_init__(self) -> None:
         self.counts = TokenCounts.of(self.params, self.prompt)

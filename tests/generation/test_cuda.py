@@ -105,6 +105,7 @@ def test_the_sampler_draws_the_tokens_that_it_draws_on_a_cpu() -> None:
         SamplingParams(temperature=1.2, top_p=0.95, min_p=0.01),
         SamplingParams(temperature=0.7, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.2),
         SamplingParams(temperature=0.9, logit_bias={7: 5.0, 11: -100.0}, top_k=1000),
+        SamplingParams(temperature=0.9, allowed_token_ids=tuple(range(0, 5000, 7))),
     )
     rows = [Row(kinds[i % len(kinds)], prompt=[1, 2, 3, i], output=[5, 5, 9], seed=i) for i in range(64)]
     expected = Sampler().sample(logits.clone(), rows)

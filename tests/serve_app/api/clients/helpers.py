@@ -17,7 +17,9 @@ MAX_TOKENS = 24
 
 def completion(engine: Engine, prompt: str | list[int] = PROMPT, **params: Any) -> Completion:
     """What the engine writes after a prompt, greedily."""
-    [answer] = engine.generate([prompt], SamplingParams(**{"max_tokens": MAX_TOKENS, "temperature": 0} | params))
+    [answer] = engine.generate(
+        [prompt], SamplingParams(**{"max_tokens": MAX_TOKENS, "temperature": 0} | params)
+    )
     return answer
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import httpx
 import pydantic
 import pytest
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
 from llama_ray.generation.engine import Engine
 from tests.serve_app.api.clients.helpers import MAX_TOKENS, MESSAGES, PROMPT, answer, completion
+
+Make = Callable[..., ChatOpenAI]
 
 
 class Animal(pydantic.BaseModel):
@@ -20,13 +25,14 @@ class Animal(pydantic.BaseModel):
 
 
 @pytest.fixture(params=[False, True], ids=["chat", "responses"])
-def chat(endpoint: str, request: pytest.FixtureRequest) -> ChatOpenAI:
-    options: dict[str, Any] = {"use_responses_api": request.param, "max_tokens": MAX_TOKENS}
-    return ChatOpenAI(model="tiny", base_url=f"{endpoint}/v1", temperature=0, max_retries=0, **options)
+def make(endpoint: str, request: pytest.FixtureRequest) -> Make:
+    """Makes a chat model that uses one of the two APIs for conversations."""
+    options: dict[str, Any] = {"base_url": f"{endpoint}/v1", "temperature": 0, "max_retries": 0}
+    return partial(ChatOpenAI, model="tiny", use_responses_api=request.param, **options)
 
 
-def test_a_chat_model_invokes_and_streams(chat: ChatOpenAI, reference: Engine) -> None:
-    want = answer(reference)
+def test_a_chat_model_invokes_and_streams(make: Make, reference: Engine) -> None:
+    chat, want = make(max_tokens=MAX_TOKENS), answer(reference)
     got = chat.invoke(MESSAGES)
     assert got.text == want.text
     assert got.usage_metadata is not None
@@ -34,16 +40,19 @@ def test_a_chat_model_invokes_and_streams(chat: ChatOpenAI, reference: Engine) -
     assert "".join(chunk.text for chunk in chat.stream(MESSAGES)) == want.text
 
 
-def test_a_chat_model_is_awaited(chat: ChatOpenAI, reference: Engine) -> None:
+def test_a_chat_model_is_awaited(make: Make, reference: Engine) -> None:
     async def ask() -> tuple[str, str]:
-        whole = await chat.ainvoke(MESSAGES)
-        return whole.text, "".join([chunk.text async for chunk in chat.astream(MESSAGES)])
+        # Of its own, all models would share the connections of whichever event loop came first.
+        async with httpx.AsyncClient() as http:
+            chat = make(max_tokens=MAX_TOKENS, http_async_client=http)
+            whole = await chat.ainvoke(MESSAGES)
+            return whole.text, "".join([chunk.text async for chunk in chat.astream(MESSAGES)])
 
     assert asyncio.run(ask()) == (answer(reference).text,) * 2
 
 
-def test_a_chat_model_with_structured_output(chat: ChatOpenAI) -> None:
-    structured = chat.model_copy(update={"max_tokens": 200}).with_structured_output(Animal, method="json_schema")
+def test_a_chat_model_with_structured_output(make: Make) -> None:
+    structured = make().with_structured_output(Animal, method="json_schema")
     assert isinstance(structured.invoke(MESSAGES), Animal)
 
 
@@ -57,8 +66,6 @@ def test_a_model_of_text(endpoint: str, reference: Engine) -> None:
 
 def test_embeddings(endpoint: str) -> None:
     # With the check it would fetch OpenAI's own tokenizer.
-    embeddings = OpenAIEmbeddings(
-        model="tiny", base_url=f"{endpoint}/v1", check_embedding_ctx_length=False
-    )
+    embeddings = OpenAIEmbeddings(model="tiny", base_url=f"{endpoint}/v1", check_embedding_ctx_length=False)
     documents = embeddings.embed_documents([PROMPT, "dog"])
     assert documents[1] == pytest.approx(embeddings.embed_query("dog"))

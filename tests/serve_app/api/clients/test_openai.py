@@ -21,9 +21,7 @@ def create(client: Any, api: str, **options: Any) -> Any:
     if api == "completions":
         return client.completions.create(prompt=PROMPT, max_tokens=MAX_TOKENS, **options)
     if api == "chat":
-        return client.chat.completions.create(
-            messages=MESSAGES, max_completion_tokens=MAX_TOKENS, **options
-        )
+        return client.chat.completions.create(messages=MESSAGES, max_completion_tokens=MAX_TOKENS, **options)
     return client.responses.create(
         instructions=MESSAGES[0]["content"], input=PROMPT, max_output_tokens=MAX_TOKENS, **options
     )
@@ -53,9 +51,7 @@ def expected(engine: Engine, api: str) -> str:
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_a_text_is_the_engines_whole_and_streamed(
-    client: openai.OpenAI, reference: Engine, api: str
-) -> None:
+def test_a_text_is_the_engines_whole_and_streamed(client: openai.OpenAI, reference: Engine, api: str) -> None:
     want = expected(reference, api)
     assert text_of(create(client, api)) == want
     assert "".join(map(added, create(client, api, stream=True))) == want
@@ -117,7 +113,10 @@ class Animal(pydantic.BaseModel):
 
 def test_an_answer_of_a_pydantic_type(client: openai.OpenAI) -> None:
     chat = client.chat.completions.parse(
-        model="tiny", messages=MESSAGES, response_format=Animal, temperature=0  # type: ignore[arg-type]
+        model="tiny",
+        messages=MESSAGES,
+        response_format=Animal,
+        temperature=0,  # type: ignore[arg-type]
     )
     assert isinstance(chat.choices[0].message.parsed, Animal)
     response = client.responses.parse(model="tiny", input=PROMPT, text_format=Animal, temperature=0)

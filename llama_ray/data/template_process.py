@@ -27,6 +27,7 @@ MEMORY_BYTES = 512 * 2**20
 MAX_CHARACTERS = 16 * 2**20
 """Characters of a rendered text."""
 
+_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ")
 _START = "from llama_ray.data.template_process import main; main()"
 
 
@@ -82,8 +83,7 @@ class TemplateProcess:
             [sys.executable, "-P", "-c", _START],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Modules are found where this process found them; it gets none of the secrets that are in the environment.
-            env={"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
+            env=_environment(),
             # Ctrl-C goes to the parent alone.
             process_group=0,
         )
@@ -98,6 +98,13 @@ class TemplateProcess:
         if exit_code == -signal.SIGALRM:
             return f"it was not rendered within {ELAPSED_S} s; try again"
         return f"it ended its process (exit code {exit_code})"
+
+
+def _environment() -> dict[str, str]:
+    """Return what the interpreter needs, and the time zone; secrets of this process's environment stay here."""
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    # Modules are found where this process found them.
+    return kept | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
 
 
 def _end(owner: int, process: subprocess.Popen[bytes]) -> None:

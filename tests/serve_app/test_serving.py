@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai.types import Completion as Response
 
+from llama_ray.data.chat_template import PLAIN_STOP, ChatPrompt
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.sampling.params import SamplingParams
 from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN, expected, stream_text
 
 PROMPTS = ["The quick", "def add(", "Zwölf", "dog", "return a", "jumps over", "a + b", "lazy dog, and"]
@@ -228,3 +231,22 @@ def test_health_playground_and_docs(served: str) -> None:
     assert "https://" not in page.text
     assert httpx.get(f"{served}/docs").status_code == 200
     assert "/v1/completions" in httpx.get(f"{served}/openapi.json").json()["paths"]
+
+
+def test_a_conversation_is_answered_after_a_transcript_where_the_model_has_no_template(
+    client: openai.OpenAI, engine: Engine
+) -> None:
+    prompt = ChatPrompt([{"role": "user", "content": "The quick"}])
+    [want] = engine.generate([prompt], SamplingParams(max_tokens=40, seed=5, stop=PLAIN_STOP))
+    body: Any = {"model": "tiny", "messages": prompt.messages, "max_completion_tokens": 40, "seed": 5}
+    whole = client.chat.completions.create(**body)
+    chunks = client.chat.completions.create(**body, stream=True)
+    assert whole.choices[0].message.content == want.text
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == want.text
+    answer = client.responses.create(
+        model="tiny", input="The quick", max_output_tokens=40, extra_body={"seed": 5}
+    )
+    assert answer.output_text == want.text
+    [card] = client.models.list().data
+    assert card.model_extra is not None
+    assert card.model_extra["metadata"]["chat_template"] == "plain"

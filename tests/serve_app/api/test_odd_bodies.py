@@ -11,7 +11,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from serve_app.api.api import create_api
+from serve_app.protocol.chat import ChatRequest
 from serve_app.protocol.completions import CompletionRequest
+from serve_app.protocol.messages import Message
+from serve_app.protocol.responses_api import ResponsesRequest
+from serve_app.protocol.sampling import SamplingFields
 from tests.serve_app.helpers import FixedFollower, LocalReplicas, local_client, table_of
 
 ODD = [
@@ -58,6 +62,22 @@ ODD = [
     '{"a":' * 200 + "1" + "}" * 200,
 ]
 FIELDS = [*CompletionRequest.model_fields, "unknown", "", "prompt_logprobs", "\\ud800"]
+BODIES = {
+    "/v1/completions": {"prompt": '"a"', "max_tokens": "2"},
+    "/v1/chat/completions": {"messages": '[{"role": "user", "content": "a"}]', "max_tokens": "2"},
+    "/v1/responses": {"input": '"a"', "max_output_tokens": "2"},
+}
+# What the bodies of conversations have beside the fields that they share with completions.
+CONVERSATIONS = [
+    *(
+        ("/v1/chat/completions", field)
+        for field in ChatRequest.model_fields.keys() - SamplingFields.model_fields
+    ),
+    *(
+        ("/v1/responses", field)
+        for field in ResponsesRequest.model_fields.keys() - SamplingFields.model_fields
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +89,11 @@ def http(model_dir: Path) -> Iterator[TestClient]:
     replicas.stop()
 
 
-def check(http: TestClient, fields: dict[str, str]) -> int:
+def check(http: TestClient, fields: dict[str, str], path: str = "/v1/completions") -> int:
     """Send a body whose values are JSON already; return the status."""
-    given = {"model": '"tiny"', "prompt": '"a"', "max_tokens": "2"} | fields
+    given = {"model": '"tiny"', **BODIES[path]} | fields
     content = "{" + ", ".join(f'"{name}": {value}' for name, value in given.items()) + "}"
-    response = http.post(
-        "/v1/completions", content=content.encode(), headers={"Content-Type": "application/json"}
-    )
+    response = http.post(path, content=content.encode(), headers={"Content-Type": "application/json"})
     if response.status_code != 200:
         error = json.loads(response.text)["error"]
         assert response.status_code in (400, 404), (content[:200], error)
@@ -94,3 +112,17 @@ def test_several_fields_with_any_values_are_answered_or_refused(http: TestClient
     rng = random.Random(0)
     statuses = [check(http, {rng.choice(FIELDS): rng.choice(ODD) for _ in range(2)}) for _ in range(400)]
     assert statuses.count(200) > 20
+
+
+@pytest.mark.parametrize(("path", "field"), sorted(CONVERSATIONS))
+def test_a_field_of_a_conversation_with_any_value_is_answered_or_refused(
+    http: TestClient, path: str, field: str
+) -> None:
+    statuses = {check(http, {field: value}, path) for value in ODD}
+    assert statuses & {400, 404}
+
+
+@pytest.mark.parametrize("field", sorted(Message.model_fields.keys() - {"role"}))
+def test_a_message_with_any_value_is_answered_or_refused(http: TestClient, field: str) -> None:
+    messages = (f'[{{"role": "user", "content": "a", "{field}": {value}}}]' for value in ODD)
+    assert 200 in {check(http, {"messages": value}, "/v1/chat/completions") for value in messages}

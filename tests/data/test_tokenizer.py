@@ -130,6 +130,12 @@ def test_the_ids_of_a_prompt_are_those_of_transformers(
     ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in ("the ab", " ab\n  é日🎉", ""):
         assert ours.encode_prompt(text) == theirs(text).input_ids
+        assert ours.encode_prompt(text, add_special_tokens=False) == ours.encode(text)
+    for text in ("the</s> ab<s>", "</s>"):
+        for add in (True, False):
+            parsed = ours.encode_prompt(text, add_special_tokens=add, parse_special=True)
+            assert parsed == theirs(text, add_special_tokens=add).input_ids
+        assert ours.encode_prompt(text, add_special_tokens=False) == ours.encode(text) != parsed
     # Documents of training data begin and end whatever is added to prompts.
     assert ours.encode("ab", bos=True, eos=True) == [1, *ours.encode("ab"), 2]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
@@ -40,15 +41,19 @@ async def reply(served: ServedEngine, question: Question) -> Reply:
     try:
         with panics_as_errors():
             return await _reply(served, question)
-    except GenerationError as error:
+    except Exception as error:
         if served.ended is not None:
-            raise
+            raise GenerationError(served.ended) from error
+        return _failure(error)
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, GenerationError):
         return Failure(500, str(error), code="generation_failed")
-    except ValueError as error:
+    if isinstance(error, ValueError):
         return Failure(400, str(error))
-    except Exception:
-        _log.exception("a question fails")
-        return Failure(500, INTERNAL_ERROR)
+    _log.error("a question fails", exc_info=error)
+    return Failure(500, INTERNAL_ERROR)
 
 
 async def _reply(served: ServedEngine, question: Question) -> Reply:
@@ -58,24 +63,34 @@ async def _reply(served: ServedEngine, question: Question) -> Reply:
             ids = await served.encode(
                 question.prompt, Encoding(question.add_special_tokens, parse_special=True)
             )
-            texts = [tokenizer.decode([token], skip_special=False) for token in ids]
+            texts = await served.aside(lambda: _texts(tokenizer, ids))
             return Tokenized(ids, texts, served.engine.max_seq_len)
         case Detokenize():
-            _check_ids(question.token_ids, served.engine.config.vocab_size)
-            return Detokenized(tokenizer.decode(question.token_ids, skip_special=False))
+            given = question.token_ids
+            _check_ids(given, served.engine.config.vocab_size, served.engine.max_seq_len)
+            return Detokenized(await served.aside(lambda: tokenizer.decode(given, skip_special=False)))
         case Describe():
             templates = tokenizer.chat_template.templates if tokenizer.chat_template else {}
             vocab_size, limit = served.engine.config.vocab_size, served.engine.max_seq_len
             return Description(tokenizer.special_names(), dict(templates), vocab_size, limit)
         case Score():
             pairs = zip(question.contexts, question.texts, strict=True)
-            scores = await asyncio.gather(*(_score(served, context, text) for context, text in pairs))
-            return Scored(list(scores))
+            # One by one: all of them with their contexts may be gigabytes.
+            prompts = [await _scored_prompt(served, context, text) for context, text in pairs]
+            return Scored(await asyncio.gather(*(_score(served, prompt) for prompt in prompts)))
         case Embed():
             return await _embed(served, question.prompts)
 
 
-def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+def _texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    return [tokenizer.decode([token], skip_special=False) for token in ids]
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int, limit: int) -> None:
+    if len(ids) > limit:
+        raise ValueError(
+            f"tokens has {len(ids):,} ids; it must have at most max_seq_len, {limit}; send fewer at a time"
+        )
     for token in ids:
         if not 0 <= token < vocab_size:
             raise ValueError(f"tokens has {token}; a token id must be from 0 to {vocab_size - 1}")
@@ -91,25 +106,36 @@ async def _embed(served: ServedEngine, prompts: Sequence[str | list[int]]) -> Em
     return Embedded(embeddings, count)
 
 
-async def _score(served: ServedEngine, context: str, text: str) -> TextScore:
-    """Score a text. Where tokens reach over the border, all that differ from the context's belong to the text."""
+@dataclass(frozen=True)
+class _ScoredPrompt:
+    """A context and a text: the text begins with token `begin`, and has `text_bytes` in UTF-8."""
+
+    ids: list[int]
+    begin: int
+    text_bytes: int
+
+
+async def _scored_prompt(served: ServedEngine, context: str, text: str) -> _ScoredPrompt:
+    """Encode a text. Where tokens reach over the border, all that differ from the context's belong to the text."""
     ids = await served.encode(context + text)
     begin = _common(ids, await served.encode(context)) if context else _added_before(served.tokenizer)
-    reported = (await served.complete(ids, _SCORING)).prompt_logprobs or []
-    entries: list[TokenLogprob | None] = [None, *reported]
-    return _text_score(served.tokenizer, ids, begin, entries, len(text.encode()))
+    return _ScoredPrompt(ids, begin, len(text.encode()))
 
 
-def _text_score(
-    tokenizer: Tokenizer, ids: list[int], begin: int, entries: list[TokenLogprob | None], text_bytes: int
-) -> TextScore:
+async def _score(served: ServedEngine, prompt: _ScoredPrompt) -> TextScore:
+    reported = (await served.complete(prompt.ids, _SCORING)).prompt_logprobs or []
+    return _text_score(served.tokenizer, prompt, [None, *reported])
+
+
+def _text_score(tokenizer: Tokenizer, prompt: _ScoredPrompt, entries: list[TokenLogprob | None]) -> TextScore:
+    ids, begin = prompt.ids, prompt.begin
     scored = [entry for entry in entries[begin:] if entry is not None]
     unscored = tokenizer.decode(ids[begin : len(ids) - len(scored)])
     return TextScore(
         token_ids=ids[begin:],
-        tokens=[tokenizer.decode([token], skip_special=False) for token in ids[begin:]],
+        tokens=_texts(tokenizer, ids[begin:]),
         logprobs=[None if entry is None else entry.logprob for entry in entries[begin:]],
-        scored_bytes=max(text_bytes - len(unscored.encode()), 0),
+        scored_bytes=max(prompt.text_bytes - len(unscored.encode()), 0),
         is_greedy=all(entry.top[0][0] == entry.token_id for entry in scored),
         prompt_tokens=len(ids),
     )

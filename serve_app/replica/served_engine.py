@@ -121,6 +121,10 @@ class ServedEngine:
         encode = partial(self.engine.encode, text, **asdict(encoding))
         return await loop.run_in_executor(self._lanes[len(text) > LONG_PROMPT], encode)
 
+    async def aside(self, function: Callable[[], Result]) -> Result:
+        """Return what `function` does, in the thread of long prompts: streams go on."""
+        return await asyncio.get_running_loop().run_in_executor(self._lanes[True], function)
+
     async def complete(self, ids: list[int], params: SamplingParams) -> Completion:
         """Return the completion of one prompt. Raises ValueError and GenerationError as `Engine.generate` does."""
         self._loop = loop = asyncio.get_running_loop()

@@ -105,10 +105,10 @@ class Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Send what was written as one frame."""
-        if self._outgoing and self.is_open:
+        outgoing, self._outgoing = self._outgoing, []
+        if outgoing and self.is_open:
             assert self.transport is not None
-            self.transport.write(frame(self._outgoing))
-        self._outgoing = []
+            self.transport.write(frame(outgoing))
 
     def close(self) -> None:
         """Close the connection once what was written is sent."""

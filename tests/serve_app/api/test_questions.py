@@ -126,6 +126,7 @@ def test_embeddings_are_the_engines_in_both_encodings(http: TestClient, engine: 
         ("/tokenize", {}, "prompt is required"),
         ("/tokenize", {"prompt": "a", "model": "gpt"}, "'gpt' is not served here"),
         ("/detokenize", {"tokens": [10**6]}, "tokens has 1000000; a token id must be from 0"),
+        ("/detokenize", {"tokens": [1] * (MAX_SEQ_LEN + 1)}, "tokens has 4,097 ids; it must have at most"),
         ("/v1/score", {"model": "tiny", "input": []}, "input is empty"),
         ("/v1/score", {"model": "tiny", "input": "a b " * MAX_SEQ_LEN}, "shorten the prompt"),
         ("/v1/embeddings", {"model": "tiny", "input": "a", "dimensions": 5}, "dimensions is not supported"),

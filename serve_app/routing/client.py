@@ -7,7 +7,7 @@ import logging
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -116,8 +116,10 @@ class RoutedClient:
                 try:
                     with ExitStack() as asking:
                         asking.enter_context(self._tables.asking(deployment))
-                        async for event in self._attempt(deployment, ref, answer, losses, place, asking):
-                            yield event
+                        attempt = self._attempt(deployment, ref, answer, losses, place, asking)
+                        async with aclosing(attempt):
+                            async for event in attempt:
+                                yield event
                 except Lost as loss:
                     _log.warning("a request is lost after %d tokens: %s", answer.completion_tokens, loss)
                     await losses.lost(loss, answer.completion_tokens)
@@ -128,10 +130,15 @@ class RoutedClient:
         while True:
             table = await self._tables.current()
             served, ref = choose(table, model or table.models[0].spec.name, session, request_id)
-            with self._enter(served, ref, table), self._tables.using(ref):
+            deployment = deployment_of(table, ref)
+            with (
+                self._enter(served, ref, table),
+                self._tables.using(ref),
+                self._tables.asking(deployment),
+            ):
                 try:
                     async with asyncio.timeout_at(losses.deadline):
-                        reply = await self._replicas.ask(deployment_of(table, ref), ref, question)
+                        reply = await self._replicas.ask(deployment, ref, question)
                 except TimeoutError:
                     loss = Lost("no replica answered")
                 except Lost as lost:
@@ -204,8 +211,9 @@ class RoutedClient:
     def _ended(self, task: asyncio.Task[Answered], stream: Stream) -> None:
         self._calls.discard(task)
         if task.cancelled():
-            return
-        if (error := task.exception()) is not None:
+            # Mostly by `_attempt`, whose stream is closed by now.
+            stream.lose(Lost("the call of the replica has been cancelled"))
+        elif (error := task.exception()) is not None:
             if isinstance(error, Lost):
                 stream.lose(error)
             else:

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import grpc
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
+from serve_app.routing.cancellation import raise_if_cancelled
 from serve_app.streams.messages import Answered, Submission
 from serve_app.streams.questions import Question, Reply
 from serve_app.streams.receiver import Lost
@@ -53,8 +55,9 @@ async def _result(response: DeploymentResponse[Any] | DeploymentResponseGenerato
         return await response
     except asyncio.CancelledError:
         response.cancel()  # type: ignore[no-untyped-call]
-        raise
-    except (RayError, RayServeException) as error:
+        raise_if_cancelled()
+        raise Lost("the replica that was answering has dropped the call") from None
+    except (RayError, RayServeException, grpc.RpcError) as error:
         raise Lost(_reason(error), failed=isinstance(error, RayTaskError)) from error
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from serve_app.errors import ApiError
 from serve_app.registry.messages import ApiReport, Follower, Table
+from serve_app.routing.cancellation import raise_if_cancelled
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class Tables:
                 self.table = await self._follower.table(self._report())
                 self._first.set()
                 away = False
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                raise_if_cancelled()
                 if not away:
                     _log.warning("the registry's follower does not answer; the last table stays: %s", error)
                 away = True

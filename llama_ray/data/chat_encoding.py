@@ -47,7 +47,6 @@ class ChatEncoder:
         nonce = secrets.token_hex(8)
         self._aliases = {token.content: f"\U0010fffd{nonce}:{id}\U0010fffd" for id, token in special.items()}
         self._backend.add_tokens([_alias(self._aliases[token.content], token) for token in special.values()])
-        self._special_ids = {token.content: id for id, token in special.items()}
         self._ids = {self._backend.token_to_id(self._aliases[t.content]): id for id, t in special.items()}
         # Of several at one place the longest, as in tokenizers.
         names = "|".join(map(re.escape, sorted(self._aliases, key=len, reverse=True)))
@@ -68,11 +67,6 @@ class ChatEncoder:
         """Return the token ids of a conversation."""
         [encoding] = self._backend.encode_batch_fast([text.marked], add_special_tokens=text.bos)
         return [self._ids.get(id, id) for id in encoding.ids]
-
-    def first_special_ids(self, text: str) -> frozenset[int]:
-        """Return the special token that a text begins with, after whitespace; an empty set if it does not."""
-        match = re.match(rf"\s*({self._special.pattern})", text)
-        return frozenset() if match is None else frozenset([self._special_ids[match[1]]])
 
     def _protect(self, value: Any, found: dict[str, str]) -> Any:
         """Return `value` with a stand-in for each special token in its texts; `found` has those that are in use."""

@@ -42,7 +42,6 @@ _BOS_NAMES = (BOS, "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = (EOS, "</s>", "<eos>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
 # What ends an answer in the formats of Llama 3, ChatML, Llama 2, Phi and Gemma.
 _END_OF_TURN_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "</s>", "<|end|>", "<end_of_turn>")
-_TRANSCRIPT = ChatTemplate.plain()
 
 
 class Tokenizer:
@@ -190,7 +189,7 @@ class Tokenizer:
 
         Raises ValueError for messages that the template refuses.
         """
-        return self._chat_encoder.render(self.chat_template or _TRANSCRIPT, prompt)
+        return self._chat_encoder.render(self.chat_template or self._transcript, prompt)
 
     def encode_chat(self, text: ChatText) -> list[int]:
         """Return the token ids of a conversation: special tokens where its template wrote them.
@@ -207,7 +206,10 @@ class Tokenizer:
         known = frozenset(id for id in ids if id in self._special)
         if self.chat_template is None:
             return known
-        return known | self._chat_encoder.first_special_ids(self.chat_template.end_of_turn())
+        ending = self.chat_template.end_of_turn().lstrip()
+        names = {self._backend.id_to_token(id): id for id in self._special}
+        longest = max((name for name in names if name and ending.startswith(name)), key=len, default=None)
+        return known if longest is None else known | {names[longest]}
 
     def for_documents(self) -> Tokenizer:
         """Return the tokenizer of a model that is trained on documents between bos and eos.
@@ -253,6 +255,10 @@ class Tokenizer:
     def _chat_encoder(self) -> ChatEncoder:
         # Made for the first conversation: it has read the vocabulary again.
         return ChatEncoder(self.to_json())
+
+    @cached_property
+    def _transcript(self) -> ChatTemplate:
+        return ChatTemplate.plain()
 
     def special_names(self) -> dict[str, str]:
         """Return the special tokens' names, such as bos_token, with their texts."""

@@ -261,8 +261,10 @@ def _failure(error: Exception, submission: Submission) -> Failure:
         return Failure(400, str(error), param=error.param)
     if isinstance(error, ValueError):
         # Where a single field is at fault, the message begins with its name.
-        name = re.match(r"\w*", str(error))
-        at_fault = name[0] if name and name[0] in _FIELDS else None
+        name = re.match(r"(?:the )?(\w*)", str(error))
+        at_fault = name[1] if name and name[1] in _FIELDS else None
+        if at_fault == "prompt" and any(isinstance(prompt, ChatPrompt) for prompt in submission.prompts):
+            at_fault = "messages"
         return Failure(400, str(error), param=at_fault)
     _log.error("a request fails", exc_info=error)
     return Failure(500, INTERNAL_ERROR)

@@ -180,7 +180,11 @@ def test_the_template_travels_with_the_model(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path / "one")
     save_pretrained(random_model(small_config(tokenizer.vocab_size)), tokenizer, tmp_path / "two")
     _, loaded = load_pretrained(tmp_path / "two")
-    copies = [loaded, pickle.loads(pickle.dumps(ChatTemplate({"default": CHATML})))]
+    copies = [
+        loaded,
+        tokenizer.for_documents(),
+        pickle.loads(pickle.dumps(ChatTemplate({"default": CHATML}))),
+    ]
     for copy in copies:
         template = copy.chat_template if isinstance(copy, Tokenizer) else copy
         assert template is not None

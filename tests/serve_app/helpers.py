@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import openai
 import torch
 
+from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
@@ -131,7 +133,9 @@ class LocalReplicas:
 def table_of(directory: Path, max_model_len: int = MAX_SEQ_LEN) -> Table:
     """A table in which the directory's model is ready on one replica."""
     version = ModelVersion(directory.name, directory.name, str(directory))
-    info = EngineInfo(0, max_model_len, 1000, "cpu", 1.0)
+    tuned = Tokenizer.load(directory).chat_template is not None
+    template: Literal["plain", "from the checkpoint"] = "from the checkpoint" if tuned else "plain"
+    info = EngineInfo(0, max_model_len, 1000, "cpu", 1.0, template)
     status = VersionStatus(version, "serving", ready={"LlamaReplica": 1}, info=info)
     spec = ModelSpec(directory.name, str(directory))
     return Table(1, (ServedModel(spec, version.ref, None, (status,)),))

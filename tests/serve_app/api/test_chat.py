@@ -111,7 +111,9 @@ def test_a_number_of_tokens_has_two_names_and_the_context_for_a_default(tuned: T
     assert usage["total_tokens"] == MAX_SEQ_LEN
     response = tuned.post(PATH, json=BODY | {"messages": near, "max_tokens": 200})
     assert response.status_code == 400
-    assert "max_tokens 200 exceed max_seq_len" in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert "max_tokens 200 exceed max_seq_len" in error["message"]
+    assert error["param"] == "messages"
 
 
 def test_parts_and_strings_are_the_same(tuned: TestClient) -> None:

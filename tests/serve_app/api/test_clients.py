@@ -188,7 +188,7 @@ def test_asynchronous_clients(tuned_dir: Path, tuned_replicas: LocalReplicas) ->
 
 def test_a_header_says_what_made_a_prompt_of_the_conversation(tuned: TestClient, tuned_dir: Path) -> None:
     body = {"model": "tiny", "messages": QUESTION, "max_tokens": 1}
-    assert tuned.post("/v1/chat/completions", json=body).headers["x-chat-template"] == "plain"
+    assert tuned.post("/v1/chat/completions", json=body).headers["x-chat-template"] == "from the checkpoint"
     assert (
         "x-chat-template"
         not in tuned.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1}).headers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,3 +70,16 @@ def test_engines_keep_within_the_memory_of_their_replica(versions: list[ModelVer
         loaded.pop().close()
         release_memory()
         loader.check_room(files)
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages }}"])
+def test_it_is_known_what_makes_a_prompt_of_a_conversation(
+    versions: list[ModelVersion], tmp_path: Path, template: str | None
+) -> None:
+    directory = shutil.copytree(versions[0].location, tmp_path / "model")
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    loader = EngineLoader(options=OPTIONS)
+    files = loader.fetch(version(directory))
+    info = loader.check(loader.load(files), files)
+    assert info.chat_template == ("from the checkpoint" if template else "plain")

@@ -46,6 +46,8 @@ class TextDecoder:
         """Decode as `backend` does; the ids in `special` give no text."""
         self._backend, self._special = backend, frozenset(special)
         self._kinds = _decoder_kinds(backend)
+        # Where they are the same in every text; a log-probability of the likeliest tokens asks for many.
+        self._names: dict[int, str | None] = {}
 
     def text(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary are ignored.
@@ -76,7 +78,7 @@ class TextDecoder:
 
     def _stream(self, special: frozenset[int]) -> _ByteLevelStream | _WindowStream:
         if self._kinds == ["ByteLevel"]:
-            return _ByteLevelStream(self._backend, special)
+            return _ByteLevelStream(self._backend, special, self._names)
         return _WindowStream(self._backend, special, self._kinds)
 
 
@@ -96,9 +98,11 @@ def _decoder_kinds(backend: tokenizers.Tokenizer) -> list[str]:
 class _ByteLevelStream:
     """For byte-level vocabularies: each token stands for bytes, which an incremental UTF-8 decoder joins."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: frozenset[int]) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special: frozenset[int], names: dict[int, str | None]
+    ) -> None:
         self._backend = backend
-        self._special = special
+        self._special, self._names = special, names
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
@@ -111,10 +115,12 @@ class _ByteLevelStream:
         return text
 
     def name(self, id: int) -> str | None:
-        token: str | None = self._backend.id_to_token(id)
-        if token is None or id in self._special:
-            return token
-        return _strictly(_token_bytes(token))
+        if id not in self._names:
+            token: str | None = self._backend.id_to_token(id)
+            if token is not None and id not in self._special:
+                token = _strictly(_token_bytes(token))
+            self._names[id] = token
+        return self._names[id]
 
     def part(self, id: int) -> bytes:
         return _token_bytes(self._backend.id_to_token(id) or "")

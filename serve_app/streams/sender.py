@@ -92,8 +92,11 @@ class Connection(asyncio.Protocol):
         self.transport.write(frame(key))
 
     def add(self, number: int, leave: Leave) -> None:
-        """Call `leave` if the rest of stream `number` becomes unwanted before `remove`."""
-        self._leave[number] = leave
+        """Call `leave` if the rest of stream `number` becomes unwanted before `remove`: at once if nothing arrives."""
+        if self.is_open:
+            self._leave[number] = leave
+        else:
+            leave()
 
     def remove(self, number: int) -> None:
         """Forget a stream that has ended."""

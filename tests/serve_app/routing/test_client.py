@@ -17,7 +17,7 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from serve_app.errors import ApiError
 from serve_app.protocol.generation import GenerationRequest
-from serve_app.registry.messages import ApiReport, Table
+from serve_app.registry.messages import ApiReport
 from serve_app.routing.client import Accepted, RoutedClient
 from serve_app.streams.frames import to_wire
 from serve_app.streams.messages import Answered, ChoiceDelta, Encoding, Reporting, Started, Submission
@@ -228,28 +228,6 @@ def test_a_request_for_which_no_replica_comes_fails_in_time(follower: FixedFollo
         asyncio.run(ask())
 
 
-class Dropped(LocalReplicas):
-    """Replicas whose first call is cancelled at their end, as by Ray Serve."""
-
-    async def submit(self, deployment: str, submission: Submission) -> Answered:
-        if not self.submissions:
-            self.submissions.append(submission)
-            raise asyncio.CancelledError
-        return await super().submit(deployment, submission)
-
-
-def test_a_call_that_the_other_end_cancels_is_made_again(model_dir: Path, follower: FixedFollower) -> None:
-    replicas = Dropped(model_dir)
-
-    async def ask() -> list[ChoiceDelta]:
-        async with local_client(follower, replicas) as client, asyncio.timeout(30):
-            return await read(client, GenerationRequest("tiny", ["a"], SamplingParams(max_tokens=5)))
-
-    [delta] = asyncio.run(ask())
-    replicas.stop()
-    assert len(delta.token_ids) == 5
-
-
 class Busy(LocalReplicas):
     """Replicas that take a request once they are told to."""
 
@@ -307,21 +285,3 @@ def test_the_follower_hears_where_requests_wait_and_which_version_they_use(
         (["LlamaReplica"], ["tiny"]),
         ([], []),
     ]
-
-
-class Cut(FixedFollower):
-    """A follower whose first answer is cancelled on its way."""
-
-    async def table(self, report: ApiReport) -> Table:
-        if not self.reports:
-            self.reports.append(report)
-            raise asyncio.CancelledError
-        return await super().table(report)
-
-
-def test_the_table_comes_after_an_answer_of_the_follower_that_was_cancelled(model_dir: Path) -> None:
-    async def table() -> Table:
-        async with local_client(Cut(table_of(model_dir)), Nobody()) as client:
-            return await client.table()
-
-    assert asyncio.run(table()) == table_of(model_dir)

@@ -156,6 +156,10 @@ def test_the_end_of_the_api_leaves_all_streams() -> None:
         receiver.close()
         await left.wait()
         assert not connection.is_open
+        # One that begins only now is not generated for nobody.
+        left.clear()
+        connection.add(8, left.set)
+        assert left.is_set()
 
     with_receiver(check)
 

@@ -101,6 +101,26 @@ def test_token_ids_as_prompts(client: openai.OpenAI, engine: Engine) -> None:
     assert [c.text for c in (*one.choices, *two.choices)] == [want.text] * 3
 
 
+def test_a_text_is_scored_without_generating_any(client: openai.OpenAI, engine: Engine) -> None:
+    [want] = expected(engine, "The quick brown fox", max_tokens=0, prompt_logprobs=1)
+    assert want.prompt_logprobs is not None
+    answer = client.completions.create(
+        model="tiny", prompt="The quick brown fox", max_tokens=0, echo=True, logprobs=1,
+        extra_body={"return_token_ids": True, "prompt_logprobs": 1},
+    )  # fmt: skip
+    [choice] = answer.choices
+    assert (choice.text, choice.finish_reason) == ("The quick brown fox", "length")
+    assert choice.logprobs is not None
+    logprobs = [entry.logprob for entry in want.prompt_logprobs]
+    assert choice.logprobs.token_logprobs == pytest.approx([None, *logprobs])
+    extra = choice.model_extra or {}
+    assert (extra["prompt_token_ids"], extra["token_ids"]) == (want.prompt_token_ids, [])
+    own = zip(want.prompt_token_ids[1:], extra["prompt_logprobs"][1:], strict=True)
+    assert [entry[str(id)]["logprob"] for id, entry in own] == pytest.approx(logprobs)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(want.prompt_token_ids), 0)
+
+
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, engine: Engine) -> None:
     [whole] = expected(engine, "The quick", max_tokens=40, seed=4)
     stop = whole.text[10:13]

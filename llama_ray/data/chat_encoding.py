@@ -87,6 +87,7 @@ def _alias(name: str, token: AddedToken) -> AddedToken:
         single_word=token.single_word,
         lstrip=token.lstrip,
         rstrip=token.rstrip,
+        # Some tokenizers find "</s>" only where they would put a space before it; what a template writes always counts.
         normalized=False,
         special=False,
     )

@@ -157,12 +157,19 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{file} is not UTF-8 ({error.reason}); save it again") from error
+
+
 def _read_chat_templates(directory: Path) -> str | list[dict[str, str]] | None:
     """Return the chat templates that are files, in the form of `tokenizer_config.json`."""
     files = {file.stem: file for file in sorted((directory / MORE_CHAT_TEMPLATES).glob("*.jinja"))}
     if (directory / CHAT_TEMPLATE_FILE).is_file():
         files["default"] = directory / CHAT_TEMPLATE_FILE
-    templates = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    templates = {name: _read_text(file) for name, file in files.items()}
     if templates.keys() <= {"default"}:
         return templates.get("default")
     return [{"name": name, "template": text} for name, text in templates.items()]

@@ -44,10 +44,12 @@ CONVERSATIONS: Mapping[str, list[dict[str, Any]]] = {
 }
 
 
-def tokenizer_with(directory: Path, template: Any, kind: str = "byte_level", **config: Any) -> Tokenizer:
+def tokenizer_with(
+    directory: Path, template: Any, kind: str = "byte_level", normalized: bool = False, **config: Any
+) -> Tokenizer:
     """Save a tokenizer with special tokens and a chat template, and load it."""
     backend = tokenizers.Tokenizer.from_str(KINDS[kind].to_json())
-    backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    backend.add_tokens([AddedToken(name, special=True, normalized=normalized) for name in SPECIAL])
     directory.mkdir(exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template, **config}
@@ -121,6 +123,12 @@ def test_a_message_cannot_write_special_tokens(tmp_path: Path, content: str) -> 
         == f"<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert ours.decode(ids, skip_special=False) == text.text
+
+
+def test_special_tokens_of_the_template_count_where_a_normalizer_would_change_them(tmp_path: Path) -> None:
+    ours = tokenizer_with(tmp_path, CHATML, "byte_fallback", normalized=True)
+    ids = ours.encode_chat(ours.render_chat(ChatPrompt(CONVERSATIONS["turns"])))
+    assert [ids.count(id) for id in special_ids(ours, "<|im_start|>", "<|im_end|>")] == [5, 4]
 
 
 def special_ids(tokenizer: Tokenizer, *names: str) -> list[int]:
@@ -263,3 +271,10 @@ def test_prompts_that_make_no_sense_are_refused(options: dict[str, Any], message
 def test_what_is_no_template_is_refused(tmp_path: Path, template: object) -> None:
     with pytest.raises(TokenizerError, match="has the chat_template"):
         tokenizer_with(tmp_path, template)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    KINDS["byte_level"].save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja is not UTF-8"):
+        Tokenizer.load(tmp_path)

@@ -60,8 +60,12 @@ SLOW_CLIENT_S = 5
 """After this time the tests' HAProxy cuts off a client that sends nothing, or does not read: 60 s for users."""
 
 
-REGISTRY = ("tests/tracking/", "tests/serve_app/registry/")
-"""Folders whose tests share an MLflow store and a server, each of which takes seconds to start."""
+REGISTRY = (
+    "tests/tracking/",
+    "tests/serve_app/registry/",
+    "tests/serve_app/api/clients/test_mlflow_gateway.py",
+)
+"""Tests that share an MLflow store and a server, each of which takes seconds to start."""
 
 
 def group(nodeid: str) -> str:

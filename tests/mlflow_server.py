@@ -11,6 +11,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+# Its AI gateway may reach what listens on this machine.
+_GATEWAY = {
+    "MLFLOW_GATEWAY_API_BASE_ALLOWED_SCHEMES": "http,https",
+    "MLFLOW_GATEWAY_API_BASE_ALLOW_PRIVATE_IPS": "true",
+}
+
 
 class MlflowServer:
     """An MLflow server at `url` that keeps all in `folder`, artifacts in `folder / "artifacts"`, and serves them."""
@@ -45,6 +51,7 @@ class MlflowServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                env=os.environ | _GATEWAY,
             )
         deadline = time.monotonic() + 120
         while not self._answers():

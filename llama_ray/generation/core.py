@@ -76,21 +76,42 @@ class Core:
         self._proposer, self._num_draft_tokens = proposer, num_draft_tokens
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
         self.last_step: StepStats | None = None
+        # Whether a step reads sequences, and the requests that were aborted meanwhile.
+        self._computes, self._aborted = False, set[int]()
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request, with the end of a step in progress: that counts on its sequences. `lock` is held."""
+        if self._computes:
+            self._aborted.add(request_id)
+        else:
+            self._scheduler.abort(request_id)
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
         """See `Engine.step`."""
         start = time.monotonic()
-        while True:
-            plan = self._schedule(start)
-            if not plan.chunks:
-                return []
-            outcome = self._attempt(plan)
-            if outcome is not None:
-                return self._record(outcome, len(plan.chunks), start)
+        try:
+            while True:
+                plan = self._schedule(start)
+                if not plan.chunks:
+                    return []
+                outcome = self._attempt(plan)
+                if outcome is not None:
+                    return self._record(outcome, len(plan.chunks), start)
+        finally:
+            with self._lock:
+                self._computes = False
+                self._drop_aborted()
+
+    def _drop_aborted(self) -> None:
+        for request_id in self._aborted:
+            self._scheduler.abort(request_id)
+        self._aborted.clear()
 
     def _schedule(self, now: float) -> StepPlan:
         with self._lock:
+            self._drop_aborted()
+            self._computes = True
             plan = self._scheduler.schedule(self._num_draft_tokens)
             for chunk in plan.chunks:
                 for sequence in (chunk.sequence, *chunk.forks):
@@ -153,7 +174,7 @@ class Core:
             for computed in outcome.computed:
                 self._apply(computed, deltas)
             for sequence, reason in outcome.failed:
-                if self._scheduler.knows(sequence):
+                if self._is_wanted(sequence):
                     self._scheduler.finish(sequence)
                     deltas.append(sequence.fail(reason))
             self._scheduler.succeeded()
@@ -183,11 +204,14 @@ class Core:
             for fork, sample in forks:
                 self._append(fork, end, [sample], deltas)
 
+    def _is_wanted(self, sequence: SequenceState) -> bool:
+        return self._scheduler.knows(sequence) and sequence.request_id not in self._aborted
+
     def _append(
         self, sequence: SequenceState, computed: int, samples: Sequence[Sample], deltas: list[Delta]
     ) -> None:
         """Append sampled tokens to a sequence of which `computed` tokens are in the cache."""
-        if not self._scheduler.knows(sequence):
+        if not self._is_wanted(sequence):
             return
         if samples[0].pending:
             # The next step computes the last token again.
@@ -210,7 +234,7 @@ class Core:
 
     def _advance(self, sequence: SequenceState, computed: int) -> None:
         """Record that keys and values of `computed` tokens are in the cache, and publish full blocks for reuse."""
-        if not self._scheduler.knows(sequence):
+        if not self._is_wanted(sequence):
             return
         sequence.computed = computed
         pool, digests = self._scheduler.pool, sequence.digests

@@ -264,9 +264,12 @@ class Engine:
         return mean
 
     def abort(self, request_id: int) -> None:
-        """Drop a request and free its blocks for the next step; do nothing if it is finished or unknown."""
+        """Drop a request and free its blocks for the next step; do nothing if it is finished or unknown.
+
+        A step in progress gives it no delta, but counts on its sequences, which end with the step.
+        """
         with self._lock:
-            self._scheduler.abort(request_id)
+            self._core.abort(request_id)
             self._ended = [sequence for sequence in self._ended if sequence.request_id != request_id]
 
     @property

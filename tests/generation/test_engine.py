@@ -4,6 +4,7 @@ import dataclasses
 import math
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.generation.sampling.row import Row
+from llama_ray.generation.sampling.sampler import Sample, Sampler
 from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.model.config import RopeScaling
 from llama_ray.model.llama import Llama
@@ -228,6 +231,43 @@ def test_an_abort_during_a_step_leaves_no_delta(engine: Engine, model: Llama) ->
         hook.remove()
     assert engine.stats.running == 1
     assert engine.stats.generated_tokens == 1
+
+
+@pytest.mark.parametrize("moment", ["planned", "computed", "sampled"])
+def test_an_abort_during_a_step_changes_nothing_for_the_others(
+    engine: Engine,
+    model: Llama,
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A client that leaves must not shift the samples of those behind it, nor let the step fail."""
+    want = {prompt: engine.generate([prompt], VARIED)[0].token_ids for prompt in ("b", "c")}
+    dropped, *kept = [engine.submit(prompt, VARIED) for prompt in ("a", "b", "c")]
+    deltas = engine.step()
+    original = Sampler.sample
+
+    def sample(sampler: Sampler, logits: torch.Tensor, rows: Sequence[Row]) -> list[Sample]:
+        samples = original(sampler, logits, rows)
+        engine.abort(dropped)
+        return samples
+
+    if moment == "sampled":
+        monkeypatch.setattr(Sampler, "sample", sample)
+    module = model.embed_tokens if moment == "planned" else model.norm
+    hook = module.register_forward_hook(lambda *_: None if moment == "sampled" else engine.abort(dropped))
+    try:
+        second = engine.step()
+    finally:
+        hook.remove()
+        monkeypatch.undo()
+    assert {d.request_id for d in second} == {*kept}
+    deltas += second
+    for rest in drain(engine).values():
+        deltas += rest
+    for request_id, prompt in zip(kept, want, strict=True):
+        assert [t for d in deltas if d.request_id == request_id for t in d.token_ids] == want[prompt]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

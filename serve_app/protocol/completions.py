@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidatorFunctionWrapHandler, field_validator
+from typing_extensions import TypedDict
 
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.utils.fields import shown
@@ -117,7 +118,7 @@ class CompletionRequest(SamplingFields):
             )
 
 
-class PromptLogprob(BaseModel):
+class PromptLogprob(TypedDict):
     """One entry of `prompt_logprobs`; `rank` is the token's place among all of the vocabulary, from 1."""
 
     logprob: float
@@ -131,16 +132,14 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 def prompt_logprobs(tokens: Sequence[PromptToken]) -> PromptLogprobs:
     """Return the log-probabilities of a prompt as a choice has them."""
-    return [
-        None,
-        *(
-            {
-                str(token_id): PromptLogprob(logprob=logprob, rank=rank, decoded_token=text)
-                for token_id, logprob, rank, text in entries
-            }
-            for entries in tokens
-        ),
-    ]
+    return [None, *map(_by_id, tokens)]
+
+
+def _by_id(entries: PromptToken) -> dict[str, PromptLogprob]:
+    return {
+        str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": text}
+        for token_id, logprob, rank, text in entries
+    }
 
 
 class Choice(BaseModel):

@@ -33,8 +33,9 @@ _log = logging.getLogger(__name__)
 
 _LONG_REPORT = 500
 """Tokens of a prompt with log-probabilities; some milliseconds of finding their texts."""
-MAX_REPORT = 2**19
-"""Log-probabilities of prompts that a request may ask for, those of each choice counted; some 20 MB of JSON."""
+MAX_REPORT = 2**18
+"""Log-probabilities of prompts that a request may ask for, those of each choice counted: the API takes half a second to
+write them."""
 
 
 class Answer:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidatorFunctionWrapHandler, field_validator
+
+# pydantic, which brings it, refuses that of `typing` before Python 3.12.
 from typing_extensions import TypedDict
 
 from llama_ray.generation.sampling.params import SamplingParams

@@ -12,12 +12,12 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine_thread import Item
 from llama_ray.generation.request import Done
-from llama_ray.generation.sampling.params import TokenLogprob
+from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 from llama_ray.generation.scheduling.sequence import Delta
 from llama_ray.utils.panics import panics_as_errors
 from serve_app.errors import INTERNAL_ERROR
 from serve_app.replica.logprobs import LogprobWriter, prompt_tokens
-from serve_app.streams.frames import to_wire
+from serve_app.streams.frames import Wire, to_wire
 from serve_app.streams.messages import (
     Answered,
     ChoiceDelta,
@@ -66,11 +66,15 @@ class Answer:
 class Collector:
     """Receives the deltas of one candidate for a caller in this process."""
 
-    connection = None
+    connection: Connection | None = None
 
     def __init__(self, deltas: asyncio.Future[list[Delta]]) -> None:
         self.deltas = deltas
         self._received: list[Delta] = []
+
+    def plain(self, item: Item) -> Wire | None:
+        """Return None: nothing is sent."""
+        return None
 
     def take(self, item: Item) -> None:
         """Take what one step gave."""
@@ -101,6 +105,7 @@ class Part:
         lane: Executor,
     ) -> None:
         self.answer, self.connection = answer, answer.connection
+        self._is_plain = params_are_plain(answer.submission.params)
         self._ids, self._echo, self._tokenizer, self._lane = ids, echo, tokenizer, lane
         params = answer.submission.params
         self._first = number * params.n
@@ -112,6 +117,18 @@ class Part:
         self._report: tuple[Logprobs | None, list[PromptToken] | None] | None = None
         # What steps gave while the lane was busy with the one before them.
         self._later: list[Item] | None = None
+
+    def plain(self, item: Item) -> Wire | None:
+        """Return tokens that are sent as they are, in the engine's thread; None for what `take` must see.
+
+        From the first end of a candidate on that is everything, so that what the others get stays in order.
+        """
+        if not self._is_plain or isinstance(item, GenerationError) or self.answer.ended.done():
+            return None
+        self._is_plain = all(delta.finish_reason is None for delta in item)
+        if not self._is_plain:
+            return None
+        return to_wire(self.answer.submission.stream, self._choices(item))
 
     def take(self, item: Item) -> None:
         """Send what one step gave."""
@@ -208,6 +225,11 @@ class Part:
             before=before,
             names=submission.reporting.names,
         )
+
+
+def params_are_plain(params: SamplingParams) -> bool:
+    """Whether a request gets nothing but tokens and their text."""
+    return params.logprobs is None and params.prompt_logprobs is None
 
 
 def check_report(submission: Submission, prompt_tokens: int) -> None:

@@ -25,6 +25,7 @@ from llama_ray.utils.panics import panics_as_errors
 from serve_app.errors import INTERNAL_ERROR
 from serve_app.registry.messages import ModelVersion
 from serve_app.replica.answers import Answer, Collector, Part, check_report
+from serve_app.streams.frames import Wire
 from serve_app.streams.messages import (
     Answered,
     Encoding,
@@ -217,8 +218,24 @@ class ServedEngine:
         return [prompt if isinstance(prompt, str) else self.tokenizer.decode(ids) for prompt, ids in given]
 
     def _deliver(self, items: list[tuple[Part | Collector, Item]]) -> None:
-        """Hand what a step gave to the event loop. Called in the engine's thread."""
-        self._items.append(items)
+        """Send what a step gave. Called in the engine's thread.
+
+        Plain tokens are sent from here. The event loop would first have to wait for the interpreter, which the next
+        step is about to need, and the API's turn would come while the model computes, not while the step is planned.
+        """
+        plain: dict[Connection, list[Wire]] = {}
+        others: list[tuple[Part | Collector, Item]] = []
+        for receiver, item in items:
+            message = receiver.plain(item)
+            if message is None or receiver.connection is None:
+                others.append((receiver, item))
+            else:
+                plain.setdefault(receiver.connection, []).append(message)
+        for connection, messages in plain.items():
+            connection.send(messages)
+        if not others:
+            return
+        self._items.append(others)
         # If there is more, the loop has been woken and has not come to it.
         if len(self._items) == 1 and self._loop is not None:
             # RuntimeError: the loop is closed, and nobody waits for the events.

@@ -121,8 +121,7 @@ class LocalReplicas:
 
     def lose(self) -> None:
         """End the connection of the last submission at once, whatever it has not sent."""
-        assert self._connections[-1].transport is not None
-        self._connections[-1].transport.abort()
+        self._connections[-1].lose()
 
     def stop(self) -> None:
         """End the engines."""

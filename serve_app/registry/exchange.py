@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from llama_ray.storage.paths import is_model_ref
 from serve_app.registry.decisions import Decisions, Plans, plan_of
-from serve_app.registry.facts import Change
+from serve_app.registry.facts import Change, Remembered
 from serve_app.registry.messages import ApiReport, ModelSpec, ReplicaPlan, ReplicaReport, Table
 from serve_app.registry.record import Record
 from serve_app.registry.watch import Watch
@@ -22,6 +22,8 @@ POLL_S = 2.0
 _TICK_S = 0.5
 _RECORD_S = 2.0
 """Seconds that a decision waits for its record: what serves matters more than what a restart knows of it."""
+_KEEP_AGAIN_S = 10.0
+"""Seconds after which a record that a store did not take is written again."""
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer", ReplicaPlan, Table)
@@ -77,6 +79,9 @@ class Exchange:
             stuck_after_s=stuck_after_s,
         )
         self._recorded = self._decisions.remembered()
+        # What no store took at the last try, and when to try again.
+        self._unkept: dict[str, Remembered] = {}
+        self._keep_again = 0.0
         self._table, self._plans = self._decisions.table, self._decisions.plans
         self._news, self._heard, self._look_wanted = asyncio.Event(), asyncio.Event(), asyncio.Event()
         # Looks and tags follow each other; the end of a replica waits for neither.
@@ -156,16 +161,23 @@ class Exchange:
 
     async def _keep(self) -> None:
         """Record what serves before anybody knows it: otherwise a restart could go back."""
-        remembered = self._decisions.remembered()
-        loop = asyncio.get_running_loop()
-        writes = [
-            loop.run_in_executor(self._others, self._record.write, name, now)
+        loop, remembered = asyncio.get_running_loop(), self._decisions.remembered()
+        unkept = {
+            name: now
             for name, now in remembered.items()
             if name in self._followed and now != self._recorded.get(name)
-        ]
-        if writes:
-            self._recorded = remembered
-            await asyncio.wait(writes, timeout=_RECORD_S)
+        }
+        if not unkept or (unkept == self._unkept and loop.time() < self._keep_again):
+            return
+        self._unkept, self._keep_again = unkept, loop.time() + _KEEP_AGAIN_S
+        writes = {
+            name: loop.run_in_executor(self._others, self._record.write, name, now)
+            for name, now in unkept.items()
+        }
+        await asyncio.wait(writes.values(), timeout=_RECORD_S)
+        for name, write in writes.items():
+            if write.done() and write.result():
+                self._recorded[name] = unkept[name]
 
     async def _scale(self) -> None:
         loop, told = asyncio.get_running_loop(), dict[str, int]()

@@ -67,14 +67,17 @@ class Record:
         newest = max(records, key=lambda record: float(record["at"]), default=None)
         return None if newest is None else _remembered(newest, self._deployed)
 
-    def write(self, model: str, remembered: Remembered) -> None:
-        """Keep what serves of `model`; a store that fails is logged."""
+    def write(self, model: str, remembered: Remembered) -> bool:
+        """Keep what serves of `model`; return whether all stores have it. One that fails is logged."""
         record = {"at": time.time(), "deployed": self._deployed, **asdict(remembered)}
+        kept = True
         for store in self._stores:
             try:
                 store.put(self._key(model), json.dumps(record))
             except Exception as error:
                 _log.warning("what serves of %s cannot be kept: %s", model, first_line(error))
+                kept = False
+        return kept
 
     def _read(self, store: Store, model: str) -> dict[str, Any] | None:
         try:

@@ -19,7 +19,7 @@ class Address:
 
     host: str
     port: int
-    key: bytes
+    key: bytes = field(repr=False)
 
 
 TokenNames = Literal["texts", "ids", "bytes"]

@@ -13,6 +13,13 @@ from serve_app.streams.messages import Address
 
 _CONNECT_TIMEOUT_S = 10.0
 _READ_BYTES = 2**16
+_KEEPALIVE = {
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): 20,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): 5,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 4,
+}
+"""After 20 s of silence a lost machine is noticed within another 20."""
 
 Leave = Callable[[], None]
 """Called once if nobody wants the rest of a stream: its client has left, or the connection is lost."""
@@ -42,21 +49,27 @@ class Sender:
                 await loop.sock_connect(end, (address.host, address.port))
         except BaseException:
             end.close()
-            self._forget(address)
+            self._connections.pop(address, None)
             raise
         # A frame is all that there is to say for now.
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = Connection(end, lambda: self._forget(address))
+        # A machine that is gone says nothing.
+        for option, value in _KEEPALIVE.items():
+            end.setsockopt(*option, value)
+        connection = Connection(end, lambda: self._forget(address, connection))
         connection.greet(address.key)
         return connection
 
-    def _forget(self, address: Address) -> None:
-        self._connections.pop(address, None)
+    def _forget(self, address: Address, ended: Connection) -> None:
+        task = self._connections.get(address)
+        # Another one may be in its place.
+        if task is not None and _is_connected(task) and task.result() is ended:
+            del self._connections[address]
 
     def close(self) -> None:
         """Close all connections once what was written is sent."""
         for task in list(self._connections.values()):
-            if task.done() and _is_open(task):
+            if _is_open(task):
                 task.result().close()
 
 
@@ -187,5 +200,9 @@ class Connection:
                     left()
 
 
+def _is_connected(task: asyncio.Task[Connection]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
+
+
 def _is_open(task: asyncio.Task[Connection]) -> bool:
-    return not task.cancelled() and task.exception() is None and task.result().is_open
+    return _is_connected(task) and task.result().is_open

@@ -17,14 +17,16 @@ APIS = ("completions", "chat", "responses")
 
 def create(client: Any, api: str, **options: Any) -> Any:
     """Ask for a greedy answer by one of the APIs; a coroutine if the client is an asynchronous one."""
-    options = {"model": "tiny", "temperature": 0, **options}
+    asked: dict[str, Any] = {"model": "tiny", "temperature": 0}
     if api == "completions":
-        return client.completions.create(prompt=PROMPT, max_tokens=MAX_TOKENS, **options)
+        asked |= {"prompt": PROMPT, "max_tokens": MAX_TOKENS}
+        return client.completions.create(**asked | options)
     if api == "chat":
-        return client.chat.completions.create(messages=MESSAGES, max_completion_tokens=MAX_TOKENS, **options)
-    return client.responses.create(
-        instructions=MESSAGES[0]["content"], input=PROMPT, max_output_tokens=MAX_TOKENS, **options
-    )
+        asked |= {"messages": MESSAGES, "max_completion_tokens": MAX_TOKENS}
+        return client.chat.completions.create(**asked | options)
+    system, _ = MESSAGES
+    asked |= {"instructions": system["content"], "input": PROMPT, "max_output_tokens": MAX_TOKENS}
+    return client.responses.create(**asked | options)
 
 
 def text_of(response: Any) -> str:
@@ -102,6 +104,19 @@ def test_the_clients_own_collector_of_chat_streams(client: openai.OpenAI, refere
         [token.logprob for token in want.logprobs], abs=1e-4
     )
     assert {len(token.top_logprobs) for token in choice.logprobs.content} == {2}
+
+
+def test_a_conversation_goes_on_with_the_answer_as_the_client_has_it(
+    client: openai.OpenAI, reference: Engine
+) -> None:
+    first = answer(reference).text
+    question = {"role": "user", "content": "dog"}
+    want = answer(reference, [*MESSAGES, {"role": "assistant", "content": first}, question]).text
+    message = create(client, "chat").choices[0].message
+    assert text_of(create(client, "chat", messages=[*MESSAGES, message, question])) == want
+    output = create(client, "responses").output
+    before = [{"role": "user", "content": PROMPT}]
+    assert text_of(create(client, "responses", input=[*before, *output, question])) == want
 
 
 class Animal(pydantic.BaseModel):

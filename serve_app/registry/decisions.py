@@ -54,6 +54,7 @@ class Decisions:
         self._first_revision = revision
         self._plans: dict[tuple[str, str | None], ReplicaPlan] = {}
         self._table = Table(0, ())
+        self._began = now
         self.settle(now)
 
     def heard(self, model: str, answer: Look | OutOfReach) -> None:
@@ -95,6 +96,11 @@ class Decisions:
         """Return how many replicas each standby is to have at least, by deployment; with 0, it has none."""
         models = ((model.spec.standby, model) for model in self._models.values())
         return {standby.deployment: model.standby_replicas for standby, model in models if standby}
+
+    def is_new(self, now: float) -> bool:
+        """Whether replicas that have what serves may not have said so yet: this follower has just begun."""
+        unknown = any(model.current is None for model in self._models.values())
+        return unknown and now - self._began < HEARING_S
 
     @property
     def table(self) -> Table:

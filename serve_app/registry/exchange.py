@@ -29,6 +29,10 @@ _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer", ReplicaPlan, Table)
 
 
+NOTHING = Table(0, ())
+"""What a follower says that knows nothing yet."""
+
+
 class AwakeClock:
     """Counts the seconds in which this process ran: others are not silent while it does not listen."""
 
@@ -102,7 +106,10 @@ class Exchange:
         self._start()
         self._decisions.api_reports(report, self._clock.now)
         self._heard.set()
-        return await self._when_new(lambda: self._table, report.revision)
+        # API processes may know more, from an earlier follower, than this one has heard.
+        return await self._when_new(
+            lambda: NOTHING if self._decisions.is_new(self._clock.now) else self._table, report.revision
+        )
 
     async def look_now(self) -> None:
         """Look at the registry without waiting for the next turn: something may have changed."""
@@ -132,7 +139,8 @@ class Exchange:
     async def _when_new(self, read: Callable[[], _Answer], known: int) -> _Answer:
         with suppress(TimeoutError):
             async with asyncio.timeout(POLL_S):
-                while read().revision == known:
+                # Revision 0 says nothing yet, also to callers that know the words of an earlier follower.
+                while read().revision in (0, known):
                     await self._news.wait()
         return read()
 

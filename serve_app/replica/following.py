@@ -63,6 +63,9 @@ class Following(Generic[ServedT]):
         return replace(self._identity, revision=self._revision, engines=dict(self._engines.reports))
 
     def _apply(self, plan: ReplicaPlan) -> None:
+        # A follower that has just begun knows nothing yet.
+        if not plan.revision:
+            return
         self._revision = plan.revision
         self._engines.apply(plan.wanted)
 

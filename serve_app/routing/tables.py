@@ -37,8 +37,11 @@ class Tables:
         away = False
         while True:
             try:
-                self.table = await self._follower.table(self._report())
-                self._first.set()
+                table = await self._follower.table(self._report())
+                # A follower that has just begun knows nothing yet.
+                if table.revision:
+                    self.table = table
+                    self._first.set()
                 away = False
             except (Exception, asyncio.CancelledError) as error:
                 raise_if_cancelled()

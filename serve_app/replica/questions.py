@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
@@ -102,7 +103,7 @@ async def _embed(served: ServedEngine, prompts: Sequence[str | list[int]]) -> Em
         ids = await served.encode(prompt)
         count += len(ids)
         # One at a time: streams go on between them.
-        embeddings.append(await served.call(lambda ids=ids: served.engine.embed(ids)))  # type: ignore[misc]
+        embeddings.append(await served.call(partial(served.engine.embed, ids)))
     return Embedded(embeddings, count)
 
 

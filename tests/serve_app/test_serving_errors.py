@@ -77,9 +77,9 @@ def test_an_overloaded_server_says_so_and_is_still_healthy(
     [
         ({"model": "gpt-4"}, 404, "model", "model 'gpt-4' is not served here; ask for 'tiny'"),
         ({"temperature": -1}, 400, "temperature", "temperature is -1"),
-        ({"prompt": "a b " * MAX_SEQ_LEN}, 400, None, "shorten the prompt"),
-        ({"max_tokens": MAX_SEQ_LEN}, 400, None, f"exceed max_seq_len {MAX_SEQ_LEN}"),
-        ({"prompt": ["dog", ""], "max_tokens": MAX_SEQ_LEN - 2}, 400, None, "exceed max_seq_len"),
+        ({"prompt": "a b " * MAX_SEQ_LEN}, 400, "prompt", "shorten the prompt"),
+        ({"max_tokens": MAX_SEQ_LEN}, 400, "prompt", f"exceed max_seq_len {MAX_SEQ_LEN}"),
+        ({"prompt": ["dog", ""], "max_tokens": MAX_SEQ_LEN - 2}, 400, "prompt", "exceed max_seq_len"),
         ({"prompt": [[1, 2], [70000]]}, 400, "prompt", "token id 70000 is outside"),
         ({"extra_body": {"top_kk": 5}}, 400, "top_kk", "top_kk is not a field that this server knows"),
     ],

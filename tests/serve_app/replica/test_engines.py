@@ -226,4 +226,5 @@ def test_many_changes_of_version_leave_no_memory_behind(tmp_path: Path) -> None:
                 resident.append(process.memory_info().rss)
 
     asyncio.run(run())
-    assert max(resident[6:]) - max(resident[:6]) < 2 * config.num_parameters()
+    # Six engines came and went in between. One alone has this many bytes, and what the allocator scatters is less.
+    assert max(resident[6:]) - max(resident[:6]) < 4 * config.num_parameters()

@@ -128,7 +128,11 @@ class Part:
         self._is_plain = all(delta.finish_reason is None for delta in item)
         if not self._is_plain:
             return None
-        return to_wire(self.answer.submission.stream, self._choices(item))
+        try:
+            return to_wire(self.answer.submission.stream, self._choices(item))
+        except Exception:
+            # `take` meets the same error and ends this answer alone; here it would end the engine.
+            return None
 
     def take(self, item: Item) -> None:
         """Send what one step gave."""

@@ -191,7 +191,8 @@ class ModelState:
             if version in served:
                 until = moment.now + self.spec.keep_previous_s
                 self._retired[version.ref] = _Retired(version, until, moment.revision)
-            elif self.replicas.ready(version.ref):
+            # A follower that has just begun has not heard yet who has it ready.
+            elif self.replicas.ready(version.ref) or not moment.heard_all:
                 self._retired[version.ref] = _Retired(version, moment.now, moment.revision)
         self._retired = {ref: retired for ref, retired in self._retired.items() if ref not in active}
 

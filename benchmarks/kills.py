@@ -42,7 +42,7 @@ from benchmarks.watched_run import (
     WatchedRun,
     is_alive,
 )
-from llama_ray.data.prepare import PrepareConfig, prepare
+from llama_ray.data.preparing.prepare import PrepareConfig, prepare
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.storage import run_directory
 from llama_ray.training.config import Schedule

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import psutil
 from jsonargparse import auto_cli
 
-from llama_ray.data.loader import Loader, TokenDataset
-from llama_ray.data.shards import DatasetInfo, Shard, shard_name, write_info, write_shard
+from llama_ray.data.dataset.shards import DatasetInfo, Shard, shard_name, write_info, write_shard
+from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.mixtures.loader import Loader
 
 SHARD_TOKENS = 250_000_000
 CHUNK_TOKENS = 8_000_000

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llama_ray import Engine, SamplingParams
-from llama_ray.data.loader import TokenDataset
+from llama_ray.data.dataset.token_dataset import TokenDataset
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         length = engine.max_seq_len - 1
         dataset = TokenDataset(flags.data, "validation")
         indices = np.linspace(0, dataset.num_samples(length) - 1, flags.sequences, dtype=np.int64)
-        prompts = dataset.samples(np.unique(indices), length)[0].tolist()
+        prompts = dataset.samples(np.unique(indices), length).inputs.tolist()
         start = time.perf_counter()
         done = engine.generate(prompts, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
         seconds = time.perf_counter() - start

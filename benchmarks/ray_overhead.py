@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
@@ -74,7 +75,7 @@ def step_times(preset: str, steps: int) -> list[float]:
     times = []
     for _ in range(steps + 3):
         start = time.perf_counter()
-        stepper.step([(tokens, tokens)]).loss.item()
+        stepper.step([Batch(tokens, tokens)]).loss.item()
         times.append(time.perf_counter() - start)
     return times[3:]
 

@@ -8,8 +8,8 @@ import logging
 from _cli import main, parse
 from jsonargparse import ArgumentParser
 
-from llama_ray.data.files import BUILTIN
-from llama_ray.data.prepare import PrepareConfig, prepare
+from llama_ray.data.preparing.prepare import PrepareConfig, prepare
+from llama_ray.data.sources.files import BUILTIN
 from llama_ray.orchestration.cluster import connect
 from llama_ray.storage.paths import absolute, existing
 

@@ -11,9 +11,9 @@ from _cli import main, parse
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from llama_ray.data.files import BUILTIN
-from llama_ray.data.prepare import PrepareConfig, prepare
-from llama_ray.data.shards import read_info
+from llama_ray.data.dataset.shards import read_info
+from llama_ray.data.preparing.prepare import PrepareConfig, prepare
+from llama_ray.data.sources.files import BUILTIN
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
 from llama_ray.orchestration.cluster import connect
 from llama_ray.orchestration.launch import LaunchConfig

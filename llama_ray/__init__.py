@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_ray.data.tokenizer import Tokenizer
+    from llama_ray.data.tokenizing.tokenizer import Tokenizer
     from llama_ray.generation.engine import Engine
     from llama_ray.generation.sampling.params import SamplingParams
     from llama_ray.model.config import LlamaConfig

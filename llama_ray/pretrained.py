@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
-from llama_ray.data.tokenizer_files import superseded_files
+from llama_ray.data.tokenizing.files import superseded_files
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import WeightSlicer, load_model, save_model
 from llama_ray.model.llama import Llama
 from llama_ray.model.weight_files import CheckpointError

@@ -41,7 +41,7 @@ RAY = (
     "tests/batch_inference/test_interrupted_jobs.py",
     "tests/batch_inference/test_job.py",
     "tests/batch_inference/test_job_checks.py",
-    "tests/data/test_prepare.py",
+    "tests/data/preparing/test_prepare.py",
     "tests/jobs/test_generate.py",
     "tests/jobs/test_prepare_data.py",
     "tests/orchestration/test_placement_groups.py",

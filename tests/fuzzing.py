@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.prepare import prepare
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

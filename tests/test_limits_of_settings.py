@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from llama_ray.data.prepare import PrepareConfig
+from llama_ray.data.preparing.prepare import PrepareConfig
 from llama_ray.generation.options import EngineOptions
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
 from llama_ray.orchestration.launch import LaunchConfig

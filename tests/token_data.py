@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_ray.data.shards import DatasetInfo, Shard, shard_name, token_bytes, write_info, write_shard
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.dataset.shards import DatasetInfo, Shard, shard_name, token_bytes, write_info, write_shard
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i * i}\n\nprint(f{i}({i}))\n" * 8 for i in range(60)]
 

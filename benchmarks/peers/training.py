@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.hf_config import to_hf
 from llama_ray.model.llama import Llama
@@ -43,7 +44,7 @@ def ours(config: LlamaConfig, precision: Precision, device: torch.device, *, com
     model = parallelize(Llama(config, device="meta"), train, SINGLE_WORKER, device, compile_blocks=compiled)
     optimizer = build_optimizer(model, train)
     stepper = Stepper(model, optimizer, train, device=device)
-    return Contestant(lambda inputs, targets: stepper.step([(inputs, targets)]).loss, model, optimizer)
+    return Contestant(lambda inputs, targets: stepper.step([Batch(inputs, targets)]).loss, model, optimizer)
 
 
 def transformers(

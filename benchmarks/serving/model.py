@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.peers.weights import complete_directory, random_model
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import save_pretrained
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, BinaryIO, NamedTuple
 
-from llama_ray.data.files import File, SourceError, is_compressed, is_json_lines, open_file
-from llama_ray.data.left_out import COMPRESSED, EMPTY, HIDDEN, MATCHED_FOLDER, TAKEN_ALREADY, LeftOut
-from llama_ray.data.sources import files
+from llama_ray.data.sources.files import File, SourceError, is_compressed, is_json_lines, open_file
+from llama_ray.data.sources.find import files
+from llama_ray.data.sources.left_out import COMPRESSED, EMPTY, HIDDEN, MATCHED_FOLDER, TAKEN_ALREADY, LeftOut
 from llama_ray.storage import store
 from llama_ray.storage.paths import is_uri
 from llama_ray.utils.errors import printable
@@ -37,7 +37,7 @@ class Line(NamedTuple):
 class FileRange(NamedTuple):
     """Whole lines of one file: bytes `start` to `stop`; the first of them is line `line_number`, counted from 1.
 
-    `name`, `root` and `path` identify the file, as in `llama_ray.data.sources`.
+    `name`, `root` and `path` identify the file, as in `llama_ray.data.sources.find`.
     """
 
     name: str

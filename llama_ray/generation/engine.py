@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.backends.prepare import as_backend
 from llama_ray.generation.backends.runner import RunnerError

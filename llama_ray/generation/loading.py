@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.backends.prepare import prepare
 from llama_ray.generation.end_of_text import stored_eos_ids

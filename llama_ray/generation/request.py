@@ -6,9 +6,9 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from llama_ray.data.chat_encoding import ChatText
-from llama_ray.data.chat_template import ChatPrompt
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.chat.encoding import ChatText
+from llama_ray.data.chat.template import ChatPrompt
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.constraints.grammar import Constraint
 from llama_ray.generation.constraints.grammars import Grammars

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_ray.data.loader import TokenDataset
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
@@ -113,5 +113,5 @@ def _validation_prompts(data: str) -> list[list[int]]:
     positions = np.linspace(
         0, dataset.num_samples(_PROMPT_TOKENS), _NUM_PROMPTS, endpoint=False, dtype=np.int64
     )
-    prompts: list[list[int]] = dataset.samples(np.unique(positions), _PROMPT_TOKENS)[0].tolist()
+    prompts: list[list[int]] = dataset.samples(np.unique(positions), _PROMPT_TOKENS).inputs.tolist()
     return prompts

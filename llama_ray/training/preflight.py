@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_ray.data.loader import Loader, TokenDataset, validation_batches
-from llama_ray.data.shards import DatasetError, read_info
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.dataset.shards import DatasetError, read_info
+from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.mixtures.loader import Loader, validation_batches
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import load_config
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.checkpointing.progress import load_progress

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from llama_ray.data.loader import Loader, TokenDataset
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.mixtures.loader import Loader
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_ray.data.loader import Loader, TokenDataset, validation_batches
+from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.mixtures.loader import Loader, validation_batches
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule, TrainConfig

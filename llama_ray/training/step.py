@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from llama_ray.data.loader import Batch
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.loss import IGNORE_INDEX
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.hosts.memory import keep_freed_memory
@@ -66,18 +66,15 @@ class Stepper:
         number of targets, and multiplies it by the number of workers to undo the averaging of DDP and FSDP. So how a
         global batch is split into workers and micro-steps changes the update by rounding only.
         """
-        batches = [
-            (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
-            for x, y in micro_batches
-        ]
-        tokens = self.layout.sum(torch.stack([(y != IGNORE_INDEX).sum() for _, y in batches]).sum())
+        batches = [batch.to(self.device) for batch in micro_batches]
+        tokens = self.layout.sum(torch.stack([(b.targets != IGNORE_INDEX).sum() for b in batches]).sum())
         scale = self.scaler.scale * self.layout.data_world / tokens.clamp(min=1)
         loss_sum = torch.zeros((), device=self.device)
-        for i, (inputs, targets) in enumerate(batches):
+        for i, batch in enumerate(batches):
             with micro_step(self.model, last=i == len(batches) - 1):
                 with self._autocast():
                     objective, cross_entropy = self.model(
-                        inputs, targets=targets, scale=scale, z_loss=self.config.z_loss
+                        batch.inputs, targets=batch.targets, scale=scale, z_loss=self.config.z_loss
                     ).unbind()
                 (objective * scale).backward()
             loss_sum += cross_entropy.detach()
@@ -89,11 +86,11 @@ class Stepper:
         # Without gradients DDP's forward pass is not needed; FSDP's is, because it gathers the weights.
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for x, y in self._in_lockstep(batches) if self.layout.sharded else batches:
-            inputs, targets = x.to(self.device), y.to(self.device)
+        for given in self._in_lockstep(batches) if self.layout.sharded else batches:
+            batch = given.to(self.device)
             with self._autocast():
-                total[0] += model(inputs, targets=targets)[1]
-            total[1] += (targets != IGNORE_INDEX).sum()
+                total[0] += model(batch.inputs, targets=batch.targets)[1]
+            total[1] += (batch.targets != IGNORE_INDEX).sum()
         self.layout.sum(total)
         return (total[0] / total[1]).item()
 
@@ -111,8 +108,8 @@ class Stepper:
             if batch is None:
                 if filler is None:
                     length = self.config.seq_len or self.layout.tensor
-                    filler = (torch.zeros(1, length, dtype=torch.int64),) * 2
-                batch = (filler[0], torch.full_like(filler[1], IGNORE_INDEX))
+                    filler = Batch(*(torch.zeros(1, length, dtype=torch.int64),) * 2)
+                batch = replace(filler, targets=torch.full_like(filler.targets, IGNORE_INDEX))
             else:
                 filler = batch
             yield batch

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from fastapi import Request
 from fastapi.responses import Response
 
-from llama_ray.data.chat_template import ChatPrompt
+from llama_ray.data.chat.template import ChatPrompt
 from serve_app.api.disconnect import while_connected
 from serve_app.api.responses import VERSION_HEADER, EventStream
 from serve_app.errors import ErrorResponse

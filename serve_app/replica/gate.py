@@ -6,8 +6,8 @@ import math
 import statistics
 import time
 
-from llama_ray.data.token_bytes import keeps_all_text
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.token_bytes import keeps_all_text
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.sampling.params import TokenLogprob
 from serve_app.streams.messages import Logprobs, PromptToken, TokenNames
 

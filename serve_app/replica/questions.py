@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 from llama_ray.utils.panics import panics_as_errors

@@ -13,9 +13,9 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TypeVar
 
-from llama_ray.data.chat_encoding import ChatText
-from llama_ray.data.chat_template import PLAIN_STOP, ChatPrompt
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.chat.encoding import ChatText
+from llama_ray.data.chat.template import PLAIN_STOP, ChatPrompt
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item

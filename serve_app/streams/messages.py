@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llama_ray.data.chat_template import ChatPrompt
+from llama_ray.data.chat.template import ChatPrompt
 from llama_ray.generation.sampling.params import SamplingParams
 
 Prompt = str | list[int] | ChatPrompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_ray.data.chat_template import ChatPrompt
+from llama_ray.data.chat.template import ChatPrompt
 from serve_app.streams.messages import Failure
 
 

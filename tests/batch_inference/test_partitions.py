@@ -13,7 +13,7 @@ from llama_ray.batch_inference.partitions import (
     partition_input,
     read_lines,
 )
-from llama_ray.data.files import SourceError
+from llama_ray.data.sources.files import SourceError
 from tests.batch_inference.helpers import write_rows
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_ray.data.shards import DatasetInfo, Shard, shard_name, token_bytes, write_info, write_shard
+from llama_ray.data.dataset.shards import DatasetInfo, Shard, shard_name, token_bytes, write_info, write_shard
 
 MakeDataset = Callable[..., Path]
 

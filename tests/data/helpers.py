@@ -12,10 +12,10 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from llama_ray.data.corpus import find_corpus
-from llama_ray.data.documents import read
-from llama_ray.data.left_out import Tally
-from llama_ray.data.tokenizer import BOS, EOS, Tokenizer
+from llama_ray.data.preparing.corpus import find_corpus
+from llama_ray.data.records.documents import read
+from llama_ray.data.sources.left_out import Tally
+from llama_ray.data.tokenizing.tokenizer import BOS, EOS, Tokenizer
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n" * 3,

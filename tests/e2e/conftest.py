@@ -10,7 +10,7 @@ import pytest
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from llama_ray.data.prepare import PrepareConfig, prepare
+from llama_ray.data.preparing.prepare import PrepareConfig, prepare
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import Outcome, train_on_ray

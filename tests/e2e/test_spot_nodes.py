@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from llama_ray.data.loader import Loader, TokenDataset
+from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.mixtures.loader import Loader
 from llama_ray.storage import run_directory
 from tests.e2e.conftest import CONFIG, MODEL, AddNode, Trained
 from tests.e2e.helpers import (

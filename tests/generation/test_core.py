@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.backend import BLOCK_SIZE
 from llama_ray.generation.backends.prepare import as_backend
 from llama_ray.generation.completion import Completion, GenerationError

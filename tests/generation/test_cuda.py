@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.prepare import plain_backend, prepare
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

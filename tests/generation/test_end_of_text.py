@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.end_of_text import stored_eos_ids
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

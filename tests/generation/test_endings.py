@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama

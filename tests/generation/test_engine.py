@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.quantize import Quantization
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.memory import required_bytes

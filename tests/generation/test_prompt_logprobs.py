@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.prepare import prepare
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.backends.prepare import prepare
 from llama_ray.generation.engine import Engine

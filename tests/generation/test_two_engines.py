@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item

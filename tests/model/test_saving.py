@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import load_model, save_model
 from llama_ray.model.llama import Llama
 from llama_ray.model.weight_files import CheckpointError

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llama_ray.data.shards import DatasetInfo, Shard
+from llama_ray.data.dataset.shards import DatasetInfo, Shard
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.report import describe_run, describe_version, short_count
 from llama_ray.training.checkpointing.progress import Progress

@@ -11,7 +11,7 @@ from typing import Literal
 import openai
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

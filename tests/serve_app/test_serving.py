@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types import Completion as Response
 
-from llama_ray.data.chat_template import PLAIN_STOP, ChatPrompt
+from llama_ray.data.chat.template import PLAIN_STOP, ChatPrompt
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN, expected, stream_text

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_ray.data.loader import TokenDataset
-from llama_ray.data.shards import open_shard, write_shard
+from llama_ray.data.dataset.shards import open_shard, write_shard
+from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.model.config import LlamaConfig
 from llama_ray.storage.run_directory import MARKER, checkpoint_name
 from llama_ray.training.checkpointing.progress import load_progress

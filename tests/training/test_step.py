@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llama_ray.data.loader import Loader, TokenDataset
+from llama_ray.data.dataset.batch import Batch
+from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.mixtures.loader import Loader
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum
@@ -48,8 +50,8 @@ def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 
     losses, norms = [], []
     for _ in range(steps):
         batches = loader.next_global_batch()
-        for inputs, targets in batches:
-            targets[inputs % 3 == 0] = IGNORE_INDEX
+        for batch in batches:
+            batch.targets[batch.inputs % 3 == 0] = IGNORE_INDEX
         result = stepper.step(batches)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
@@ -66,10 +68,10 @@ def alone(config: LlamaConfig, **settings: Any) -> Stepper:
     return Stepper(model, build_optimizer(model, training), training, device=CPU)
 
 
-def batch_of(config: LlamaConfig, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(config: LlamaConfig, sequences: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (sequences, 33), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
+    return Batch(tokens[:, :-1], tokens[:, 1:])
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +112,15 @@ def test_gradients_are_exchanged_once_per_step_not_once_per_micro_step(by_rank: 
 
 
 def test_an_accumulated_gradient_is_that_of_the_whole_batch(tiny: LlamaConfig) -> None:
-    inputs, targets = batch_of(tiny, 4)
-    targets = targets.clone()
+    batch = batch_of(tiny, 4)
+    inputs, targets = batch.inputs, batch.targets.clone()
     targets[1] = IGNORE_INDEX
     reference = Llama(tiny)
     (cross_entropy_sum(reference(inputs), targets) / (targets != IGNORE_INDEX).sum()).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
 
     stepper = alone(tiny, max_grad_norm=0)
-    result = stepper.step([(inputs[i : i + 1], targets[i : i + 1]) for i in range(4)])
+    result = stepper.step([Batch(inputs[i : i + 1], targets[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(result.grad_norm, expected)
 
 
@@ -172,7 +174,7 @@ def test_z_loss_pulls_the_normaliser_to_one_and_is_not_reported(tiny: LlamaConfi
 
     def log_z(stepper: Stepper) -> float:
         with torch.no_grad():
-            return stepper.model(batch[0]).logsumexp(-1).square().mean().item()
+            return stepper.model(batch.inputs).logsumexp(-1).square().mean().item()
 
     plain, pulled = (alone(tiny, z_loss=z, learning_rate=3e-3) for z in (0.0, 1.0))
     torch.testing.assert_close(plain.step([batch]).loss, pulled.step([batch]).loss)
@@ -187,7 +189,8 @@ def test_validation_weighs_batches_by_their_tokens(tiny: LlamaConfig) -> None:
     stepper = alone(tiny, z_loss=0.1)
     tokens = torch.randint(0, tiny.vocab_size, (5, 33))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    whole = stepper.validate([(inputs, targets)])
-    assert stepper.validate([(inputs[:1], targets[:1]), (inputs[1:], targets[1:])]) == pytest.approx(whole)
+    whole = stepper.validate([Batch(inputs, targets)])
+    halves = [Batch(inputs[:1], targets[:1]), Batch(inputs[1:], targets[1:])]
+    assert stepper.validate(halves) == pytest.approx(whole)
     with torch.no_grad():
         assert whole == pytest.approx((cross_entropy_sum(stepper.model(inputs), targets) / 160).item())

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from importlib.util import find_spec
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.constraints.grammar import Constraint, Grammar
 from llama_ray.generation.constraints.limits import (
     COMPILE_CPU_S,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.backends.kv_cache import count_blocks
 from llama_ray.generation.backends.quantize import Quantization

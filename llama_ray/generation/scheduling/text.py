@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_ray.data.text_stream import TextStream
+from llama_ray.data.tokenizing.text_stream import TextStream
 
 
 class StopMatcher:

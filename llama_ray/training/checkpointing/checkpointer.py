@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import config_files, hf_name, write_json
 from llama_ray.model.llama import Llama
 from llama_ray.storage import run_directory, store

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_ray.data.loader import Batch
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import flash_attention
 from llama_ray.model.llama import Llama
@@ -128,8 +128,8 @@ def _trace_second_step(stepper: Stepper, model: Llama) -> StepTrace:
     """Take one small step, which creates the optimizer's state, then trace a full one."""
     config = stepper.config
     tokens = torch.zeros(config.batch_size, config.seq_len or model.config.max_seq_len, dtype=torch.int64)
-    stepper.step([(tokens[:1], tokens[:1])])
-    return watch_step(stepper, model, [(tokens, tokens)] * min(config.gradient_accumulation_steps, 2))
+    stepper.step([Batch(tokens[:1], tokens[:1])])
+    return watch_step(stepper, model, [Batch(tokens, tokens)] * min(config.gradient_accumulation_steps, 2))
 
 
 def _with_ddp(trace: StepTrace, model: LlamaConfig, layout: Layout) -> StepTrace:

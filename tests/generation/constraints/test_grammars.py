@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.constraints.grammars import Grammars
 from llama_ray.generation.constraints.limits import MAX_IDLE_PROCESSES
 from tests.generation.constraints.helpers import Processes, costly_schema
@@ -113,7 +113,7 @@ def test_no_process_outlives_grammars_that_are_closed_or_dropped(
 SCRIPT = """
 import sys, threading
 sys.path.insert(0, ".")
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.constraints.grammars import Grammars
 from tests.generation.constraints.helpers import Processes, costly_schema
 processes = Processes()

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.completion import Completion
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.constraints.grammar import Constraint, Ending
 from llama_ray.generation.constraints.grammars import Grammars
 from llama_ray.generation.constraints.waiting import Patience

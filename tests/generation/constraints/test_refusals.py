@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.constraints.grammars import Grammars
 from llama_ray.generation.constraints.messages import Kind
 

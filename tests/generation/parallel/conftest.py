@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.backends.batch import StepBatch
 from llama_ray.generation.backends.cpu.cache import CpuCache

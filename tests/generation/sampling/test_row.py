@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.constraints.grammars import Grammars
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.sampling.row import DraftRow

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.prepare import as_backend
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

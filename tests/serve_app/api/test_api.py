@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from serve_app.api.api import HttpOptions, create_api
 from serve_app.errors import INTERNAL_ERROR
 from serve_app.registry.messages import Table

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from llama_ray.data.chat_template import ChatPrompt
+from llama_ray.data.chat.template import ChatPrompt
 from llama_ray.generation.completion import Completion
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

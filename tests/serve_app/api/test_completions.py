@@ -16,7 +16,7 @@ from openai.types import Completion, CompletionChoice
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from serve_app.api.api import create_api
 from tests.serve_app.helpers import FixedFollower, LocalReplicas, local_client, table_of

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.sampling.params import TokenLogprob
 from serve_app.replica.logprobs import LogprobWriter
 from serve_app.streams.messages import Logprobs

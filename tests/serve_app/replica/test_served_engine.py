@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.pretrained import save_pretrained

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.chat_template import ChatPrompt
+from llama_ray.data.chat.template import ChatPrompt
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from serve_app.errors import ApiError

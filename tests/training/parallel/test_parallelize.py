@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
@@ -115,10 +116,10 @@ def run(settings: Settings) -> Run:
     for inputs, targets in global_batches(shape.vocab_size):
         micro_batch = max(share // MICRO_STEPS, 1)
         micro_batches = zip(inputs[own].split(micro_batch), targets[own].split(micro_batch), strict=True)
-        results.append(stepper.step(list(micro_batches)))
+        results.append(stepper.step([Batch(*pair) for pair in micro_batches]))
 
     # Workers have unequal shares of these batches; all tensor-parallel peers have the same.
-    validation = list(zip(inputs.split(3), targets.split(3), strict=True))
+    validation = [Batch(*pair) for pair in zip(inputs.split(3), targets.split(3), strict=True)]
     return Run(
         losses=[result.loss.item() for result in results],
         norms=[result.grad_norm.item() for result in results],
@@ -177,7 +178,7 @@ def skips_a_nan(stepper: Stepper, inputs: Tensor, targets: Tensor) -> bool:
     if rank() == world_size() - 1:
         model = stepper.model.module if hasattr(stepper.model, "module") else stepper.model
         hook = model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * float("nan"))
-    skipped = bool(stepper.step([(inputs, targets)]).skipped)
+    skipped = bool(stepper.step([Batch(inputs, targets)]).skipped)
     if hook:
         hook.remove()
     return skipped and is_unchanged(stepper, before)

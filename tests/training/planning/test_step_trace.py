@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import ActivationCheckpointing, TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
@@ -51,9 +52,9 @@ def traces_of_workers(runs: list[TrainConfig]) -> list[StepTrace]:
     traces = []
     for run in runs:
         stepper = make_stepper(run, choose_layout(MODEL, run, world_size()).with_mesh(CPU))
-        stepper.step([(TOKENS, TOKENS)])
+        stepper.step([Batch(TOKENS, TOKENS)])
         assert isinstance(stepper.model, Llama)
-        traces.append(watch_step(stepper, stepper.model, [(TOKENS, TOKENS)] * 2))
+        traces.append(watch_step(stepper, stepper.model, [Batch(TOKENS, TOKENS)] * 2))
     return traces
 
 
@@ -96,7 +97,7 @@ def test_planned_memory_is_what_the_allocator_hands_out(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         stepper = make_stepper(run)
         for _ in range(2):
-            stepper.step([(TOKENS, TOKENS)])
+            stepper.step([Batch(TOKENS, TOKENS)])
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])

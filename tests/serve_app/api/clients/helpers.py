@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama_ray.data.chat_template import ChatPrompt
+from llama_ray.data.chat.template import ChatPrompt
 from llama_ray.generation.completion import Completion
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams

@@ -1,0 +1,1 @@
+"""A tokenised dataset on disk."""

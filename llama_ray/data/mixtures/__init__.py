@@ -1,0 +1,1 @@
+"""Which samples are trained on, in which order."""

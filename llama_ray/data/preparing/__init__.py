@@ -1,0 +1,1 @@
+"""Text to a tokenised dataset, on Ray."""

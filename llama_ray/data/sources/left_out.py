@@ -1,0 +1,124 @@
+"""What is not taken from a source: each piece with its reason, counted, so that nothing is left out in silence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+from llama_ray.data.sources.files import open_file
+from llama_ray.utils.errors import first_line, printable
+
+EMPTY = "empty"
+HIDDEN = "hidden, with a name that begins with a dot"
+COMPRESSED = "compressed; decompress them first"
+NOT_UTF8 = "not UTF-8; convert them (iconv -t UTF-8)"
+NUL = "NUL characters in them, as in binary files and UTF-16; convert text (iconv -f UTF-16 -t UTF-8)"
+NOT_A_FILE = "a FIFO, socket or device; only files are read"
+NOWHERE = "links that lead nowhere"
+TAKEN_ALREADY = "links to a folder that is taken already"
+SAME_FILE = "the same file as another one, by a link"
+OUTPUT = "in the output directory"
+MATCHED_FOLDER = "matched by the glob, which takes files; end it with /** to take the files in them"
+NOT_JSON = "not JSON"
+TOO_DEEP = "nested too deeply"
+NO_TEXT = 'not {"text": "..."} with one text'
+NOT_CHOSEN = "beyond max_bytes"
+
+_MAX_NAMES = 3
+_MAX_COUNTED_BYTES = 2**30
+"""Line numbers are found by reading the file up to the line, which beyond this takes too long."""
+
+
+class LeftOut(NamedTuple):
+    """A file, folder, document or record (`unit`) that is not taken, and the reason.
+
+    A document or record is found at byte `offset` of the file that `open_file` opens as `root` and `path`.
+    """
+
+    unit: str
+    reason: str
+    name: str
+    root: str = ""
+    path: str = ""
+    offset: int | None = None
+
+    def location(self) -> str:
+        """Return the name for a message, with the line if it is known."""
+        name = printable(self.name)
+        if self.offset is None:
+            return name
+        line = _line_number(self.root, self.path, self.offset)
+        return f"{name} at byte {self.offset}" if line is None else f"{name}:{line}"
+
+
+LeaveOut = Callable[[LeftOut], None]
+"""Called for each piece that is left out."""
+
+
+class Tally:
+    """Counts what is left out by unit and reason, and keeps the first names of each, in the order of the alphabet."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], int] = {}
+        self._first: dict[tuple[str, str], list[LeftOut]] = {}
+
+    def add(self, piece: LeftOut) -> None:
+        """Count one piece."""
+        self._add(piece.unit, piece.reason, 1, [piece])
+
+    def merge(self, other: Tally) -> None:
+        """Count what `other` counted."""
+        for (unit, reason), count in other._counts.items():
+            self._add(unit, reason, count, other._first[unit, reason])
+
+    def lines(self) -> list[str]:
+        """Return a line for each reason, the most frequent first: `left out 2 files (a.gz, b.xz): compressed; ...`."""
+        return [
+            f"left out {count:,} {unit}{'' if count == 1 else 's'}{self._names(unit, reason)}: {reason}"
+            for (unit, reason), count in sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
+        ]
+
+    def to_json(self) -> str:
+        """Serialise for another process."""
+        return json.dumps([[*key, count, self._first[key]] for key, count in self._counts.items()])
+
+    @classmethod
+    def from_json(cls, text: str) -> Tally:
+        """Rebuild what `to_json` wrote."""
+        tally = cls()
+        for unit, reason, count, first in json.loads(text):
+            tally._add(unit, reason, count, [LeftOut(*piece) for piece in first])
+        return tally
+
+    def _add(self, unit: str, reason: str, count: int, first: list[LeftOut]) -> None:
+        key = unit, reason
+        self._counts[key] = self._counts.get(key, 0) + count
+        first = sorted([*self._first.get(key, []), *first], key=lambda piece: (piece.name, piece.offset or 0))
+        self._first[key] = first[:_MAX_NAMES]
+
+    def _names(self, unit: str, reason: str) -> str:
+        named = [piece.location() for piece in self._first[unit, reason] if piece.name]
+        if not named:
+            return ""
+        more = ", ..." if self._counts[unit, reason] > len(named) else ""
+        return f" ({', '.join(named)}{more})"
+
+
+def _line_number(root: str, path: str, offset: int) -> int | None:
+    if offset > _MAX_COUNTED_BYTES:
+        return None
+    line = 1
+    try:
+        with open_file(root, path) as file:
+            while offset and (block := file.read(min(offset, 2**20))):
+                line += block.count(b"\n")
+                offset -= len(block)
+    except OSError:
+        return None
+    return line
+
+
+def cannot_be_read(error: OSError) -> str:
+    """Return the reason for a file or folder that the system refuses."""
+    return f"they cannot be read ({error.strerror or first_line(error)}); check their access rights"

@@ -177,6 +177,16 @@ def test_a_follower_that_comes_back_hears_all_replicas_before_it_switches_or_dro
     assert (application.served.current, application.wanted) == (ref(7), [7, 8])
 
 
+def test_a_follower_that_comes_back_keeps_what_the_alias_meant_before_it_has_heard_all() -> None:
+    application = Application(remembered=Remembered(version(7), previous=(version(6),)))
+    application.registry(6)
+    # Some request may use it: who does is not known yet.
+    application.registry(7)
+    assert application.wanted == [7, 6]
+    application.wait(HEARING_S + 1, a={6: "ready", 7: "ready"})
+    assert application.wanted == [7]
+
+
 def test_a_restart_of_the_follower_does_not_try_a_rejected_version_again() -> None:
     rejected = Rejection(version(8), "loss is nan")
     application = Application(remembered=Remembered(version(7), rejected=(rejected,)))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from llama_ray.data.preparing.corpus import find_corpus
-from llama_ray.data.records.documents import read
+from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.pieces import read
 from llama_ray.data.sources.left_out import Tally
 from llama_ray.data.tokenizing.tokenizer import BOS, EOS, Tokenizer
 
@@ -104,7 +105,9 @@ def taken(source: Path | str) -> tuple[list[str], list[str]]:
     corpus = find_corpus(str(source))
     left_out = Tally()
     left_out.merge(corpus.left_out)
-    found = [text for document in corpus.documents for text in read(document, left_out.add)]
+    found = [
+        text.text for document in corpus.documents for text in read(document, TextFields(), left_out.add)
+    ]
     return found, left_out.lines()
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_ray.data.records.documents import Document, read, split_file
+from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.pieces import Piece, read, split_file
 from llama_ray.data.sources.files import File, SourceError
 from llama_ray.data.sources.find import files
 from llama_ray.data.sources.left_out import EMPTY, NOT_CHOSEN, OUTPUT, SAME_FILE, LeftOut, Tally
@@ -23,7 +24,7 @@ class Corpus:
     """
 
     source: str
-    documents: list[Document]
+    documents: list[Piece]
     fingerprint: str
     left_out: Tally
 
@@ -42,7 +43,7 @@ def find_corpus(
     Raises SourceError if there is no text or the source cannot be read.
     """
     digest = hashlib.sha256()
-    found: list[Document] = []
+    found: list[Piece] = []
     left_out = Tally()
     try:
         for file in _different(sorted(files(source, left_out.add)), output, left_out):
@@ -85,7 +86,7 @@ def _different(found: Iterable[File], output: Path | None, left_out: Tally) -> I
             yield file
 
 
-def sample(documents: list[Document], max_bytes: int, seed: int) -> list[Document]:
+def sample(documents: list[Piece], max_bytes: int, seed: int) -> list[Piece]:
     """Choose documents of at most `max_bytes` in all, pseudo-randomly by `seed`; their order is kept."""
     if sum(document.size for document in documents) <= max_bytes:
         return documents
@@ -98,7 +99,7 @@ def sample(documents: list[Document], max_bytes: int, seed: int) -> list[Documen
     return [document for index, document in enumerate(documents) if index in chosen]
 
 
-def divide(corpus: Corpus, fraction: float, seed: int) -> dict[str, list[Document]]:
+def divide(corpus: Corpus, fraction: float, seed: int) -> dict[str, list[Piece]]:
     """Divide the documents into splits by a hash of each, with at least one document that holds text in both.
 
     Raises SourceError if no two documents hold text.
@@ -115,16 +116,16 @@ def divide(corpus: Corpus, fraction: float, seed: int) -> dict[str, list[Documen
             "cut into documents of 256 KiB, a .jsonl file by line)"
         )
     limit = min(max(fraction, first[0]), math.nextafter(last[0], 0))
-    splits: dict[str, list[Document]] = {"train": [], "validation": []}
+    splits: dict[str, list[Piece]] = {"train": [], "validation": []}
     for document in corpus.documents:
         splits["train" if document.uniform(seed + 1) > limit else "validation"].append(document)
     return splits
 
 
-def _first_with_text(
-    numbered: Iterable[tuple[float, Document]], not_text: Tally
-) -> tuple[float, Document] | None:
-    return next((pair for pair in numbered if any(True for _ in read(pair[1], not_text.add))), None)
+def _first_with_text(numbered: Iterable[tuple[float, Piece]], not_text: Tally) -> tuple[float, Piece] | None:
+    return next(
+        (pair for pair in numbered if any(True for _ in read(pair[1], TextFields(), not_text.add))), None
+    )
 
 
 def _reasons(*tallies: Tally) -> str:

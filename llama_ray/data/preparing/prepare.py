@@ -32,7 +32,8 @@ from llama_ray.data.preparing.output_directory import (
     staging_directory,
 )
 from llama_ray.data.preparing.shard_task import ShardResult, make_group, write_group
-from llama_ray.data.records.documents import Document, read
+from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.pieces import Piece, read
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.sources.left_out import Tally
 from llama_ray.data.tokenizing.tokenizer import Tokenizer, check_vocab_size
@@ -159,13 +160,13 @@ def _fingerprint(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer | N
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _train_tokenizer(documents: list[Document], config: PrepareConfig, log: Log) -> Tokenizer:
+def _train_tokenizer(documents: list[Piece], config: PrepareConfig, log: Log) -> Tokenizer:
     chosen = sample(documents, TOKENIZER_SAMPLE_BYTES, config.seed + 2)
     size = sum(document.size for document in chosen) / 1e6
     log(f"training a tokenizer of {config.vocab_size:,} entries on {size:.1f} MB")
     started = time.monotonic()
     # What is not text is counted when it is tokenised.
-    texts = (text for document in chosen for text in read(document, lambda piece: None))
+    texts = (text.text for document in chosen for text in read(document, TextFields(), lambda piece: None))
     tokenizer = Tokenizer.train(texts, config.vocab_size)
     fewer = "" if tokenizer.vocab_size == config.vocab_size else "; the text gives no more"
     log(f"tokenizer: {tokenizer.vocab_size:,} entries in {time.monotonic() - started:.1f} s{fewer}")
@@ -173,7 +174,7 @@ def _train_tokenizer(documents: list[Document], config: PrepareConfig, log: Log)
 
 
 def _write_shards(
-    documents: dict[str, list[Document]],
+    documents: dict[str, list[Piece]],
     tokenizer: Tokenizer,
     directory: Path,
     left_out: Tally,
@@ -207,10 +208,10 @@ def _write_shards(
     return shards
 
 
-def _groups(documents: dict[str, list[Document]], size: int) -> Iterator[dict[str, str]]:
+def _groups(documents: dict[str, list[Piece]], size: int) -> Iterator[dict[str, str]]:
     """Yield groups of consecutive documents of the same split, each of at least `size` bytes but the last."""
     for split in SPLITS:
-        group: list[Document] = []
+        group: list[Piece] = []
         index = filled = 0
         for document in documents[split]:
             group.append(document)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from llama_ray.data.dataset.shards import DatasetError, Tokens, token_bytes, write_shard
-from llama_ray.data.records.documents import Document, read
+from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.pieces import Piece, read
 from llama_ray.data.sources.files import File
 from llama_ray.data.sources.left_out import Tally
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ class ShardResult:
     error: str = ""
 
 
-def make_group(file: str, documents: Sequence[Document]) -> dict[str, str]:
+def make_group(file: str, documents: Sequence[Piece]) -> dict[str, str]:
     """Return a row of Ray Data: the documents that the shard `file` will hold."""
     # JSON, because Ray Data would turn nested values into Arrow types.
     return {"file": file, "documents": json.dumps(documents)}
@@ -69,11 +70,11 @@ def _encode_documents(
 ) -> Iterator[Tokens]:
     """Yield the token ids of each text, and count into `result` and `left_out`."""
     for file, start, stop in json.loads(documents):
-        document = Document(File(*file), start, stop)
+        document = Piece(File(*file), start, stop)
         result.bytes += document.size
-        for text in read(document, left_out.add):
+        for text in read(document, TextFields(), left_out.add):
             result.documents += 1
-            yield np.array(tokenizer.encode(text, bos=True, eos=True), dtype=np.uint32)
+            yield np.array(tokenizer.encode(text.text, bos=True, eos=True), dtype=np.uint32)
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from llama_ray.data.records.fields import FieldError, TextFields
 from llama_ray.data.sources.left_out import EMPTY, NO_TEXT, NOT_JSON, NOT_UTF8, NUL, TOO_DEEP
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -31,18 +32,18 @@ def text_of_bytes(content: bytes) -> str:
     return text
 
 
-def text_of_record(line: bytes) -> str:
+def text_of_record(line: bytes, fields: TextFields) -> str:
     """Return the text of a line such as `{"text": "..."}`. Raises NotTextError."""
     content = text_of_bytes(line.removeprefix(BYTE_ORDER_MARK).strip())
     try:
         record = _DECODER.decode(content)
+        text = fields.text_of(record)
     except RecursionError as error:
         raise NotTextError(TOO_DEEP) from error
+    except FieldError as error:
+        raise NotTextError(NO_TEXT) from error
     except ValueError as error:
         raise NotTextError(NOT_JSON) from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise NotTextError(NO_TEXT)
     if not text:
         raise NotTextError(EMPTY)
     if "\0" in text:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llama_ray.data.preparing.corpus import divide, find_corpus, sample
-from llama_ray.data.records.documents import read
+from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.pieces import read
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.sources.left_out import Tally
 from tests.data.helpers import taken
@@ -54,7 +55,9 @@ def test_what_is_not_text_is_never_all_of_a_split(tmp_path: Path, seed: int) -> 
     corpus = find_corpus(str(tmp_path))
     splits = divide(corpus, 0.01, seed)
     for documents in splits.values():
-        assert [text for document in documents for text in read(document, Tally().add)] == ["good text"]
+        assert [
+            text.text for document in documents for text in read(document, TextFields(), Tally().add)
+        ] == ["good text"]
 
 
 def test_documents_that_hold_no_text_are_not_enough(tmp_path: Path) -> None:

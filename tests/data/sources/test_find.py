@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llama_ray.data.preparing.corpus import find_corpus
-from llama_ray.data.records.documents import read
+from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.pieces import read
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.sources.left_out import Tally
 from llama_ray.storage import store
@@ -50,7 +51,7 @@ def test_builtin_is_the_source_code_of_the_standard_library() -> None:
     assert {"os.py", "json/decoder.py", "asyncio/events.py"} <= set(names)
     assert not [name for name in names if "site-packages" in name or "dist-packages" in name]
     [document] = [document for document in corpus.documents if document.file.name == "os.py"]
-    assert list(read(document, Tally().add)) == [
+    assert [text.text for text in read(document, TextFields(), Tally().add)] == [
         Path(sysconfig.get_path("stdlib"), "os.py").read_text(encoding="utf-8")
     ]
 
@@ -205,7 +206,7 @@ def test_a_file_may_have_any_name(tmp_path: Path, name: bytes) -> None:
     assert name.decode("latin-1")[:3] in line
     path.unlink()
     with pytest.raises(SourceError) as raised:
-        list(read(corpus.documents[0], Tally().add))
+        list(read(corpus.documents[0], TextFields(), Tally().add))
     assert str(raised.value).isprintable()
 
 
@@ -241,4 +242,4 @@ def test_a_bucket_follows_the_same_rules_as_a_folder() -> None:
         with store.replacing(uri(port, "corpus/a.txt")) as stream:
             stream.write(b"longer")
         with pytest.raises(SourceError, match=r"corpus/a\.txt changed while it was read"):
-            list(read(document, Tally().add))
+            list(read(document, TextFields(), Tally().add))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llama_ray.data.preparing.corpus import find_corpus
-from llama_ray.data.records.documents import DOCUMENT_BYTES, read
+from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.pieces import DOCUMENT_BYTES, read
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.sources.left_out import Tally
 from tests.data.helpers import taken, texts
@@ -170,7 +171,7 @@ def test_a_file_that_was_changed_or_removed_is_named(tmp_path: Path) -> None:
     for content in ("he", "hello hello", "HELLO"):
         (tmp_path / "a.txt").write_text(content)
         with pytest.raises(SourceError, match=r"a\.txt changed while it was read; start again"):
-            list(read(document, Tally().add))
+            list(read(document, TextFields(), Tally().add))
     (tmp_path / "a.txt").unlink()
     with pytest.raises(SourceError, match=r"cannot read .*a\.txt"):
-        list(read(document, Tally().add))
+        list(read(document, TextFields(), Tally().add))

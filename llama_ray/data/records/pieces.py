@@ -1,4 +1,4 @@
-"""Documents: byte ranges of files, so that a corpus need not fit into memory."""
+"""Pieces: ranges of files that are read at once, so that a corpus need not fit into memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
+from llama_ray.data.records.fields import TextFields
 from llama_ray.data.records.text import BYTE_ORDER_MARK, NotTextError, text_of_bytes, text_of_record
 from llama_ray.data.sources.files import File, SourceError, has_changed, is_json_lines, open_file
 from llama_ray.data.sources.left_out import LeaveOut, LeftOut
@@ -15,11 +16,14 @@ from llama_ray.utils.errors import first_line, printable
 DOCUMENT_BYTES = 256 * 1024
 """A longer text file is cut into documents of at most this size."""
 
+MAX_RECORD_BYTES = 64 * 1024 * 1024
+"""A longer record is left out, unless the caller says otherwise."""
+
 _WHOLE_BYTES = 1024 * 1024
 """A `.jsonl` file of at most this size is read at once to find its lines."""
 
 
-class Document(NamedTuple):
+class Piece(NamedTuple):
     """A byte range of a file: one text, or in a `.jsonl` file some lines with one text each."""
 
     file: File
@@ -28,7 +32,7 @@ class Document(NamedTuple):
 
     @property
     def id(self) -> str:
-        """Identifier of the document within its source."""
+        """Identifier of the piece within its source."""
         return f"{self.file.name}:{self.start}"
 
     @property
@@ -42,7 +46,7 @@ class Document(NamedTuple):
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
 
 
-def split_file(file: File) -> Iterator[Document]:
+def split_file(file: File) -> Iterator[Piece]:
     """Cut a text file into documents of at most DOCUMENT_BYTES, and a `.jsonl` file between lines."""
     starts: Iterable[int] = [0]
     if is_json_lines(file.name):
@@ -52,37 +56,50 @@ def split_file(file: File) -> Iterator[Document]:
     start = None
     for next_start in starts:
         if start is not None:
-            yield Document(file, start, next_start)
+            yield Piece(file, start, next_start)
         start = next_start
     if start is not None:
-        yield Document(file, start, file.size)
+        yield Piece(file, start, file.size)
 
 
-def read(document: Document, leave_out: LeaveOut) -> Iterator[str]:
-    """Yield the texts of a document, and call `leave_out` for a document or record that is not text.
+class Text(NamedTuple):
+    """One text, and where it is in its file.
 
-    Raises SourceError for a file that was removed or changed since it was found.
+    `offset` is the byte where it begins in a file of text or lines, and the number of its record, from 0, in others.
     """
-    file = document.file
-    content = _content(document)
+
+    text: str
+    offset: int
+
+
+def read(
+    piece: Piece, fields: TextFields, leave_out: LeaveOut, max_record_bytes: int = MAX_RECORD_BYTES
+) -> Iterator[Text]:
+    """Yield the texts of a piece, and call `leave_out` for each text or record that is bad.
+
+    Records of more than `max_record_bytes` are left out without being loaded. Raises SourceError for a file that was
+    removed or changed since it was found.
+    """
+    file = piece.file
+    content = _content(piece)
     records = is_json_lines(file.name)
-    for offset, piece in _lines(content) if records else [(0, content)]:
+    for offset, line in _lines(content) if records else [(0, content)]:
         try:
-            text = text_of_record(piece) if records else text_of_bytes(piece)
+            text = text_of_record(line, fields) if records else text_of_bytes(line)
         except NotTextError as error:
-            position = document.start + offset + error.offset
+            position = piece.start + offset + error.offset
             unit = "record" if records else "document"
             leave_out(LeftOut(unit, error.reason, file.name, file.root, file.path, position))
         else:
-            yield text
+            yield Text(text, piece.start + offset)
 
 
-def _content(document: Document) -> bytes:
-    file = document.file
+def _content(piece: Piece) -> bytes:
+    file = piece.file
     try:
         with open_file(file.root, file.path) as stream:
-            stream.seek(document.start)
-            content: bytes = stream.read(document.size)
+            stream.seek(piece.start)
+            content: bytes = stream.read(piece.size)
             changed = has_changed(file, stream)
     except OSError as error:
         raise SourceError(
@@ -90,7 +107,7 @@ def _content(document: Document) -> bytes:
         ) from error
     if changed:
         raise _changed(file)
-    return content.removeprefix(BYTE_ORDER_MARK) if document.start == 0 else content
+    return content.removeprefix(BYTE_ORDER_MARK) if piece.start == 0 else content
 
 
 def _changed(file: File) -> SourceError:

@@ -19,12 +19,14 @@ import numpy.typing as npt
 import psutil
 from jsonargparse import auto_cli
 
-from llama_ray.data.dataset.shards import DatasetInfo, Shard, shard_name, write_info, write_shard
+from llama_ray.data.dataset.info import DatasetInfo, SourceInfo, TokenizerInfo, write_info
+from llama_ray.data.dataset.shards import Shard, ShardWriter, shard_name
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader
 
 SHARD_TOKENS = 250_000_000
 CHUNK_TOKENS = 8_000_000
+DOCUMENT_TOKENS = 1000
 
 
 def main(
@@ -81,7 +83,7 @@ def own_memory() -> int:
 
 
 def write_corpus(directory: Path, tokens: int) -> None:
-    """Write random ids; every chunk is different, so that the file system cannot deduplicate them."""
+    """Write documents of random ids; every chunk is different, so that the file system cannot deduplicate them."""
     directory.mkdir(parents=True, exist_ok=True)
     chunk = np.random.default_rng(0).integers(0, 32000, CHUNK_TOKENS, dtype=np.uint16)
 
@@ -89,13 +91,22 @@ def write_corpus(directory: Path, tokens: int) -> None:
         for i in range(0, count, CHUNK_TOKENS):
             yield (chunk ^ np.uint16((shard * 131 + i // CHUNK_TOKENS) % 32768))[: count - i]
 
-    shards = []
+    shards: list[Shard] = []
     for number, first in enumerate(range(0, tokens, SHARD_TOKENS)):
-        name = shard_name("train", number)
-        count = write_shard(directory / name, chunks(min(SHARD_TOKENS, tokens - first), number), 2)
-        shards.append(Shard(name, count, 1))
-    splits: dict[str, tuple[Shard, ...]] = {"train": tuple(shards), "validation": ()}
-    info = DatasetInfo("random", 0, "random", 32768, "random", 2, splits)
+        with ShardWriter(directory / shard_name("train", number), 2, source="random") as writer:
+            for ids in chunks(min(SHARD_TOKENS, tokens - first), number):
+                lengths = np.full(len(ids) // DOCUMENT_TOKENS, DOCUMENT_TOKENS)
+                writer.add(ids[: lengths.sum()], lengths)
+        assert writer.shard is not None
+        shards.append(writer.shard)
+    info = DatasetInfo(
+        fingerprint="random",
+        seed=0,
+        token_bytes=2,
+        tokenizer=TokenizerInfo("random", 32768),
+        sources=(SourceInfo("random", "benchmarks/loader.py"),),
+        splits={"train": tuple(shards), "validation": ()},
+    )
     write_info(directory, info)
 
 

@@ -11,7 +11,7 @@ from _cli import main, parse
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from llama_ray.data.dataset.shards import read_info
+from llama_ray.data.dataset.info import read_info
 from llama_ray.data.preparing.prepare import PrepareConfig, prepare
 from llama_ray.data.sources.files import BUILTIN
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling

@@ -1,15 +1,29 @@
-"""A small prepared data directory, written without Ray."""
+"""Small prepared data directories, written without Ray."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from llama_ray.data.dataset.shards import DatasetInfo, Shard, shard_name, token_bytes, write_info, write_shard
+from llama_ray.data.dataset.info import DatasetInfo, SourceInfo, TokenizerInfo, write_info
+from llama_ray.data.dataset.shards import Shard, ShardWriter, shard_name, token_bytes
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i * i}\n\nprint(f{i}({i}))\n" * 8 for i in range(60)]
+SOURCE = "test"
+
+Documents = Sequence[Sequence[int]]
+INFO = DatasetInfo(
+    fingerprint="test",
+    seed=0,
+    token_bytes=2,
+    tokenizer=TokenizerInfo("test", 300),
+    sources=(SourceInfo(SOURCE, "tests/token_data.py"),),
+    splits={},
+)
 
 
 def write_dataset(directory: Path, vocab_size: int = 400) -> Path:
@@ -17,22 +31,44 @@ def write_dataset(directory: Path, vocab_size: int = 400) -> Path:
     directory.mkdir(parents=True)
     tokenizer = Tokenizer.train(iter(TEXTS), vocab_size)
     tokenizer.save(directory)
+    documents = [tokenizer.encode(text, bos=True, eos=True) for text in TEXTS]
+    ids = tokenizer.bos_id, tokenizer.eos_id
+    summary = TokenizerInfo(tokenizer.fingerprint, tokenizer.vocab_size, *ids)
+    return write_documents(directory, {"train": [documents[:50]], "validation": [documents[50:]]}, summary)
+
+
+def write_documents(
+    directory: Path,
+    splits: Mapping[str, Sequence[Documents]],
+    tokenizer: TokenizerInfo = INFO.tokenizer,
+    learned: Mapping[str, Sequence[Sequence[bool]]] | None = None,
+) -> Path:
+    """Write the shards of each split, a list of documents each, and `dataset.json`; return `directory`.
+
+    `learned` holds a loss mask for each shard of the splits that have one.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     width = token_bytes(tokenizer.vocab_size)
-    splits = {}
-    for split, texts in (("train", TEXTS[:50]), ("validation", TEXTS[50:])):
-        ids = [np.array(tokenizer.encode(t, bos=True, eos=True)) for t in texts]
-        count = write_shard(directory / shard_name(split, 0), ids, width)
-        splits[split] = (Shard(shard_name(split, 0), count, len(texts)),)
-    write_info(
-        directory,
-        DatasetInfo(
-            source="test",
-            seed=0,
-            fingerprint="test",
-            vocab_size=tokenizer.vocab_size,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            token_bytes=width,
-            splits=splits,
-        ),
-    )
+    shards: dict[str, tuple[Shard, ...]] = {}
+    for split, parts in splits.items():
+        masks = (learned or {}).get(split) or [None] * len(parts)
+        written = [
+            write_shard(directory / shard_name(split, number), documents, width, mask)
+            for number, (documents, mask) in enumerate(zip(parts, masks, strict=True))
+        ]
+        shards[split] = tuple(shard for shard in written if shard)
+    write_info(directory, replace(INFO, tokenizer=tokenizer, token_bytes=width, splits=shards))
     return directory
+
+
+def write_shard(
+    path: Path, documents: Documents, width: int = 2, learned: Sequence[bool] | None = None
+) -> Shard | None:
+    """Write `documents` as one shard, with a loss mask if `learned` is given."""
+    with ShardWriter(path, width, source=SOURCE, masks=learned is not None) as writer:
+        writer.add(
+            np.array([token for document in documents for token in document], dtype=np.int64),
+            np.array([len(document) for document in documents], dtype=np.int64),
+            None if learned is None else np.array(learned, dtype=np.bool_),
+        )
+    return writer.shard

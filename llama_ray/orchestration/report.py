@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from llama_ray.data.dataset.shards import DatasetInfo
+from llama_ray.data.dataset.info import DatasetInfo
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llama_ray.data.dataset.shards import SPLITS, DatasetInfo, read_info
+from llama_ray.data.dataset.info import SPLITS, DatasetInfo, read_info
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
 from llama_ray.orchestration.launch import LATEST, LaunchConfig

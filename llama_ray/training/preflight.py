@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_ray.data.dataset.shards import DatasetError, read_info
+from llama_ray.data.dataset.info import read_info
+from llama_ray.data.dataset.shards import DatasetError
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader, validation_batches
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ def check_run(
     layout = choose_layout(model, config, world_size)
     info = read_info(data)
     tokenizer = Tokenizer.load(data)
-    if tokenizer.fingerprint != info.tokenizer_fingerprint:
+    if tokenizer.fingerprint != info.tokenizer.fingerprint:
         raise DatasetError(
             f"{data} was tokenised with another tokenizer than the tokenizer.json in it; prepare the data again"
         )

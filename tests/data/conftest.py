@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from llama_ray.data.dataset.shards import DatasetInfo, Shard, shard_name, token_bytes, write_info, write_shard
+from llama_ray.data.dataset.info import TokenizerInfo
+from tests.token_data import write_documents
 
 MakeDataset = Callable[..., Path]
 
@@ -16,30 +17,12 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
     """Write a dataset whose tokens count up from 0, so that each sample is different."""
 
     def make(train: Sequence[int], validation: Sequence[int] = (50,), vocab_size: int = 100_000) -> Path:
-        directory = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
-        directory.mkdir()
         splits = {}
         for split, lengths in (("train", train), ("validation", validation)):
-            shards, first = [], 0
-            for index, length in enumerate(lengths):
-                tokens = np.arange(first, first + length)
-                write_shard(directory / shard_name(split, index), [tokens], token_bytes(vocab_size))
-                shards.append(Shard(shard_name(split, index), length, 1))
-                first += length
-            splits[split] = tuple(shards)
-        write_info(
-            directory,
-            DatasetInfo(
-                source="test",
-                seed=0,
-                fingerprint="f",
-                vocab_size=vocab_size,
-                tokenizer_fingerprint="t",
-                token_bytes=token_bytes(vocab_size),
-                splits=splits,
-            ),
-        )
-        return directory
+            ends = itertools.accumulate(lengths, initial=0)
+            splits[split] = [[range(start, end)] for start, end in itertools.pairwise(ends)]
+        directory = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
+        return write_documents(directory, splits, TokenizerInfo("test", vocab_size))
 
     return make
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.dataset.shards import read_info
+from llama_ray.data.dataset.info import read_info
 
 JOB = Path(__file__).parents[2] / "jobs" / "prepare_data.py"
 

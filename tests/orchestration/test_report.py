@@ -1,22 +1,25 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from llama_ray.data.dataset.shards import DatasetInfo, Shard
+from llama_ray.data.dataset.info import DatasetInfo, SourceInfo, TokenizerInfo
+from llama_ray.data.dataset.shards import Shard
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.report import describe_run, describe_version, short_count
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 
 MODEL = LlamaConfig.preset("llama-tiny")
+SHARD = Shard("train-00000.bin", "books", 9000, 3, 9000, False, 18100, "0" * 64)
 DATA = DatasetInfo(
-    source="books/**/*.txt",
-    seed=0,
     fingerprint="f",
-    vocab_size=512,
-    tokenizer_fingerprint="t",
+    seed=0,
     token_bytes=2,
-    splits={"train": (Shard("a", 9000, 3),), "validation": (Shard("b", 1000, 1),)},
+    tokenizer=TokenizerInfo("t", 512),
+    sources=(SourceInfo("books", "books/**/*.txt"),),
+    splits={"train": (SHARD,), "validation": (replace(SHARD, tokens=1000, documents=1),)},
 )
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from llama_ray.data.dataset.shards import open_shard, write_shard
+from llama_ray.data.dataset.info import SPLITS, read_info
+from llama_ray.data.dataset.shards import open_shard
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.model.config import LlamaConfig
 from llama_ray.storage.run_directory import MARKER, checkpoint_name
@@ -21,6 +21,7 @@ from llama_ray.training.errors import TrainingError
 from llama_ray.training.loop import train
 from llama_ray.training.optimizers.build import learning_rate
 from llama_ray.training.reporting.observer import Console
+from tests.token_data import write_documents
 from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder
 
 SEQ_LEN = 32
@@ -91,11 +92,14 @@ def test_a_change_of_the_global_batch_is_said(
 
 
 def other_documents(dataset: Path, directory: Path, split: str) -> Path:
-    """Copy a dataset, and turn the tokens of one split around: as many, with the same tokenizer."""
-    other = shutil.copytree(dataset, directory)
-    shard = other / f"{split}-00000.bin"
-    write_shard(shard, [np.array(open_shard(shard)[::-1])], 2)
-    return other
+    """Write the data of a dataset with the documents of one split turned around: as many, with the same tokenizer."""
+    splits = {
+        name: [[each.tolist() for each in open_shard(dataset / f"{name}-00000.bin").documents()]]
+        for name in SPLITS
+    }
+    splits[split][0].reverse()
+    shutil.copytree(dataset, directory)
+    return write_documents(directory, splits, read_info(dataset).tokenizer)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -127,7 +131,7 @@ def test_the_same_documents_elsewhere_are_the_same_data(
 ) -> None:
     moved = shutil.copytree(dataset, tmp_path / "moved")
     info = json.loads((moved / "dataset.json").read_text())
-    (moved / "dataset.json").write_text(json.dumps(info | {"source": "elsewhere", "fingerprint": "later"}))
+    (moved / "dataset.json").write_text(json.dumps(info | {"sources": [], "fingerprint": "later"}))
     train(tiny, TWELVE_STEPS, moved, device=CPU, observer=Console(), resume_from=finished.checkpoint(10))
 
 

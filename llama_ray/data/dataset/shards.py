@@ -1,38 +1,46 @@
-"""A tokenised dataset on disk: shards of token ids, their tokenizer, and `dataset.json`.
+"""A token shard, format 2: the token ids of documents, where each document begins, and which tokens are learned.
 
-A shard is a header (`MAGIC`, format version, bytes a token, number of tokens; little-endian) followed by the token
-ids, little-endian uint16 if the vocabulary allows it, else uint32. Each document is bos, its tokens, eos.
-`dataset.json` is written last: a directory without it is not a dataset.
+    header     MAGIC, format version (uint32), bytes a token (uint32)
+    tokens     uint16 if the vocabulary allows it, else uint32
+    padding    to a multiple of 8 bytes
+    starts     uint64, the index of each document's first token
+    mask       optional: a bit a token, the first token in the lowest bit; 0 where the loss skips the token
+    trailer    number of tokens and of documents (uint64), whether there is a mask (uint32), MAGIC
+
+All numbers are little-endian. Each document is bos, its tokens, eos. What is only known at the end stands at the end,
+so that a shard is written in one pass and its checksum is that of the file. It is memory-mapped: nothing is built to
+read it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import mmap
 import struct
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from llama_ray.storage.atomic import replacing, sync
-from llama_ray.storage.paths import is_uri
+from llama_ray.storage.atomic import replacing
 from llama_ray.utils.errors import UserError
 
 MAGIC = b"LLAMARAY"
-FORMAT_VERSION = 1
-INFO_FILE = "dataset.json"
-SPLITS = ("train", "validation")
-_AGAIN = "prepare the data again (--overwrite)"
-_HEADER = struct.Struct("<8sIIQ")
-# A content fingerprint reads at most so many windows of so many bytes: 64 MiB.
-_WINDOWS, _WINDOW_BYTES = 4096, 1 << 14
-_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+FORMAT_VERSION = 2
+PREPARE_AGAIN = "prepare the data again (--overwrite)"
+_HEADER = struct.Struct("<8sII")
+_TRAILER = struct.Struct("<QQI8s")
+_DTYPES: dict[int, np.dtype[np.unsignedinteger]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 Tokens = npt.NDArray[np.integer]
+Starts = npt.NDArray[np.integer]
+"""Where documents begin; sorted."""
 
 
 class DatasetError(UserError):
@@ -41,36 +49,40 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of tokens, and the numbers of tokens and documents in it."""
+    """A file of tokens of one source: its entry in `dataset.json`.
+
+    `source` is the name of the source, `bytes` the size of the file, `sha256` its checksum in hexadecimal. `masked`
+    says whether it has a loss mask, and `trained` counts the tokens that are learned.
+    """
 
     file: str
+    source: str
     tokens: int
     documents: int
+    trained: int
+    masked: bool
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
-class DatasetInfo:
-    """The content of `dataset.json`.
+class Sections:
+    """Where the parts of a shard lie: byte offsets of the tokens, starts, mask and trailer, and the file's size."""
 
-    `fingerprint` identifies what the dataset was made from (settings and source files), `tokenizer_fingerprint` the
-    tokenizer in the directory. `token_bytes` is the size of a token id on disk, 2 or 4.
-    """
+    tokens: int
+    starts: int
+    mask: int
+    trailer: int
+    size: int
 
-    source: str
-    seed: int
-    fingerprint: str
-    vocab_size: int
-    tokenizer_fingerprint: str
-    token_bytes: int
-    splits: dict[str, tuple[Shard, ...]]
-
-    def tokens(self, split: str) -> int:
-        """Return the number of tokens in `split`, including bos and eos."""
-        return sum(shard.tokens for shard in self.splits[split])
-
-    def documents(self, split: str) -> int:
-        """Return the number of documents in `split`."""
-        return sum(shard.documents for shard in self.splits[split])
+    @classmethod
+    def of(cls, width: int, tokens: int, documents: int, masked: bool) -> Sections:
+        """Return those of a shard with so many tokens of `width` bytes, and documents."""
+        end_of_tokens = _HEADER.size + tokens * width
+        starts = end_of_tokens + -end_of_tokens % 8
+        mask = starts + 8 * documents
+        trailer = mask + (-(-tokens // 8) if masked else 0)
+        return cls(_HEADER.size, starts, mask, trailer, trailer + _TRAILER.size)
 
 
 def token_bytes(vocab_size: int) -> int:
@@ -83,110 +95,197 @@ def shard_name(split: str, index: int) -> str:
     return f"{split}-{index:05d}.bin"
 
 
-def write_shard(path: Path, documents: Iterable[Tokens], width: int) -> int:
-    """Write the token ids of `documents`, `width` bytes each, and return their number.
+class ShardWriter:
+    """Writes the shard `path` while documents are added; `shard` describes it after the block.
 
-    The file gets its name only when it is complete and on disk, so a killed writer leaves no incomplete shard.
+    The file gets its name only when it is complete and on disk, so a killed writer leaves no incomplete shard. Where
+    nothing was added there is no file, and `shard` stays None.
+
+        with ShardWriter(path, width, source="books") as writer:
+            writer.add(tokens, lengths)
+        shard = writer.shard
     """
-    count = 0
-    with replacing(path) as file:
-        file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, 0))
-        for tokens in documents:
-            file.write(tokens.astype(_DTYPES[width]).tobytes())
-            count += len(tokens)
-        file.seek(0)
-        file.write(_HEADER.pack(MAGIC, FORMAT_VERSION, width, count))
-    return count
+
+    def __init__(self, path: Path, width: int, *, source: str = "", masks: bool = False) -> None:
+        """`width` is the size of a token id in bytes; with `masks`, each call of `add` brings a loss mask."""
+        self.shard: Shard | None = None
+        self._path, self._dtype, self._source = path, _DTYPES[width], source
+        self._mask = _PackedBits() if masks else None
+        self._starts: list[npt.NDArray[np.uint64]] = []
+        self._tokens = self._documents = self._bytes = 0
+        self._digest = hashlib.sha256()
+        self._file: BinaryIO | None = None
+        self._open = ExitStack()
+
+    def add(
+        self, tokens: Tokens, lengths: npt.NDArray[np.integer], mask: npt.NDArray[np.bool_] | None = None
+    ) -> None:
+        """Append documents of `lengths` tokens, which follow each other in `tokens`; `mask` is as long as `tokens`.
+
+        Raises ValueError for lengths or a mask that do not fit, and for a token id that does not fit in `width` bytes.
+        """
+        self._check(tokens, lengths, mask)
+        if len(tokens) == 0:
+            return
+        self._write(tokens.astype(self._dtype, copy=False).tobytes())
+        self._starts.append((self._tokens + np.cumsum(lengths) - lengths).astype(np.uint64))
+        if self._mask is not None and mask is not None:
+            self._mask.append(mask)
+        self._tokens += len(tokens)
+        self._documents += len(lengths)
+
+    def _check(
+        self, tokens: Tokens, lengths: npt.NDArray[np.integer], mask: npt.NDArray[np.bool_] | None
+    ) -> None:
+        if int(lengths.sum()) != len(tokens) or (lengths < 1).any():
+            raise ValueError(
+                f"lengths add up to {int(lengths.sum())}, the least is {lengths.min(initial=1)}; they must be at "
+                f"least 1 and add up to the {len(tokens)} tokens"
+            )
+        if (mask is None) != (self._mask is None) or (mask is not None and len(mask) != len(tokens)):
+            given = "none" if mask is None else f"one of {len(mask)} tokens"
+            wanted = "none" if self._mask is None else f"one of {len(tokens)}"
+            raise ValueError(f"the loss mask is {given}; it must be {wanted}")
+        if len(tokens) and (int(tokens.max()) >> (8 * self._dtype.itemsize) or int(tokens.min()) < 0):
+            raise ValueError(
+                f"token ids are {tokens.min()} to {tokens.max()}; they must fit in {self._dtype.itemsize} bytes"
+            )
+
+    def _write(self, data: bytes) -> None:
+        if self._file is None:
+            self._file = self._open.enter_context(replacing(self._path))
+            self._write(_HEADER.pack(MAGIC, FORMAT_VERSION, self._dtype.itemsize))
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def _finish(self) -> None:
+        masked = self._mask is not None
+        sections = Sections.of(self._dtype.itemsize, self._tokens, self._documents, masked)
+        self._write(bytes(sections.starts - self._bytes))
+        for starts in self._starts:
+            self._write(starts.astype("<u8").tobytes())
+        if self._mask is not None:
+            self._write(self._mask.tobytes())
+        self._write(_TRAILER.pack(self._tokens, self._documents, masked, MAGIC))
+        trained = self._tokens if self._mask is None else self._mask.ones
+        name, digest = self._path.name, self._digest.hexdigest()
+        self.shard = Shard(
+            name, self._source, self._tokens, self._documents, trained, masked, self._bytes, digest
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # An error here, such as a full disk, removes the unfinished file as one in the block does.
+        with self._open:
+            if kind is None and self._file is not None:
+                self._finish()
+            elif error is not None:
+                raise error
 
 
-def open_shard(path: Path) -> Tokens:
-    """Map the token ids of a shard into memory, read-only.
+class _PackedBits:
+    """Bits that are appended, eight to a byte, the first one lowest."""
+
+    def __init__(self) -> None:
+        self.ones = 0
+        self._bytes = bytearray()
+        # Fewer than eight, which do not fill a byte yet.
+        self._rest = np.empty(0, dtype=np.bool_)
+
+    def append(self, bits: npt.NDArray[np.bool_]) -> None:
+        self.ones += int(np.count_nonzero(bits))
+        bits = np.concatenate([self._rest, bits])
+        whole = len(bits) // 8 * 8
+        self._bytes += np.packbits(bits[:whole], bitorder="little").tobytes()
+        self._rest = bits[whole:]
+
+    def tobytes(self) -> bytes:
+        return bytes(self._bytes) + np.packbits(self._rest, bitorder="little").tobytes()
+
+
+@dataclass(frozen=True)
+class OpenShard:
+    """A shard in memory, or mapped into it: its `tokens`, and the `starts` of its documents, both read-only.
+
+    `mask_bits` are the bytes of the loss mask; None if every token is learned.
+    """
+
+    tokens: Tokens
+    starts: Starts
+    mask_bits: npt.NDArray[np.uint8] | None = None
+
+    @cached_property
+    def mask(self) -> npt.NDArray[np.bool_] | None:
+        """Whether each token is learned, in a byte each; None if all are."""
+        return None if self.mask_bits is None else self.mask_of(0, len(self.tokens))
+
+    def mask_of(self, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
+        """Return whether each of the tokens from `start` to `stop` is learned; None if all are."""
+        if self.mask_bits is None:
+            return None
+        first = start // 8
+        bits = np.unpackbits(self.mask_bits[first : -(-stop // 8)], bitorder="little")
+        return bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
+
+    def documents(self) -> Iterator[Tokens]:
+        """Yield the tokens of each document."""
+        ends = [*self.starts[1:].tolist(), len(self.tokens)]
+        for start, end in zip(self.starts.tolist(), ends, strict=True):
+            yield self.tokens[start:end]
+
+
+def open_shard(path: Path) -> OpenShard:
+    """Map a shard into memory.
 
     Raises DatasetError for a missing file, a file that is not a shard, another format version, and a file that is
-    shorter or longer than its header says.
+    shorter or longer than its trailer says.
     """
     try:
         with path.open("rb") as file:
             header = file.read(_HEADER.size)
-        size = path.stat().st_size
+            size = path.stat().st_size
+            width = _checked_width(path, header)
+            file.seek(max(size - _TRAILER.size, 0))
+            tokens, documents, masked = _read_trailer(path, file.read(_TRAILER.size))
+            sections = Sections.of(width, tokens, documents, masked)
+            if size != sections.size:
+                raise DatasetError(
+                    f"{path} has {size} bytes; {tokens} tokens in {documents} documents need {sections.size}; "
+                    f"{PREPARE_AGAIN}"
+                )
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise DatasetError(f"cannot read shard {path} ({error.strerror}); {_AGAIN}") from error
+        raise DatasetError(f"cannot read shard {path} ({error.strerror}); {PREPARE_AGAIN}") from error
+    # Each window is read at random, but looks up the index, which is small: read it ahead.
+    page = sections.starts // mmap.PAGESIZE * mmap.PAGESIZE
+    mapped.madvise(mmap.MADV_WILLNEED, page, sections.mask - page)
+    return OpenShard(
+        np.frombuffer(mapped, _DTYPES[width], tokens, sections.tokens),
+        np.frombuffer(mapped, np.dtype("<u8"), documents, sections.starts),
+        np.frombuffer(mapped, np.uint8, sections.trailer - sections.mask, sections.mask) if masked else None,
+    )
+
+
+def _checked_width(path: Path, header: bytes) -> int:
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
-        raise DatasetError(f"{path} is not a token shard; {_AGAIN}")
-    _, version, width, count = _HEADER.unpack(header)
+        raise DatasetError(f"{path} is not a token shard; {PREPARE_AGAIN}")
+    _, version, width = _HEADER.unpack(header)
     if version != FORMAT_VERSION or width not in _DTYPES:
         raise DatasetError(
             f"{path} has format version {version} with {width}-byte tokens; it must have version "
-            f"{FORMAT_VERSION} with 2 or 4 bytes; {_AGAIN}"
+            f"{FORMAT_VERSION} with 2 or 4 bytes; {PREPARE_AGAIN}"
         )
-    expected = _HEADER.size + count * width
-    if size != expected:
-        raise DatasetError(f"{path} has {size} bytes; {count} tokens need {expected}; {_AGAIN}")
-    if count == 0:  # An empty range cannot be mapped.
-        return np.empty(0, dtype=_DTYPES[width])
-    return np.memmap(path, dtype=_DTYPES[width], mode="r", offset=_HEADER.size, shape=(count,))
+    return int(width)
 
 
-def content_fingerprint(directory: Path, info: DatasetInfo) -> str:
-    """Return a digest of the tokens of all splits, wherever and whenever they were prepared.
-
-    Up to 64 MiB of shards are read whole. Of more, windows at even distances are, because reading all of a large
-    dataset takes minutes; together with the numbers of tokens and documents of each shard they tell datasets apart.
-    """
-    described = [[split, *map(asdict, info.splits[split])] for split in sorted(info.splits)]
-    digest = hashlib.sha256(json.dumps([info.tokenizer_fingerprint, described]).encode())
-    shards = [shard for split in sorted(info.splits) for shard in info.splits[split]]
-    total = sum(shard.tokens for shard in shards) * info.token_bytes
-    stride = max(_WINDOW_BYTES, total // _WINDOWS)
-    # Bytes of earlier shards, so that the windows are spread over all of them.
-    before = 0
-    for shard in shards:
-        size = shard.tokens * info.token_bytes
-        with (directory / shard.file).open("rb") as file:
-            for window in range(before - before % stride, before + size, stride):
-                start = max(window - before, 0)
-                file.seek(_HEADER.size + start)
-                digest.update(file.read(max(min(window + _WINDOW_BYTES - before, size) - start, 0)))
-        before += size
-    return digest.hexdigest()
-
-
-def write_info(directory: Path, info: DatasetInfo) -> None:
-    """Write `dataset.json` atomically; call it when everything else is on disk."""
-    content = {"format_version": FORMAT_VERSION, **asdict(info)}
-    content["totals"] = {
-        split: {"tokens": info.tokens(split), "documents": info.documents(split)} for split in info.splits
-    }
-    with replacing(directory / INFO_FILE) as file:
-        file.write(f"{json.dumps(content, indent=2)}\n".encode())
-    # Makes the names of the shards survive a power cut, too.
-    sync(directory)
-
-
-def read_info(directory: str | Path) -> DatasetInfo:
-    """Read `dataset.json`. Raises DatasetError if it is missing, damaged or of another format version."""
-    if is_uri(str(directory)):
-        raise DatasetError(
-            f"data is {directory}; it must be a directory on storage that all nodes mount, not a URI"
-        )
-    file = Path(directory) / INFO_FILE
-    if not file.is_file():
-        raise DatasetError(
-            f"{directory} is not a prepared dataset (no {INFO_FILE}); run jobs/prepare_data.py"
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version = content.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise DatasetError(
-                f"{file} has format version {version}; it must have version {FORMAT_VERSION}; {_AGAIN}"
-            )
-        content.pop("totals")
-        content["splits"] = {
-            split: tuple(Shard(**shard) for shard in shards) for split, shards in content["splits"].items()
-        }
-        return DatasetInfo(**content)
-    except DatasetError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DatasetError(f"{file} is damaged ({error!r}); {_AGAIN}") from error
+def _read_trailer(path: Path, trailer: bytes) -> tuple[int, int, bool]:
+    """Return the numbers of tokens and documents, and whether there is a mask."""
+    if len(trailer) < _TRAILER.size or not trailer.endswith(MAGIC):
+        raise DatasetError(f"{path} is cut off: its end is not that of a shard; {PREPARE_AGAIN}")
+    tokens, documents, masked, _ = _TRAILER.unpack(trailer)
+    return tokens, documents, bool(masked)

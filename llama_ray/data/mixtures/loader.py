@@ -162,8 +162,8 @@ def validation_batches(
     num_samples = dataset.num_samples(seq_len)
     if num_samples == 0:
         raise ValueError(
-            f"the {dataset.split} split holds {len(dataset)} tokens; one sample of {seq_len} needs {seq_len + 1} in "
-            "one shard; use more data, a larger validation_fraction or a smaller max_seq_len"
+            f"the {dataset.split} split holds {len(dataset)} tokens; one sample of {seq_len} needs {seq_len + 1}; "
+            "use more data, a larger validation_fraction or a smaller max_seq_len"
         )
     batches = ceil_div(num_samples, batch_size)
     if max_batches is not None:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from llama_ray.data.dataset.shards import INFO_FILE, SPLITS, DatasetError, DatasetInfo, read_info, write_info
+from llama_ray.data.dataset.info import INFO_FILE, SPLITS, DatasetInfo, read_info, write_info
+from llama_ray.data.dataset.shards import DatasetError
 from llama_ray.data.tokenizing.files import CONFIG_FILE, TOKENIZER_FILE
 from llama_ray.utils.errors import printable
 
@@ -94,8 +95,11 @@ def staging_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staging: Path, output: Path, info: DatasetInfo) -> None:
-    """Move the finished files from `staging` to `output`, remove shards of an older dataset, write `info` last."""
+def publish(staging: Path, output: Path, info: DatasetInfo) -> DatasetInfo:
+    """Move the finished files from `staging` to `output`, remove shards of an older dataset, write `info` last.
+
+    Returns what was written, with the checksums of the other files.
+    """
     (output / INFO_FILE).unlink(missing_ok=True)
     files = {path.name for path in staging.iterdir()}
     for old in output.glob("*.bin"):
@@ -103,7 +107,7 @@ def publish(staging: Path, output: Path, info: DatasetInfo) -> None:
             old.unlink()
     for name in sorted(files):
         (staging / name).replace(output / name)
-    write_info(output, info)
+    return write_info(output, info)
 
 
 def _open(lock: Path) -> BinaryIO:

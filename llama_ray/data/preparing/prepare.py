@@ -7,17 +7,16 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import ray
 import ray.data
 
+from llama_ray.data.dataset.info import SPLITS, DatasetInfo, SourceInfo, TokenizerInfo
 from llama_ray.data.dataset.shards import (
     FORMAT_VERSION,
-    SPLITS,
     DatasetError,
-    DatasetInfo,
     Shard,
     open_shard,
     shard_name,
@@ -126,17 +125,23 @@ def _make(
     with staging_directory(output) as staging:
         tokenizer = given or _train_tokenizer(documents["train"], config, log)
         tokenizer.save(staging)
-        shards = _write_shards(documents, tokenizer, staging, left_out, log)
+        location = printable(config.source, limit=4096)
+        source = SourceInfo(name=location, location=location)
+        shards, source = _write_shards(documents, tokenizer, staging, source, left_out, log)
         info = DatasetInfo(
-            source=printable(config.source, limit=4096),
-            seed=config.seed,
             fingerprint=fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer_fingerprint=tokenizer.fingerprint,
+            seed=config.seed,
             token_bytes=token_bytes(tokenizer.vocab_size),
+            tokenizer=TokenizerInfo(
+                fingerprint=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size,
+                bos_id=tokenizer.bos_id,
+                eos_id=tokenizer.eos_id,
+            ),
+            sources=(source,),
             splits=_by_split(shards),
         )
-        publish(staging, output, info)
+        info = publish(staging, output, info)
     log(
         f"took {info.documents('train'):,} texts for training and {info.documents('validation'):,} for validation"
     )
@@ -177,17 +182,21 @@ def _write_shards(
     documents: dict[str, list[Piece]],
     tokenizer: Tokenizer,
     directory: Path,
+    source: SourceInfo,
     left_out: Tally,
     log: Log,
-) -> dict[str, Shard]:
+) -> tuple[dict[str, Shard], SourceInfo]:
     """Write a shard for each group of documents, in a task of its own, so shards are the same on any cluster.
 
-    Adds to `left_out` what the tasks leave out.
+    Returns the shards by name, and `source` with what it gave. Adds to `left_out` what the tasks leave out.
     """
     total = sum(document.size for split in SPLITS for document in documents[split])
     groups = list(_groups(documents, max(_GROUP_BYTES, total // _MAX_GROUPS)))
     write = functools.partial(
-        write_group, directory=str(directory), tokenizer_fingerprint=tokenizer.fingerprint
+        write_group,
+        directory=str(directory),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        source=source.name,
     )
     # The lines that we log are easier to read in a job's log.
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -195,17 +204,20 @@ def _write_shards(
     started = time.monotonic()
     shards: dict[str, Shard] = {}
     size = tokens = 0
-    for result in (ShardResult(**row) for row in rows):
+    for done, result in enumerate((ShardResult(**row) for row in rows), start=1):
         shard = _checked_shard(result, directory)
-        shards[shard.file] = shard
+        if shard is not None:
+            shards[shard.file] = shard
+            tokens += shard.tokens
+            texts = source.texts + shard.documents
+            source = replace(source, texts=texts, text_bytes=source.text_bytes + result.text_bytes)
         size += result.bytes
-        tokens += shard.tokens
         left_out.merge(Tally.from_json(result.left_out))
         log(
-            f"tokenised {len(shards)} of {len(groups)} shards, {size / 1e6:.1f} of {total / 1e6:.1f} MB, "
+            f"tokenised {done} of {len(groups)} shards, {size / 1e6:.1f} of {total / 1e6:.1f} MB, "
             f"{tokens:,} tokens, {time.monotonic() - started:.0f} s"
         )
-    return shards
+    return shards, source
 
 
 def _groups(documents: dict[str, list[Piece]], size: int) -> Iterator[dict[str, str]]:
@@ -223,9 +235,12 @@ def _groups(documents: dict[str, list[Piece]], size: int) -> Iterator[dict[str, 
             yield make_group(shard_name(split, index), group)
 
 
-def _checked_shard(result: ShardResult, directory: Path) -> Shard:
+def _checked_shard(result: ShardResult, directory: Path) -> Shard | None:
     if result.error:
         raise SourceError(result.error)
+    described = json.loads(result.shard)
+    if described is None:
+        return None
     try:
         open_shard(directory / result.file)
     except DatasetError as error:
@@ -233,7 +248,7 @@ def _checked_shard(result: ShardResult, directory: Path) -> Shard:
             f"a shard that a worker wrote cannot be read here ({error}); give an --output on storage that all nodes "
             "share"
         ) from error
-    return Shard(result.file, result.tokens, result.documents)
+    return Shard(**described)
 
 
 def _by_split(shards: dict[str, Shard]) -> dict[str, tuple[Shard, ...]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_ray.data.dataset.shards import DatasetError, Tokens, token_bytes, write_shard
+from llama_ray.data.dataset.shards import DatasetError, ShardWriter, Tokens, token_bytes
 from llama_ray.data.records.fields import TextFields
 from llama_ray.data.records.pieces import Piece, read
 from llama_ray.data.sources.files import File
@@ -24,14 +24,15 @@ from llama_ray.data.tokenizing.tokenizer import Tokenizer
 class ShardResult:
     """What became of a group of documents.
 
-    `bytes` counts all bytes of the documents, `documents` the texts in them, and `left_out` is a `Tally` as JSON.
+    `shard` describes the file as JSON, null where no text was found. `bytes` counts all bytes of the documents,
+    `text_bytes` those of the texts in them, and `left_out` is a `Tally` as JSON.
     `error` is a message for the user, or empty: Ray would wrap an exception into a page of traceback.
     """
 
     file: str
-    tokens: int = 0
-    documents: int = 0
+    shard: str = "null"
     bytes: int = 0
+    text_bytes: int = 0
     left_out: str = ""
     error: str = ""
 
@@ -42,10 +43,12 @@ def make_group(file: str, documents: Sequence[Piece]) -> dict[str, str]:
     return {"file": file, "documents": json.dumps(documents)}
 
 
-def write_group(group: dict[str, Any], directory: str, tokenizer_fingerprint: str) -> dict[str, Any]:
+def write_group(
+    group: dict[str, Any], directory: str, tokenizer_fingerprint: str, source: str
+) -> dict[str, Any]:
     """Write the shard of a row from `make_group` into `directory`; runs in a Ray worker.
 
-    `directory` holds the tokenizer, too. Returns the fields of a `ShardResult`.
+    `source` is its label, and `directory` holds the tokenizer, too. Returns the fields of a `ShardResult`.
     """
     # A task has one CPU; the tokenizer would start a thread for each core of the machine.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -53,8 +56,11 @@ def write_group(group: dict[str, Any], directory: str, tokenizer_fingerprint: st
     left_out = Tally()
     try:
         tokenizer = _load_tokenizer(directory, tokenizer_fingerprint)
-        encoded = _encode_documents(group["documents"], tokenizer, result, left_out)
-        result.tokens = write_shard(Path(directory, result.file), encoded, token_bytes(tokenizer.vocab_size))
+        path, width = Path(directory, result.file), token_bytes(tokenizer.vocab_size)
+        with ShardWriter(path, width, source=source) as writer:
+            for tokens in _encode_documents(group["documents"], tokenizer, result, left_out):
+                writer.add(tokens, np.array([len(tokens)]))
+        result.shard = json.dumps(writer.shard and asdict(writer.shard))
     except ValueError as error:
         result.error = str(error)
     except OSError as error:
@@ -73,7 +79,7 @@ def _encode_documents(
         document = Piece(File(*file), start, stop)
         result.bytes += document.size
         for text in read(document, TextFields(), left_out.add):
-            result.documents += 1
+            result.text_bytes += len(text.text.encode())
             yield np.array(tokenizer.encode(text.text, bos=True, eos=True), dtype=np.uint32)
 
 

@@ -1,97 +1,124 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llama_ray.data.dataset.shards import (
-    INFO_FILE,
-    DatasetError,
-    open_shard,
-    read_info,
-    token_bytes,
-    write_shard,
-)
+from llama_ray.data.dataset.shards import DatasetError, ShardWriter, open_shard, token_bytes
+from tests.token_data import write_shard
 
-MakeDataset = Callable[..., Path]
+LENGTHS = np.array([3])
 
 
 @pytest.mark.parametrize(("vocab_size", "width"), [(300, 2), (65536, 2), (65537, 4), (128256, 4)])
-def test_a_shard_gives_back_the_tokens_that_were_written(tmp_path: Path, vocab_size: int, width: int) -> None:
-    tokens = np.array([0, 1, vocab_size - 1, 7], dtype=np.int64)
-    path = tmp_path / "train-00000.bin"
+def test_a_shard_gives_back_what_was_added(tmp_path: Path, vocab_size: int, width: int) -> None:
     assert token_bytes(vocab_size) == width
-    assert write_shard(path, [tokens[:1], tokens[1:]], width) == 4
-    assert path.stat().st_size == 24 + 4 * width
-    assert open_shard(path).tolist() == tokens.tolist()
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    path = tmp_path / "train-00000.bin"
+    mask = np.arange(11) % 3 > 0
+    with ShardWriter(path, width, source="books", masks=True) as writer:
+        writer.add(np.array([0, 1, vocab_size - 1, 7, 8]), np.array([3, 2]), mask[:5])
+        writer.add(np.array([], dtype=np.int64), np.array([], dtype=np.int64), mask[:0])
+        writer.add(np.arange(6), np.array([6]), mask[5:])
+    shard = open_shard(path)
+    assert shard.tokens.tolist() == [0, 1, vocab_size - 1, 7, 8, *range(6)]
+    assert shard.starts.tolist() == [0, 3, 5]
+    assert shard.mask is not None
+    assert shard.mask.tolist() == mask.tolist()
+    found = writer.shard
+    assert found is not None
+    assert (found.file, found.source, found.tokens, found.documents) == (path.name, "books", 11, 3)
+    assert (found.trained, found.masked, found.bytes) == (int(mask.sum()), True, path.stat().st_size)
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_shard_may_be_empty(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.bin", [], 2)
-    assert len(open_shard(tmp_path / "a.bin")) == 0
+@pytest.mark.parametrize(("start", "stop"), [(0, 40), (3, 4), (8, 16), (7, 33), (39, 40), (5, 5)])
+def test_a_part_of_the_mask_is_that_part(tmp_path: Path, start: int, stop: int) -> None:
+    learned = [number % 5 < 2 for number in range(40)]
+    write_shard(tmp_path / "a.bin", [range(40)], learned=learned)
+    part = open_shard(tmp_path / "a.bin").mask_of(start, stop)
+    assert part is not None
+    assert part.tolist() == learned[start:stop]
+
+
+def test_without_masks_every_token_is_learned(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.bin", [range(9)])
+    assert shard is not None
+    assert (shard.trained, shard.masked, open_shard(tmp_path / "a.bin").mask) == (9, False, None)
+
+
+def test_the_documents_of_a_shard_are_those_that_were_added(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.bin", [[1, 2], [3], [4, 5, 6]])
+    assert [each.tolist() for each in open_shard(tmp_path / "a.bin").documents()] == [[1, 2], [3], [4, 5, 6]]
+
+
+def test_where_nothing_is_added_there_is_no_file(tmp_path: Path) -> None:
+    assert write_shard(tmp_path / "a.bin", []) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_writer_leaves_the_old_shard_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    write_shard(path, [np.arange(3)], 2)
+    write_shard(path, [range(3)])
 
-    def broken() -> object:
-        yield np.arange(5)
-        raise OSError("disk on fire")
+    def fail(writer: ShardWriter) -> None:
+        with writer:
+            writer.add(np.arange(5), np.array([5]))
+            raise OSError("disk on fire")
 
     with pytest.raises(OSError, match="disk on fire"):
-        write_shard(path, broken(), 2)  # type: ignore[arg-type]
-    assert open_shard(path).tolist() == [0, 1, 2]
+        fail(writer := ShardWriter(path, 2))
+    assert writer.shard is None
+    assert open_shard(path).tokens.tolist() == [0, 1, 2]
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "mask", "message"),
+    [
+        (np.arange(3), np.array([2]), None, "lengths add up to 2"),
+        (np.arange(3), np.array([3, 0]), None, "the least is 0"),
+        (np.arange(3), LENGTHS, np.ones(3, np.bool_), "one of 3 tokens; it must be none"),
+        (np.array([1, 2, 65536]), LENGTHS, None, "1 to 65536; they must fit in 2 bytes"),
+        (np.array([1, 2, -1]), LENGTHS, None, "-1 to 2"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    tmp_path: Path, tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message), ShardWriter(tmp_path / "a.bin", 2) as writer:
+        writer.add(tokens, lengths, mask)
+    with (
+        pytest.raises(ValueError, match="must be one of 3"),
+        ShardWriter(tmp_path / "a.bin", 2, masks=True) as writer,
+    ):
+        writer.add(np.arange(3), LENGTHS)
+
+
 def test_mapped_tokens_are_read_only(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.bin", [np.arange(3)], 2)
+    write_shard(tmp_path / "a.bin", [range(3)])
     with pytest.raises(ValueError, match="read-only"):
-        open_shard(tmp_path / "a.bin")[0] = 1
+        open_shard(tmp_path / "a.bin").tokens[0] = 1
 
 
 def test_damaged_shards_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     with pytest.raises(DatasetError, match="cannot read shard"):
         open_shard(path)
-    write_shard(path, [np.arange(100)], 2)
+    write_shard(path, [range(100)])
     whole = path.read_bytes()
     for content, message in (
-        (whole[:-1], "has 223 bytes; 100 tokens need 224"),
-        (whole + b"x", "has 225 bytes"),
+        (whole[:-1], "is cut off"),
+        (whole[:100], "is cut off"),
+        (whole[:16] + whole[24:], "has 244 bytes; 100 tokens in 1 documents need 252"),
         (b"NOTASHARD" + whole[9:], "is not a token shard"),
         (whole[:10], "is not a token shard"),
-        (whole[:8] + b"\x09" + whole[9:], "format version 9"),
+        (b"", "is not a token shard"),
+        (whole[:8] + b"\x01" + whole[9:], "format version 1 .* it must have version 2"),
+        (whole[:12] + b"\x03" + whole[13:], "3-byte tokens"),
     ):
         path.write_bytes(content)
         with pytest.raises(DatasetError, match=message):
             open_shard(path)
-
-
-def test_info_is_read_as_it_was_written(make_dataset: MakeDataset) -> None:
-    info = read_info(make_dataset([100, 50], [20]))
-    assert (info.tokens("train"), info.documents("train"), info.tokens("validation")) == (150, 2, 20)
-    assert [shard.file for shard in info.splits["train"]] == ["train-00000.bin", "train-00001.bin"]
-
-
-def test_missing_or_damaged_info_is_refused(tmp_path: Path, make_dataset: MakeDataset) -> None:
-    with pytest.raises(DatasetError, match=r"is not a prepared dataset \(no dataset.json\)"):
-        read_info(tmp_path)
-    directory = make_dataset([100])
-    text = (directory / INFO_FILE).read_text()
-    for content, message in (
-        (text[:-10], "is damaged"),
-        (text.replace('"splits"', '"spilt"'), "is damaged"),
-        (
-            text.replace('"format_version": 1', '"format_version": 2'),
-            "has format version 2; it must have version 1",
-        ),
-        ("[]", "is damaged"),
-    ):
-        (directory / INFO_FILE).write_text(content)
-        with pytest.raises(DatasetError, match=message):
-            read_info(directory)

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_ray.data.dataset.batch import Batch
-from llama_ray.data.dataset.shards import DatasetError, write_shard
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader, validation_batches
 from llama_ray.data.mixtures.permutation import Permutation
@@ -42,8 +41,8 @@ def firsts(batches: list[Batch]) -> list[int]:
 
 @pytest.fixture
 def dataset(make_dataset: MakeDataset) -> TokenDataset:
-    # 14 + 0 + 28 + 57 samples; shards do not end where samples end.
-    return TokenDataset(make_dataset([100, 5, 200, 400]), "train")
+    # 99 samples; shards do not end where samples end.
+    return TokenDataset(make_dataset([100, 5, 195, 400]), "train")
 
 
 @settings(deadline=None)
@@ -99,7 +98,7 @@ def test_an_epoch_visits_each_sample_at_most_once(
 ) -> None:
     loaders = [loader(dataset, batch, rank, world, accumulation) for rank in range(world)]
     size = batch * world * accumulation
-    assert loaders[0].num_samples == 14 + 28 + 57
+    assert loaders[0].num_samples == 99
     assert loaders[0].batches_per_epoch == 99 // size
     seen = [
         sample
@@ -109,11 +108,7 @@ def test_an_epoch_visits_each_sample_at_most_once(
     ]
     assert len(seen) == 99 // size * size
     assert len(set(seen)) == len(seen)
-    possible = {
-        first + SEQ_LEN * sample
-        for first, count in ((0, 14), (105, 28), (305, 57))
-        for sample in range(count)
-    }
+    possible = {SEQ_LEN * sample for sample in range(99)}
     assert set(seen) <= possible
     if size == 1:
         assert set(seen) == possible
@@ -199,7 +194,7 @@ def test_a_position_is_counted_in_global_batches_of_todays_size(dataset: TokenDa
 
 def test_less_data_than_a_global_batch_is_refused(dataset: TokenDataset) -> None:
     with pytest.raises(
-        ValueError, match=r"99 samples of 7 tokens \(705 tokens\); one step takes 100 \(batch_size 5"
+        ValueError, match=r"99 samples of 7 tokens \(700 tokens\); one step takes 100 \(batch_size 5"
     ):
         loader(dataset, batch=5, rank=0, world=4, accumulation=5)
 
@@ -241,12 +236,3 @@ def test_a_validation_split_without_a_sample_is_refused(make_dataset: MakeDatase
     dataset = TokenDataset(make_dataset([100], [SEQ_LEN]), "validation")
     with pytest.raises(ValueError, match="the validation split holds 7 tokens; one sample of 7 needs 8"):
         validation_batches(dataset, SEQ_LEN, 1)
-
-
-def test_a_missing_split_or_changed_shard_is_refused(make_dataset: MakeDataset) -> None:
-    directory = make_dataset([100])
-    with pytest.raises(DatasetError, match="has no split 'test'; choose one of train, validation"):
-        TokenDataset(directory, "test")
-    write_shard(directory / "train-00000.bin", [np.arange(99)], 4)
-    with pytest.raises(DatasetError, match=r"holds 99 tokens; dataset.json says 100"):
-        TokenDataset(directory, "train")

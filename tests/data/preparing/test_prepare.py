@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.dataset.shards import DatasetError, DatasetInfo, open_shard, read_info
+from llama_ray.data.dataset.info import DatasetInfo, read_info
+from llama_ray.data.dataset.shards import DatasetError, open_shard
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.preparing import prepare as module
 from llama_ray.data.preparing.prepare import PrepareConfig, prepare
@@ -56,7 +57,7 @@ def documents(directory: Path, split: str) -> list[str]:
     tokenizer = Tokenizer.load(directory)
     found = []
     for shard in read_info(directory).splits[split]:
-        tokens = open_shard(directory / shard.file).tolist()
+        tokens = open_shard(directory / shard.file).tokens.tolist()
         while tokens:
             assert tokens[0] == tokenizer.bos_id
             end = tokens.index(tokenizer.eos_id)
@@ -75,7 +76,7 @@ def test_each_document_is_in_one_split(config: PrepareConfig, corpus: Path) -> N
     assert info == read_info(directory)
     assert (info.documents("train"), info.documents("validation")) == (len(train), len(validation))
     assert info.tokens("train") == len(TokenDataset(directory, "train"))
-    assert info.tokenizer_fingerprint == Tokenizer.load(directory).fingerprint
+    assert info.tokenizer.fingerprint == Tokenizer.load(directory).fingerprint
     assert sorted(files(directory)) == FILES
     assert lines[0].startswith("40 documents")
     assert "tokenised 2 of 2 shards" in "\n".join(lines)
@@ -117,7 +118,7 @@ def test_a_given_tokenizer_is_used_as_it_is(config: PrepareConfig, tmp_path: Pat
     tokenizer = Tokenizer.train(iter(["other text"]), 260)
     tokenizer.save(tmp_path / "tokenizer")
     info = prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer")), lambda line: None)
-    assert info.tokenizer_fingerprint == tokenizer.fingerprint == Tokenizer.load(config.output).fingerprint
+    assert info.tokenizer.fingerprint == tokenizer.fingerprint == Tokenizer.load(config.output).fingerprint
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": null}')
     with pytest.raises(TokenizerError, match="has no bos_token"):
         prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer")), lambda line: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from llama_ray.data.cleaning.ranks import rank
@@ -29,6 +29,10 @@ class Drop:
     characters: int
     example: str
     detail: str = ""
+
+    def under(self, name: str) -> Drop:
+        """Return this drop with its rule named as one of the filter `name`."""
+        return replace(self, rule=f"{name}/{self.rule}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The filters that people know by name, each with the rules and limits of datatrove 0.10."""

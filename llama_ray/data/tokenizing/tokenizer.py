@@ -166,7 +166,7 @@ class Tokenizer:
         """
         start = [_checked(self.bos_id, "bos_token")] if bos else []
         end = [_checked(self.eos_id, "eos_token")] if eos else []
-        _check_characters(text)
+        check_characters(text)
         # Unlike `encode`, `encode_batch_fast` computes no character offsets.
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return [*start, *ids, *end]
@@ -179,7 +179,7 @@ class Tokenizer:
         The ids are those of transformers' AutoTokenizer, but for special tokens in `text`, which are characters here
         unless `parse_special`. Without `add_special_tokens` none is added. Raises TokenizerError for a lone surrogate.
         """
-        _check_characters(text)
+        check_characters(text)
         backend = self._parsing if parse_special else self._backend
         ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
@@ -197,7 +197,7 @@ class Tokenizer:
         The template writes bos, as in transformers; a plain transcript gets it as any prompt does. The text of a
         special token in a message is characters. Raises TokenizerError for a lone surrogate.
         """
-        _check_characters(text.text)
+        check_characters(text.text)
         return self._chat_encoder.encode(text)
 
     def end_of_turn_ids(self) -> frozenset[int]:
@@ -217,7 +217,7 @@ class Tokenizer:
         Such a model's prompts begin with bos. Most tokenizers see to that already and are returned as they are; others
         name a bos and do not add it. Raises TokenizerError for a tokenizer without bos or eos.
         """
-        bos_id, eos_id = _checked(self.bos_id, "bos_token"), _checked(self.eos_id, "eos_token")
+        bos_id, eos_id = self.border_ids()
         added = self.encode_prompt("")
         if added[:1] == [bos_id]:
             return self
@@ -228,6 +228,10 @@ class Tokenizer:
             single=[bos, "$A", eos] if ends else [bos, "$A"], special_tokens=[(bos, bos_id), (eos, eos_id)]
         )
         return Tokenizer(backend, self._config)
+
+    def border_ids(self) -> tuple[int, int]:
+        """Return bos and eos, between which a document stands. Raises TokenizerError for a tokenizer without them."""
+        return _checked(self.bos_id, "bos_token"), _checked(self.eos_id, "eos_token")
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary are ignored."""
@@ -301,7 +305,8 @@ def _checked(id: int | None, name: str) -> int:
     return id
 
 
-def _check_characters(text: str) -> None:
+def check_characters(text: str) -> None:
+    """Raise TokenizerError for a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -49,7 +49,7 @@ def flags() -> NDArray[np.uint8]:
     """Return the flags of each code point, [0x110000]."""
     characters = np.arange(_CODES, dtype=np.uint32).view("U1")
     core = np.strings.isalnum(characters)
-    core[marks()] = True
+    core[list(marks())] = True
     core[_ordinals("_/\\|^~-+@")] = True
     table = np.where(core, np.uint8(CORE), np.uint8(EDGE))
     table[_codes(_ALONE)] = 0
@@ -80,6 +80,11 @@ def _ordinals(characters: str) -> list[int]:
 
 
 @cache
-def marks() -> NDArray[np.int64]:
+def marks() -> tuple[int, ...]:
     """Return the code points of combining marks."""
-    return np.array([code for code in range(_CODES) if unicodedata.category(chr(code)) in _MARKS])
+    return tuple(code for code in range(_CODES) if unicodedata.category(chr(code)) in _MARKS)
+
+
+def nonspacing_marks() -> tuple[int, ...]:
+    """Return the code points of combining marks that take no space, such as accents."""
+    return tuple(code for code in marks() if unicodedata.category(chr(code)) == "Mn")

@@ -42,6 +42,8 @@ from benchmarks.watched_run import (
     WatchedRun,
     is_alive,
 )
+from llama_ray.data.mixtures.stages import Segment
+from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.data.preparing.prepare import PrepareConfig, prepare
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.storage import run_directory
@@ -158,7 +160,7 @@ class Bench:
             "checkpoint_every": CHECKPOINT_EVERY,
             "collective_timeout_s": 60,
         }
-        self.schedule = Schedule.of(replace(CONFIG, **self.config), steps)
+        self.schedule = Schedule.of(replace(CONFIG, **self.config), Timetable([Segment(1, 1, 1, {})]), steps)
 
     def run(self, name: str, kills: int) -> Finished:
         """Train, with `kills` kills, until the driver has ended by itself."""

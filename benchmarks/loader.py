@@ -23,6 +23,7 @@ from llama_ray.data.dataset.info import DatasetInfo, SourceInfo, TokenizerInfo, 
 from llama_ray.data.dataset.shards import Shard, ShardWriter, shard_name
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader
+from llama_ray.data.mixtures.mixture import Mixture
 
 SHARD_TOKENS = 250_000_000
 CHUNK_TOKENS = 8_000_000
@@ -55,7 +56,12 @@ def main(
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     start = time.perf_counter()
     loader = Loader(
-        TokenDataset(path, "train"), seq_len=seq_len, batch_size=batch_size, rank=0, world_size=1, seed=0
+        Mixture.of(TokenDataset(path, "train")),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        rank=0,
+        world_size=1,
+        seed=0,
     )
     loader.next_global_batch()
     print(
@@ -63,7 +69,12 @@ def main(
     )
     for name in ("cold", "again"):
         loader = Loader(
-            TokenDataset(path, "train"), seq_len=seq_len, batch_size=batch_size, rank=0, world_size=1, seed=0
+            Mixture.of(TokenDataset(path, "train")),
+            seq_len=seq_len,
+            batch_size=batch_size,
+            rank=0,
+            world_size=1,
+            seed=0,
         )
         loader.next_global_batch()
         before, start = own_memory(), time.perf_counter()

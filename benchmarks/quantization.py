@@ -40,8 +40,8 @@ def main() -> None:
         )
         length = engine.max_seq_len - 1
         dataset = TokenDataset(flags.data, "validation")
-        indices = np.linspace(0, dataset.num_samples(length) - 1, flags.sequences, dtype=np.int64)
-        prompts = dataset.samples(np.unique(indices), length).inputs.tolist()
+        indices = np.linspace(0, dataset.num_windows(length) - 1, flags.sequences, dtype=np.int64)
+        prompts = dataset.windows(np.unique(indices), length, documents=False).inputs.tolist()
         start = time.perf_counter()
         done = engine.generate(prompts, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
         seconds = time.perf_counter() - start

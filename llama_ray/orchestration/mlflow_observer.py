@@ -111,7 +111,9 @@ class MLflowObserver(Console):
 def _validation_prompts(data: str) -> list[list[int]]:
     dataset = TokenDataset(data, "validation")
     positions = np.linspace(
-        0, dataset.num_samples(_PROMPT_TOKENS), _NUM_PROMPTS, endpoint=False, dtype=np.int64
+        0, dataset.num_windows(_PROMPT_TOKENS), _NUM_PROMPTS, endpoint=False, dtype=np.int64
     )
-    prompts: list[list[int]] = dataset.samples(np.unique(positions), _PROMPT_TOKENS).inputs.tolist()
+    prompts: list[list[int]] = dataset.windows(
+        np.unique(positions), _PROMPT_TOKENS, documents=False
+    ).inputs.tolist()
     return prompts

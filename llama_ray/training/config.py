@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from llama_ray.data.mixtures.stages import Stage
+from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.utils.fields import check_fields, limits
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
@@ -21,11 +23,15 @@ class TrainConfig:
     A value that cannot work raises ValueError.
 
     Args:
-        epochs: Passes over the training split; `max_steps` overrides it.
+        epochs: Passes over the training split; of a mixture, as many windows as its sources hold together. `max_steps`
+            overrides it.
         max_steps: Optimizer steps of the run.
         batch_size: Sequences per worker and micro-step.
         gradient_accumulation_steps: Micro-steps per optimizer step; ddp exchanges gradients in the last one only.
         seq_len: Tokens per sequence; 0 means the model's max_seq_len.
+        stages: What changes at given steps: the weights of the sources, seq_len (to shorter sequences; micro-batches
+            then hold more of them, up to the same number of tokens) and the tokens of the global batch.
+        max_repetitions: How often, at most, the run may go through any source; 0 sets no limit.
         precision: Number format of matrix products: bf16 or fp16 (with a gradient scaler) by autocast, fp32, or fp8:
             float8 with a scale a tensor in the blocks' projections and bf16 elsewhere, on GPUs that have float8 units.
             Weights and optimizer state are fp32 in all of them.
@@ -74,6 +80,8 @@ class TrainConfig:
     batch_size: int = field(default=8, metadata=limits(1))
     gradient_accumulation_steps: int = field(default=1, metadata=limits(1))
     seq_len: int = field(default=0, metadata=limits(0))
+    stages: tuple[Stage, ...] = ()
+    max_repetitions: float = field(default=0.0, metadata=limits(0))
     precision: Precision = "bf16"
     learning_rate: float = field(default=3e-4, metadata=limits(above=0))
     min_learning_rate_ratio: float = field(default=0.1, metadata=limits(0, 1))
@@ -130,23 +138,31 @@ class Schedule:
 
     total_steps: int
     warmup_steps: int
-    batches_per_epoch: int
     log_every: int
     validate_every: int | None
-    """None is the end of each epoch, as in `checkpoint_every`."""
+    """None is the step in which an epoch ends, as in `checkpoint_every`."""
     checkpoint_every: int | None
     in_epochs: bool
     """Whether the length of the run is given in epochs."""
+    timetable: Timetable
+    windows_per_epoch: int
     lead: int
-    """Steps taken beyond the position in the data; not 0 after a change of the global batch or of the data."""
+    """Steps taken beyond those that `timetable` needs for the position in the data: not 0 after a change of them."""
 
     @classmethod
-    def of(cls, config: TrainConfig, batches_per_epoch: int, lead: int = 0) -> Schedule:
-        """Resolve the defaults of `config` that depend on the number of global batches in an epoch.
+    def of(cls, config: TrainConfig, timetable: Timetable, windows_per_epoch: int) -> Schedule:
+        """Resolve what in `config` depends on the data: how many windows an epoch has, and a step takes.
 
-        Raises ValueError for a warm-up that is longer than the run.
+        Raises ValueError for epochs that are shorter than a step, and for a warm-up that is longer than the run.
         """
-        length = config.max_steps or config.epochs * batches_per_epoch
+        windows = config.epochs * windows_per_epoch
+        undisturbed = Timetable(timetable.segments)
+        length = config.max_steps or undisturbed.steps_within(windows)
+        if length == 0:
+            raise ValueError(
+                f"epochs is {config.epochs}, which are {windows:,} windows; one step takes "
+                f"{timetable.segments[0].windows:,}; lower batch_size or gradient_accumulation_steps, or use more data"
+            )
         warmup = min(length // 10, 2000) if config.warmup_steps is None else config.warmup_steps
         if warmup > length:
             raise ValueError(
@@ -154,14 +170,15 @@ class Schedule:
                 "never reached; lower it, or leave it out for a tenth of them"
             )
         return cls(
-            total_steps=length if config.max_steps else lead + length,
+            total_steps=config.max_steps or timetable.steps_within(windows),
             warmup_steps=warmup,
-            batches_per_epoch=batches_per_epoch,
             log_every=config.log_every,
             validate_every=config.validate_every,
             checkpoint_every=config.checkpoint_every,
             in_epochs=config.max_steps is None,
-            lead=lead,
+            timetable=timetable,
+            windows_per_epoch=windows_per_epoch,
+            lead=timetable.step - undisturbed.steps_within(timetable.position),
         )
 
     def logs(self, step: int) -> bool:
@@ -179,8 +196,8 @@ class Schedule:
     def progress(self, step: int) -> tuple[int, int]:
         """Return (step, steps of the run) as the learning rate counts them.
 
-        If the run's length is given in epochs, these are steps of today's global batch from the beginning of the data,
-        so that the rate is a function of the samples trained on.
+        If the run's length is given in epochs, these are steps of today's global batches from the beginning of the
+        data, so that the rate is a function of the samples trained on.
         """
         lead = self.lead if self.in_epochs else 0
         return step - lead, self.total_steps - lead
@@ -188,4 +205,8 @@ class Schedule:
     def _is_due(self, step: int, every: int | None) -> bool:
         if step == self.total_steps:
             return True
-        return step % every == 0 if every else (step - self.lead) % self.batches_per_epoch == 0
+        return step % every == 0 if every else self._ends_an_epoch(step)
+
+    def _ends_an_epoch(self, step: int) -> bool:
+        before, after = (self.timetable.position_after(s) // self.windows_per_epoch for s in (step - 1, step))
+        return before < after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -56,7 +57,8 @@ def train(
     )
     run.start()
     run.measure_finished_run()
-    with profiled(config.profile_steps if rank() == 0 else 0, observer.profiled) as profile_step:
+    profiler = profiled(config.profile_steps if rank() == 0 else 0, observer.profiled)
+    with profiler as profile_step, closing(run.loader):
         for step in run.remaining_steps():
             epoch = run.loader.epoch
             result = run.take_step(step)

@@ -7,7 +7,9 @@ from pathlib import Path
 from llama_ray.data.dataset.info import read_info
 from llama_ray.data.dataset.shards import DatasetError
 from llama_ray.data.dataset.token_dataset import TokenDataset
-from llama_ray.data.mixtures.loader import Loader, validation_batches
+from llama_ray.data.mixtures.loader import Loader
+from llama_ray.data.mixtures.mixture import Mixture
+from llama_ray.data.mixtures.validation import validation_batches
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import load_config
 from llama_ray.model.config import LlamaConfig
@@ -43,21 +45,47 @@ def check_run(
             f"give --vocab_size {info.vocab_size} or more, or prepare data with a smaller vocabulary"
         )
     loader = Loader(
-        TokenDataset(data, "train"),
+        Mixture.of(TokenDataset(data, "train")),
         seq_len=seq_len,
         batch_size=config.batch_size,
         rank=0,
         world_size=layout.data_world,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         seed=config.seed,
+        stages=config.stages,
     )
-    validation_batches(TokenDataset(data, "validation"), seq_len, config.batch_size)
-    Schedule.of(config, loader.batches_per_epoch)
+    validation_batches(Mixture.of(TokenDataset(data, "validation")), seq_len, config.batch_size)
     if resume_from is not None:
         _check_resume(model, tokenizer, data, resume_from)
-        position = load_progress(resume_from).loader
-        if position is not None:
-            loader.load_state_dict(position, allow_other_data=config.allow_other_data)
+        progress = load_progress(resume_from)
+        position = progress.loader
+        if position is None or not loader.load_state_dict(position, allow_other_data=config.allow_other_data):
+            loader.start_after(progress.step)
+    check_steps(loader, Schedule.of(config, loader.timetable, loader.windows_per_epoch), config)
+
+
+def check_steps(loader: Loader, schedule: Schedule, config: TrainConfig) -> None:
+    """Raise ValueError for steps that are too large for the data or the workers, and for too many repetitions."""
+    first = loader.timetable.step + 1
+    for number, segment in enumerate(loader.timetable.segments):
+        following = loader.timetable.segments[number + 1 : number + 2]
+        if segment.from_step > schedule.total_steps or any(s.from_step <= first for s in following):
+            continue
+        loader.sequences(segment)
+        if segment.windows > loader.windows_per_epoch:
+            raise ValueError(
+                f"one step takes {segment.windows:,} samples from step {segment.from_step} on; the training split "
+                f"holds {loader.windows_per_epoch:,}; lower batch_size, gradient_accumulation_steps or "
+                "max_seq_len, or use more data"
+            )
+    position = loader.timetable.position_after(max(schedule.total_steps, first - 1))
+    for name, epochs in loader.epochs_by_source(position).items():
+        if 0 < config.max_repetitions < epochs:
+            raise ValueError(
+                f"max_repetitions is {config.max_repetitions:g}; the run of {schedule.total_steps:,} steps goes "
+                f"{epochs:.2f} times through source {name}; raise it, lower the source's weight, "
+                "shorten the run, or use more data"
+            )
 
 
 def _check_resume(model: LlamaConfig, tokenizer: Tokenizer, data: str | Path, resume_from: Path) -> None:

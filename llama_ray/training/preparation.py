@@ -9,6 +9,7 @@ import torch
 
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader
+from llama_ray.data.mixtures.mixture import Mixture
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
@@ -29,6 +30,9 @@ from llama_ray.training.reporting.observer import Observer
 from llama_ray.training.reporting.skipped_steps import SkippedSteps
 from llama_ray.training.run import TrainingRun
 from llama_ray.training.step import Stepper
+
+PREFETCHED = 2
+"""Global batches that are built while the model trains on another one."""
 
 
 def prepare_run(
@@ -56,10 +60,10 @@ def prepare_run(
     if resume_from is not None:
         progress = load_progress(resume_from)
         batch_change = _go_to(progress, loader, config)
-    schedule = Schedule.of(config, loader.batches_per_epoch, progress.step - loader.steps)
-    flops_per_token = model_config.flops_per_token(seq_len)
-    flops_per_step = flops_per_token * loader.global_batch_size * seq_len / world_size()
-    compile_blocks, compile_reason = _compilation(config, device, schedule.total_steps, flops_per_step)
+    schedule = Schedule.of(config, loader.timetable, loader.windows_per_epoch)
+    compile_blocks, compile_reason = _compilation(
+        config, device, schedule.total_steps, _flops_per_step(model_config, loader, seq_len)
+    )
 
     llama = Llama(model_config, device="meta")
     model = parallelize(llama, config, layout, device, compile_blocks=compile_blocks)
@@ -69,17 +73,18 @@ def prepare_run(
         load_state(resume_from, llama, optimizer, rank(), world_size())
         stepper.scaler.load_state_dict(progress.scaler)
 
-    throughput = Throughput(flops_per_token, peak_flops(device, config.precision), world_size())
+    throughput = Throughput(peak_flops(device, config.precision), world_size())
     checkpointer: Checkpointer | NoCheckpointer = NoCheckpointer()
     if output_dir:
         checkpointer = Checkpointer(output_dir, llama, optimizer, Tokenizer.load(data), config)
     return TrainingRun(
+        model_config=model_config,
         config=config,
         schedule=schedule,
         description="; ".join(filter(None, (layout.reason, compile_reason, batch_change))),
         seq_len=seq_len,
         loader=loader,
-        validation=TokenDataset(data, "validation"),
+        validation=Mixture.of(TokenDataset(data, "validation")),
         stepper=stepper,
         progress=progress,
         skipped_steps=SkippedSteps(progress.skipped_steps, progress.skipped_in_a_row, device),
@@ -99,29 +104,39 @@ def _layout(model_config: LlamaConfig, config: TrainConfig, device: torch.device
 
 def _loader(config: TrainConfig, data: str | Path, layout: Layout, seq_len: int) -> Loader:
     return Loader(
-        TokenDataset(data, "train"),
+        Mixture.of(TokenDataset(data, "train")),
         seq_len=seq_len,
         batch_size=config.batch_size,
         rank=layout.data_rank,
         world_size=layout.data_world,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         seed=config.seed,
+        stages=config.stages,
+        prefetch=PREFETCHED,
     )
 
 
 def _go_to(progress: Progress, loader: Loader, config: TrainConfig) -> str:
     """Continue at the position of `progress`; return a sentence if steps mean other samples than before."""
-    before = progress.loader
+    before, step = progress.loader, progress.step
     if before is None or not loader.load_state_dict(before, allow_other_data=config.allow_other_data):
+        loader.start_after(step)
         # What was measured on the data before tells nothing about these.
         progress.validation_loss = progress.validation_step = None
-        return f"other data than up to step {progress.step}: a first epoch of them begins"
-    if before["global_batch_size"] == loader.global_batch_size:
+        return f"other data than up to step {step}: a first epoch of them begins"
+    now = loader.timetable.segments[len(before["stages"]) - 1].windows
+    if before["windows_per_step"] == now:
         return ""
     return (
-        f"global batch of {loader.global_batch_size} sequences, {before['global_batch_size']} up to step "
-        f"{progress.step}: an epoch has {loader.batches_per_epoch} steps"
+        f"global batch of {now} sequences, {before['windows_per_step']} up to step {step}: it goes on after "
+        f"{before['position']} sequences"
     )
+
+
+def _flops_per_step(model_config: LlamaConfig, loader: Loader, seq_len: int) -> float:
+    """Return the operations of one worker in the next step, see `flops_per_token`."""
+    segment = loader.timetable.segment(loader.timetable.step + 1)
+    return model_config.flops_per_token(segment.seq_len) * segment.windows * seq_len / world_size()
 
 
 def _compilation(

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_ray.data.dataset.token_dataset import TokenDataset
-from llama_ray.data.mixtures.loader import Loader, validation_batches
+from llama_ray.data.mixtures.loader import Loader
+from llama_ray.data.mixtures.mixture import Mixture
+from llama_ray.data.mixtures.validation import validation_batches
+from llama_ray.model.config import LlamaConfig
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule, TrainConfig
@@ -26,13 +28,15 @@ from llama_ray.training.step import Stepper, StepResult
 class TrainingRun:
     """A run that `prepare_run` has built; `train` calls its methods, in the same order on every worker."""
 
+    model_config: LlamaConfig
     config: TrainConfig
     schedule: Schedule
     description: str
     """How the workers share the model and whether its blocks are compiled, with the reasons, in one line."""
     seq_len: int
+    """The longest of the run."""
     loader: Loader
-    validation: TokenDataset
+    validation: Mixture
     stepper: Stepper
     progress: Progress
     skipped_steps: SkippedSteps
@@ -62,11 +66,12 @@ class TrainingRun:
         set_learning_rate(self.stepper.optimizer, self._learning_rate(step))
         with out_of_memory_at(step):
             result = self.stepper.step(self.loader.next_global_batch())
-        tokens = self.loader.global_batch_size * self.seq_len
+        segment = self.loader.timetable.segment(step)
+        tokens = segment.windows * self.seq_len
         self.skipped_steps.count(result.skipped)
         self.progress.step = step
         self.progress.tokens += tokens
-        self.throughput.count(tokens)
+        self.throughput.count(tokens, self.model_config.flops_per_token(segment.seq_len))
         return result
 
     def stop_if_diverged(self, step: int) -> None:

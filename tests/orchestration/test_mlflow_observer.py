@@ -8,8 +8,9 @@ from llama_ray.orchestration.mlflow_observer import MLflowObserver
 from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.runs import Run
 from llama_ray.training.checkpointing.progress import Progress
-from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.config import TrainConfig
 from tests.token_data import write_dataset
+from tests.training.helpers import schedule_of
 
 
 def test_restarts_are_those_of_the_run_and_not_of_an_attempt_of_the_same_name(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_restarts_are_those_of_the_run_and_not_of_an_attempt_of_the_same_name(tm
     def tags_after_start(run: Run, step: int) -> dict[str, str]:
         buffered = BufferedRun(run.run_id, run.uri)
         observer = MLflowObserver(buffered, str(data), str(tmp_path / "same"))
-        observer.started(Schedule.of(TrainConfig(max_steps=9), 100), Progress(step=step), "ddp")
+        observer.started(schedule_of(TrainConfig(max_steps=9)), Progress(step=step), "ddp")
         assert buffered.close()
         tags = MlflowClient(run.uri).get_run(run.run_id).data.tags
         return {name: value for name, value in tags.items() if name.startswith("restart")}

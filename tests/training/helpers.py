@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llama_ray.data.mixtures.stages import Segment
+from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.model.llama import Llama
 from llama_ray.storage.run_directory import checkpoint_name
 from llama_ray.training.checkpointing.checkpointer import CheckpointResult
 from llama_ray.training.checkpointing.progress import Progress
-from llama_ray.training.config import TrainConfig
+from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.reporting.observer import Console, Metrics
 from tests.processes import fresh_processes
 
@@ -70,6 +72,11 @@ class FinishedRun:
 
     def checkpoint(self, step: int) -> Path:
         return self.directory / checkpoint_name(step)
+
+
+def schedule_of(config: TrainConfig, steps_per_epoch: int = 40) -> Schedule:
+    """Return the schedule of a run whose data are `steps_per_epoch` global batches."""
+    return Schedule.of(config, Timetable([Segment(1, 1, 32, {})]), steps_per_epoch)
 
 
 def losses(recorder: Recorder) -> dict[int, float]:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.config import TrainConfig
+from tests.training.helpers import schedule_of
 
 
 @pytest.mark.parametrize(
@@ -27,16 +28,16 @@ def test_a_value_that_cannot_work_is_refused(values: dict[str, Any], message: st
 
 
 def test_an_epoch_is_the_default_length_and_period() -> None:
-    schedule = Schedule.of(TrainConfig(epochs=3), batches_per_epoch=40)
+    schedule = schedule_of(TrainConfig(epochs=3))
     assert (schedule.total_steps, schedule.warmup_steps) == (120, 12)
     assert [s for s in range(1, 121) if schedule.saves(s)] == [40, 80, 120]
 
 
 def test_max_steps_overrides_epochs_and_the_last_step_validates() -> None:
-    shorter = Schedule.of(TrainConfig(epochs=3, max_steps=50, validate_every=20), batches_per_epoch=40)
+    shorter = schedule_of(TrainConfig(epochs=3, max_steps=50, validate_every=20))
     assert [s for s in range(1, 51) if shorter.validates(s)] == [20, 40, 50]
 
 
 def test_the_first_and_the_last_step_are_logged() -> None:
-    schedule = Schedule.of(TrainConfig(max_steps=25, log_every=10), batches_per_epoch=40)
+    schedule = schedule_of(TrainConfig(max_steps=25, log_every=10))
     assert [s for s in range(1, 26) if schedule.logs(s)] == [1, 10, 20, 25]

@@ -21,7 +21,7 @@ from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun
     [
         ({"vocab_size": 300}, {}, r"vocab_size is 300; it must be at least .* --vocab_size"),
         ({}, {"seq_len": 64}, "seq_len is 64; it must be at most the model's max_seq_len 32"),
-        ({}, {"batch_size": 4096}, "one step takes 4096"),
+        ({}, {"batch_size": 4096}, "one step takes 4,096"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(

@@ -13,6 +13,8 @@ import pytest
 from llama_ray.data.dataset.info import SPLITS, read_info
 from llama_ray.data.dataset.shards import open_shard
 from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.mixtures.stages import Segment
+from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.model.config import LlamaConfig
 from llama_ray.storage.run_directory import MARKER, checkpoint_name
 from llama_ray.training.checkpointing.progress import load_progress
@@ -22,7 +24,7 @@ from llama_ray.training.loop import train
 from llama_ray.training.optimizers.build import learning_rate
 from llama_ray.training.reporting.observer import Console
 from tests.token_data import write_documents
-from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder
+from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder, schedule_of
 
 SEQ_LEN = 32
 TWO_EPOCHS = TrainConfig(epochs=2, batch_size=16, log_every=1, precision="fp32", checkpoint_every=7)
@@ -51,12 +53,11 @@ def test_a_run_in_epochs_takes_as_many_passes_with_another_global_batch(
         tiny, config, dataset, device=CPU, observer=recorder, resume_from=two_epochs.checkpoint(7)
     )
     size = config.batch_size * config.gradient_accumulation_steps
-    samples = TokenDataset(dataset, "train").num_samples(SEQ_LEN)
-    # At most a global batch is left out at the change and at the end of each epoch.
-    assert 2 * samples - 2 * size - max(size, 16) < progress.tokens / SEQ_LEN <= 2 * samples
-    per_epoch = samples // size
+    windows = TokenDataset(dataset, "train").num_windows(SEQ_LEN)
+    # No sample is left out but those at the end that are too few for a step.
+    assert 2 * windows - size < progress.tokens / SEQ_LEN <= 2 * windows
     [*_, first_epoch, end] = recorder.validations
-    assert end - first_epoch == per_epoch
+    assert 7 * 16 + (first_epoch - 7) * size in range(windows, windows + size)
     assert progress.step == end == max(recorder.points)
 
 
@@ -75,12 +76,21 @@ def test_the_learning_rate_goes_on_where_it_was_with_another_global_batch(
 
 def test_with_the_same_global_batch_steps_are_positions() -> None:
     config = TrainConfig(epochs=3)
-    assert Schedule.of(config, 40, 0).progress(50) == (50, 120)
+    assert schedule_of(config).progress(50) == (50, 120)
 
 
 def test_max_steps_counts_steps_whatever_they_held() -> None:
-    schedule = Schedule.of(TrainConfig(max_steps=100), 40, lead=30)
+    timetable = Timetable([Segment(1, 1, SEQ_LEN, {})], step=40, position=10, begun=[0])
+    schedule = Schedule.of(TrainConfig(max_steps=100), timetable, 40)
     assert (schedule.total_steps, schedule.progress(50)) == (100, (50, 100))
+
+
+def test_epochs_are_counted_in_the_data_whatever_steps_held() -> None:
+    timetable = Timetable([Segment(1, 2, SEQ_LEN, {})], step=40, position=10, begun=[0])
+    schedule = Schedule.of(TrainConfig(epochs=3), timetable, 41)
+    # 113 windows are left, two a step; the 10 that were taken would have been 5 steps.
+    assert (schedule.total_steps, schedule.progress(50)) == (96, (15, 61))
+    assert [step for step in range(41, 97) if schedule.validates(step)] == [56, 76, 96]
 
 
 def test_a_change_of_the_global_batch_is_said(
@@ -118,7 +128,7 @@ def test_other_documents_are_refused_and_may_be_allowed(
     end = load_progress(tmp_path / "run" / checkpoint_name(12))
     assert end.step == 12
     assert end.loader is not None
-    assert end.loader["global_batch"] == 2
+    assert (end.loader["step"], end.loader["position"]) == (12, 2 * 8)
     # From now on these are the run's data.
     more = replace(TWELVE_STEPS, max_steps=13)
     train(
@@ -202,7 +212,7 @@ def test_a_run_that_led_to_nothing_is_no_success(
 @pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 50])
 def test_every_run_reaches_its_learning_rate(schedule: Any, steps: int) -> None:
     config = TrainConfig(max_steps=steps, learning_rate=0.5, schedule=schedule)
-    plan = Schedule.of(config, 40)
+    plan = schedule_of(config)
     rates = [learning_rate(step, config, plan) for step in range(1, steps + 1)]
     assert max(rates) == 0.5
     # Two steps are too few for wsd to decay in a fifth of them.

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader
+from llama_ray.data.mixtures.mixture import Mixture
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum
@@ -39,7 +40,7 @@ def take_steps(config: LlamaConfig, data: Path, accumulation: int, steps: int = 
         replica.register_comm_hook(None, count)
     stepper = Stepper(replica, optimizer, settings, device=CPU, layout=layout)
     loader = Loader(
-        TokenDataset(data, "train"),
+        Mixture.of(TokenDataset(data, "train")),
         seq_len=32,
         batch_size=2,
         rank=rank(),

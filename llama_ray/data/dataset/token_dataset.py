@@ -59,14 +59,6 @@ class TokenDataset:
             raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
         return max(len(self) - 1, 0) // seq_len
 
-    def num_samples(self, seq_len: int) -> int:
-        """Return the number of windows of `seq_len` tokens in the split."""
-        return self.num_windows(seq_len)
-
-    def samples(self, indices: npt.NDArray[np.integer], seq_len: int) -> Batch:
-        """Return the windows `indices` as one batch of rows that are one document each."""
-        return self.windows(indices, seq_len, documents=False)
-
     def windows(self, indices: npt.NDArray[np.integer], seq_len: int, documents: bool = True) -> Batch:
         """Return the windows `indices` as one batch, a row each.
 

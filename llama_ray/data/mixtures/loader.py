@@ -1,45 +1,32 @@
-"""Samples to batches, shuffled by (seed, epoch) and divided among ranks; the position is a small state."""
+"""Windows to batches, in the order of a mixture and divided among ranks; the position is a small state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypedDict
-
-import numpy as np
+from collections.abc import Sequence
 
 from llama_ray.data.dataset.batch import Batch
-from llama_ray.data.dataset.token_dataset import TokenDataset
-from llama_ray.data.mixtures.permutation import Permutation
+from llama_ray.data.mixtures.mixture import Mixture, cut
+from llama_ray.data.mixtures.order import Order
+from llama_ray.data.mixtures.position import Position, difference
+from llama_ray.data.mixtures.prefetch import Prefetch
+from llama_ray.data.mixtures.stages import Segment, Stage, segments, share_of_worker
+from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.utils.integers import ceil_div
 
 
-class Position(TypedDict):
-    """A position in the data, as a checkpoint keeps it: what was trained on, and how far."""
-
-    epoch: int
-    global_batch: int
-    """Global batches of the epoch that were taken, of `global_batch_size` samples each."""
-    global_batch_size: int
-    num_samples: int
-    seq_len: int
-    seed: int
-    data: str
-    """See `TokenDataset.fingerprint`."""
-
-
 class Loader:
-    """The batches of one rank, epoch after epoch.
+    """The batches of one rank, step after step.
 
-    The order of an epoch's samples depends on (seed, epoch) only. Global batch `g` takes the positions
-    `[g * size, (g + 1) * size)` of that order, where `size = batch_size * world_size * gradient_accumulation_steps`;
-    micro-step `m` of rank `r` takes block `m * world_size + r` of them. So the global batches hold the same samples
-    however `size` is divided among ranks and micro-steps. The remaining samples at the end of an epoch, too few for a
-    global batch, are dropped; which ones differs from epoch to epoch.
+    A step takes the windows `[p, p + n)` of the mixture's order, which depends on nothing but the seed, the sources and
+    the stages up to p. Its global batch is their sequences: the windows, or equal parts of them in a stage of shorter
+    sequences. Micro-step `m` of rank `r` takes block `m * world_size + r` of the sequences. So global batches hold the
+    same sequences however they are divided among ranks and micro-steps, and no sample is left out: a global batch
+    reaches over the end of an epoch.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        mixture: Mixture,
         *,
         seq_len: int,
         batch_size: int,
@@ -47,10 +34,13 @@ class Loader:
         world_size: int,
         seed: int,
         gradient_accumulation_steps: int = 1,
+        stages: Sequence[Stage] = (),
+        prefetch: int = 0,
     ) -> None:
-        """Start at the first global batch; `batch_size` is the number of sequences per rank and micro-step.
+        """Start at the first global batch; `batch_size` is the number of windows per rank and micro-step.
 
-        Raises ValueError for an impossible argument, and for data of less than one global batch.
+        `seq_len` is that of a window, `stages` are what changes later. `prefetch` global batches are built ahead in a
+        thread. Raises ValueError for an impossible argument and for stages that do not fit.
         """
         for name, value in (
             ("batch_size", batch_size),
@@ -61,116 +51,128 @@ class Loader:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; it must be between 0 and {world_size - 1}")
-        self._dataset = dataset
-        self._seq_len = seq_len
+        self.mixture = mixture
+        self._window = seq_len
         self._batch_size = batch_size
-        self._rank = rank
-        self._world_size = world_size
-        self._micro_steps = gradient_accumulation_steps
+        self._rank, self._world_size = rank, world_size
         self._seed = seed
-        self.global_batch_size = batch_size * world_size * gradient_accumulation_steps
-        self.num_samples = dataset.num_samples(seq_len)
-        self.batches_per_epoch = self.num_samples // self.global_batch_size
-        if self.batches_per_epoch == 0:
-            raise ValueError(
-                f"the {dataset.split} split holds {self.num_samples} samples of {seq_len} tokens ({len(dataset)} "
-                f"tokens); one step takes {self.global_batch_size} (batch_size {batch_size} x world_size "
-                f"{world_size} x gradient_accumulation_steps {gradient_accumulation_steps}); use more data, or "
-                "lower one of these or max_seq_len"
-            )
-        self._epoch = 0
-        self._global_batch = 0
-        self._order = Permutation(self.num_samples, seed, self._epoch)
+        self._sources = mixture.sources(seq_len)
+        windows = batch_size * world_size * gradient_accumulation_steps
+        base = Segment(1, windows, seq_len, mixture.shares(seq_len))
+        self._segments = segments(base, stages, mixture.names)
+        self._prefetch = Prefetch(prefetch)
+        self._step = 0
+        self._timetable = Timetable(self._segments)
+        self._order = self._order_of(self._timetable)
+
+    @property
+    def timetable(self) -> Timetable:
+        """Which windows each step takes."""
+        return self._timetable
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Number of windows of the sources that the run uses, together."""
+        used = {name for segment in self._segments for name in segment.shares}
+        return sum(source.num_windows for source in self._sources if source.name in used)
+
+    @property
+    def position(self) -> int:
+        """Number of windows taken."""
+        return self._timetable.position_after(self._step)
 
     @property
     def epoch(self) -> int:
-        """Number of the epoch that the next global batch belongs to, from 0."""
-        return self._epoch + (self._global_batch == self.batches_per_epoch)
+        """Number of the epoch that the next window belongs to, from 0; of a mixture see `windows_per_epoch`."""
+        return self.position // self.windows_per_epoch
+
+    def epochs_by_source(self, position: int) -> dict[str, float]:
+        """Return how often the windows of each source have been taken at `position`, on average."""
+        counts = self._order.counts(position)
+        return {
+            source.name: count / source.num_windows if count else 0.0
+            for source, count in zip(self._order.sources, counts, strict=True)
+        }
 
     def next_global_batch(self) -> list[Batch]:
-        """Return this rank's part of the next global batch, one entry a micro-step, across the ends of epochs."""
-        if self._global_batch == self.batches_per_epoch:
-            self._start(self._epoch + 1, 0)
-        micro_batches = []
-        for micro_step in range(self._micro_steps):
-            block = micro_step * self._world_size + self._rank
-            first = self._global_batch * self.global_batch_size + block * self._batch_size
-            positions = np.arange(first, first + self._batch_size, dtype=np.uint64)
-            micro_batches.append(self._dataset.samples(self._order(positions), self._seq_len))
-        self._global_batch += 1
-        return micro_batches
+        """Return this rank's part of the next global batch, one entry a micro-step."""
+        timetable, order, step = self._timetable, self._order, self._step + 1
+        batches = self._prefetch.get(step, lambda step: self._build(timetable, order, step))
+        self._step = step
+        return batches
 
-    @property
-    def steps(self) -> int:
-        """Global batches of today's size from the beginning of the first epoch to this position."""
-        return self._epoch * self.batches_per_epoch + self._global_batch
+    def close(self) -> None:
+        """End the thread that builds batches ahead."""
+        self._prefetch.close()
 
     def state_dict(self) -> Position:
         """Return the position, equal on all ranks, to save in a checkpoint."""
         return {
-            "epoch": self._epoch,
-            "global_batch": self._global_batch,
-            "global_batch_size": self.global_batch_size,
-            "num_samples": self.num_samples,
-            "seq_len": self._seq_len,
+            "step": self._step,
+            "position": self.position,
+            "windows_per_step": self._timetable.segment(max(self._step, 1)).windows,
+            "seq_len": self._window,
             "seed": self._seed,
-            "data": self._dataset.fingerprint,
+            "sources": {
+                source.name: {"data": dataset.fingerprint, "windows": source.num_windows}
+                for source, dataset in zip(self._sources, self.mixture.datasets.values(), strict=True)
+            },
+            "stages": [
+                {
+                    "from_step": segment.from_step,
+                    "position": start,
+                    "seq_len": segment.seq_len,
+                    "shares": dict(segment.shares),
+                }
+                for segment, start in zip(self._segments, self._timetable.starts, strict=True)
+                if segment.from_step <= self._step
+            ],
         }
 
     def load_state_dict(self, state: Position, *, allow_other_data: bool = False) -> bool:
-        """Continue at the position `state`; return whether it is one in this data.
+        """Continue at the position `state`, exactly; return whether it is one in this data.
 
-        With another global batch size, for example on another number of workers, continue at the first whole global
-        batch after that position. Other data, another seq_len and another seed have other samples or another order:
-        they raise ValueError, but with `allow_other_data` the position stays at the beginning.
+        The size of the global batch, the number of workers and the stages ahead may have changed. Another seed or
+        seq_len, other data and other stages behind the position raise ValueError, but with `allow_other_data` the run
+        begins at the first window, and goes on counting its steps.
         """
-        mine = self.state_dict()
-        for name in ("data", "seed", "seq_len", "num_samples"):
-            # Positions saved by earlier versions lack some.
-            if state.get(name, mine[name]) == mine[name]:
-                continue
-            if allow_other_data:
-                return False
-            raise ValueError(
-                f"the checkpoint was trained with {name} {str(state[name])[:12]}; this run has {str(mine[name])[:12]} "
-                f"({self._dataset.directory}); resume with the same data, seq_len and seed, give --allow_other_data "
-                "to begin a first epoch of these, or start a new run"
-            )
-        seen = state["global_batch"] * state["global_batch_size"]
-        self._start(state["epoch"], min(ceil_div(seen, self.global_batch_size), self.batches_per_epoch))
-        return True
+        reason = difference(state, self.state_dict(), self._segments)
+        if reason is None:
+            begun = [stage["position"] for stage in state["stages"]]
+            self._go_to(Timetable(self._segments, state["step"], state["position"], begun))
+            return True
+        if not allow_other_data:
+            raise ValueError(reason)
+        return False
 
-    def _start(self, epoch: int, global_batch: int) -> None:
-        if epoch != self._epoch:
-            self._order = Permutation(self.num_samples, self._seed, epoch)
-        self._epoch, self._global_batch = epoch, global_batch
+    def start_after(self, step: int) -> None:
+        """Take the first window in the step after `step`."""
+        begun = [0 for segment in self._segments if segment.from_step <= step]
+        self._go_to(Timetable(self._segments, step, 0, begun))
 
+    def sequences(self, segment: Segment) -> tuple[int, int]:
+        """Return (sequences of a micro-batch, micro-steps) of a segment. Raises ValueError, see `share_of_worker`."""
+        return share_of_worker(segment, self._window, self._batch_size, self._world_size)
 
-def validation_batches(
-    dataset: TokenDataset,
-    seq_len: int,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    max_batches: int | None = None,
-) -> Iterator[Batch]:
-    """Return this rank's batches among the split's first `max_batches` (None: all), in order.
+    def _go_to(self, timetable: Timetable) -> None:
+        self._timetable, self._step = timetable, timetable.step
+        self._order = self._order_of(timetable)
+        self._prefetch.clear()
 
-    Together the ranks see the same samples whatever their number. Ranks may get unequal numbers of batches, and the
-    last batch may be short, so a mean must be weighted by tokens. Raises ValueError if the split holds no sample.
-    """
-    num_samples = dataset.num_samples(seq_len)
-    if num_samples == 0:
-        raise ValueError(
-            f"the {dataset.split} split holds {len(dataset)} tokens; one sample of {seq_len} needs {seq_len + 1}; "
-            "use more data, a larger validation_fraction or a smaller max_seq_len"
-        )
-    batches = ceil_div(num_samples, batch_size)
-    if max_batches is not None:
-        batches = min(batches, max_batches)
-    return (
-        dataset.samples(
-            np.arange(batch * batch_size, min((batch + 1) * batch_size, num_samples), dtype=np.int64), seq_len
-        )
-        for batch in range(rank, batches, world_size)
-    )
+    def _order_of(self, timetable: Timetable) -> Order:
+        return Order(self._sources, timetable.phases(), self._seed)
+
+    def _build(self, timetable: Timetable, order: Order, step: int) -> list[Batch]:
+        """Build this rank's part of a global batch; another thread may do it."""
+        segment, first_window = timetable.segment(step), timetable.position_after(step - 1)
+        micro_batch, micro_steps = self.sequences(segment)
+        parts = self._window // segment.seq_len
+        batches = []
+        for micro_step in range(micro_steps):
+            first = (micro_step * self._world_size + self._rank) * micro_batch
+            window, skipped = divmod(first, parts)
+            count = ceil_div(skipped + micro_batch, parts)
+            sources, windows = order.windows(first_window + window, count)
+            whole = self.mixture.windows(sources, windows, self._window)
+            batches.append(cut(whole, segment.seq_len, skipped, micro_batch))
+        return batches

@@ -19,14 +19,13 @@ class Permutation:
     # Four rounds suffice for a strong round function and a large domain; small domains mix better with more.
     ROUNDS = 8
 
-    def __init__(self, size: int, seed: int, epoch: int) -> None:
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; it must be at least 0")
+    def __init__(self, size: int, *key: int) -> None:
+        """Permute `range(size)`; each `key`, of whole numbers from 0 up, makes another permutation."""
         self.size = size
         half = max((size - 1).bit_length() + 1, 2) // 2
         self._half = np.uint64(half)
         self._mask = np.uint64(2**half - 1)
-        self._keys = np.random.SeedSequence([seed, epoch]).generate_state(self.ROUNDS, np.uint64)
+        self._keys = np.random.SeedSequence(key).generate_state(self.ROUNDS, np.uint64)
 
     def __call__(self, positions: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """Return the elements of the permutation at `positions`, which are in `[0, size)`."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llama_ray.data.mixtures.loader import Position
+from llama_ray.data.mixtures.position import Position
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.storage.run_directory import MARKER
 

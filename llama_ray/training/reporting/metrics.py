@@ -65,15 +65,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Throughput:
     """Counts tokens and seconds between calls of `read`, without the time between `pause` and `resume`."""
 
-    def __init__(self, flops_per_token: int, peak_flops: float, world_size: int) -> None:
+    def __init__(self, peak_flops: float, world_size: int) -> None:
         """Start the clock. `peak_flops` is that of one worker."""
-        self._flops_per_token, self._peak = flops_per_token, peak_flops * world_size
-        self._tokens, self._seconds = 0, 0.0
+        self._peak = peak_flops * world_size
+        self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
         self._since = time.perf_counter()
 
-    def count(self, tokens: int) -> None:
-        """Add `tokens`, the targets of one step of all workers."""
+    def count(self, tokens: int, flops_per_token: int) -> None:
+        """Add `tokens`, the targets of one step of all workers; for `flops_per_token` see `LlamaConfig`."""
         self._tokens += tokens
+        self._flops += tokens * flops_per_token
 
     def pause(self) -> None:
         """Stop the clock."""
@@ -84,12 +85,13 @@ class Throughput:
         self._since = time.perf_counter()
 
     def read(self) -> tuple[float, float]:
-        """Return (tokens/s of all workers, MFU) since the last call; MFU is between 0 and 1, see `flops_per_token`."""
+        """Return (tokens/s of all workers, MFU) since the last call; MFU is between 0 and 1."""
         self.pause()
         self.resume()
-        rate = self._tokens / max(self._seconds, 1e-9)
-        self._tokens, self._seconds = 0, 0.0
-        return rate, rate * self._flops_per_token / self._peak
+        seconds = max(self._seconds, 1e-9)
+        rate, flops = self._tokens / seconds, self._flops / seconds
+        self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
+        return rate, flops / self._peak
 
 
 def perplexity(loss: float) -> float:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.data.dataset.token_dataset import TokenDataset
-from llama_ray.data.mixtures.loader import Loader, validation_batches
+from llama_ray.data.mixtures.loader import Loader
+from llama_ray.data.mixtures.mixture import Mixture
 from llama_ray.data.mixtures.permutation import Permutation
+from llama_ray.data.mixtures.validation import validation_batches
 
 MakeDataset = Callable[..., Path]
 SEQ_LEN = 7
@@ -24,7 +26,7 @@ def loader(
     dataset: TokenDataset, batch: int, rank: int, world: int, accumulation: int = 1, seed: int = 0
 ) -> Loader:
     return Loader(
-        dataset,
+        Mixture.of(dataset),
         seq_len=SEQ_LEN,
         batch_size=batch,
         rank=rank,
@@ -93,35 +95,25 @@ def test_samples_are_consecutive_tokens_with_targets_one_ahead(dataset: TokenDat
 
 
 @pytest.mark.parametrize(("batch", "world", "accumulation"), [(1, 1, 1), (3, 1, 1), (2, 3, 2), (4, 2, 1)])
-def test_an_epoch_visits_each_sample_at_most_once(
+def test_each_epoch_visits_each_sample_once_and_reaches_into_the_next_batch(
     dataset: TokenDataset, batch: int, world: int, accumulation: int
 ) -> None:
     loaders = [loader(dataset, batch, rank, world, accumulation) for rank in range(world)]
     size = batch * world * accumulation
-    assert loaders[0].num_samples == 99
-    assert loaders[0].batches_per_epoch == 99 // size
+    assert loaders[0].windows_per_epoch == 99
+    batches = [[each.next_global_batch() for each in loaders] for _ in range(-(-3 * 99 // size))]
     seen = [
         sample
-        for _ in range(loaders[0].batches_per_epoch)
-        for each in loaders
-        for sample in firsts(each.next_global_batch())
+        for of_ranks in batches
+        for micro_step in range(accumulation)
+        for of_rank in of_ranks
+        for sample in firsts([of_rank[micro_step]])
     ]
-    assert len(seen) == 99 // size * size
-    assert len(set(seen)) == len(seen)
     possible = {SEQ_LEN * sample for sample in range(99)}
-    assert set(seen) <= possible
-    if size == 1:
-        assert set(seen) == possible
-
-
-def test_each_epoch_has_its_own_order(dataset: TokenDataset) -> None:
-    each = loader(dataset, batch=1, rank=0, world=1)
-    epochs = []
-    for epoch in range(3):
-        assert each.epoch == epoch
-        epochs.append([firsts(each.next_global_batch())[0] for _ in range(each.batches_per_epoch)])
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    epochs = [seen[99 * n : 99 * (n + 1)] for n in range(3)]
+    assert all(set(epoch) == possible for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+    assert loaders[0].epoch == size * len(batches) // 99
 
 
 def test_global_batches_do_not_depend_on_how_they_are_divided(dataset: TokenDataset) -> None:
@@ -150,53 +142,65 @@ def test_resuming_continues_with_the_same_batches(dataset: TokenDataset, steps: 
         assert firsts(second.next_global_batch()) == firsts(first.next_global_batch())
 
 
-def test_resuming_on_fewer_workers_repeats_no_sample(dataset: TokenDataset) -> None:
+def test_resuming_on_fewer_workers_goes_on_at_the_next_sample(dataset: TokenDataset) -> None:
     before = [loader(dataset, batch=2, rank=rank, world=4) for rank in range(4)]
     seen = [sample for _ in range(5) for each in before for sample in firsts(each.next_global_batch())]
     after = [loader(dataset, batch=2, rank=rank, world=3) for rank in range(3)]
     for each in after:
         each.load_state_dict(before[0].state_dict())
-    while after[0].epoch == 0:
+    for _ in range(99):
         seen += [sample for each in after for sample in firsts(each.next_global_batch())]
-    assert len(set(seen)) == len(seen)
-    assert len(seen) >= 99 - 2 * 6  # Less than a global batch of 6 at the change and at the end.
+    alone = loader(dataset, batch=1, rank=0, world=1)
+    assert seen == [firsts(alone.next_global_batch())[0] for _ in seen]
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("seed", 1), ("num_samples", 98), ("seq_len", 6), ("data", "0123456789abcdef")]
+    ("change", "message"),
+    [
+        ({"seed": 1}, "was trained with seed 1; this run has 0"),
+        ({"seq_len": 6}, "was trained with seq_len 6; this run has 7"),
+        (
+            {"sources": {"data": {"data": "0123456789abcdef", "windows": 99}}},
+            "data 0123456789ab; this run has",
+        ),
+        ({"stages": [{"from_step": 1, "position": 0, "seq_len": 7, "shares": {"web": 1}}]}, "on source web"),
+    ],
+    ids=str,
 )
 def test_a_position_in_other_data_or_another_order_is_refused_or_left(
-    dataset: TokenDataset, name: str, value: object
+    dataset: TokenDataset, change: dict[str, object], message: str
 ) -> None:
     each = loader(dataset, batch=2, rank=0, world=1)
     for _ in range(3):
         each.next_global_batch()
-    other: Any = {**each.state_dict(), name: value}
+    other: Any = {**each.state_dict(), **change}
     fresh = loader(dataset, batch=2, rank=0, world=1)
-    with pytest.raises(ValueError, match=f"was trained with {name} {str(value)[:12]}; .*--allow_other_data"):
+    with pytest.raises(ValueError, match=f"{message}.*--allow_other_data"):
         fresh.load_state_dict(other)
     assert not fresh.load_state_dict(other, allow_other_data=True)
-    assert fresh.steps == 0
+    assert fresh.position == 0
     assert fresh.load_state_dict(each.state_dict(), allow_other_data=True)
-    assert fresh.steps == 3
+    assert fresh.position == 6
+
+
+def test_a_position_of_an_earlier_version_is_refused(dataset: TokenDataset) -> None:
+    old: Any = {"epoch": 0, "global_batch": 3, "global_batch_size": 8, "seed": 0, "seq_len": SEQ_LEN}
+    with pytest.raises(ValueError, match="position in the data from an earlier version; give --allow_other"):
+        loader(dataset, batch=2, rank=0, world=1).load_state_dict(old)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 6, 12, 50])
-def test_a_position_is_counted_in_global_batches_of_todays_size(dataset: TokenDataset, size: int) -> None:
+def test_another_global_batch_goes_on_exactly_at_the_position(dataset: TokenDataset, size: int) -> None:
     before = loader(dataset, batch=4, rank=0, world=1)
     for _ in range(30):
         before.next_global_batch()
     after = loader(dataset, batch=size, rank=0, world=1)
     after.load_state_dict(before.state_dict())
-    # 24 batches are an epoch of 99 samples, so 24 samples of the second one were taken.
-    assert after.steps == after.batches_per_epoch + -(-24 // size)
-
-
-def test_less_data_than_a_global_batch_is_refused(dataset: TokenDataset) -> None:
-    with pytest.raises(
-        ValueError, match=r"99 samples of 7 tokens \(700 tokens\); one step takes 100 \(batch_size 5"
-    ):
-        loader(dataset, batch=5, rank=0, world=4, accumulation=5)
+    assert after.position == 120
+    following = [sample for _ in range(13) for sample in firsts(before.next_global_batch())]
+    assert firsts(after.next_global_batch()) == following[:size]
+    assert after.position == 120 + size
+    assert after.timetable.position_after(33) == 120 + 3 * size
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_validation_covers_the_same_samples_on_any_number_of_ranks(
 ) -> None:
     def seen(world: int) -> list[list[int]]:
         return [
-            firsts(list(validation_batches(dataset, SEQ_LEN, 10, rank, world, max_batches)))
+            firsts(list(validation_batches(Mixture.of(dataset), SEQ_LEN, 10, rank, world, max_batches)))
             for rank in range(world)
         ]
 
@@ -234,5 +238,7 @@ def test_validation_covers_the_same_samples_on_any_number_of_ranks(
 
 def test_a_validation_split_without_a_sample_is_refused(make_dataset: MakeDataset) -> None:
     dataset = TokenDataset(make_dataset([100], [SEQ_LEN]), "validation")
-    with pytest.raises(ValueError, match="the validation split holds 7 tokens; one sample of 7 needs 8"):
-        validation_batches(dataset, SEQ_LEN, 1)
+    with pytest.raises(
+        ValueError, match=r"the validation split of .* holds 7 tokens; one sample of 7 needs 8"
+    ):
+        validation_batches(Mixture.of(dataset), SEQ_LEN, 1)

@@ -6,13 +6,14 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.config import TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer, learning_rate, set_learning_rate
+from tests.training.helpers import schedule_of
 
 
 def test_warmup_and_cosine_are_those_of_transformers() -> None:
     config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=2e-3)
-    schedule = Schedule.of(config, batches_per_epoch=40)
+    schedule = schedule_of(config)
     dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
     peer = get_cosine_with_min_lr_schedule_with_warmup(dummy, 10, 100, min_lr_rate=0.1)
     for step in range(1, 101):
@@ -23,7 +24,7 @@ def test_warmup_and_cosine_are_those_of_transformers() -> None:
 
 def test_a_linear_schedule_falls_evenly_to_the_lowest_rate() -> None:
     config = TrainConfig(max_steps=110, warmup_steps=10, learning_rate=1.0, schedule="linear")
-    schedule = Schedule.of(config, batches_per_epoch=40)
+    schedule = schedule_of(config)
     rates = [learning_rate(step, config, schedule) for step in range(10, 111)]
     assert rates[0] == 1.0
     assert rates[-1] == pytest.approx(0.1)
@@ -41,7 +42,7 @@ WSD = TrainConfig(
 
 
 def test_wsd_is_constant_and_then_decays() -> None:
-    schedule = Schedule.of(WSD, batches_per_epoch=40)
+    schedule = schedule_of(WSD)
     rates = {step: learning_rate(step, WSD, schedule) for step in range(1, 101)}
     assert rates[5] == 1.0
     assert {rates[step] for step in range(10, 76)} == {2.0}
@@ -51,7 +52,7 @@ def test_wsd_is_constant_and_then_decays() -> None:
 
 
 def test_wsd_with_a_long_warmup_decays_right_after_it() -> None:
-    late = Schedule.of(TrainConfig(max_steps=100, warmup_steps=90), batches_per_epoch=40)
+    late = schedule_of(TrainConfig(max_steps=100, warmup_steps=90))
     assert learning_rate(90, WSD, late) == 2.0
     assert learning_rate(95, WSD, late) == pytest.approx(1.0)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from llama_ray.data.cleaning.config import CleanConfig
+from llama_ray.data.cleaning.contamination import Contamination
 from llama_ray.data.cleaning.drops import Drop
 from llama_ray.data.cleaning.filters.c4 import c4, fineweb_c4
 from llama_ray.data.cleaning.filters.fineweb import fineweb
@@ -13,6 +15,7 @@ from llama_ray.data.cleaning.filters.gopher_quality import gopher_quality
 from llama_ray.data.cleaning.filters.gopher_repetition import gopher_repetition
 from llama_ray.data.cleaning.filters.reading import Filter, Reading
 from llama_ray.data.cleaning.language import check_languages, identify
+from llama_ray.data.cleaning.ranks import rank
 
 FILTERS: Final[dict[str, Filter]] = {
     "gopher_quality": gopher_quality,
@@ -25,9 +28,11 @@ _FORMS: Final[dict[str, Literal["NFC", "NFKC"]]] = {"nfc": "NFC", "nfkc": "NFKC"
 
 
 class Cleaned(NamedTuple):
-    """A text as the dataset takes it, or None; what the rules took away from it; its language, if it was asked for.
+    """A text as the dataset takes it, or None; what the rules took away from it; its language.
 
-    If the text is dropped, the only drop is that of the text.
+    The language is asked for where the configuration takes some languages only, else for one text in 32.
+
+    If a text is dropped, the only drop is that of the text.
     """
 
     text: str | None
@@ -38,23 +43,28 @@ class Cleaned(NamedTuple):
 class Cleaner:
     """Applies a configuration to one text at a time; make one for each process.
 
-    Raises ValueError for a language that is not known.
+    `evaluations` is what `write_evaluations` wrote for `config.decontaminate`. Raises ValueError for a language that is
+    not known.
     """
 
-    def __init__(self, config: CleanConfig) -> None:
+    def __init__(self, config: CleanConfig, evaluations: Path | None = None) -> None:
         check_languages(config.language)
         self._config = config
+        self._contamination = evaluations and Contamination(evaluations, config.decontaminate_words)
 
     def __call__(self, text: str) -> Cleaned:
         """Return `text` as the dataset takes it."""
         if form := _FORMS.get(self._config.unicode):
             text = unicodedata.normalize(form, text)
-        language = ""
-        if self._config.language:
-            language, probability = identify(text)
-            if language not in self._config.language or probability < self._config.language_threshold:
-                return _dropped("language", text, f"{language} with probability {probability:.2f}", language)
-        return self._filter(text, language)
+        language, probability = identify(text) if self._config.language or _in_sample(text) else ("", 0.0)
+        if self._config.language and not (
+            language in self._config.language and probability >= self._config.language_threshold
+        ):
+            return _dropped("language", text, f"{language} with probability {probability:.2f}", language)
+        if self._config.clean and not text.strip():
+            return _dropped("empty", text, "nothing but white space", language)
+        cleaned = self._filter(text, language)
+        return cleaned if cleaned.text is None else self._decontaminated(cleaned, cleaned.text)
 
     def _filter(self, text: str, language: str) -> Cleaned:
         reading = Reading(text)
@@ -67,6 +77,18 @@ class Cleaner:
             if verdict.text is not None and verdict.text != reading.text:
                 reading = Reading(verdict.text)
         return Cleaned(reading.text, lines, language)
+
+    def _decontaminated(self, cleaned: Cleaned, text: str) -> Cleaned:
+        shared = self._contamination.find(text) if self._contamination else None
+        if shared is None:
+            return cleaned
+        name = Path(self._config.decontaminate[shared.file]).name
+        return _dropped("contaminated", text, f"{name} has it, too: {shared.run}", cleaned.language)
+
+
+def _in_sample(text: str) -> bool:
+    """Say whether the language of a text is asked for only to report it, which is done for one text in 32."""
+    return rank(text[:256]) % 32 == 0
 
 
 def _dropped(rule: str, text: str, detail: str, language: str) -> Cleaned:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import cache
 from typing import Protocol
 
@@ -25,9 +25,9 @@ def identify(text: str) -> tuple[str, float]:
     return _identifier().classify(text[:_CHARACTERS])
 
 
-def check_languages(codes: Iterable[str]) -> None:
+def check_languages(codes: Collection[str]) -> None:
     """Raise ValueError for a code that py3langid does not know."""
-    known = _identifier().labels
+    known = _identifier().labels if codes else []
     for code in codes:
         if code not in known:
             raise ValueError(

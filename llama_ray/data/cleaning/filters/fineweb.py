@@ -10,8 +10,6 @@ def fineweb(reading: Reading) -> Verdict:
     """Say whether the lines of a text end like sentences, are long, and are not repeated."""
     text = reading.text
     lines = [line for line in text.split("\n") if line.strip()]
-    if not lines:
-        return Verdict("empty", "no line with a character")
     ended = sum(line.endswith(TERMINAL) for line in lines) / len(lines)
     short = sum(len(line) <= 30 for line in lines) / len(lines)
     return (

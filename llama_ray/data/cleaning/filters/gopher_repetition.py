@@ -58,7 +58,7 @@ def lines(text: str) -> list[str]:
 def _pieces(name: str, kind: str, pieces: list[str], characters: int) -> Verdict | None:
     count, lost = repeated(pieces)
     return too_much(
-        f"dup_{name}_frac", count / max(len(pieces), 1), _PIECES, f"of the {kind} occurred before"
+        f"dup_{name}_frac", count / len(pieces), _PIECES, f"of the {kind} occurred before"
     ) or too_much(
         f"dup_{name}_char_frac",
         lost / characters,

@@ -11,7 +11,7 @@ from llama_ray.data.cleaning.words import Words, find_words
 
 
 class Reading:
-    """A text, and its words once they are asked for."""
+    """A text that is not only white space, and its words once they are asked for."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -96,13 +96,14 @@ class Llama(nn.Module):
         targets: Tensor | None = None,
         scale: Tensor | float = 1.0,
         z_loss: float = 0.0,
+        groups: Tensor | None = None,
     ) -> Tensor:
         """Int64 [batch, seq] -> logits [batch, seq, vocab_size]; with `targets`, the result of `head_loss`.
 
-        See `hidden` for `positions` and `attend`, `head_loss` for `scale` and `z_loss`.
+        See `hidden` for `positions` and `attend`, `head_loss` for `scale`, `z_loss` and `groups`.
         """
         return self.lm_head(  # type: ignore[no-any-return]
-            self.hidden(tokens, positions, attend), targets, scale, z_loss
+            self.hidden(tokens, positions, attend), targets, scale, z_loss, groups
         )
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:

@@ -15,8 +15,8 @@ IGNORE_INDEX = -100
 CHUNK_BYTES = 16 * 1024**2
 """fp32 logits of a chunk of tokens; more where `hidden_size` tokens need more, see `_chunk_tokens`."""
 
-ChunkLoss = Callable[..., tuple[Tensor, Tensor | None]]
-"""Computes the loss of a chunk of tokens and its gradient, see `_chunk_loss`."""
+ChunkLoss = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+"""Computes the loss of a chunk of tokens, that of each token, and the gradient; see `_chunk_loss`."""
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -47,11 +47,12 @@ class Head(nn.Linear):
         targets: Tensor | None = None,
         scale: Tensor | float = 1.0,
         z_loss: float = 0.0,
+        groups: Tensor | None = None,
     ) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size]; with `targets`, the result of `head_loss`."""
         if targets is None:
             return super().forward(hidden)
-        return head_loss(hidden, self.weight, targets, scale, z_loss, self._chunk_loss)
+        return head_loss(hidden, self.weight, targets, scale, z_loss, groups, self._chunk_loss)
 
 
 def head_loss(
@@ -60,6 +61,7 @@ def head_loss(
     targets: Tensor,
     scale: Tensor | float = 1.0,
     z_loss: float = 0.0,
+    groups: Tensor | None = None,
     chunk_loss: ChunkLoss | None = None,
 ) -> Tensor:
     """`cross_entropy_sum` of `hidden @ weight.T`, without the logits of all tokens in memory at once.
@@ -67,7 +69,8 @@ def head_loss(
     `hidden` [batch, seq, hidden_size], `weight` [vocab, hidden_size], `targets` int64 [batch, seq]. Returns fp32 [2]:
     the objective, and the summed cross-entropy alone, through which no gradient flows. The objective is the summed
     cross-entropy plus `z_loss` times the summed squares of the log-normalisers (PaLM, Chowdhery et al. 2022,
-    arXiv:2204.02311, section 5).
+    arXiv:2204.02311, section 5). With `groups`, fp32 [batch, number of groups] with a 1 where a row belongs to a group
+    and else 0, the summed cross-entropy of each group follows: the result is [2 + number of groups].
 
     Tokens are processed in chunks. The gradients of a chunk are computed together with its loss, while its logits are
     in memory, so nothing is recomputed. `scale` is the factor that the objective will be multiplied by before
@@ -85,6 +88,7 @@ def head_loss(
         z_loss,
         compute,
         differentiate,
+        None if groups is None else groups.repeat_interleave(targets.shape[1], dim=0),
         chunk_loss or _chunk_loss,
     )
     return result
@@ -101,20 +105,25 @@ class _HeadLoss(torch.autograd.Function):
         z_loss: float,
         compute: torch.dtype,
         differentiate: bool,
+        groups: Tensor | None,
         chunk_loss: ChunkLoss,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(compute)
             chunk = _chunk_tokens(weight)
             grad_dtype = weight.dtype if len(targets) <= chunk else torch.float32
-            sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+            num_groups = 0 if groups is None else groups.shape[1]
+            sums = torch.zeros(2 + num_groups, dtype=torch.float32, device=hidden.device)
             grad_hidden = torch.empty_like(hidden) if differentiate else None
             grad_weight: Tensor | None = None
             for start in range(0, len(targets), chunk):
                 tokens = slice(start, start + chunk)
                 states = hidden[tokens].to(compute)
-                loss, grad = chunk_loss(states, matrix, targets[tokens], scale, z_loss, differentiate)
-                sums += loss
+                loss, nll, grad = chunk_loss(states, matrix, targets[tokens], scale, z_loss, differentiate)
+                sums[:2] += loss
+                if groups is not None:
+                    # A product, because adding by index has no fixed order on a GPU.
+                    sums[2:] += nll @ groups[tokens]
                 if grad_hidden is not None and grad is not None:
                     grad_hidden[tokens] = grad @ matrix
                     product = grad.T @ states
@@ -133,7 +142,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         ratio = grads[0][0] / ctx.scale
         # In place, because they may be large. Autograd refuses a second backward pass through the same graph.
-        return grad_hidden.mul_(ratio), grad_weight.mul_(ratio), None, None, None, None, None, None
+        return grad_hidden.mul_(ratio), grad_weight.mul_(ratio), *(None,) * 7
 
 
 def _chunk_loss(
@@ -143,8 +152,9 @@ def _chunk_loss(
     scale: Tensor | float,
     z_loss: float,
     differentiate: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss of a chunk of tokens: what `head_loss` returns, and the gradient by the logits [tokens, vocab] if asked for.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of a chunk of tokens: the objective and the summed cross-entropy [2], the cross-entropy of each token
+    [tokens], and the gradient by the logits [tokens, vocab] if asked for.
 
     The gradient is that of the objective times `scale`, in the dtype of `states` [tokens, hidden_size].
     """
@@ -156,15 +166,15 @@ def _chunk_loss(
     # log p = logit - log Z, so log Z needs no pass of its own over the vocabulary.
     log_z = ((logits.gather(1, index) - log_p_target).squeeze(1)) * valid
     del logits
-    nll = -(log_p_target.squeeze(1) * valid).sum()
-    loss = torch.stack((nll + z_loss * log_z.square().sum(), nll))
+    nll = -(log_p_target.squeeze(1) * valid)
+    loss = torch.stack((nll.sum() + z_loss * log_z.square().sum(), nll.sum()))
     if not differentiate:
-        return loss, None
+        return loss, nll, None
     # d nll / d logits = p - onehot(target);  d z_loss / d logits = 2 z_loss log Z p
     rate = valid * scale
     grad = log_p.exp_().mul_((rate * (1 + 2 * z_loss * log_z)).unsqueeze(1))
     grad.scatter_add_(1, index, -rate.unsqueeze(1))
-    return loss, grad.to(states.dtype)
+    return loss, nll, grad.to(states.dtype)
 
 
 def _chunk_tokens(weight: Tensor) -> int:

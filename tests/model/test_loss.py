@@ -125,3 +125,17 @@ def test_without_gradients_the_loss_needs_no_graph() -> None:
         both = head_loss(hidden, weight, targets)
         torch.testing.assert_close(both[1], cross_entropy_sum(F.linear(hidden, weight), targets))
     assert not both.requires_grad
+
+
+def test_groups_of_rows_get_the_summed_loss_of_their_rows() -> None:
+    hidden, weight, targets = inputs()
+    groups = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    result = head_loss(hidden, weight, targets, z_loss=1e-2, groups=groups)
+    assert torch.equal(result[:2], head_loss(hidden, weight, targets, z_loss=1e-2))
+    logits = F.linear(hidden, weight)
+    of_group = [cross_entropy_sum(logits[rows], targets[rows]) for rows in ([1], [0, 2])]
+    torch.testing.assert_close(result[2:], torch.stack([*of_group, torch.zeros(())]))
+    ours = torch.autograd.grad(result[0], (hidden, weight))
+    expected = torch.autograd.grad(plain(hidden, weight, targets, 1e-2), (hidden, weight))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -84,11 +84,12 @@ def _loss_of_own_tokens(
     targets: Tensor | None = None,
     scale: Tensor | float = 1.0,
     z_loss: float = 0.0,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Do what `Head.forward` does, on `hidden` sharded by tokens; every worker returns the whole loss."""
     assert targets is not None, "a model under tensor parallelism computes losses, not logits"
     assert isinstance(head.weight, DTensor)
     weight = head.weight.redistribute(mesh, [Replicate()]).to_local(grad_placements=[Partial()])
     own_targets = targets.chunk(mesh.size(), dim=1)[mesh.get_local_rank()].contiguous()
-    loss = head_loss(hidden.to_local(), weight, own_targets, scale, z_loss)
+    loss = head_loss(hidden.to_local(), weight, own_targets, scale, z_loss, groups)
     return DTensor.from_local(loss, mesh, [Partial()]).redistribute(mesh, [Replicate()]).to_local()

@@ -9,12 +9,12 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any, BinaryIO, NamedTuple
 
-from llama_ray.data.sources.files import File, SourceError, is_compressed, is_json_lines, open_file
+from llama_ray.data.sources.files import File, SourceError, open_file
 from llama_ray.data.sources.find import files
-from llama_ray.data.sources.left_out import COMPRESSED, EMPTY, HIDDEN, MATCHED_FOLDER, TAKEN_ALREADY, LeftOut
+from llama_ray.data.sources.formats import Compression, Format, layout
+from llama_ray.data.sources.left_out import EMPTY, HIDDEN, MATCHED_FOLDER, TAKEN_ALREADY, LeftOut
 from llama_ray.storage import store
 from llama_ray.storage.paths import is_uri
 from llama_ray.utils.errors import printable
@@ -137,14 +137,13 @@ def _input_lines(source: str, is_output: Callable[[str], bool]) -> Iterator[_Inp
     def refuse(piece: LeftOut) -> None:
         if piece.reason in _WITHOUT_ROWS or not (piece.unit == "folder" or _is_requested(source, piece.name)):
             return
-        name = printable(piece.name)
-        if piece.reason == COMPRESSED:
-            raise SourceError(f"{name} is compressed; decompress it first")
-        raise SourceError(f"cannot take rows from {name}: {piece.reason}")
+        raise SourceError(f"cannot take rows from {printable(piece.name)}: {piece.reason}")
 
     for file in sorted(files(source, refuse)):
         if not _is_requested(source, file.name) or is_output(file.path):
             continue
+        if file.layout.compression is not Compression.NONE:
+            raise SourceError(f"{printable(file.name)} is compressed; decompress it first")
         with open_file(file.root, file.path) as stream:
             yield from _file_lines(file, _buffered(stream))
 
@@ -231,5 +230,4 @@ def _buffered(file: Any) -> BinaryIO:
 def _is_requested(source: str, name: str) -> bool:
     """Whether the user named this file, by path or pattern; of a folder only `.jsonl` files, also compressed, count."""
     by_pattern = glob.has_magic(source) and not is_uri(source)
-    plain = str(PurePath(name).with_suffix("")) if is_compressed(name) else name
-    return is_json_lines(plain) or by_pattern or store.name_of(source) == name
+    return layout(name).format is Format.JSON_LINES or by_pattern or store.name_of(source) == name

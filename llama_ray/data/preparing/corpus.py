@@ -50,7 +50,7 @@ def find_corpus(
             content = f"{file.name}\0{file.size}\0{file.modified_ns}\n"
             digest.update(content.encode(errors="surrogateescape"))
             before = len(found)
-            found.extend(split_file(file))
+            found.extend(split_file(file, TextFields()))
             if len(found) == before:
                 left_out.add(LeftOut("file", EMPTY, file.name))
     except OSError as error:

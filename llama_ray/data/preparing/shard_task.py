@@ -75,8 +75,8 @@ def _encode_documents(
     documents: str, tokenizer: Tokenizer, result: ShardResult, left_out: Tally
 ) -> Iterator[Tokens]:
     """Yield the token ids of each text, and count into `result` and `left_out`."""
-    for file, start, stop in json.loads(documents):
-        document = Piece(File(*file), start, stop)
+    for file, *place in json.loads(documents):
+        document = Piece(File(*file), *place)
         result.bytes += document.size
         for text in read(document, TextFields(), left_out.add):
             result.text_bytes += len(text.text.encode())

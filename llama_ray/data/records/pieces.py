@@ -1,44 +1,59 @@
-"""Pieces: ranges of files that are read at once, so that a corpus need not fit into memory."""
+"""Pieces: what one reader takes at once of a file, so that a corpus need not fit into memory."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+from llama_ray.data.records.arrow_files import (
+    StorageFailureError,
+    arrow_rows,
+    check_arrow,
+    parquet_rows,
+    row_groups,
+)
+from llama_ray.data.records.columns import missing_column
+from llama_ray.data.records.csv_rows import COMMA, TAB, csv_header, csv_rows
+from llama_ray.data.records.documents import CELL_BYTES, CUT_BYTES, documents
 from llama_ray.data.records.fields import TextFields
-from llama_ray.data.records.text import BYTE_ORDER_MARK, NotTextError, text_of_bytes, text_of_record
-from llama_ray.data.sources.files import File, SourceError, has_changed, is_json_lines, open_file
-from llama_ray.data.sources.left_out import LeaveOut, LeftOut
+from llama_ray.data.records.json_values import json_values
+from llama_ray.data.records.lines import json_lines
+from llama_ray.data.records.reading import MAX_RECORD_BYTES, Reading, Text
+from llama_ray.data.sources.blocks import BLOCK_BYTES, blocks
+from llama_ray.data.sources.files import File, SourceError, has_changed, open_file
+from llama_ray.data.sources.formats import Format
+from llama_ray.data.sources.left_out import NOTHING, LeaveOut, LeftOut
 from llama_ray.utils.errors import first_line, printable
 
-DOCUMENT_BYTES = 256 * 1024
-"""A longer text file is cut into documents of at most this size."""
+PIECE_BYTES = 24 * CELL_BYTES
+"""A file that can be read in ranges is cut into pieces of this size, 4.5 MiB, or into about MAX_PIECES larger ones."""
 
-MAX_RECORD_BYTES = 64 * 1024 * 1024
-"""A longer record is left out, unless the caller says otherwise."""
-
-_WHOLE_BYTES = 1024 * 1024
-"""A `.jsonl` file of at most this size is read at once to find its lines."""
+_MAX_PIECES = 4096
+_END_BYTES = 64 * 1024
+"""Bytes at a time after the end of a piece, for the rest of its last line."""
 
 
 class Piece(NamedTuple):
-    """A byte range of a file: one text, or in a `.jsonl` file some lines with one text each."""
+    """A part of a file: the texts that begin in bytes `start` to `stop` of a file of text or lines.
+
+    Of a parquet file, `start` and `stop` are row groups; of a file that is read from its beginning only, `stop` is its
+    size. `size` is in bytes on disk.
+    """
 
     file: File
     start: int
     stop: int
+    size: int
 
     @property
     def id(self) -> str:
         """Identifier of the piece within its source."""
         return f"{self.file.name}:{self.start}"
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        return self.stop - self.start
 
     def uniform(self, seed: int) -> float:
         """Return a pseudo-random number in [0, 1) that depends on `seed` and `id` only."""
@@ -46,30 +61,26 @@ class Piece(NamedTuple):
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
 
 
-def split_file(file: File) -> Iterator[Piece]:
-    """Cut a text file into documents of at most DOCUMENT_BYTES, and a `.jsonl` file between lines."""
-    starts: Iterable[int] = [0]
-    if is_json_lines(file.name):
-        starts = _line_starts(file)
-    elif file.size > DOCUMENT_BYTES:
-        starts = _text_starts(file)
-    start = None
-    for next_start in starts:
-        if start is not None:
-            yield Piece(file, start, next_start)
-        start = next_start
-    if start is not None:
-        yield Piece(file, start, file.size)
+def split_file(file: File, fields: TextFields) -> Iterator[Piece]:
+    """Yield the pieces of a file.
 
-
-class Text(NamedTuple):
-    """One text, and where it is in its file.
-
-    `offset` is the byte where it begins in a file of text or lines, and the number of its record, from 0, in others.
+    Raises SourceError if it is a table that lacks a column of `fields`, or cannot be read.
     """
-
-    text: str
-    offset: int
+    form = file.layout.format
+    if file.layout.in_ranges and file.seekable:
+        cells = max(PIECE_BYTES, file.size // _MAX_PIECES) // CELL_BYTES
+        # The last cut lies wholly within the file.
+        last = max(file.size - CUT_BYTES, 1) if form is not Format.JSON_LINES else file.size
+        starts = [*range(0, last, cells * CELL_BYTES), file.size]
+        yield from (Piece(file, start, stop, stop - start) for start, stop in itertools.pairwise(starts))
+    elif form is Format.PARQUET:
+        with _opened(file) as stream:
+            sizes = row_groups(file, stream, fields)
+        yield from _groups(file, sizes) if sizes else [Piece(file, 0, 0, file.size)]
+    else:
+        with _opened(file) as stream:
+            _check_columns(file, stream, fields)
+        yield Piece(file, 0, file.size, file.size)
 
 
 def read(
@@ -77,108 +88,110 @@ def read(
 ) -> Iterator[Text]:
     """Yield the texts of a piece, and call `leave_out` for each text or record that is bad.
 
-    Records of more than `max_record_bytes` are left out without being loaded. Raises SourceError for a file that was
-    removed or changed since it was found.
+    Memory is a small multiple of the largest record; one of more than `max_record_bytes` is left out, and not loaded
+    but where its format (parquet, Arrow) holds it in one block with others. Raises SourceError for a file that was
+    removed or changed since it was found, and for a table that lacks a column.
     """
-    file = piece.file
-    content = _content(piece)
-    records = is_json_lines(file.name)
-    for offset, line in _lines(content) if records else [(0, content)]:
-        try:
-            text = text_of_record(line, fields) if records else text_of_bytes(line)
-        except NotTextError as error:
-            position = piece.start + offset + error.offset
-            unit = "record" if records else "document"
-            leave_out(LeftOut(unit, error.reason, file.name, file.root, file.path, position))
-        else:
-            yield Text(text, piece.start + offset)
+    silent = True
+
+    def told(left_out: LeftOut) -> None:
+        nonlocal silent
+        silent = False
+        leave_out(left_out)
+
+    reading = Reading(piece.file, fields, told, max_record_bytes)
+    with _opened(piece.file) as stream:
+        texts = _texts(reading, stream, piece)
+        first = next(texts, None)
+        if first is not None:
+            yield first
+            yield from texts
+        elif silent and piece.size == piece.file.size:
+            leave_out(LeftOut("file", NOTHING, piece.file.name))
+        if has_changed(piece.file, stream):
+            raise _changed(piece.file)
 
 
-def _content(piece: Piece) -> bytes:
-    file = piece.file
+def _texts(reading: Reading, stream: Any, piece: Piece) -> Iterator[Text]:
+    form, compression = piece.file.layout
+    if form is Format.PARQUET:
+        return parquet_rows(reading, stream, piece.start, piece.stop)
+    if form is Format.ARROW:
+        return arrow_rows(reading, stream)
+    if piece.file.layout.in_ranges and piece.file.seekable:
+        if form is Format.JSON_LINES:
+            content = _range(stream, max(piece.start - 1, 0), piece.stop)
+            return json_lines(reading, content, piece.start, piece.stop)
+        content = _range(stream, piece.start, piece.stop)
+        # The last document ends with the file.
+        return documents(reading, content, piece.start, None if piece.stop == piece.file.size else piece.stop)
+    content = blocks(stream, compression)
+    if form is Format.JSON_LINES:
+        return json_lines(reading, content, 0, None)
+    if form is Format.JSON:
+        return json_values(reading, content)
+    if form in (Format.CSV, Format.TSV):
+        return csv_rows(reading, content, COMMA if form is Format.CSV else TAB)
+    return documents(reading, content)
+
+
+def _range(stream: Any, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the content from `start` on: blocks that end at `stop`, and more of it for who goes on."""
+    stream.seek(start)
+    while block := stream.read(min(BLOCK_BYTES, stop - start) if start < stop else _END_BYTES):
+        yield block
+        start += len(block)
+
+
+def _groups(file: File, sizes: list[int]) -> Iterator[Piece]:
+    """Yield pieces of consecutive row groups of at least PIECE_BYTES, but for the last."""
+    start = size = 0
+    for index, group_size in enumerate(sizes):
+        size += group_size
+        if size >= PIECE_BYTES or index == len(sizes) - 1:
+            yield Piece(file, start, index + 1, size)
+            start, size = index + 1, 0
+
+
+def _check_columns(file: File, stream: Any, fields: TextFields) -> None:
+    form, compression = file.layout
+    if form is Format.ARROW:
+        check_arrow(file, stream, fields)
+    elif form in (Format.CSV, Format.TSV):
+        delimiter = COMMA if form is Format.CSV else TAB
+        header = csv_header(blocks(stream, compression), delimiter, MAX_RECORD_BYTES)
+        for name in fields.names if header else ():
+            if header.count(name) != 1:
+                raise missing_column(file, name, header)
+
+
+@contextmanager
+def _opened(file: File) -> Iterator[Any]:
+    """Open a file that has not changed since it was found. Raises SourceError, also for an OSError of the block."""
     try:
-        with open_file(file.root, file.path) as stream:
-            stream.seek(piece.start)
-            content: bytes = stream.read(piece.size)
-            changed = has_changed(file, stream)
-    except OSError as error:
+        with open_file(file.root, file.path) as stream, _with_seek(file, stream) as readable:
+            if has_changed(file, stream):
+                raise _changed(file)
+            yield readable
+    except (OSError, StorageFailureError) as error:
+        cause = error.__cause__ if isinstance(error, StorageFailureError) else error
+        reason = getattr(cause, "strerror", None) or first_line(cause or error)
         raise SourceError(
-            f"cannot read {printable(file.path)} ({error.strerror or first_line(error)}); restore it or start again"
+            f"cannot read {printable(file.path)} ({reason}); restore it or start again"
         ) from error
-    if changed:
-        raise _changed(file)
-    return content.removeprefix(BYTE_ORDER_MARK) if piece.start == 0 else content
+
+
+@contextmanager
+def _with_seek(file: File, stream: Any) -> Iterator[Any]:
+    """Give a copy on disk of a file that its server sends only from the beginning, where the format needs more."""
+    if file.seekable or file.layout.format not in (Format.PARQUET, Format.ARROW):
+        yield stream
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(stream, copy, BLOCK_BYTES)
+        copy.seek(0)
+        yield copy
 
 
 def _changed(file: File) -> SourceError:
     return SourceError(f"{printable(file.path)} changed while it was read; start again")
-
-
-def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield each line that is not blank, with its offset."""
-    offset = 0
-    for line in content.split(b"\n"):
-        if line.strip():
-            yield offset, line
-        offset += len(line) + 1
-
-
-def _line_starts(file: File) -> Iterator[int]:
-    """Yield where documents of a `.jsonl` file begin: at the line after every `step` bytes, blank lines left out."""
-    # About 1000 documents a file at most, to keep their list short. All lines of a document are in one split.
-    step = min(file.size // 1000, DOCUMENT_BYTES)
-    with open_file(file.root, file.path) as opened:
-        stream = io.BytesIO(opened.read(file.size)) if file.size <= _WHOLE_BYTES else opened
-        mark = stream.read(len(BYTE_ORDER_MARK))
-        start = _skip_blank(stream, len(mark) if mark == BYTE_ORDER_MARK else 0)
-        while start < file.size:
-            yield start
-            start = _skip_blank(stream, _line_end(stream, start + step))
-
-
-def _line_end(stream: BinaryIO, position: int) -> int:
-    """Return the end of the line in which `position` is."""
-    stream.seek(position)
-    while block := stream.read(16 * 1024):
-        if newline := block.find(b"\n") + 1:
-            return position + newline
-        position += len(block)
-    return position
-
-
-def _skip_blank(stream: BinaryIO, position: int) -> int:
-    """Return the position of the first byte from `position` on that is not white space."""
-    stream.seek(position)
-    while block := stream.read(1024):
-        if rest := block.lstrip():
-            return position + len(block) - len(rest)
-        position += len(block)
-    return position
-
-
-def _text_starts(file: File) -> Iterator[int]:
-    """Yield the best place in the last quarter of each DOCUMENT_BYTES: a paragraph, else a line, else a character."""
-    tail = DOCUMENT_BYTES // 4
-    with open_file(file.root, file.path) as stream:
-        start = 0
-        yield start
-        while start + DOCUMENT_BYTES < file.size:
-            first = start + DOCUMENT_BYTES - tail
-            stream.seek(first)
-            block = stream.read(tail)
-            if len(block) < tail:
-                raise _changed(file)
-            start = first + _best_end(block)
-            yield start
-
-
-def _best_end(block: bytes) -> int:
-    blank_line = max(block.rfind(b"\n\n") + 2, block.rfind(b"\n\r\n") + 3)
-    if blank_line > 3:
-        return blank_line
-    if b"\n" in block:
-        return block.rfind(b"\n") + 1
-    end = len(block) - 1
-    while end > len(block) - 4 and block[end] & 0xC0 == 0x80:  # Inside a UTF-8 character.
-        end -= 1
-    return end

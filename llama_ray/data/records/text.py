@@ -1,17 +1,25 @@
-"""The text of a piece of a file: bytes that must be UTF-8 without NUL, or a line of JSON that holds one text."""
+"""What is text, and what makes the text of a line of JSON."""
 
 from __future__ import annotations
 
 import json
 
 from llama_ray.data.records.fields import FieldError, TextFields
-from llama_ray.data.sources.left_out import EMPTY, NO_TEXT, NOT_JSON, NOT_UTF8, NUL, TOO_DEEP
+from llama_ray.data.sources.left_out import (
+    EMPTY,
+    HALF_CHARACTER,
+    NOT_JSON,
+    NOT_OBJECT,
+    NOT_UTF8,
+    NUL,
+    TOO_DEEP,
+)
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class NotTextError(Exception):
-    """A piece that is not text: the reason, and the byte where that shows."""
+    """A document or record that is not text: the reason, and the byte where that shows."""
 
     def __init__(self, reason: str, offset: int = 0) -> None:
         super().__init__(reason)
@@ -19,7 +27,7 @@ class NotTextError(Exception):
 
 
 def text_of_bytes(content: bytes) -> str:
-    """Decode UTF-8. Raises NotTextError."""
+    """Decode UTF-8 without NUL. Raises NotTextError."""
     nul = content.find(b"\0")
     if nul >= 0:
         raise NotTextError(NUL, nul)
@@ -32,33 +40,66 @@ def text_of_bytes(content: bytes) -> str:
     return text
 
 
-def text_of_record(line: bytes, fields: TextFields) -> str:
+def text_of_line(line: bytes, fields: TextFields) -> str:
     """Return the text of a line such as `{"text": "..."}`. Raises NotTextError."""
-    content = text_of_bytes(line.removeprefix(BYTE_ORDER_MARK).strip())
+    return text_of_json(text_of_bytes(line), fields)
+
+
+def text_of_json(content: str, fields: TextFields) -> str:
+    """Return the text of a JSON object. Raises NotTextError."""
     try:
-        record = _DECODER.decode(content)
-        text = fields.text_of(record)
+        record = DECODER.decode(content)
     except RecursionError as error:
         raise NotTextError(TOO_DEEP) from error
-    except FieldError as error:
-        raise NotTextError(NO_TEXT) from error
     except ValueError as error:
         raise NotTextError(NOT_JSON) from error
+    return text_of_record(record, fields)
+
+
+def text_of_record(record: object, fields: TextFields) -> str:
+    """Return the text of a record. Raises NotTextError."""
+    if not isinstance(record, dict):
+        raise NotTextError(NOT_OBJECT)
+    try:
+        return checked(fields.text_of(record))
+    except FieldError as error:
+        raise NotTextError(str(error)) from error
+
+
+def checked(text: str) -> str:
+    """Return a text. Raises NotTextError if it is empty or has NUL or half of a surrogate pair."""
     if not text:
         raise NotTextError(EMPTY)
     if "\0" in text:
         raise NotTextError(NUL)
-    # JSON may escape half of a surrogate pair, which is not a character.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if not is_unicode(text):
+        raise NotTextError(HALF_CHARACTER)
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is without halves of surrogate pairs, which are no characters."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _record(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Make an object's dict, without a text that is given twice: readers of JSON disagree on which one counts."""
+    """Make an object's dict, without fields that are given twice: readers of JSON disagree on which one counts."""
     record = dict(pairs)
-    if len(record) < len(pairs) and sum(key == "text" for key, _ in pairs) > 1:
-        del record["text"]
+    if len(record) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                record.pop(key, None)
+            seen.add(key)
     return record
 
 
 # An int of 4300 digits or more cannot be read; no number matters here.
-_DECODER = json.JSONDecoder(object_pairs_hook=_record, parse_int=float)
+DECODER = json.JSONDecoder(object_pairs_hook=_record, parse_int=float)
+"""Reads JSON; `strict` as the standard is, but for NaN and Infinity."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import sysconfig
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llama_ray.data.sources.formats import Layout, layout
+from llama_ray.data.sources.http_file import HttpFile
 from llama_ray.storage import store
 from llama_ray.utils.errors import UserError
 
@@ -17,10 +19,8 @@ if TYPE_CHECKING:
 BUILTIN = "builtin"
 """The source that is the source code of the running interpreter's standard library."""
 
-_JSON_LINES = frozenset({".jsonl", ".ndjson"})
-_COMPRESSED = frozenset(
-    {".7z", ".br", ".bz2", ".gz", ".lz4", ".lzma", ".tgz", ".xz", ".z", ".zip", ".zst", ".zstd"}
-)
+HTTP = frozenset({"http", "https"})
+HUB = "hf://"
 
 
 class SourceError(UserError):
@@ -31,7 +31,8 @@ class File(NamedTuple):
     """A file of a source.
 
     `name` is its path relative to the source, so it stays the same when the source moves. `root` and `path` are what
-    `open_file` takes: `root` is '' for local files, 'builtin', or the first part of a URI.
+    `open_file` takes: `root` is '' for local files, 'builtin', 'https', or the first part of a URI. `size` is 0 where
+    a server does not say it; `seekable` is False where it can be read from its beginning only.
     """
 
     name: str
@@ -39,14 +40,22 @@ class File(NamedTuple):
     path: str
     size: int
     modified_ns: int
+    seekable: bool = True
+
+    @property
+    def layout(self) -> Layout:
+        """What its name says about its content."""
+        return layout(self.name)
 
 
 def open_file(root: str, path: str) -> Any:
-    """Open the file with these fields of a `File`: binary and seekable. Files behind a URI have no `readline`."""
+    """Open the file with these fields of a `File`: binary. Files behind a URI have no `readline`."""
     if root == BUILTIN:
         return (standard_library() / path).open("rb")
     if root == "":
         return Path(path).open("rb")
+    if root in HTTP:
+        return HttpFile(path)
     return _file_system(root).open_input_file(path)
 
 
@@ -55,25 +64,12 @@ def has_changed(file: File, stream: Any) -> bool:
 
     Of files behind a URI, and of built-in ones, which each node installed at another time, only the size is compared.
     """
+    if not file.seekable:
+        return False
     if file.root not in ("", BUILTIN):
         return bool(stream.size() != file.size)
     status = os.fstat(stream.fileno())
     return status.st_size != file.size or (file.root == "" and status.st_mtime_ns != file.modified_ns)
-
-
-def suffix(name: str) -> str:
-    """Return the last suffix of a file's name in lower case, such as '.txt', or ''."""
-    return PurePosixPath(name).suffix.lower()
-
-
-def is_json_lines(name: str) -> bool:
-    """Whether each line of a file of this name holds a record."""
-    return suffix(name) in _JSON_LINES
-
-
-def is_compressed(name: str) -> bool:
-    """Whether a file of this name is compressed."""
-    return suffix(name) in _COMPRESSED
 
 
 def standard_library() -> Path:
@@ -84,4 +80,19 @@ def standard_library() -> Path:
 @functools.lru_cache(maxsize=8)
 def _file_system(root: str) -> fs.FileSystem:
     # Cached because finding the region of a bucket takes a round trip.
+    if root == HUB:
+        return hub_file_system()
     return store.open_storage(root)[0]
+
+
+def hub_file_system() -> fs.FileSystem:
+    """Return the Hugging Face hub as a file system of pyarrow. Raises SourceError if its client is not installed."""
+    from pyarrow import fs
+
+    try:
+        from huggingface_hub import HfFileSystem
+    except ImportError as error:
+        raise SourceError(
+            "hf:// needs the package huggingface_hub; install it (pip install 'llama-ray[hf]')"
+        ) from error
+    return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))))

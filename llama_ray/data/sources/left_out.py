@@ -11,7 +11,9 @@ from llama_ray.utils.errors import first_line, printable
 
 EMPTY = "empty"
 HIDDEN = "hidden, with a name that begins with a dot"
-COMPRESSED = "compressed; decompress them first"
+ARCHIVE = "archives, or compressed in a way that is not read; unpack them first"
+DATA_SET_NOTES = "notes about a data set, not its records"
+OTHER_SPLIT = "of another split than train; give their own folder or file to take them"
 NOT_UTF8 = "not UTF-8; convert them (iconv -t UTF-8)"
 NUL = "NUL characters in them, as in binary files and UTF-16; convert text (iconv -f UTF-16 -t UTF-8)"
 NOT_A_FILE = "a FIFO, socket or device; only files are read"
@@ -21,19 +23,25 @@ SAME_FILE = "the same file as another one, by a link"
 OUTPUT = "in the output directory"
 MATCHED_FOLDER = "matched by the glob, which takes files; end it with /** to take the files in them"
 NOT_JSON = "not JSON"
+NOT_OBJECT = "not a JSON object with fields"
 TOO_DEEP = "nested too deeply"
-NO_TEXT = 'not {"text": "..."} with one text'
+TOO_LONG = "longer than a record may be; see max_record_bytes"
+HALF_CHARACTER = "half of a surrogate pair in them, which is no character"
+NOT_ROW = "not as many fields as the first line has"
+NOTHING = "without a record"
 NOT_CHOSEN = "beyond max_bytes"
 
+_NOT_BAD = (EMPTY, NOT_CHOSEN)
 _MAX_NAMES = 3
 _MAX_COUNTED_BYTES = 2**30
 """Line numbers are found by reading the file up to the line, which beyond this takes too long."""
 
 
 class LeftOut(NamedTuple):
-    """A file, folder, document or record (`unit`) that is not taken, and the reason.
+    """A file, folder, document, record or stream (`unit`) that is not taken, and the reason.
 
-    A document or record is found at byte `offset` of the file that `open_file` opens as `root` and `path`.
+    A document or record is found at `place` of its file, such as ':17' for a line, or else at byte `offset` of the file
+    that `open_file` opens as `root` and `path`. A stream is the rest of a file after some damage.
     """
 
     unit: str
@@ -42,12 +50,18 @@ class LeftOut(NamedTuple):
     root: str = ""
     path: str = ""
     offset: int | None = None
+    place: str = ""
+
+    @property
+    def bad(self) -> bool:
+        """Whether this is a bad record, and not one that is rightly left out, or a file."""
+        return _is_bad(self.unit, self.reason)
 
     def location(self) -> str:
         """Return the name for a message, with the line if it is known."""
         name = printable(self.name)
         if self.offset is None:
-            return name
+            return name + self.place
         line = _line_number(self.root, self.path, self.offset)
         return f"{name} at byte {self.offset}" if line is None else f"{name}:{line}"
 
@@ -72,6 +86,11 @@ class Tally:
         for (unit, reason), count in other._counts.items():
             self._add(unit, reason, count, other._first[unit, reason])
 
+    @property
+    def bad(self) -> int:
+        """How many bad records were counted."""
+        return sum(count for key, count in self._counts.items() if _is_bad(*key))
+
     def lines(self) -> list[str]:
         """Return a line for each reason, the most frequent first: `left out 2 files (a.gz, b.xz): compressed; ...`."""
         return [
@@ -94,7 +113,7 @@ class Tally:
     def _add(self, unit: str, reason: str, count: int, first: list[LeftOut]) -> None:
         key = unit, reason
         self._counts[key] = self._counts.get(key, 0) + count
-        first = sorted([*self._first.get(key, []), *first], key=lambda piece: (piece.name, piece.offset or 0))
+        first = sorted([*self._first.get(key, []), *first], key=_order)
         self._first[key] = first[:_MAX_NAMES]
 
     def _names(self, unit: str, reason: str) -> str:
@@ -103,6 +122,15 @@ class Tally:
             return ""
         more = ", ..." if self._counts[unit, reason] > len(named) else ""
         return f" ({', '.join(named)}{more})"
+
+
+def _order(piece: LeftOut) -> tuple[str, int, int, str]:
+    """Sort by name and place: `:9` comes before `:10`."""
+    return piece.name, piece.offset or 0, len(piece.place), piece.place
+
+
+def _is_bad(unit: str, reason: str) -> bool:
+    return unit not in ("file", "folder") and reason not in _NOT_BAD
 
 
 def _line_number(root: str, path: str, offset: int) -> int | None:

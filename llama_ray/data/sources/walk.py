@@ -43,11 +43,11 @@ def walk(base: Path, pattern: Parts, leave_out: LeaveOut) -> Iterator[Path]:
             path = folder / entry.name
             parts = path.relative_to(base).parts
             is_folder = _is_folder(entry)
-            matched, leads_on = _matches(parts, pattern), is_folder and _leads_on(parts, pattern)
+            matched, leads_on = matches(parts, pattern), is_folder and _leads_on(parts, pattern)
             if not matched and not leads_on:
                 continue
             name = "/".join(parts)
-            if _is_hidden(entry.name, pattern):
+            if is_hidden(entry.name, pattern):
                 leave_out(LeftOut("folder" if is_folder else "file", HIDDEN, name))
             elif not is_folder:
                 yield path
@@ -74,12 +74,13 @@ def _take(target: Path, taken: list[Path]) -> bool:
     return True
 
 
-def _matches(parts: Parts, pattern: Parts) -> bool:
+def matches(parts: Parts, pattern: Parts) -> bool:
+    """Whether the parts of a path match those of a pattern."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
-        return _matches(parts, pattern[1:]) or (bool(parts) and _matches(parts[1:], pattern))
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+        return matches(parts, pattern[1:]) or (bool(parts) and matches(parts[1:], pattern))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
 def _leads_on(parts: Parts, pattern: Parts) -> bool:
@@ -92,7 +93,8 @@ def _leads_on(parts: Parts, pattern: Parts) -> bool:
     return len(parts) < len(pattern)
 
 
-def _is_hidden(name: str, pattern: Parts) -> bool:
+def is_hidden(name: str, pattern: Parts) -> bool:
+    """Whether a name begins with a dot, and no part of the pattern asks for that."""
     return name.startswith(".") and not any(
         part.startswith(".") and fnmatchcase(name, part) for part in pattern
     )

@@ -63,9 +63,9 @@ def test_what_is_not_text_is_never_all_of_a_split(tmp_path: Path, seed: int) -> 
 def test_documents_that_hold_no_text_are_not_enough(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.txt").write_bytes(b"\xe9")
-    (tmp_path / "c.bz2").write_bytes(b"BZh")
+    (tmp_path / "c.tar").write_bytes(b"BZh")
     message = (
-        r"has 1 document \(left out 1 file \(c.bz2\): compressed; decompress them first; left out 1 document "
+        r"has 1 document \(left out 1 file \(c.tar\): archives, .*; unpack them first; left out 1 document "
         r"\(b.txt:1\): not UTF-8.*\); training and validation need one each"
     )
     with pytest.raises(SourceError, match=message):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import json
 import math
@@ -126,7 +125,7 @@ def test_a_given_tokenizer_is_used_as_it_is(config: PrepareConfig, tmp_path: Pat
 
 def test_a_summary_names_what_was_left_out_and_why(config: PrepareConfig, corpus: Path) -> None:
     (corpus / "latin.txt").write_bytes(b"caf\xe9")
-    (corpus / "more.jsonl.GZ").write_bytes(gzip.compress(b'{"text": "a"}'))
+    (corpus / "more.tar.GZ").write_bytes(b"\x1f\x8b")
     good = [json.dumps({"text": f"record {number}"}).encode() for number in range(60)]
     for number in (3, 10, 20, 30):
         good[number] = b'{"text": "\xff"}'
@@ -138,11 +137,14 @@ def test_a_summary_names_what_was_left_out_and_why(config: PrepareConfig, corpus
     assert summary[0].startswith(f"took {info.documents('train')} texts for training")
     assert sorted(summary[1:]) == [
         "left out 1 document (latin.txt:1): not UTF-8",
-        "left out 1 file (more.jsonl.GZ): compressed",
+        "left out 1 file (more.tar.GZ): archives, or compressed in a way that is not read",
         "left out 4 records (records.jsonl:4, records.jsonl:11, records.jsonl:21, ...): not UTF-8",
     ]
     # What is left out whole is known, and said, before the work begins.
-    assert "left out 1 file (more.jsonl.GZ): compressed; decompress them first" in lines[:2]
+    assert (
+        "left out 1 file (more.tar.GZ): archives, or compressed in a way that is not read; unpack them first"
+        in lines[:2]
+    )
 
 
 def test_a_failed_preparation_leaves_no_files(config: PrepareConfig, corpus: Path) -> None:

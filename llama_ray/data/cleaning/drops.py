@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from llama_ray.data.cleaning.ranks import rank
+from llama_ray.data.cleaning.excerpts import excerpt, rank
 from llama_ray.utils.errors import printable
 
 MAX_EXAMPLES = 3
@@ -37,7 +37,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Example:
-    """A text or a line that was dropped: the text's id, what the rule saw, and the beginning, on one line."""
+    """A text or a line that was dropped: the text's id, what the rule saw, and the beginning in its lines."""
 
     id: str
     detail: str
@@ -116,8 +116,7 @@ def _dropped(
 
 
 def _example(id: str, drop: Drop) -> Example:
-    beginning = drop.example[: 2 * _EXAMPLE_CHARACTERS]
-    return Example(id, printable(drop.detail), printable(beginning, _EXAMPLE_CHARACTERS))
+    return Example(id, printable(drop.detail), excerpt(drop.example, _EXAMPLE_CHARACTERS))
 
 
 def _order(example: Example) -> tuple[int, str, str, str]:

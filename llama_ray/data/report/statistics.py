@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
-from llama_ray.data.cleaning.ranks import rank
-from llama_ray.utils.errors import printable
+from llama_ray.data.cleaning.excerpts import excerpt, rank
 
 MAX_SAMPLES = 3
 _SAMPLE_CHARACTERS = 600
@@ -25,7 +24,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """The beginning of a text, on one line."""
+    """The beginning of a text, in its lines."""
 
     id: str
     text: str
@@ -36,6 +35,7 @@ class SourceStatistics:
     """Sums over the documents of a source.
 
     `lengths` counts documents by the bit length of their number of tokens: entry 10 is for 512 to 1023 tokens.
+    `length_tokens` sums their tokens in the same way.
     """
 
     documents: int = 0
@@ -43,6 +43,7 @@ class SourceStatistics:
     bytes: int = 0
     tokens: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
+    length_tokens: Counter[int] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     samples: tuple[Sample, ...] = ()
 
@@ -53,12 +54,13 @@ class SourceStatistics:
             self.characters += len(document.text)
             self.bytes += _utf8_bytes(document.text)
             self.tokens += document.tokens
-            self.lengths[document.tokens.bit_length()] += 1
+            bits = document.tokens.bit_length()
+            self.lengths[bits] += 1
+            self.length_tokens[bits] += document.tokens
             if document.language:
                 self.languages[document.language] += 1
             if len(self.samples) < MAX_SAMPLES or rank(document.id) <= rank(self.samples[-1].id):
-                beginning = document.text[: 2 * _SAMPLE_CHARACTERS]
-                self._sample([Sample(document.id, printable(beginning, _SAMPLE_CHARACTERS))])
+                self._sample([Sample(document.id, excerpt(document.text, _SAMPLE_CHARACTERS))])
 
     def merge(self, other: SourceStatistics) -> None:
         """Count what `other` counted."""
@@ -67,6 +69,7 @@ class SourceStatistics:
         self.bytes += other.bytes
         self.tokens += other.tokens
         self.lengths.update(other.lengths)
+        self.length_tokens.update(other.length_tokens)
         self.languages.update(other.languages)
         self._sample(other.samples)
 
@@ -92,7 +95,7 @@ class Statistics:
 
     def to_json(self) -> dict[str, dict[str, object]]:
         """Return the content as values of JSON, by source."""
-        return {source: _sorted(asdict(self.sources[source])) for source in sorted(self.sources)}
+        return {source: _plain(self.sources[source]) for source in sorted(self.sources)}
 
     @classmethod
     def from_json(cls, sources: Mapping[str, Mapping[str, object]]) -> Statistics:
@@ -103,26 +106,32 @@ class Statistics:
         return statistics
 
 
-def _sorted(values: dict[str, object]) -> dict[str, object]:
-    """Put counters in order, and turn keys into those of JSON."""
+def _plain(statistics: SourceStatistics) -> dict[str, object]:
+    """Return the content as values of JSON, the counters in order."""
     return {
-        key: {str(name): value[name] for name in sorted(value)} if isinstance(value, dict) else value
-        for key, value in values.items()
-    }
+        key: {str(name): value[name] for name in sorted(value)} if isinstance(value, Counter) else value
+        for key, value in vars(statistics).items()
+    } | {"samples": [asdict(sample) for sample in statistics.samples]}
 
 
 def _read(
     lengths: Mapping[str, int],
+    length_tokens: Mapping[str, int],
     languages: Mapping[str, int],
     samples: Sequence[Mapping[str, str]],
     **sums: int,
 ) -> SourceStatistics:
     return SourceStatistics(
-        lengths=Counter({int(bits): count for bits, count in lengths.items()}),
+        lengths=_by_bits(lengths),
+        length_tokens=_by_bits(length_tokens),
         languages=Counter(languages),
         samples=tuple(Sample(**sample) for sample in samples),
         **sums,
     )
+
+
+def _by_bits(counts: Mapping[str, int]) -> Counter[int]:
+    return Counter({int(bits): count for bits, count in counts.items()})
 
 
 def _utf8_bytes(text: str) -> int:

@@ -11,7 +11,7 @@ from _cli import main, parse
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from llama_ray.data.dataset.info import read_info
+from llama_ray.data.dataset.locations import dataset_info
 from llama_ray.data.preparing.prepare import PrepareConfig, prepare
 from llama_ray.data.sources.files import BUILTIN
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
@@ -37,12 +37,12 @@ def run() -> None:
     data = builtin.output if builtin else existing(flags.data)
     if builtin is None:
         # Raises its line now, because a cluster takes seconds to start.
-        read_info(data)
+        dataset_info(data)
     connect()
     if builtin:
         prepare(builtin, log=lambda line: print(line, flush=True))
     if flags.vocab_size is None and flags.preset is None:
-        shape = dataclasses.replace(shape, vocab_size=read_info(data).vocab_size)
+        shape = dataclasses.replace(shape, vocab_size=dataset_info(data).vocab_size)
     try:
         outcome = train_on_ray(shape, config, launch, data)
     except Stopped as stopped:
@@ -83,7 +83,8 @@ def _parser() -> ArgumentParser:
         "--data",
         type=str | None,
         metavar="DIR",
-        help="Directory that prepare_data.py wrote; by default one is made from the built-in corpus.",
+        help="Directory that prepare_data.py wrote, or a URI such as s3://BUCKET/DIR that it was copied to; by default "
+        "one is made from the built-in corpus.",
     )
     parser.add_argument(
         "--preset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -16,10 +17,12 @@ BUCKET = "runs"
 
 
 @contextmanager
-def s3_server() -> Iterator[int]:
-    """Yield the port of an S3 server on loopback that has one empty bucket."""
+def s3_server(*, check_keys: bool = False) -> Iterator[int]:
+    """Yield the port of an S3 server on loopback that has one empty bucket; with `check_keys` it knows no key."""
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    # How many requests it answers before it asks for a key: the one that makes the bucket.
+    env = os.environ | ({"INITIAL_NO_AUTH_ACTION_COUNT": "1"} if check_keys else {})
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as server:
         assert server.stderr is not None
         lines = (re.search(r"http://127.0.0.1:(\d+)", line) for line in server.stderr)
         port = next(int(match[1]) for match in lines if match)

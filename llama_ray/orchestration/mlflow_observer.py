@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from llama_ray.data.dataset.locations import load_tokenizer
 from llama_ray.data.dataset.token_dataset import TokenDataset
-from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
@@ -36,7 +36,7 @@ class MLflowObserver(Console):
     def __init__(self, run: BufferedRun | None, data: str, directory: str) -> None:
         super().__init__()
         self.run, self._starts = run, store.join(directory, _STARTS_FILE)
-        self._tokenizer = Tokenizer.load(data)
+        self._tokenizer = load_tokenizer(data)
         self._prompts = _validation_prompts(data)
 
     def started(self, schedule: Schedule, progress: Progress, layout: str) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from llama_ray.data.dataset.info import SPLITS, DatasetInfo, read_info
+from llama_ray.data.dataset.info import SPLITS, DatasetInfo
+from llama_ray.data.dataset.locations import dataset_info
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
 from llama_ray.orchestration.launch import LATEST, LaunchConfig
@@ -23,7 +24,7 @@ from llama_ray.orchestration.worker import Ending, WorkerPlan
 from llama_ray.orchestration.worker_group import run_workers
 from llama_ray.storage import run_directory, store
 from llama_ray.storage.claim import claimed
-from llama_ray.storage.paths import absolute
+from llama_ray.storage.paths import absolute, is_uri
 from llama_ray.tracking.environment import secret_variables
 from llama_ray.tracking.errors import TrackingError
 from llama_ray.tracking.registry import PromotionDecision, Version
@@ -108,7 +109,11 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
     name, checkpoint = _name_and_checkpoint(model, launch)
     with local_description(checkpoint) if checkpoint else nullcontext() as resume_from:
         check_run(model, config, data, most, resume_from)
-    return _Job(name, model, config, launch, str(Path(data).resolve()), read_info(data), gpu)
+    return _Job(name, model, config, launch, _same_for_workers(data), dataset_info(data), gpu)
+
+
+def _same_for_workers(data: str) -> str:
+    return data if is_uri(data) else str(Path(data).resolve())
 
 
 def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 MODEL_CACHE = Path("~/.cache/llama_ray/models")
 """What was downloaded from model registries to this machine."""
+DATA_CACHE = Path("~/.cache/llama_ray/data")
+"""Copies of the datasets in object stores that were read on this machine."""
 _MODEL_SCHEME = "models:/"
 _JOB_COPY = ("runtime_resources", "working_dir_files")
 

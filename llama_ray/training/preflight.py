@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_ray.data.dataset.info import read_info
+from llama_ray.data.dataset.locations import dataset_info, load_tokenizer
 from llama_ray.data.dataset.shards import DatasetError
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader
@@ -33,8 +33,8 @@ def check_run(
             "lower seq_len or raise max_seq_len"
         )
     layout = choose_layout(model, config, world_size)
-    info = read_info(data)
-    tokenizer = Tokenizer.load(data)
+    info = dataset_info(str(data))
+    tokenizer = load_tokenizer(str(data))
     if tokenizer.fingerprint != info.tokenizer.fingerprint:
         raise DatasetError(
             f"{data} was tokenised with another tokenizer than the tokenizer.json in it; prepare the data again"

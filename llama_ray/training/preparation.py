@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from llama_ray.data.dataset.locations import load_tokenizer
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader
 from llama_ray.data.mixtures.mixture import Mixture
-from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
@@ -76,7 +76,7 @@ def prepare_run(
     throughput = Throughput(peak_flops(device, config.precision), world_size())
     checkpointer: Checkpointer | NoCheckpointer = NoCheckpointer()
     if output_dir:
-        checkpointer = Checkpointer(output_dir, llama, optimizer, Tokenizer.load(data), config)
+        checkpointer = Checkpointer(output_dir, llama, optimizer, load_tokenizer(str(data)), config)
     return TrainingRun(
         model_config=model_config,
         config=config,

@@ -49,10 +49,6 @@ def test_help_shows_no_type_expressions(help_text: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (
-            "s3://key:hidden@bucket/x",
-            "data is s3://***@bucket/x; it must be a directory on storage that all nodes",
-        ),
         ("nowhere", "nowhere is not a prepared dataset"),
     ],
 )

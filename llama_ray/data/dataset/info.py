@@ -14,7 +14,6 @@ from pathlib import Path
 from llama_ray.data.dataset.shards import FORMAT_VERSION, PREPARE_AGAIN, DatasetError, Shard
 from llama_ray.storage import store
 from llama_ray.storage.atomic import replacing, sync
-from llama_ray.storage.paths import is_uri
 from llama_ray.utils.typed_json import from_json
 
 INFO_FILE = "dataset.json"
@@ -148,11 +147,10 @@ def write_info(directory: Path, info: DatasetInfo) -> DatasetInfo:
 
 
 def read_info(directory: str | Path) -> DatasetInfo:
-    """Read `dataset.json`. Raises DatasetError if it is missing, damaged or of another format version."""
-    if is_uri(str(directory)):
-        raise DatasetError(
-            f"data is {directory}; it must be a directory on storage that all nodes mount, not a URI"
-        )
+    """Read `dataset.json` of a directory of this machine.
+
+    Raises DatasetError if it is missing, damaged or of another format version.
+    """
     file = Path(directory) / INFO_FILE
     if not file.is_file():
         raise DatasetError(

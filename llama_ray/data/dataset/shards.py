@@ -15,12 +15,10 @@ read it.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -30,6 +28,7 @@ import numpy.typing as npt
 
 from llama_ray.storage.atomic import replacing
 from llama_ray.utils.errors import UserError
+from llama_ray.utils.mapped_file import MappedFile
 
 MAGIC = b"LLAMARAY"
 FORMAT_VERSION = 2
@@ -88,6 +87,11 @@ class Sections:
 def token_bytes(vocab_size: int) -> int:
     """Return the size of a token id on disk in bytes."""
     return 2 if vocab_size <= 2**16 else 4
+
+
+def dtype_of(width: int) -> np.dtype[np.unsignedinteger]:
+    """Return the type of token ids of `width` bytes on disk."""
+    return _DTYPES[width]
 
 
 def shard_name(split: str, index: int) -> str:
@@ -209,34 +213,56 @@ class _PackedBits:
 
 
 @dataclass(frozen=True)
-class OpenShard:
-    """A shard in memory, or mapped into it: its `tokens`, and the `starts` of its documents, both read-only.
+class Span:
+    """Consecutive tokens of a shard: their ids, and where among them documents begin.
 
-    `mask_bits` are the bytes of the loss mask; None if every token is learned.
+    `learned` says for each token whether it is to be learned; None if all are.
     """
 
     tokens: Tokens
-    starts: Starts
-    mask_bits: npt.NDArray[np.uint8] | None = None
+    starts: npt.NDArray[np.int64]
+    learned: npt.NDArray[np.bool_] | None = None
 
-    @cached_property
+
+class OpenShard:
+    """A shard mapped into memory: its `tokens` and the `starts` of its documents, both read-only."""
+
+    def __init__(self, file: MappedFile, width: int, tokens: int, documents: int, masked: bool) -> None:
+        sections = Sections.of(width, tokens, documents, masked)
+        self.tokens: Tokens = file.array(_DTYPES[width], tokens, sections.tokens)
+        self.starts: Starts = file.array(np.dtype("<u8"), documents, sections.starts)
+        mask_bytes = sections.trailer - sections.mask
+        self._mask = file.array(np.dtype(np.uint8), mask_bytes, sections.mask) if masked else None
+        self._file, self._sections = file, sections
+
+    @property
     def mask(self) -> npt.NDArray[np.bool_] | None:
         """Whether each token is learned, in a byte each; None if all are."""
-        return None if self.mask_bits is None else self.mask_of(0, len(self.tokens))
+        return self.span(0, len(self.tokens)).learned
 
-    def mask_of(self, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
-        """Return whether each of the tokens from `start` to `stop` is learned; None if all are."""
-        if self.mask_bits is None:
-            return None
-        first = start // 8
-        bits = np.unpackbits(self.mask_bits[first : -(-stop // 8)], bitorder="little")
-        return bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
+    def span(self, start: int, stop: int) -> Span:
+        """Return the tokens from `start` to `stop`."""
+        first, last = self.starts.searchsorted(np.array([start, stop], dtype=self.starts.dtype))
+        starts = self.starts[first:last].astype(np.int64) - start
+        learned = None if self._mask is None else unpack(self._mask[start // 8 : -(-stop // 8)], start, stop)
+        return Span(self.tokens[start:stop], starts, learned)
+
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Have the system read the tokens from `start` to `stop` in the background."""
+        width, first = self.tokens.itemsize, self._sections.tokens
+        self._file.will_need(first + start * width, first + stop * width)
 
     def documents(self) -> Iterator[Tokens]:
         """Yield the tokens of each document."""
         ends = [*self.starts[1:].tolist(), len(self.tokens)]
         for start, end in zip(self.starts.tolist(), ends, strict=True):
             yield self.tokens[start:end]
+
+
+def unpack(mask: npt.NDArray[np.uint8], start: int, stop: int) -> npt.NDArray[np.bool_]:
+    """Return whether the tokens from `start` to `stop` are learned, from the bytes of the mask that hold their bits."""
+    bits = np.unpackbits(mask, bitorder="little", count=stop - start // 8 * 8)
+    return bits[start % 8 :].astype(np.bool_)
 
 
 def open_shard(path: Path) -> OpenShard:
@@ -247,28 +273,22 @@ def open_shard(path: Path) -> OpenShard:
     """
     try:
         with path.open("rb") as file:
-            header = file.read(_HEADER.size)
+            width = _checked_width(path, file.read(_HEADER.size))
             size = path.stat().st_size
-            width = _checked_width(path, header)
             file.seek(max(size - _TRAILER.size, 0))
             tokens, documents, masked = _read_trailer(path, file.read(_TRAILER.size))
-            sections = Sections.of(width, tokens, documents, masked)
-            if size != sections.size:
-                raise DatasetError(
-                    f"{path} has {size} bytes; {tokens} tokens in {documents} documents need {sections.size}; "
-                    f"{PREPARE_AGAIN}"
-                )
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        sections = Sections.of(width, tokens, documents, masked)
+        if size != sections.size:
+            raise DatasetError(
+                f"{path} has {size} bytes; {tokens} tokens in {documents} documents need {sections.size}; "
+                f"{PREPARE_AGAIN}"
+            )
+        mapped = MappedFile(path, size)
     except OSError as error:
         raise DatasetError(f"cannot read shard {path} ({error.strerror}); {PREPARE_AGAIN}") from error
-    # Each window is read at random, but looks up the index, which is small: read it ahead.
-    page = sections.starts // mmap.PAGESIZE * mmap.PAGESIZE
-    mapped.madvise(mmap.MADV_WILLNEED, page, sections.mask - page)
-    return OpenShard(
-        np.frombuffer(mapped, _DTYPES[width], tokens, sections.tokens),
-        np.frombuffer(mapped, np.dtype("<u8"), documents, sections.starts),
-        np.frombuffer(mapped, np.uint8, sections.trailer - sections.mask, sections.mask) if masked else None,
-    )
+    # Each window is looked up in the index, which is small.
+    mapped.will_need(sections.starts, sections.mask)
+    return OpenShard(mapped, width, tokens, documents, masked)
 
 
 def _checked_width(path: Path, header: bytes) -> int:

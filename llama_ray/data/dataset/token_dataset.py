@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +9,36 @@ import numpy.typing as npt
 import torch
 
 from llama_ray.data.dataset.batch import IGNORE_INDEX, Batch
-from llama_ray.data.dataset.info import read_info
-from llama_ray.data.dataset.shards import PREPARE_AGAIN, DatasetError, OpenShard, open_shard
-
-_MAX_OPEN_SHARDS = 512
-"""Each shard that is open takes a file descriptor, of which a process may have 1024."""
+from llama_ray.data.dataset.files import DatasetFiles, Place
+from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES, open_files
+from llama_ray.data.dataset.shards import DatasetError, Span
 
 
 class TokenDataset:
-    """One split of a prepared dataset, memory-mapped; threads may share it.
+    """One split of a prepared dataset, which threads may share.
 
     The shards of the split follow each other without a gap. A window of `seq_len` is `seq_len + 1` consecutive tokens,
     of which the last is the next window's first: the last target of the one, the first input of the other.
     """
 
-    def __init__(self, directory: str | Path, split: str) -> None:
-        """Raises DatasetError for a directory, split or shard that is missing or damaged."""
-        self.directory = Path(directory)
-        self.split = split
-        self.info = read_info(directory)
+    def __init__(
+        self, data: str | Path | DatasetFiles, split: str, cache_bytes: int = DEFAULT_CACHE_BYTES
+    ) -> None:
+        """Use the files `data`, or those at that location: see `open_files`.
+
+        Raises DatasetError for a directory, split or shard that is missing or damaged.
+        """
+        self._files = open_files(str(data), cache_bytes) if isinstance(data, str | Path) else data
+        self.location, self.split = self._files.location, split
+        self.info = self._files.info
         if split not in self.info.splits:
             raise DatasetError(
-                f"{directory} has no split {split!r}; choose one of {', '.join(sorted(self.info.splits))}"
+                f"{self.location} has no split {split!r}; choose one of {', '.join(sorted(self.info.splits))}"
             )
         self.vocab_size = self.info.vocab_size
-        self._shards = self.info.splits[split]
-        self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
-        self._open = lru_cache(_MAX_OPEN_SHARDS)(self._open_shard)
-        for number, shard in enumerate(self._shards):
-            path = self.directory / shard.file
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                # Says what is wrong with it.
-                self._open_shard(number)
+        self._files.check(split)
+        # The number of tokens up to the end of each shard.
+        self._ends = np.cumsum([shard.tokens for shard in self.info.splits[split]], dtype=np.int64)
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -60,69 +56,60 @@ class TokenDataset:
         return max(len(self) - 1, 0) // seq_len
 
     def windows(self, indices: npt.NDArray[np.integer], seq_len: int, documents: bool = True) -> Batch:
-        """Return the windows `indices` as one batch, a row each.
+        """Return the windows `indices` as one batch, a row each, read at once.
 
         With `documents`, the batch says where they begin, and the last token of a document has no target. The targets
-        that the loss mask of the data leaves out are IGNORE_INDEX in any case.
+        that the loss mask of the data leaves out are IGNORE_INDEX in any case. Raises DatasetError if a shard cannot
+        be read any more.
         """
-        rows = _Rows.empty(len(indices), seq_len + 1)
-        for row, index in enumerate(indices.tolist()):
-            self._fill(rows, row, index * seq_len)
-        targets = rows.tokens[:, 1:].copy()
-        if rows.untrained is not None:
-            targets[rows.untrained[:, 1:]] = IGNORE_INDEX
-        inputs = torch.from_numpy(np.ascontiguousarray(rows.tokens[:, :-1]))
-        if not documents:
-            return Batch(inputs, torch.from_numpy(targets))
-        targets[rows.starts[:, 1:] > 0] = IGNORE_INDEX
-        starts = np.maximum.accumulate(rows.starts[:, :-1], axis=1)
-        return Batch(inputs, torch.from_numpy(targets), torch.from_numpy(starts))
+        width = seq_len + 1
+        places = [self._places(index * seq_len, width) for index in indices.tolist()]
+        spans = iter(self._files.read(self.split, [place for row in places for place in row]))
+        tokens = np.empty((len(indices), width), np.int64)
+        borders = np.zeros((len(indices), width), np.int32)
+        ignored = np.zeros((len(indices), width), np.bool_)
+        for row, parts in enumerate(places):
+            column = 0
+            for _ in parts:
+                column += _fill(next(spans), column, tokens[row], borders[row], ignored[row])
+        if documents:
+            ignored |= borders > 0
+        targets = tokens[:, 1:].copy()
+        targets[ignored[:, 1:]] = IGNORE_INDEX
+        starts = np.maximum.accumulate(borders[:, :-1], axis=1) if documents else None
+        return Batch(
+            torch.from_numpy(tokens[:, :-1].copy()),
+            torch.from_numpy(targets),
+            None if starts is None else torch.from_numpy(starts),
+        )
 
-    def _fill(self, rows: _Rows, row: int, start: int) -> None:
-        """Fill a row with the tokens from `start` on, which may lie in several shards."""
-        column, width = 0, rows.tokens.shape[1]
+    def _places(self, start: int, count: int) -> list[Place]:
+        """Return where `count` tokens from `start` on are, which may be in several shards."""
+        places: list[Place] = []
         shard = int(self._ends.searchsorted(start, side="right"))
-        while column < width:
-            offset = start + column - (int(self._ends[shard - 1]) if shard else 0)
-            count = min(width - column, self._shards[shard].tokens - offset)
-            rows.fill(row, column, self._open(shard), offset, offset + count)
-            column, shard = column + count, shard + 1
-
-    def _open_shard(self, number: int) -> OpenShard:
-        expected = self._shards[number]
-        path = self.directory / expected.file
-        shard = open_shard(path)
-        if (len(shard.tokens), len(shard.starts)) != (expected.tokens, expected.documents):
-            raise DatasetError(
-                f"{path} holds {len(shard.tokens)} tokens; dataset.json says {expected.tokens}; {PREPARE_AGAIN}"
-            )
-        return shard
+        while count:
+            before = int(self._ends[shard - 1]) if shard else 0
+            stop = min(start + count, int(self._ends[shard]))
+            places.append(Place(shard, start - before, stop - before))
+            count -= stop - start
+            start, shard = stop, shard + 1
+        return places
 
 
-@dataclass
-class _Rows:
-    """Rows of tokens while they are collected, all of [rows, width].
+def _fill(
+    span: Span,
+    column: int,
+    tokens: npt.NDArray[np.int64],
+    borders: npt.NDArray[np.int32],
+    ignored: npt.NDArray[np.bool_],
+) -> int:
+    """Copy a span to `column` of a row and what follows, and return its length.
 
-    `starts` holds the column of each document's first token there, and 0 elsewhere. `untrained` is None as long as all
-    tokens are to be learned.
+    `borders` gets the column of each document's first token there.
     """
-
-    tokens: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int32]
-    untrained: npt.NDArray[np.bool_] | None = None
-
-    @classmethod
-    def empty(cls, rows: int, width: int) -> _Rows:
-        return cls(np.empty((rows, width), np.int64), np.zeros((rows, width), np.int32))
-
-    def fill(self, row: int, column: int, shard: OpenShard, start: int, stop: int) -> None:
-        """Copy the tokens of `shard` from `start` to `stop` to `column` and what follows."""
-        self.tokens[row, column : column + stop - start] = shard.tokens[start:stop]
-        first, last = shard.starts.searchsorted(np.array([start, stop], dtype=shard.starts.dtype))
-        borders = shard.starts[first:last].astype(np.int64) + (column - start)
-        self.starts[row, borders] = borders
-        learned = shard.mask_of(start, stop)
-        if learned is not None:
-            if self.untrained is None:
-                self.untrained = np.zeros(self.tokens.shape, np.bool_)
-            self.untrained[row, column : column + stop - start] = ~learned
+    end = column + len(span.tokens)
+    tokens[column:end] = span.tokens
+    borders[span.starts + column] = span.starts + column
+    if span.learned is not None:
+        ignored[column:end] = ~span.learned
+    return len(span.tokens)

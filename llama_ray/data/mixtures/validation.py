@@ -32,7 +32,7 @@ def validation_batches(
     ):
         if counted.num_windows == 0:
             raise ValueError(
-                f"the {dataset.split} split of {dataset.directory} holds {len(dataset)} tokens; one sample of "
+                f"the {dataset.split} split of {dataset.location} holds {len(dataset)} tokens; one sample of "
                 f"{seq_len} needs {seq_len + 1}; use more data, a larger validation_fraction or a smaller max_seq_len"
             )
         firsts = range(0, counted.num_windows, batch_size)[:limit]

@@ -38,7 +38,7 @@ def test_a_shard_gives_back_what_was_added(tmp_path: Path, vocab_size: int, widt
 def test_a_part_of_the_mask_is_that_part(tmp_path: Path, start: int, stop: int) -> None:
     learned = [number % 5 < 2 for number in range(40)]
     write_shard(tmp_path / "a.bin", [range(40)], learned=learned)
-    part = open_shard(tmp_path / "a.bin").mask_of(start, stop)
+    part = open_shard(tmp_path / "a.bin").span(start, stop).learned
     assert part is not None
     assert part.tolist() == learned[start:stop]
 

@@ -10,6 +10,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from llama_ray.data.tokenizing.errors import TokenizerError
+from llama_ray.data.tokenizing.foreign.read import NAMES, read_foreign
+from llama_ray.utils.errors import printable
+
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -23,30 +27,21 @@ _VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",
 _LISTS_OF_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
 
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be trained, read or used; the message is one line with the way out."""
-
-
 def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Return the tokenizer of a directory, or of a `tokenizer.json`, and its configuration, {} if it has none.
+    """Return the tokenizer of a directory or a file, and its configuration, {} if it has none.
 
-    The configuration is `tokenizer_config.json` with what older and newer versions of transformers keep in files of
+    Of a directory the `tokenizer.json` is read, else its `tokenizer.model`, `tekken.json` or only GGUF file. The
+    configuration is `tokenizer_config.json` with what older and newer versions of transformers keep in files of
     their own: special tokens and chat templates. Tokens that only the configuration adds are added to the tokenizer.
     Raises TokenizerError for a missing or unreadable file.
     """
-    file = path / TOKENIZER_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise TokenizerError(
-            f"no tokenizer at {file}; give a {TOKENIZER_FILE} or a directory that holds one "
-            "(transformers' save_pretrained writes it)"
-        )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises bare Exception.
-        raise TokenizerError(
-            f"{file} cannot be read as a Hugging Face {TOKENIZER_FILE} ({error}); save it again"
-        ) from error
-    config = _read_object(file.with_name(CONFIG_FILE))
+    file = _tokenizer_file(path)
+    foreign = read_foreign(file)
+    backend, own = foreign or (_read_json(file), {})
+    config = own | _read_object(file.with_name(CONFIG_FILE))
+    if foreign:
+        # Not the class with which transformers would convert the file in its own way.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if "added_tokens_decoder" not in config:
         # Since transformers 4.34 these files repeat what tokenizer_config.json says.
         config |= _read_object(file.with_name(_SPECIAL_TOKENS_FILE))
@@ -60,6 +55,36 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         ) from error
     templates = _read_chat_templates(file.parent)
     return backend, config | ({"chat_template": templates} if templates else {})
+
+
+def _tokenizer_file(path: Path) -> Path:
+    """Return the file of a tokenizer that `path` is or holds. Raises TokenizerError if there is none, or a choice."""
+    file = path
+    if path.is_dir():
+        names = (name for name in (TOKENIZER_FILE, *NAMES) if (path / name).is_file())
+        models = sorted(path.glob("*.gguf"))
+        if (name := next(names, None)) is not None or not models:
+            file = path / (name or TOKENIZER_FILE)
+        elif len(models) == 1:
+            file = models[0]
+        else:
+            raise TokenizerError(f"{printable(str(path))} holds {len(models)} .gguf files; name one of them")
+    if not file.is_file():
+        raise TokenizerError(
+            f"no tokenizer at {printable(str(file))}; give a {TOKENIZER_FILE}, a {NAMES[0]} (of SentencePiece or Llama "
+            f"3), a {NAMES[1]}, a .gguf file or a directory that holds one"
+        )
+    return file
+
+
+def _read_json(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises bare Exception.
+        raise TokenizerError(
+            f"{printable(str(file))} cannot be read as a Hugging Face {TOKENIZER_FILE} ({error}), and is in no other "
+            "format of a tokenizer; save it again"
+        ) from error
 
 
 def superseded_files(directory: Path, files: Mapping[str, str]) -> list[str]:

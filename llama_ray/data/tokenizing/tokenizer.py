@@ -14,10 +14,10 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from llama_ray.data.chat.encoding import ChatEncoder, ChatText
 from llama_ray.data.chat.template import ChatPrompt, ChatTemplate
+from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.files import (
     CONFIG_FILE,
     TOKENIZER_FILE,
-    TokenizerError,
     chat_templates,
     content,
     read_tokenizer,

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from llama_ray.data.chat.process import TemplateProcess
 from llama_ray.data.chat.template import ChatPrompt, ChatTemplate
-from llama_ray.data.tokenizing.files import TokenizerError
+from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.pretrained import load_pretrained, save_pretrained
 from tests.data.chat_templates import CHATML, LLAMA_3_1, MISTRAL, TEMPLATES

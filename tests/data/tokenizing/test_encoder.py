@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from llama_ray.data.tokenizing.encoder import DocumentEncoder, choose_encoder
+from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.fast import FastBackend, Unsupported
 from llama_ray.data.tokenizing.hostile_texts import hostile_texts
-from llama_ray.data.tokenizing.tokenizer import Tokenizer, TokenizerError
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from tests.data.helpers import ANY_TEXT, BYTE_FALLBACK, OURS, TEXTS, word_piece
 
 KINDS = pytest.mark.parametrize("tokenizer", [OURS, BYTE_FALLBACK], ids=["byte_level", "byte_fallback"])

@@ -9,7 +9,8 @@ from hypothesis import given
 from tokenizers import decoders, models, processors
 from transformers import AutoTokenizer
 
-from llama_ray.data.tokenizing.tokenizer import BOS, EOS, Tokenizer, TokenizerError
+from llama_ray.data.tokenizing.errors import TokenizerError
+from llama_ray.data.tokenizing.tokenizer import BOS, EOS, Tokenizer
 from tests.data.helpers import ANY_TEXT, BYTE_FALLBACK, OURS, TEXTS, ours
 
 KINDS = pytest.mark.parametrize("tokenizer", [OURS, BYTE_FALLBACK], ids=["byte_level", "byte_fallback"])

@@ -1,0 +1,130 @@
+"""The tokenizer in a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken
+
+from llama_ray.data.tokenizing.errors import TokenizerError
+from llama_ray.data.tokenizing.foreign.byte_level import byte_level
+from llama_ray.data.tokenizing.foreign.pieces import Kind, Piece, Spaces, begin_with, bpe
+from llama_ray.data.tokenizing.splits import DIGIT, GPT_2, LLAMA_3, QWEN_2, TEKKEN
+from llama_ray.storage.gguf import Gguf, GgufError, read_gguf
+
+_PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp; in its own words where those of the original
+# tokenizer, which split in the same way, are not known.
+_SPLITS = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "gpt-2": (GPT_2,),
+    "phi-2": (GPT_2,),
+    "mpt": (GPT_2,),
+    "olmo": (GPT_2,),
+    "smollm": (DIGIT, GPT_2),
+    "starcoder": (DIGIT, GPT_2),
+    "refact": (DIGIT, GPT_2),
+    "command-r": (DIGIT, GPT_2),
+    "llama-bpe": (LLAMA_3,),
+    "llama3": (LLAMA_3,),
+    "llama-v3": (LLAMA_3,),
+    "dbrx": (LLAMA_3,),
+    "smaug-bpe": (LLAMA_3,),
+    "qwen2": (QWEN_2,),
+    "deepseek-r1-qwen": (QWEN_2,),
+    "stablelm2": (QWEN_2,),
+    "tekken": (TEKKEN,),
+}
+_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
+_WHOLE_WORDS_FIRST = (*_LLAMA_3, "tekken")
+
+
+def read_gguf_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Return the tokenizer of a GGUF file, and its configuration with the chat template.
+
+    Raises TokenizerError, without the file's name where it is not damaged, for a tokenizer of a kind that llama.cpp
+    knows and this does not.
+    """
+    try:
+        gguf = read_gguf(file)
+        model = gguf.get(f"{_PREFIX}model", str)
+        if model not in ("gpt2", "llama"):
+            raise TokenizerError(
+                f"its tokenizer is of the kind {model!r:.40}; it must be 'gpt2' or 'llama'; give the model's "
+                "tokenizer.json"
+            )
+        pieces = _pieces(gguf)
+        backend = _byte_level(gguf, pieces) if model == "gpt2" else bpe(pieces, _spaces(gguf))
+        return backend, _configured(gguf, backend, pieces, spm=model == "llama")
+    except GgufError as error:
+        raise TokenizerError(str(error)) from error
+
+
+def _pieces(gguf: Gguf) -> list[Piece]:
+    texts = gguf.get(f"{_PREFIX}tokens", list)
+    none = np.zeros(len(texts))
+    scores = gguf.get(f"{_PREFIX}scores", np.ndarray, none).tolist()
+    kinds = gguf.get(f"{_PREFIX}token_type", np.ndarray, none + Kind.NORMAL).tolist()
+    if not len(texts) == len(scores) == len(kinds):
+        raise TokenizerError(
+            "its tokens, scores and token types are not equally many; convert the model again"
+        )
+    return [Piece(*piece) for piece in zip(texts, scores, map(int, kinds), strict=True)]
+
+
+def _spaces(gguf: Gguf) -> Spaces:
+    return Spaces(
+        prefix=gguf.get(f"{_PREFIX}add_space_prefix", bool, True),
+        remove_extra=gguf.get(f"{_PREFIX}remove_extra_whitespaces", bool, False),
+    )
+
+
+def _byte_level(gguf: Gguf, pieces: list[Piece]) -> tokenizers.Tokenizer:
+    pre = gguf.get(f"{_PREFIX}pre", str, "default")
+    if pre not in _SPLITS:
+        raise TokenizerError(
+            f"its tokenizer.ggml.pre is {pre!r:.40}; it must be one of {', '.join(_SPLITS)}; give the model's "
+            "tokenizer.json"
+        )
+    vocabulary = {piece.text: id for id, piece in enumerate(pieces)}
+    merges = [tuple(merge.split(" ", 1)) for merge in gguf.get(f"{_PREFIX}merges", list)]
+    if not all(len(merge) == 2 and {*merge, "".join(merge)} <= vocabulary.keys() for merge in merges):
+        raise TokenizerError("one of its merges makes no token; convert the model again")
+    backend = byte_level(vocabulary, merges, _SPLITS[pre], whole_words_first=pre in _WHOLE_WORDS_FIRST)
+    backend.add_tokens(
+        [
+            AddedToken(piece.text, special=piece.kind == Kind.CONTROL, normalized=False)
+            for piece in pieces
+            if piece.kind in (Kind.CONTROL, Kind.USER_DEFINED)
+        ]
+    )
+    return backend
+
+
+def _configured(gguf: Gguf, backend: tokenizers.Tokenizer, pieces: list[Piece], spm: bool) -> dict[str, Any]:
+    """Let prompts begin and end as llama.cpp's do, and return the configuration."""
+    bos, eos = (_named(gguf, pieces, name) for name in ("bos", "eos"))
+    adds_bos = spm or gguf.metadata.get(f"{_PREFIX}pre") in _LLAMA_3
+    begin_with(
+        backend,
+        bos if gguf.get(f"{_PREFIX}add_bos_token", bool, adds_bos) else None,
+        eos if gguf.get(f"{_PREFIX}add_eos_token", bool, False) else None,
+    )
+    config: dict[str, Any] = {"bos_token": bos, "eos_token": eos}
+    if template := gguf.metadata.get(_TEMPLATE):
+        config["chat_template"] = template
+    return config
+
+
+def _named(gguf: Gguf, pieces: list[Piece], name: str) -> str | None:
+    key = f"{_PREFIX}{name}_token_id"
+    if key not in gguf.metadata:
+        return None
+    id = gguf.get(key, int)
+    if not 0 <= id < len(pieces):
+        raise TokenizerError(f"its {key} is {id}; it must be below {len(pieces)}; convert the model again")
+    return pieces[id].text

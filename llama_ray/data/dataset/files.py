@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from llama_ray.data.dataset.info import DatasetInfo, read_info
-from llama_ray.data.dataset.shards import PREPARE_AGAIN, DatasetError, OpenShard, Span, open_shard
+from llama_ray.data.dataset.shards import PREPARE_AGAIN, DatasetError, OpenShard, Span, Starts, open_shard
 
 
 class Place(NamedTuple):
@@ -31,7 +31,16 @@ class DatasetFiles(Protocol):
         """Raise DatasetError for a shard that is missing or of another size, without reading its tokens."""
 
     def read(self, split: str, places: Sequence[Place]) -> list[Span]:
-        """Return the spans at `places`, all read at once. Raises DatasetError if that fails."""
+        """Return the spans at `places`, all read at once. Raises DatasetError or StorageError if that fails."""
+
+    def starts(self, split: str, shard: int) -> Starts:
+        """Return where the documents of shard number `shard` begin. Raises as `read` does."""
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file in bytes; None if there is no such file."""
+
+    def read_file(self, name: str, start: int, stop: int) -> bytes:
+        """Return the bytes of a file from `start` to `stop`. Raises DatasetError, StorageError or OSError."""
 
 
 class LocalFiles:
@@ -50,8 +59,7 @@ class LocalFiles:
     def check(self, split: str) -> None:
         """See `DatasetFiles`."""
         for number, shard in enumerate(self.info.splits[split]):
-            path = self._directory / shard.file
-            if not path.is_file() or path.stat().st_size != shard.bytes:
+            if self.size(shard.file) != shard.bytes:
                 # Says what is wrong with it.
                 self._shard(split, number)
 
@@ -61,6 +69,21 @@ class LocalFiles:
         for shard, place in zip(shards, places, strict=True):
             shard.read_ahead(place.start, place.stop)
         return [shard.span(place.start, place.stop) for shard, place in zip(shards, places, strict=True)]
+
+    def starts(self, split: str, shard: int) -> Starts:
+        """See `DatasetFiles`."""
+        return self._shard(split, shard).starts
+
+    def size(self, name: str) -> int | None:
+        """See `DatasetFiles`."""
+        path = self._directory / name
+        return path.stat().st_size if path.is_file() else None
+
+    def read_file(self, name: str, start: int, stop: int) -> bytes:
+        """See `DatasetFiles`."""
+        with (self._directory / name).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
 
     def _shard(self, split: str, number: int) -> OpenShard:
         expected = self.info.splits[split][number]

@@ -90,7 +90,7 @@ class RemoteFiles:
             path = directory / name
             if not name.endswith((".json", ".jinja")) or (path.is_file() and _sha256(path) == file.sha256):
                 continue
-            content = self._directory.read(name, 0, self._size(name, file.bytes))
+            content = self._directory.read(name, 0, self._expect_size(name, file.bytes))
             self._check_sum(name, hashlib.sha256(content).hexdigest(), file.sha256)
             with replacing(path) as stream:
                 stream.write(content)
@@ -99,7 +99,7 @@ class RemoteFiles:
     def check(self, split: str) -> None:
         """See `DatasetFiles`."""
         for shard in self.info.splits[split]:
-            self._size(shard.file, shard.bytes)
+            self._expect_size(shard.file, shard.bytes)
 
     def read(self, split: str, places: Sequence[Place]) -> list[Span]:
         """See `DatasetFiles`."""
@@ -109,6 +109,20 @@ class RemoteFiles:
         # All requests are on their way before the first answer is waited for.
         pending = [self._begin(shard, place) for shard, place in zip(shards, places, strict=True)]
         return [finish() for finish in pending]
+
+    def starts(self, split: str, shard: int) -> Starts:
+        """See `DatasetFiles`."""
+        entry = self.info.splits[split][shard]
+        mapped = self._copy_of(entry)
+        return self._starts(entry) if mapped is None else mapped.starts
+
+    def size(self, name: str) -> int | None:
+        """See `DatasetFiles`."""
+        return self._directory.sizes.get(name)
+
+    def read_file(self, name: str, start: int, stop: int) -> bytes:
+        """See `DatasetFiles`."""
+        return self._directory.read(name, start, stop)
 
     def close(self) -> None:
         """Wait for copies under way, and end the threads."""
@@ -206,7 +220,7 @@ class RemoteFiles:
             # The next call of `read` raises it.
             self._failure = error
 
-    def _size(self, name: str, expected: int) -> int:
+    def _expect_size(self, name: str, expected: int) -> int:
         """Return the size of a file. Raises DatasetError if it is missing or not of the `expected` size."""
         found = self._directory.sizes.get(name)
         if found != expected:

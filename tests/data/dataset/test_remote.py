@@ -15,6 +15,7 @@ from llama_ray.data.dataset.info import read_info
 from llama_ray.data.dataset.remote import RemoteFiles
 from llama_ray.data.dataset.shards import DatasetError
 from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.dataset.verify import verify
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.storage import store
 from tests.object_store import s3_server, uri
@@ -129,3 +130,13 @@ def test_the_tokenizer_comes_along(tmp_path: Path, server: int) -> None:
     for _ in range(2):
         fetched = Tokenizer.load(files.tokenizer_directory())
         assert fetched.files() == Tokenizer.load(local).files()
+
+
+def test_what_was_changed_there_is_named(local: Path, remote: str, tmp_path: Path) -> None:
+    files = RemoteFiles(remote, 0, tmp_path / "cache")
+    assert list(verify(files)) == []
+    store.delete(store.join(remote, "train-00001.bin"))
+    store.upload(local / "train-00000.bin", store.join(remote, "validation-00000.bin"))
+    [missing, other] = verify(RemoteFiles(remote, 0, tmp_path / "cache"))
+    assert missing == "train-00001.bin is missing"
+    assert other.startswith("validation-00000.bin has ")

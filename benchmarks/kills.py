@@ -44,7 +44,8 @@ from benchmarks.watched_run import (
 )
 from llama_ray.data.mixtures.stages import Segment
 from llama_ray.data.mixtures.timetable import Timetable
-from llama_ray.data.preparing.prepare import PrepareConfig, prepare
+from llama_ray.data.preparing.config import PrepareConfig
+from llama_ray.data.preparing.prepare import prepare
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.storage import run_directory
 from llama_ray.training.config import Schedule
@@ -125,7 +126,7 @@ def prepare_data(directory: Path, cluster: Cluster) -> None:
     """Write a small data set to `directory`."""
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     source = PrepareConfig(
-        source="builtin",
+        source=["builtin"],
         output=str(directory),
         vocab_size=1024,
         max_bytes=1_000_000,

@@ -12,7 +12,8 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from llama_ray.data.dataset.locations import dataset_info
-from llama_ray.data.preparing.prepare import PrepareConfig, prepare
+from llama_ray.data.preparing.config import PrepareConfig
+from llama_ray.data.preparing.prepare import prepare
 from llama_ray.data.sources.files import BUILTIN
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
 from llama_ray.orchestration.cluster import connect
@@ -139,7 +140,7 @@ def _shape(flags: Namespace) -> LlamaConfig:
 def _builtin(vocab_size: int) -> PrepareConfig:
     """Return how to prepare the built-in corpus with this vocabulary, which happens on first use."""
     output = absolute(f"data/builtin-{vocab_size}")
-    return PrepareConfig(source=BUILTIN, output=output, vocab_size=vocab_size)
+    return PrepareConfig(source=[BUILTIN], output=output, vocab_size=vocab_size)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from llama_ray.data.preparing.prepare import PrepareConfig
+from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.generation.options import EngineOptions
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
 from llama_ray.orchestration.launch import LaunchConfig
@@ -20,7 +20,7 @@ VALID: dict[type, dict[str, Any]] = {
     LlamaConfig: PRESETS["llama-tiny"],
     RopeScaling: {"rope_type": "llama3", "factor": 8.0},
     LaunchConfig: {},
-    PrepareConfig: {"source": "builtin", "output": "data"},
+    PrepareConfig: {"source": ["builtin"], "output": "data"},
     Cluster: {"gpus": 8, "gpu_memory_bytes": 80 * 2**30},
     EngineOptions: {},
 }

@@ -7,14 +7,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from llama_ray.data.preparing.corpus import find_corpus
+from llama_ray.data.preparing import corpus as corpora
+from llama_ray.data.preparing.config import NamedSource
 from llama_ray.data.records.fields import TextFields
-from llama_ray.data.records.pieces import read
+from llama_ray.data.records.pieces import Piece, read
 from llama_ray.data.sources.left_out import Tally
 from llama_ray.data.tokenizing.tokenizer import BOS, EOS, Tokenizer
 
@@ -93,6 +95,22 @@ ANY_TEXT = st.one_of(
         st.sampled_from([BOS, EOS, "<s>", "</s>", "<0xE2>", " ", "\n", "Ġ", "▁", "é", "日", "👩‍👧"])
     ).map("".join),
 )
+
+
+class Found(NamedTuple):
+    """The pieces of one source."""
+
+    documents: list[Piece]
+    left_out: Tally
+    fingerprint: str
+    size: int
+
+
+def find_corpus(source: str, output: Path | None = None) -> Found:
+    """Find one source."""
+    corpus = corpora.find_corpus([NamedSource("text", source)], TextFields(), output=output)
+    [found] = corpus.sources
+    return Found(found.pieces, found.left_out, corpus.fingerprint, corpus.size)
 
 
 def texts(source: Path | str) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from llama_ray.data.preparing.prepare import PrepareConfig, prepare
+from llama_ray.data.preparing.config import PrepareConfig
+from llama_ray.data.preparing.prepare import prepare
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import Outcome, train_on_ray
@@ -43,7 +44,7 @@ def trained(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Train
     uri = f"sqlite:///{directory}/mlflow.db"
     data = directory / "data"
     prepare(
-        PrepareConfig(source="builtin", output=str(data), vocab_size=1024, max_bytes=400_000),
+        PrepareConfig(source=["builtin"], output=str(data), vocab_size=1024, max_bytes=400_000),
         log=lambda _: None,
     )
     launch = LaunchConfig(

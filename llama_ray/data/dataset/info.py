@@ -51,7 +51,11 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer in the directory: `origin` says where it comes from, `encoder` which library tokenised."""
+    """The tokenizer in the directory: `origin` says where it comes from, `encoder` which library tokenised.
+
+    `bytes_per_token` is that of the text of the validation split, and `compared_bytes_per_token` that of a second
+    tokenizer, `compared`, on the same text.
+    """
 
     fingerprint: str
     vocab_size: int
@@ -59,6 +63,9 @@ class TokenizerInfo:
     eos_id: int | None = None
     origin: str = ""
     encoder: str = ""
+    bytes_per_token: float | None = None
+    compared: str = ""
+    compared_bytes_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,8 @@ class DatasetInfo:
     """The content of `dataset.json`.
 
     `fingerprint` identifies what the dataset was made from (settings and source files). `token_bytes` is the size of a
-    token id on disk, 2 or 4. `settings` are the flags of the preparation. `files` are those that are not shards, by
-    name.
+    token id on disk, 2 or 4. `settings` are the flags of the preparation, `versions` those of the software. `files` are
+    those that are not shards, by name.
     """
 
     fingerprint: str
@@ -88,6 +95,7 @@ class DatasetInfo:
     sources: tuple[SourceInfo, ...]
     splits: dict[str, tuple[Shard, ...]]
     settings: dict[str, Setting] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileInfo] = field(default_factory=dict)
 
     @property

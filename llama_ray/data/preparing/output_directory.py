@@ -1,11 +1,14 @@
-"""The output directory of a preparation: whether it may be used, and how a finished dataset gets into it."""
+"""The output directory of a preparation: whether it may be used, and how a finished dataset gets into it.
+
+Until a dataset is complete its files are in a staging directory inside the output. Its name holds the fingerprint of
+the preparation, so that a preparation that was killed goes on, and another one begins anew.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +16,18 @@ from typing import BinaryIO
 
 from llama_ray.data.dataset.info import INFO_FILE, SPLITS, DatasetInfo, read_info, write_info
 from llama_ray.data.dataset.shards import DatasetError
+from llama_ray.data.preparing.bad_records import BAD_RECORDS_FILE, report_beside
+from llama_ray.data.report.page import REPORT_FILE
 from llama_ray.data.tokenizing.files import CONFIG_FILE, TOKENIZER_FILE
 from llama_ray.utils.errors import printable
 
+WORK = "work"
+"""Folder in the staging directory for what the dataset itself does not hold."""
+
 _STAGING = ".partial"
 _LOCK = ".lock"
+_BESIDE_SHARDS = (TOKENIZER_FILE, CONFIG_FILE, BAD_RECORDS_FILE, REPORT_FILE)
+_OWN_FILES = (*_BESIDE_SHARDS, INFO_FILE, _LOCK)
 
 
 def check_output(output: Path) -> None:
@@ -77,37 +87,57 @@ def exclusive(output: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def staging_directory(output: Path) -> Iterator[Path]:
-    """Create a directory inside `output` for unfinished files, and remove it at the end, and what killed runs left.
+def staging_directory(output: Path, fingerprint: str, log: Callable[[str], None]) -> Iterator[Path]:
+    """Give a directory inside `output` for unfinished files, with what a preparation of this `fingerprint` left there.
 
-    Its name is new each time: tasks of a killed run may still write to theirs. Raises DatasetError, also for an OSError
-    of the block.
+    What other preparations left is removed. Raises DatasetError for an OSError, also of the block.
     """
-    for path in [path for path in output.iterdir() if _is_unfinished(path.name)]:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    staging = output / f"{_STAGING}-{uuid.uuid4().hex[:8]}"
+    staging = output / f"{_STAGING}-{fingerprint[:16]}"
     try:
-        staging.mkdir()
+        for path in sorted(output.iterdir()):
+            if _is_unfinished(path.name) and path != staging:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                log(f"removed {printable(str(path))}, which another preparation left unfinished")
+        (staging / WORK).mkdir(parents=True, exist_ok=True)
+        # Half a file of a worker that was killed.
+        for path in [*staging.glob(".*"), *(staging / WORK).glob(".*")]:
+            path.unlink()
         yield staging
     except OSError as error:
         raise _cannot_write(output, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove(staging: Path) -> None:
+    """Remove a staging directory that holds nothing worth keeping."""
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish(staging: Path, output: Path, info: DatasetInfo) -> DatasetInfo:
-    """Move the finished files from `staging` to `output`, remove shards of an older dataset, write `info` last.
-
-    Returns what was written, with the checksums of the other files.
-    """
+    """Move the dataset from `staging` to `output`, `dataset.json` last, and remove an older one there."""
     (output / INFO_FILE).unlink(missing_ok=True)
-    files = {path.name for path in staging.iterdir()}
-    for old in output.glob("*.bin"):
-        if old.name not in files:
-            old.unlink()
-    for name in sorted(files):
-        (staging / name).replace(output / name)
-    return write_info(output, info)
+    for path in output.iterdir():
+        if _is_shard(path.name) or path.name in _BESIDE_SHARDS:
+            path.unlink()
+    write_info(staging, info)
+    return finish_publishing(staging, output)
+
+
+def is_complete(staging: Path) -> bool:
+    """Whether `staging` holds what a process that was killed in `publish` has not moved."""
+    return (staging / INFO_FILE).exists()
+
+
+def finish_publishing(staging: Path, output: Path) -> DatasetInfo:
+    """Move what `publish` has not moved yet."""
+    info = read_info(staging)
+    shards = {shard.file for split in info.splits.values() for shard in split}
+    for name in sorted({*shards, *_BESIDE_SHARDS}):
+        if (staging / name).exists():
+            (staging / name).replace(output / name)
+    report_beside(output).unlink(missing_ok=True)
+    info = write_info(output, info)
+    remove(staging)
+    return info
 
 
 def _open(lock: Path) -> BinaryIO:
@@ -144,9 +174,9 @@ def _is_unfinished(name: str) -> bool:
     return name.startswith((_STAGING, f".{INFO_FILE}."))
 
 
+def _is_shard(name: str) -> bool:
+    return name.endswith(".bin") and name.startswith(tuple(f"{split}-" for split in SPLITS))
+
+
 def _belongs_to_dataset(name: str) -> bool:
-    return (
-        name in (INFO_FILE, TOKENIZER_FILE, CONFIG_FILE, _LOCK)
-        or _is_unfinished(name)
-        or (name.endswith(".bin") and name.startswith(tuple(f"{split}-" for split in SPLITS)))
-    )
+    return name in _OWN_FILES or _is_unfinished(name) or _is_shard(name)

@@ -98,6 +98,13 @@ class Tally:
             for (unit, reason), count in sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
         ]
 
+    def counts(self) -> list[tuple[str, int, list[LeftOut]]]:
+        """Return (`UNIT: REASON`, count, first pieces) of each reason, in the order of the alphabet."""
+        return [
+            (f"{unit}: {reason}", count, self._first[unit, reason])
+            for (unit, reason), count in sorted(self._counts.items())
+        ]
+
     def to_json(self) -> str:
         """Serialise for another process."""
         return json.dumps([[*key, count, self._first[key]] for key, count in self._counts.items()])

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import subprocess
 import sys
 import threading
@@ -14,23 +13,12 @@ import pytest
 
 from llama_ray.data.dataset.info import DatasetInfo, read_info
 from llama_ray.data.dataset.shards import DatasetError, open_shard
-from llama_ray.data.dataset.token_dataset import TokenDataset
-from llama_ray.data.preparing import prepare as module
-from llama_ray.data.preparing.prepare import PrepareConfig, prepare
+from llama_ray.data.preparing.config import PrepareConfig
+from llama_ray.data.preparing.prepare import prepare
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer, TokenizerError
-from tests.data.helpers import texts
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
-
-
-FILES = [
-    "dataset.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "train-00000.bin",
-    "validation-00000.bin",
-]
 
 
 def files(directory: Path) -> dict[str, str]:
@@ -48,7 +36,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, corpus: Path) -> PrepareConfig:
-    return PrepareConfig(str(corpus), str(tmp_path / "data"), vocab_size=300, validation_fraction=0.2)
+    return PrepareConfig([str(corpus)], str(tmp_path / "data"), vocab_size=300, validation_fraction=0.2)
 
 
 def documents(directory: Path, split: str) -> list[str]:
@@ -65,29 +53,43 @@ def documents(directory: Path, split: str) -> list[str]:
     return found
 
 
-def test_each_document_is_in_one_split(config: PrepareConfig, corpus: Path) -> None:
+def test_each_text_of_each_source_is_in_one_split(config: PrepareConfig, corpus: Path) -> None:
+    records = [json.dumps({"body": {"text": f"record {number} of many"}}) for number in range(60)]
+    (corpus.parent / "many.jsonl").write_text("\n".join(records))
     lines: list[str] = []
-    info = prepare(config, lines.append)
+    sources = [f"web={corpus.parent / 'many.jsonl'}", str(corpus)]
+    other = dataclasses.replace(config, source=sources, text_field="body.text", shard_bytes=2000)
+    info = prepare(other, lines.append)
     directory = Path(config.output)
     train, validation = documents(directory, "train"), documents(directory, "validation")
-    assert sorted(train + validation) == sorted(path.read_text() for path in corpus.iterdir())
-    assert 2 <= len(validation) <= 16
+    texts = [path.read_text() for path in corpus.iterdir()]
+    assert sorted(train + validation) == sorted([*texts, *(f"record {n} of many" for n in range(60))])
+    assert 8 <= len(validation) <= 35
     assert info == read_info(directory)
     assert (info.documents("train"), info.documents("validation")) == (len(train), len(validation))
-    assert info.tokens("train") == len(TokenDataset(directory, "train"))
+    assert [(source.name, source.files, source.texts) for source in info.sources] == [
+        ("web", 1, 60),
+        ("corpus", 40, 40),
+    ]
+    assert info.sources[1].text_bytes == sum(len(text) for text in texts)
+    assert {shard.source for shard in info.splits["train"]} == {"web", "corpus"}
     assert info.tokenizer.fingerprint == Tokenizer.load(directory).fingerprint
-    assert sorted(files(directory)) == FILES
-    assert lines[0].startswith("40 documents")
-    assert "tokenised 2 of 2 shards" in "\n".join(lines)
+    tokens = info.tokens("train") + info.tokens("validation")
+    assert f"{len(info.splits['train']):,} of" not in lines[-1]
+    assert any(line.startswith("tokenised") and f", {tokens:,} tokens, " in line for line in lines)
 
 
-def test_the_same_text_gives_the_same_files(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_GROUP_BYTES", 5000)
-    again = dataclasses.replace(config, output=config.output + "2")
-    info = prepare(config, lambda line: None)
-    prepare(again, lambda line: None)
-    assert len(info.splits["train"]) > 3
-    assert files(Path(config.output)) == files(Path(again.output))
+def test_any_number_of_workers_writes_the_same_files(config: PrepareConfig, corpus: Path) -> None:
+    (corpus / "damaged.jsonl").write_text('{"text": "good"}\nbad\n{"text": 1}\n')
+    config = dataclasses.replace(config, shard_bytes=5000, max_bad_records=2)
+    infos = [
+        prepare(dataclasses.replace(config, output=f"{config.output}{n}", workers=n), lambda line: None)
+        for n in (1, 2, 4)
+    ]
+    assert len(infos[0].splits["train"]) > 3
+    expected = files(Path(config.output + "1"))
+    assert {"dataset.json", "tokenizer.json", "bad_records.jsonl", "report.html"} < expected.keys()
+    assert files(Path(config.output + "2")) == files(Path(config.output + "4")) == expected
 
 
 def test_a_finished_dataset_is_reused_and_a_different_one_is_not_replaced(
@@ -113,52 +115,87 @@ def test_a_finished_dataset_is_reused_and_a_different_one_is_not_replaced(
     assert prepare(other, lambda line: None) == replaced
 
 
+def test_two_texts_are_enough(config: PrepareConfig, tmp_path: Path) -> None:
+    (tmp_path / "two.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    for fraction in (0.001, 0.999):
+        two = dataclasses.replace(
+            config, source=[str(tmp_path / "two.jsonl")], validation_fraction=fraction, overwrite=True
+        )
+        info = prepare(two, lambda line: None)
+        assert (info.documents("train"), info.documents("validation")) == (1, 1)
+        assert sorted(documents(tmp_path / "data", "train") + documents(tmp_path / "data", "validation")) == [
+            "one",
+            "two",
+        ]
+
+
 def test_a_given_tokenizer_is_used_as_it_is(config: PrepareConfig, tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(iter(["other text"]), 260)
     tokenizer.save(tmp_path / "tokenizer")
-    info = prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer")), lambda line: None)
+    given = dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer"))
+    better = Tokenizer.train(iter(["says hello to the world"] * 9), 300)
+    better.save(tmp_path / "better")
+    lines: list[str] = []
+    info = prepare(dataclasses.replace(given, compare_tokenizer=str(tmp_path / "better")), lines.append)
     assert info.tokenizer.fingerprint == tokenizer.fingerprint == Tokenizer.load(config.output).fingerprint
+    texts = documents(Path(config.output), "validation")
+    size = sum(len(text) for text in texts)
+    expected = [size / sum(len(each.encode(text)) for text in texts) for each in (tokenizer, better)]
+    assert [info.tokenizer.bytes_per_token, info.tokenizer.compared_bytes_per_token] == pytest.approx(
+        expected
+    )
+    assert f"{expected[0]:.2f} bytes a token" in "\n".join(lines)
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": null}')
     with pytest.raises(TokenizerError, match="has no bos_token"):
-        prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer")), lambda line: None)
+        prepare(given, lambda line: None)
 
 
-def test_a_summary_names_what_was_left_out_and_why(config: PrepareConfig, corpus: Path) -> None:
+def test_bad_records_are_counted_and_listed_and_too_many_are_refused_early(
+    config: PrepareConfig, corpus: Path
+) -> None:
     (corpus / "latin.txt").write_bytes(b"caf\xe9")
-    (corpus / "more.tar.GZ").write_bytes(b"\x1f\x8b")
+    (corpus / "photo.bin").write_bytes(b"\x89PNG\0\0")
     good = [json.dumps({"text": f"record {number}"}).encode() for number in range(60)]
     for number in (3, 10, 20, 30):
         good[number] = b'{"text": "\xff"}'
     (corpus / "records.jsonl").write_bytes(b"\n".join(good))
-    lines: list[str] = []
-    info = prepare(config, lines.append)
-    assert info.documents("train") + info.documents("validation") == 40 + 56
-    summary = [line.partition(";")[0] for line in lines[-5:-1]]
-    assert summary[0].startswith(f"took {info.documents('train')} texts for training")
-    assert sorted(summary[1:]) == [
-        "left out 1 document (latin.txt:1): not UTF-8",
-        "left out 1 file (more.tar.GZ): archives, or compressed in a way that is not read",
-        "left out 4 records (records.jsonl:4, records.jsonl:11, records.jsonl:21, ...): not UTF-8",
-    ]
-    # What is left out whole is known, and said, before the work begins.
-    assert (
-        "left out 1 file (more.tar.GZ): archives, or compressed in a way that is not read; unpack them first"
-        in lines[:2]
-    )
-
-
-def test_a_failed_preparation_leaves_no_files(config: PrepareConfig, corpus: Path) -> None:
-    for path in corpus.iterdir():
-        path.rename(path.with_suffix(".jsonl"))
+    report = Path(config.output + ".bad_records.jsonl")
     with pytest.raises(
-        SourceError, match=r"has no document \(left out 820 records \(0.jsonl:1, .*not JSON"
+        SourceError, match=r"1 bad record so far \(.*; max_bad_records is 0; .*bad_records.jsonl lists them"
     ) as raised:
         prepare(config, lambda line: None)
     assert "\n" not in str(raised.value)
+    assert report.exists()
     assert not list(Path(config.output).iterdir())
+
+    lines: list[str] = []
+    info = prepare(dataclasses.replace(config, max_bad_records=5), lines.append)
+    assert info.documents("train") + info.documents("validation") == 40 + 56
+    assert not report.exists()
+    listed = [
+        json.loads(line) for line in (Path(config.output) / "bad_records.jsonl").read_text().splitlines()
+    ]
+    assert [(bad["source"], bad["record"]) for bad in listed] == [
+        ("corpus", "latin.txt:1"),
+        *(("corpus", f"records.jsonl:{line}") for line in (4, 11, 21, 31)),
+    ]
+    summary = [line.partition(";")[0] for line in lines if line.startswith("left out")]
+    assert set(summary) == {
+        "left out 1 document (latin.txt:1): not UTF-8",
+        "left out 4 records (records.jsonl:4, records.jsonl:11, records.jsonl:21, ...): not UTF-8",
+        "left out 1 file (photo.bin): NUL characters in them, as in binary files and UTF-16",
+    }
+    assert sum(bad.count for bad in info.sources[0].bad_records.values()) == 5
+
+
+def test_text_that_is_no_text_is_refused(config: PrepareConfig, corpus: Path) -> None:
     for path in corpus.iterdir():
-        path.rename(path.with_suffix(".txt"))
-    prepare(config, lambda line: None)
+        path.write_bytes(b"{}")
+        path.rename(path.with_suffix(".jsonl"))
+    message = r"has no text \(left out 40 records .*; training and validation need"
+    with pytest.raises(SourceError, match=message) as raised:
+        prepare(dataclasses.replace(config, max_bad_records=1000), lambda line: None)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_file_that_changes_on_the_way_ends_the_preparation(config: PrepareConfig, corpus: Path) -> None:
@@ -199,76 +236,40 @@ def test_of_two_preparations_at_once_one_waits_for_the_other(config: PrepareConf
                 futures[0].result()
     assert heard[0] == f"another process is writing to {config.output}; waiting for it to end"
     assert read_info(config.output) == info
-    assert sorted(files(Path(config.output))) == FILES
 
 
-def test_files_of_a_killed_preparation_are_replaced(config: PrepareConfig) -> None:
+def test_files_of_another_preparation_are_replaced(config: PrepareConfig) -> None:
     output = Path(config.output)
-    (output / ".partial").mkdir(parents=True)
-    (output / ".partial" / "train-00007.bin").write_text("half")
+    (output / ".partial-0123").mkdir(parents=True)
+    (output / ".partial-0123" / "train-00007.bin").write_text("half")
     (output / "train-00009.bin").write_text("moved before the end")
     (output / ".dataset.json.0123abcd").write_text("half")
     (output / ".lock").write_text("")
-    prepare(config, lambda line: None)
-    assert sorted(files(output)) == FILES
-
-
-def test_one_large_file_is_divided_into_documents(config: PrepareConfig, tmp_path: Path) -> None:
-    path = tmp_path / "book.txt"
-    path.write_text("".join(f"Paragraph {number}, and a few words more.\n\n" for number in range(20_000)))
-    prepare(dataclasses.replace(config, source=str(path)), lambda line: None)
-    parts = texts(path)
-    directory = Path(config.output)
-    assert sorted(documents(directory, "train") + documents(directory, "validation")) == sorted(parts)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"source": "{tmp}/nowhere"}, "no text found in"),
-        ({"source": "{tmp}/corpus/1.txt"}, "has 1 document; training and validation need one each"),
-        ({"output": "{tmp}/corpus"}, r"holds other files \(.*.txt\)"),
-        ({"output": "{tmp}/corpus/1.txt"}, "is a file; give a directory"),
-        ({"output": "{tmp}/corpus/1.txt/data"}, "cannot write to .*; choose another output"),
-        ({"output": "{tmp}/caf\udce9"}, r"output is '.*/caf\\xe9'; it must be text in UTF-8"),
-        ({"output": "s3://bucket/data"}, "give a directory on storage that all nodes share"),
-        ({"tokenizer": "{tmp}/corpus"}, "no tokenizer at"),
-        ({"vocab_size": 257}, "vocab_size is 257; it must be at least 258"),
-        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; it must be at most 16777216"),
-        *(
-            (
-                {"validation_fraction": fraction},
-                f"validation_fraction is {fraction}; it must be above 0 and below 1",
-            )
-            for fraction in (1.0, 0.0, 2.0, -1.0, math.nan, math.inf)
-        ),
-        ({"max_bytes": 0}, "max_bytes is 0; it must be at least 1"),
-        ({"seed": -1}, "seed is -1; it must be at least 0"),
-        ({"seed": 2**64}, "seed is 18446744073709551616; it must be at most"),
-    ],
-)
-def test_invalid_settings_are_refused_in_one_line(
-    config: PrepareConfig, tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    filled = {
-        key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in changes.items()
+    lines: list[str] = []
+    prepare(config, lines.append)
+    assert f"removed {output / '.partial-0123'}, which another preparation left unfinished" in lines
+    assert {path.name for path in output.iterdir()} == {
+        "dataset.json",
+        "report.html",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train-00000.bin",
+        "validation-00000.bin",
     }
-    with pytest.raises(ValueError, match=message) as raised:
-        prepare(dataclasses.replace(config, **filled), lambda line: None)
-    assert "\n" not in str(raised.value)
 
 
 def test_a_cluster_without_cpus_is_refused_at_once(config: PrepareConfig) -> None:
     lines = """
 import sys
 import ray
-from llama_ray.data.preparing.prepare import PrepareConfig, prepare
+from llama_ray.data.preparing.config import PrepareConfig
+from llama_ray.data.preparing.prepare import prepare
 ray.init(address="local", num_cpus=0, include_dashboard=False)
-prepare(PrepareConfig(source=sys.argv[1], output=sys.argv[2]))
+prepare(PrepareConfig(source=[sys.argv[1]], output=sys.argv[2]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", lines, config.source, config.output],
+        [sys.executable, "-c", lines, config.source[0], config.output],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert "this cluster has 0 CPUs; preparing data needs 1; add a node with CPUs" in done.stderr
-    assert not list(Path(config.output).iterdir())
+    assert not list(Path(config.output).glob("*"))

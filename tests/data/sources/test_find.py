@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.preparing.corpus import find_corpus
 from llama_ray.data.records.fields import TextFields
 from llama_ray.data.records.pieces import read
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.sources.left_out import Tally
 from llama_ray.storage import store
-from tests.data.helpers import folder_without_root, taken, texts
+from tests.data.helpers import find_corpus, folder_without_root, taken, texts
 from tests.object_store import s3_server, uri
 
 
@@ -60,7 +59,7 @@ def test_builtin_is_the_source_code_of_the_standard_library() -> None:
 def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "nowhere", tmp_path / "*.txt", tmp_path / "empty", (tmp_path / "no").as_uri()):
-        with pytest.raises(SourceError, match=r"no text found in .*; give 'builtin', a text or .jsonl file"):
+        with pytest.raises(SourceError, match=r"no text found in .*; give 'builtin', a file"):
             find_corpus(str(source))
     with pytest.raises(SourceError, match="cannot read source 'gopher://a/b'"):
         find_corpus("gopher://a/b")

@@ -1,0 +1,131 @@
+"""What to prepare: the settings of a preparation, and the names of its sources."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from llama_ray.data.cleaning.config import CleanConfig
+from llama_ray.data.records.fields import TextFields
+from llama_ray.data.sources.files import SourceError
+from llama_ray.data.tokenizing.tokenizer import Tokenizer, check_vocab_size
+from llama_ray.storage.paths import is_uri
+from llama_ray.utils.errors import printable
+from llama_ray.utils.fields import check_fields, limits
+from llama_ray.utils.redact import RedactedRepr
+
+_NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+class NamedSource(NamedTuple):
+    """Where text comes from (see `files`), and the name that its texts, counts and shards go by."""
+
+    name: str
+    where: str
+
+
+@dataclass(frozen=True, repr=False)
+class PrepareConfig(RedactedRepr):
+    r"""What to make a dataset from, and where to write it.
+
+    Args:
+        source: 'builtin' (source code of the standard library), a file, a folder, a glob or a URI; NAME=WHERE names it.
+            Several sources make one dataset whose shards are labelled with their names.
+        output: Directory for the dataset, on storage that all nodes of the cluster share.
+        text_field: Field of a record that holds its text; dots lead into nested fields.
+        template: Text with names of fields in braces, such as '{title}\n\n{body}', in place of one field.
+        max_bad_records: Maximum number of broken records, which are left out; one more is an error.
+        vocab_size: Maximum vocabulary size of the tokenizer to train; unused with `tokenizer`.
+        tokenizer: A tokenizer.json, or a directory that holds one, to use instead of training a tokenizer.
+        tokenizer_weights: NAME=SHARE of each source in the text that a tokenizer is trained on; by default its bytes.
+        compare_tokenizer: A second tokenizer, whose bytes a token on the validation split are told beside the first's.
+        validation_fraction: Fraction of the texts for the validation split; at least one text.
+        seed: Decides which texts are for validation, and which pieces `max_bytes` leaves out.
+        max_bytes: Maximum bytes of the sources to use, as they are stored, in a pseudo-random choice; by default all.
+        shard_bytes: Minimum bytes of a source, as they are stored, that make one shard and one task.
+        workers: Maximum number of tasks at once; by default one for each CPU of the cluster.
+        overwrite: Replace a dataset in `output`.
+        cleaning: Which texts to take, and in which form.
+    """
+
+    source: list[str]
+    output: str
+    text_field: str = "text"
+    template: str | None = None
+    max_bad_records: int = field(default=0, metadata=limits(0, 2**63 - 1))
+    vocab_size: int = field(default=32000, metadata=limits(1, Tokenizer.LARGEST_VOCABULARY))
+    tokenizer: str | None = None
+    tokenizer_weights: list[str] | None = None
+    compare_tokenizer: str | None = None
+    validation_fraction: float = field(default=0.01, metadata=limits(above=0, below=1))
+    seed: int = field(default=0, metadata=limits(0, 2**63 - 1))
+    max_bytes: int | None = field(default=None, metadata=limits(1, 2**63 - 1))
+    shard_bytes: int = field(default=4 * 1024 * 1024, metadata=limits(1, 2**63 - 1))
+    workers: int | None = field(default=None, metadata=limits(1))
+    overwrite: bool = False
+    cleaning: CleanConfig = field(default_factory=CleanConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.tokenizer is None:
+            check_vocab_size(self.vocab_size)
+        if is_uri(self.output):
+            raise ValueError(f"output is {self.output!r}; give a directory on storage that all nodes share")
+        if printable(self.output, limit=len(self.output)) != self.output:
+            raise ValueError(f"output is '{printable(self.output)}'; it must be text in UTF-8 on one line")
+        self.weights()
+        self.fields()
+
+    def fields(self) -> TextFields:
+        """Return what makes the text of a record. Raises ValueError for a template that is none."""
+        return TextFields(self.text_field, self.template)
+
+    def sources(self) -> list[NamedSource]:
+        """Return the sources with their names. Raises SourceError for a name that is given twice."""
+        if not self.source:
+            raise SourceError("source is empty; give 'builtin', a file, a folder, a glob or a URI")
+        found = [named_source(given) for given in self.source]
+        name, count = Counter(source.name for source in found).most_common(1)[0]
+        if count > 1:
+            raise SourceError(
+                f"{count} sources are named {name}; each must have a name of its own; write --source NAME=WHERE"
+            )
+        return found
+
+    def weights(self) -> dict[str, float] | None:
+        """Return source -> its share of the tokenizer's text, which sum to 1; None if its bytes decide."""
+        names = [source.name for source in self.sources()]
+        if self.tokenizer_weights is None:
+            return None
+        found: dict[str, float] = {}
+        for given in self.tokenizer_weights:
+            name, _, text = given.rpartition("=")
+            share = _share(text)
+            if name not in names or name in found or share is None:
+                raise ValueError(
+                    f"tokenizer_weights is {printable(given)!r}; it must be NAME=SHARE with a positive share, once for "
+                    f"each of {printable(', '.join(names))}"
+                )
+            found[name] = share
+        return {name: share / sum(found.values()) for name, share in found.items()}
+
+
+def named_source(given: str) -> NamedSource:
+    """Split NAME=WHERE; by default a source is named as its last part is, without suffixes and globs."""
+    if match := _NAMED.fullmatch(given):
+        return NamedSource(match[1], match[2])
+    path = given.partition("?")[0] if is_uri(given) else given
+    parts = [part for part in path.split("/") if part and not set(part) & set("*?[:")]
+    name = _NOT_IN_NAMES.sub("-", parts[-1].lstrip(".").partition(".")[0] if parts else "").strip("-")
+    return NamedSource(name or "text", given)
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 < share < float("inf") else None

@@ -1,0 +1,36 @@
+"""Tasks on a Ray cluster, one for each row; the only file of `data` that knows Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+import ray.data
+
+from llama_ray.utils.ray_cluster import largest
+
+Row = dict[str, Any]
+
+
+def run_tasks(task: Callable[[Row], Row], rows: Sequence[Row], workers: int | None) -> Iterator[Row]:
+    """Yield what `task` returns for each row, in the order in which the tasks end; at most `workers` run at once.
+
+    Ray Data runs no more of them than there are CPUs, and runs a task again whose process or node is lost.
+    """
+    # The lines that we log are easier to read in a job's log.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    yield from dataset.map(task, concurrency=workers).iter_rows()
+
+
+def check_cpus(log: Callable[[str], None]) -> None:
+    """Raise ValueError if the cluster has no CPU and can add none: tasks would wait for one without a word."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    cpus = largest("CPU")
+    if cpus < 1:
+        raise ValueError(f"this cluster has {cpus:g} CPUs; preparing data needs 1; add a node with CPUs")
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    if free.get("CPU", 0) < 1:
+        log("all CPUs of the cluster are in use; waiting for one")

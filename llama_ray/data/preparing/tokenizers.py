@@ -1,0 +1,88 @@
+"""The tokenizers of a preparation: given ones, or one that is trained and kept in the staging directory."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llama_ray.data.preparing.config import PrepareConfig
+from llama_ray.data.preparing.output_directory import WORK
+from llama_ray.data.preparing.part_task import COMPARED
+from llama_ray.data.preparing.progress import Log
+from llama_ray.data.tokenizing.encoder import EncoderChoice, choose_encoder
+from llama_ray.data.tokenizing.files import TOKENIZER_FILE
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.storage.atomic import write_text
+from llama_ray.utils.typed_json import from_json
+
+
+@dataclass(frozen=True)
+class GivenTokenizers:
+    """The tokenizers that the user gives: the dataset's, and one to compare it to."""
+
+    tokenizer: Tokenizer | None
+    compared: Tokenizer | None
+
+    @classmethod
+    def load(cls, config: PrepareConfig) -> GivenTokenizers:
+        """Read those that `config` names. Raises TokenizerError for one that cannot be used for documents."""
+        tokenizer, compared = (
+            None if path is None else Tokenizer.load(path).for_documents()
+            for path in (config.tokenizer, config.compare_tokenizer)
+        )
+        return cls(tokenizer, compared)
+
+    def identities(self) -> tuple[object, object]:
+        """Return what the dataset depends on."""
+        first, second = (
+            tokenizer and (tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id)
+            for tokenizer in (self.tokenizer, self.compared)
+        )
+        return first, second
+
+
+def make_tokenizer(
+    config: PrepareConfig, given: GivenTokenizers, sample: Iterable[str], staging: Path, log: Log
+) -> tuple[Tokenizer, EncoderChoice]:
+    """Return the dataset's tokenizer and what encodes with it; `staging` then holds all tokenizers.
+
+    Those that a killed preparation left there are taken.
+    """
+    chosen = staging / WORK / "encoder.json"
+    if chosen.exists():
+        content = json.loads(chosen.read_bytes())
+        return Tokenizer.load(staging), from_json(EncoderChoice, content)
+    if (staging / TOKENIZER_FILE).exists():
+        tokenizer = Tokenizer.load(staging)
+    else:
+        tokenizer = given.tokenizer or _train(config, sample, log)
+        tokenizer.save(staging)
+    if given.compared is not None:
+        given.compared.save(staging / COMPARED)
+    choice = choose_encoder(tokenizer, sample)
+    log(f"encoding with {choice.name}: {choice.reason}")
+    write_text(chosen, json.dumps(asdict(choice)))
+    return tokenizer, choice
+
+
+def _train(config: PrepareConfig, sample: Iterable[str], log: Log) -> Tokenizer:
+    size = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal size
+        for text in sample:
+            size += len(text)
+            yield text
+
+    log(f"training a tokenizer of {config.vocab_size:,} entries")
+    started = time.monotonic()
+    tokenizer = Tokenizer.train(counted(), config.vocab_size)
+    fewer = "" if tokenizer.vocab_size == config.vocab_size else "; the text gives no more"
+    log(
+        f"tokenizer: {tokenizer.vocab_size:,} entries from {size / 1e6:.1f} MB in "
+        f"{time.monotonic() - started:.1f} s{fewer}"
+    )
+    return tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 
 from llama_ray.data.chat.encoding import ChatEncoder, ChatText
 from llama_ray.data.chat.template import ChatPrompt, ChatTemplate
@@ -26,17 +26,9 @@ from llama_ray.data.tokenizing.files import (
 )
 from llama_ray.data.tokenizing.text_stream import TextDecoder, TextStream
 from llama_ray.data.tokenizing.token_bytes import max_token_bytes
+from llama_ray.data.tokenizing.training import BOS, EOS, LARGEST_VOCABULARY, TrainingOptions, train
 from llama_ray.storage.replacement import Replacement
 
-BOS = "<|begin_of_text|>"
-EOS = "<|end_of_text|>"
-
-# The split of GPT-4's cl100k_base as Llama 3 uses it: contractions, words with at most one leading character that is
-# neither letter nor digit, numbers of at most three digits, punctuation, line ends, spaces.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Without a tokenizer_config.json, the first of these names that the vocabulary holds is bos or eos.
 _BOS_NAMES = (BOS, "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = (EOS, "</s>", "<eos>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
@@ -51,8 +43,7 @@ class Tokenizer:
     `<|end_of_text|>` is encoded as these characters, so neither data nor prompts can end a document.
     """
 
-    SMALLEST_VOCABULARY = 256 + 2
-    LARGEST_VOCABULARY = 2**24
+    LARGEST_VOCABULARY = LARGEST_VOCABULARY
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
         """Wrap a `tokenizers` object; `config` is its tokenizer_config.json, {} if it has none."""
@@ -75,36 +66,16 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
-    def train(cls, texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    def train(
+        cls, texts: Iterator[str], vocab_size: int, options: TrainingOptions | None = None
+    ) -> Tokenizer:
         """Learn a byte-level BPE vocabulary of at most `vocab_size` entries from `texts`.
 
-        The vocabulary always holds the 256 bytes and both special tokens; from little text it is smaller than
-        `vocab_size`. The same texts in the same order give the same tokenizer. Raises TokenizerError for a `vocab_size`
-        below 258 or above 2^24.
+        The vocabulary always holds the 256 bytes, bos, eos and the special tokens of `options`; from little text it is
+        smaller than `vocab_size`. The same texts give the same tokenizer, on any machine. Raises TokenizerError for a
+        `vocab_size` that is too small for these entries, or above 2^24.
         """
-        check_vocab_size(vocab_size)
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=[AddedToken(BOS, special=True), AddedToken(EOS, special=True)],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        backend.train_from_iterator(texts, trainer)
-        # Lets other readers of the file (transformers, vLLM) begin a prompt with bos, as training does.
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A",
-            pair=f"{BOS} $A {BOS}:1 $B:1",
-            special_tokens=[(BOS, backend.token_to_id(BOS))],
-        )
+        backend = train(texts, vocab_size, options or TrainingOptions())
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": BOS,
@@ -287,16 +258,7 @@ class Tokenizer:
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raise TokenizerError unless `Tokenizer.train` can make a vocabulary of `vocab_size` entries."""
-    if vocab_size < Tokenizer.SMALLEST_VOCABULARY:
-        raise TokenizerError(
-            f"vocab_size is {vocab_size}; it must be at least {Tokenizer.SMALLEST_VOCABULARY} (256 bytes and 2 special "
-            "tokens)"
-        )
-    if vocab_size > Tokenizer.LARGEST_VOCABULARY:
-        raise TokenizerError(
-            f"vocab_size is {vocab_size}; it must be at most {Tokenizer.LARGEST_VOCABULARY}, for which the trainer "
-            "reserves memory"
-        )
+    TrainingOptions().check(vocab_size)
 
 
 def _checked(id: int | None, name: str) -> int:

@@ -11,7 +11,8 @@ from tokenizers import AddedToken
 
 from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.foreign.byte_level import byte_level
-from llama_ray.data.tokenizing.foreign.pieces import Kind, Piece, Spaces, begin_with, bpe
+from llama_ray.data.tokenizing.foreign.pieces import Kind, Piece, Spaces, bpe
+from llama_ray.data.tokenizing.foreign.prompts import begin_with
 from llama_ray.data.tokenizing.splits import DIGIT, GPT_2, LLAMA_3, QWEN_2, TEKKEN
 from llama_ray.storage.gguf import Gguf, GgufError, read_gguf
 

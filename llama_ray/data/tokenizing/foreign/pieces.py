@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from llama_ray.data.tokenizing.errors import TokenizerError
 
@@ -69,16 +69,6 @@ def unigram(pieces: Sequence[Piece], spaces: Spaces) -> tokenizers.Tokenizer:
     unknown = next(id for id, piece in enumerate(pieces) if piece.kind == Kind.UNKNOWN)
     model = models.Unigram(vocabulary, unk_id=unknown, byte_fallback=_has_bytes(pieces))
     return _finished(tokenizers.Tokenizer(model), pieces, spaces)
-
-
-def begin_with(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None = None) -> None:
-    """Let prompts begin with `bos` and end with `eos`, where they are given."""
-    names = [name for name in (bos, eos) if name is not None]
-    if names:
-        single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-        backend.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(name, backend.token_to_id(name)) for name in names]
-        )
 
 
 def _ids(pieces: Sequence[Piece]) -> dict[str, int]:

@@ -10,7 +10,8 @@ from typing import Any
 import tokenizers
 
 from llama_ray.data.tokenizing.errors import TokenizerError
-from llama_ray.data.tokenizing.foreign.pieces import Kind, Piece, Spaces, begin_with, bpe, unigram
+from llama_ray.data.tokenizing.foreign.pieces import Kind, Piece, Spaces, bpe, unigram
+from llama_ray.data.tokenizing.foreign.prompts import begin_with
 
 # The numbers of https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3

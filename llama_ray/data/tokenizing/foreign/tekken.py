@@ -11,7 +11,7 @@ import tokenizers
 
 from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.foreign.byte_level import add_special, from_ranks
-from llama_ray.data.tokenizing.foreign.pieces import begin_with
+from llama_ray.data.tokenizing.foreign.prompts import begin_with
 
 # Those of files that list none: https://github.com/mistralai/mistral-common, tokens/tokenizers/tekken.py
 _SPECIAL = (

@@ -12,7 +12,7 @@ import tokenizers
 
 from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.foreign.byte_level import add_special, from_ranks
-from llama_ray.data.tokenizing.foreign.pieces import begin_with
+from llama_ray.data.tokenizing.foreign.prompts import begin_with
 from llama_ray.data.tokenizing.splits import LLAMA_3
 
 FIRST_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")

@@ -1,38 +1,52 @@
-"""The page `report.html`: what is in a dataset and what was left out, for people."""
+"""The page `report.html`: what is in a dataset and what was left out of it, for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from llama_ray.data.cleaning.drops import Drops
-from llama_ray.data.report.statistics import Statistics
+from llama_ray.data.dataset.info import DatasetInfo
+from llama_ray.data.report.cleaning import cleaning
+from llama_ray.data.report.contents import languages, lengths, samples, sources, summary, tokenizer
+from llama_ray.data.report.html import Html, element, join
+from llama_ray.data.report.provenance import files, left_out, settings
+from llama_ray.data.report.statistics import SourceStatistics, Statistics
+from llama_ray.data.report.style import STYLE
 from llama_ray.storage.atomic import write_text
 
 REPORT_FILE = "report.html"
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a report tells.
+def write_report(directory: Path, info: DatasetInfo, statistics: Statistics, drops: Drops) -> Path:
+    """Write `report.html` into `directory` and return its path.
 
-    `splits` gives (documents, tokens) by split; `tokenizer` and `settings` are names and values to show as they are;
-    `left_out` holds a line for each reason why files and records were not taken.
+    `statistics` are of the documents of all splits. The page needs no other file, no network and no scripts.
     """
-
-    title: str
-    splits: Mapping[str, tuple[int, int]]
-    statistics: Statistics
-    drops: Drops
-    tokenizer: Mapping[str, str]
-    settings: Mapping[str, str]
-    left_out: Sequence[str] = ()
-
-
-def write_report(directory: Path, contents: Contents) -> Path:
-    """Write `report.html` into `directory` and return its path. The page needs no other file and no network."""
     path = directory / REPORT_FILE
-    write_text(path, f"<!doctype html><title>{escape(contents.title)}</title>")
+    write_text(path, page(info, statistics, drops))
     return path
+
+
+def page(info: DatasetInfo, statistics: Statistics, drops: Drops) -> str:
+    """Return the content of `report.html`."""
+    found = {source.name: statistics.sources.get(source.name, SourceStatistics()) for source in info.sources}
+    title = f"Dataset {', '.join(source.name for source in info.sources)}"
+    sections = [
+        summary(title, info, found),
+        sources(info, found),
+        lengths(found),
+        languages(found),
+        cleaning(info, drops),
+        left_out(info),
+        tokenizer(info, found),
+        samples(found),
+        settings(info),
+        files(info),
+    ]
+    head = (
+        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        element("title", title),
+        element("style", STYLE),
+    )
+    body = element("body", element("main", join(sections)))
+    return f'<!doctype html>\n<html lang="en">{element("head", *head)}{body}</html>\n'

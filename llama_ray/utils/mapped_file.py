@@ -26,6 +26,7 @@ class MappedFile:
 
     def __init__(self, path: Path, size: int) -> None:
         """Raise OSError for a file that cannot be mapped, such as an empty one."""
+        self.size = size
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
         self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]

@@ -43,36 +43,15 @@ class DatasetFiles(Protocol):
         """Return the bytes of a file from `start` to `stop`. Raises DatasetError, StorageError or OSError."""
 
 
-class LocalFiles:
-    """A dataset in a directory of this machine, or one that it mounts; its shards are mapped into memory."""
+class MountedFiles:
+    """What datasets in a directory of this machine have in common."""
 
-    def __init__(self, directory: str | Path) -> None:
-        """Raise DatasetError for a directory that holds no dataset."""
-        self.location, self._directory = str(directory), Path(directory)
-        self.info = read_info(directory)
-        self._open: dict[str, OpenShard] = {}
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
     def tokenizer_directory(self) -> Path:
         """See `DatasetFiles`."""
         return self._directory
-
-    def check(self, split: str) -> None:
-        """See `DatasetFiles`."""
-        for number, shard in enumerate(self.info.splits[split]):
-            if self.size(shard.file) != shard.bytes:
-                # Says what is wrong with it.
-                self._shard(split, number)
-
-    def read(self, split: str, places: Sequence[Place]) -> list[Span]:
-        """See `DatasetFiles`."""
-        shards = [self._shard(split, place.shard) for place in places]
-        for shard, place in zip(shards, places, strict=True):
-            shard.read_ahead(place.start, place.stop)
-        return [shard.span(place.start, place.stop) for shard, place in zip(shards, places, strict=True)]
-
-    def starts(self, split: str, shard: int) -> Starts:
-        """See `DatasetFiles`."""
-        return self._shard(split, shard).starts
 
     def size(self, name: str) -> int | None:
         """See `DatasetFiles`."""
@@ -84,6 +63,39 @@ class LocalFiles:
         with (self._directory / name).open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
+
+
+def read_spans(shards: Sequence[OpenShard], places: Sequence[Place]) -> list[Span]:
+    """Return the spans at `places` of these mapped shards; the disk reads them at once."""
+    for shard, place in zip(shards, places, strict=True):
+        shard.read_ahead(place.start, place.stop)
+    return [shard.span(place.start, place.stop) for shard, place in zip(shards, places, strict=True)]
+
+
+class LocalFiles(MountedFiles):
+    """A dataset in a directory of this machine, or one that it mounts; its shards are mapped into memory."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Raise DatasetError for a directory that holds no dataset."""
+        super().__init__(Path(directory))
+        self.location = str(directory)
+        self.info = read_info(directory)
+        self._open: dict[str, OpenShard] = {}
+
+    def check(self, split: str) -> None:
+        """See `DatasetFiles`."""
+        for number, shard in enumerate(self.info.splits[split]):
+            if self.size(shard.file) != shard.bytes:
+                # Says what is wrong with it.
+                self._shard(split, number)
+
+    def read(self, split: str, places: Sequence[Place]) -> list[Span]:
+        """See `DatasetFiles`."""
+        return read_spans([self._shard(split, place.shard) for place in places], places)
+
+    def starts(self, split: str, shard: int) -> Starts:
+        """See `DatasetFiles`."""
+        return self._shard(split, shard).starts
 
     def _shard(self, split: str, number: int) -> OpenShard:
         expected = self.info.splits[split][number]

@@ -123,8 +123,13 @@ class DatasetInfo:
 
     @cached_property
     def content_fingerprint(self) -> str:
-        """A digest of the tokens of all splits, wherever and whenever they were prepared, from their checksums."""
-        shards = {split: [shard.sha256 for shard in self.splits[split]] for split in sorted(self.splits)}
+        """A digest of the tokens of all splits, wherever and whenever they were prepared, from their checksums.
+
+        Where there are none, `fingerprint` takes their place.
+        """
+        shards = {
+            split: [shard.sha256 or self.fingerprint for shard in self.splits[split]] for split in self.splits
+        }
         content = json.dumps([FORMAT_VERSION, self.tokenizer.fingerprint, shards], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 

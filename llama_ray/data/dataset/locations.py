@@ -1,9 +1,10 @@
-"""What `--data` names: a directory, or a URI of one."""
+"""What `--data` names: a directory, a URI of one, or files of Megatron."""
 
 from __future__ import annotations
 
 from llama_ray.data.dataset.files import DatasetFiles, LocalFiles
 from llama_ray.data.dataset.info import DatasetInfo
+from llama_ray.data.dataset.megatron import MegatronFiles, find_pairs
 from llama_ray.data.dataset.remote import RemoteFiles
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.storage import store
@@ -14,15 +15,20 @@ DEFAULT_CACHE_BYTES = 32 * 2**30
 
 
 def open_files(location: str, cache_bytes: int = DEFAULT_CACHE_BYTES) -> DatasetFiles:
-    """Open the dataset at `location`: a directory that jobs/prepare_data.py wrote, or a URI to which it was copied.
+    """Open the dataset at `location`.
+
+    That is a directory which jobs/prepare_data.py wrote, a URI to which it was copied, or files of Megatron, see
+    `find_pairs`.
 
     `cache_bytes` bounds what this machine keeps of datasets in object stores. Raises DatasetError or StorageError for
     a location that holds no dataset or cannot be read.
     """
     if is_uri(location):
-        filesystem, path = store.open_storage(location)
-        return LocalFiles(path) if filesystem.type_name == "local" else RemoteFiles(location, cache_bytes)
-    return LocalFiles(location)
+        if not location.startswith("file:"):
+            return RemoteFiles(location, cache_bytes)
+        location = store.open_storage(location)[1]
+    pairs = find_pairs(location)
+    return MegatronFiles(location, pairs) if pairs else LocalFiles(location)
 
 
 def dataset_info(location: str) -> DatasetInfo:

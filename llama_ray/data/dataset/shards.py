@@ -224,16 +224,18 @@ class Span:
     learned: npt.NDArray[np.bool_] | None = None
 
 
+@dataclass(frozen=True)
 class OpenShard:
-    """A shard mapped into memory: its `tokens` and the `starts` of its documents, both read-only."""
+    """A shard mapped into memory: its `tokens` and the `starts` of its documents, both read-only.
 
-    def __init__(self, file: MappedFile, width: int, tokens: int, documents: int, masked: bool) -> None:
-        sections = Sections.of(width, tokens, documents, masked)
-        self.tokens: Tokens = file.array(_DTYPES[width], tokens, sections.tokens)
-        self.starts: Starts = file.array(np.dtype("<u8"), documents, sections.starts)
-        mask_bytes = sections.trailer - sections.mask
-        self._mask = file.array(np.dtype(np.uint8), mask_bytes, sections.mask) if masked else None
-        self._file, self._sections = file, sections
+    The tokens begin at byte `offset` of `file`. `mask_bits` are the bytes of the loss mask, if there is one.
+    """
+
+    tokens: Tokens
+    starts: Starts
+    mask_bits: npt.NDArray[np.uint8] | None
+    file: MappedFile
+    offset: int
 
     @property
     def mask(self) -> npt.NDArray[np.bool_] | None:
@@ -244,13 +246,15 @@ class OpenShard:
         """Return the tokens from `start` to `stop`."""
         first, last = self.starts.searchsorted(np.array([start, stop], dtype=self.starts.dtype))
         starts = self.starts[first:last].astype(np.int64) - start
-        learned = None if self._mask is None else unpack(self._mask[start // 8 : -(-stop // 8)], start, stop)
+        learned = None
+        if self.mask_bits is not None:
+            learned = unpack(self.mask_bits[start // 8 : -(-stop // 8)], start, stop)
         return Span(self.tokens[start:stop], starts, learned)
 
     def read_ahead(self, start: int, stop: int) -> None:
         """Have the system read the tokens from `start` to `stop` in the background."""
-        width, first = self.tokens.itemsize, self._sections.tokens
-        self._file.will_need(first + start * width, first + stop * width)
+        width = self.tokens.itemsize
+        self.file.will_need(self.offset + start * width, self.offset + stop * width)
 
     def documents(self) -> Iterator[Tokens]:
         """Yield the tokens of each document."""
@@ -288,7 +292,14 @@ def open_shard(path: Path) -> OpenShard:
         raise DatasetError(f"cannot read shard {path} ({error.strerror}); {PREPARE_AGAIN}") from error
     # Each window is looked up in the index, which is small.
     mapped.will_need(sections.starts, sections.mask)
-    return OpenShard(mapped, width, tokens, documents, masked)
+    mask_bytes = sections.trailer - sections.mask
+    return OpenShard(
+        tokens=mapped.array(_DTYPES[width], tokens, sections.tokens),
+        starts=mapped.array(np.dtype("<u8"), documents, sections.starts),
+        mask_bits=mapped.array(np.dtype(np.uint8), mask_bytes, sections.mask) if masked else None,
+        file=mapped,
+        offset=sections.tokens,
+    )
 
 
 def _checked_width(path: Path, header: bytes) -> int:

@@ -20,21 +20,22 @@ _CHUNK_BYTES = 8 * 2**20
 def verify(files: DatasetFiles) -> Iterator[str]:
     """Read all files of a dataset and yield a line for each that is not as `dataset.json` says: none if all are.
 
-    The files must have the checksums that were written, and the documents of a shard must follow each other from its
-    first token on, begin with bos, end with eos and hold no id outside of the vocabulary.
+    The files must have the checksums that were written, where there are any. The documents of a shard must follow each
+    other from its first token on, begin with bos, end with eos and hold no id outside of the vocabulary.
     """
     expected = dict(files.info.files)
-    places: dict[str, tuple[str, int]] = {}
-    for split, shards in files.info.splits.items():
-        for number, shard in enumerate(shards):
+    # A file of Megatron may hold shards of both splits.
+    shards: dict[str, list[tuple[str, int]]] = {}
+    for split, entries in files.info.splits.items():
+        for number, shard in enumerate(entries):
             expected[shard.file] = FileInfo(shard.bytes, shard.sha256)
-            places[shard.file] = split, number
+            shards.setdefault(shard.file, []).append((split, number))
     names = {file.sha256: name for name, file in expected.items()}
 
     def fault(name: str) -> str | None:
         try:
-            found = _changed(files, name, expected[name], names)
-            return found or (_wrong_documents(files, *places[name]) if name in places else None)
+            checks = (_wrong_documents(files, *shard) for shard in shards.get(name, ()))
+            return _changed(files, name, expected[name], names) or next(filter(None, checks), None)
         except (ValueError, OSError) as error:
             return f"cannot be read ({first_line(error)})"
 
@@ -51,6 +52,8 @@ def _changed(files: DatasetFiles, name: str, expected: FileInfo, names: dict[str
         return "is missing"
     if size != expected.bytes:
         return f"has {size} bytes; {INFO_FILE} says {expected.bytes}: it was cut off or replaced"
+    if not expected.sha256:
+        return None
     digest = hashlib.sha256()
     for start in range(0, size, _CHUNK_BYTES):
         digest.update(files.read_file(name, start, min(start + _CHUNK_BYTES, size)))

@@ -94,7 +94,7 @@ def _make(
     )
     for line in summary.lines(info):
         log(line)
-    write_report(staging, summary.contents(info))
+    write_report(staging, info, summary.statistics, summary.drops)
     return publish(staging, Path(config.output), info)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 
@@ -17,7 +17,6 @@ from llama_ray.data.preparing.part_record import PartRecord
 from llama_ray.data.preparing.parts import Part
 from llama_ray.data.preparing.split_writer import BORDERS
 from llama_ray.data.preparing.splits import Range
-from llama_ray.data.report.page import Contents
 from llama_ray.data.report.statistics import SourceStatistics, Statistics
 from llama_ray.data.sources.left_out import LeftOut, Tally
 from llama_ray.data.tokenizing.encoder import EncoderChoice
@@ -114,18 +113,6 @@ class Summary:
                 line += f"; {tokenizer.compared_bytes_per_token:.2f} with {tokenizer.compared}"
             yield line
 
-    def contents(self, info: DatasetInfo) -> Contents:
-        """Return what the report tells."""
-        return Contents(
-            title=info.source,
-            splits={split: (info.documents(split), info.tokens(split)) for split in SPLITS},
-            statistics=self.statistics,
-            drops=self.drops,
-            tokenizer=_shown(asdict(info.tokenizer)),
-            settings=_shown(info.settings),
-            left_out=self.left_out.lines(),
-        )
-
     def sources(self) -> tuple[SourceInfo, ...]:
         """Return what `dataset.json` tells of each source."""
         statistics = self.statistics
@@ -177,10 +164,6 @@ def settings(config: PrepareConfig) -> dict[str, Setting]:
         else value
         for name, value in values.items()
     }
-
-
-def _shown(values: Mapping[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items() if value not in ("", None)}
 
 
 def _by_reason(rows: Iterable[tuple[str, int, Sequence[LeftOut]]]) -> dict[str, Counted]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from llama_ray.data.dataset.info import SPLITS, DatasetInfo
+from llama_ray.data.dataset.info import SPLITS, DatasetInfo, TokenizerInfo
 from llama_ray.data.report.charts import bars, grid, histogram, legend, share_bars
 from llama_ray.data.report.html import Html, definitions, element, join, table
 from llama_ray.data.report.numbers import share, short, size
@@ -110,6 +110,7 @@ def tokenizer(info: DatasetInfo, found: Sources) -> Html:
         ("vocabulary", f"{known.vocab_size:,} entries"),
         ("bos, eos", f"{known.bos_id}, {known.eos_id}"),
         ("encoded by", known.encoder),
+        ("compared", _compared(known)),
         ("fingerprint", known.fingerprint),
     ]
     measured = [
@@ -129,6 +130,14 @@ def samples(found: Sources) -> Html:
                 element("div", element("code", sample.id), element("pre", sample.text), class_="example")
             )
     return join(parts)
+
+
+def _compared(known: TokenizerInfo) -> str:
+    """Return the bytes a token on the validation split, beside those of a second tokenizer."""
+    if known.bytes_per_token is None or known.compared_bytes_per_token is None:
+        return ""
+    mine, other = known.bytes_per_token, known.compared_bytes_per_token
+    return f"{mine:.2f} bytes a token in the validation split, {other:.2f} with {known.compared}"
 
 
 def _ratio(sources: list[SourceStatistics]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -38,11 +39,14 @@ _UNITS = {
 }
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> Namespace:
+def parse(
+    parser: ArgumentParser, argv: Sequence[str] | None = None, *, lists: Collection[str] = ()
+) -> Namespace:
     """Parse `argv`, by default the command line.
 
-    Flags may be written with dashes or with underscores, and a boolean flag without a value means true. Raises
-    ValueError, with one line, for an unknown flag or an invalid value.
+    Flags may be written with dashes or with underscores, and a boolean flag without a value means true. A flag in
+    `lists` takes one value or several, and may be repeated. Raises ValueError, with one line, for an unknown flag or an
+    invalid value.
     """
     parser.exit_on_error = False
     argv = _underscored(sys.argv[1:] if argv is None else argv)
@@ -50,7 +54,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> Namespac
         f"--{name}" for name, default in vars(parser.get_defaults()).items() if isinstance(default, bool)
     }
     try:
-        return parser.parse_args(_with_true(argv, booleans))
+        return parser.parse_args(_with_lists(_with_true(argv, booleans), lists))
     except ArgumentError as error:
         raise ValueError(f"{_plain(str(error))} (--help lists all flags)") from error
 
@@ -113,8 +117,33 @@ def _with_true(argv: Sequence[str], booleans: Collection[str]) -> list[str]:
     following = [*argv[1:], "--"]
     return [
         f"{flag}=true" if flag in booleans and after.startswith("--") else flag
-        for flag, after in zip(argv, following, strict=True)
+        for flag, after in zip(argv, following, strict=False)
     ]
+
+
+def _with_lists(argv: Sequence[str], names: Collection[str]) -> list[str]:
+    """Turn all values of a flag in `names` into one, as a JSON list where there are several."""
+    rest: list[str] = []
+    last: Sequence[str] = ()
+    values: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for position, argument in enumerate(argv):
+        if argument == "--":
+            last = argv[position:]
+            break
+        flag, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            current = values.setdefault(flag, []) if flag[2:] in names else None
+            if current is None:
+                rest.append(argument)
+            elif equals:
+                current.append(value)
+        elif current is None:
+            rest.append(argument)
+        else:
+            current.append(argument)
+    flags = [f"{flag}={given[0] if len(given) == 1 else json.dumps(given)}" for flag, given in values.items()]
+    return [*rest, *flags, *last]
 
 
 def _plain(message: str) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import SUPPRESS, Action
+from collections.abc import Sequence
 from typing import Any
 
 from _cli import main, parse
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from llama_ray.data.dataset.locations import dataset_info
+from llama_ray.data.mixtures.opening import common_tokenizer, read_infos
+from llama_ray.data.mixtures.sources import DataSource, parse_sources
+from llama_ray.data.mixtures.stages import Stage
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.prepare import prepare
 from llama_ray.data.sources.files import BUILTIN
@@ -23,6 +26,7 @@ from llama_ray.storage.paths import absolute, existing
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.hosts.interrupt import Stopped
+from llama_ray.training.preflight import check_run
 from llama_ray.utils.redact import redact
 
 DEFAULT_PRESET = "llama-30m"
@@ -30,20 +34,24 @@ DEFAULT_PRESET = "llama-30m"
 
 def run() -> None:
     """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one), train, and report the result."""
-    flags = parse(_parser())
-    config = TrainConfig(**_fields_of(TrainConfig, flags))
+    flags = parse(_parser(), lists=["data"])
+    config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": _stages(flags.stages)})
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
     shape = _shape(flags)
-    builtin = None if flags.data else _builtin(shape.vocab_size)
-    data = builtin.output if builtin else existing(flags.data)
-    if builtin is None:
-        # Raises its line now, because a cluster takes seconds to start.
-        dataset_info(data)
-    connect()
-    if builtin:
+    if flags.data:
+        data = _sources(flags.data)
+        shape = _with_vocabulary(shape, flags, data)
+        # What can be checked is checked now, because a cluster takes seconds to start. A run that resumes is checked
+        # together with its checkpoint.
+        if launch.resume is None:
+            check_run(shape, config, data, launch.workers[1])
+        connect()
+    else:
+        builtin = _builtin(shape.vocab_size)
+        data = parse_sources(builtin.output)
+        connect()
         prepare(builtin, log=lambda line: print(line, flush=True))
-    if flags.vocab_size is None and flags.preset is None:
-        shape = dataclasses.replace(shape, vocab_size=dataset_info(data).vocab_size)
+        shape = _with_vocabulary(shape, flags, data)
     try:
         outcome = train_on_ray(shape, config, launch, data)
     except Stopped as stopped:
@@ -51,6 +59,9 @@ def run() -> None:
         return
     except TrainingError as error:
         sys.exit(f"error: {redact(str(error))}")
+    if len(outcome.epochs) > 1:
+        epochs = (f"{number:.2f} of {name}" for name, number in outcome.epochs.items())
+        print(f"epochs: {', '.join(epochs)}", flush=True)
     print(
         f"validation loss {outcome.validation_loss:.4f}; last checkpoint {redact(outcome.checkpoint)}",
         flush=True,
@@ -73,7 +84,7 @@ class HelpFormatter(DefaultHelpFormatter):
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
-        usage="train.py [--preset NAME] [--data DIR] [--world_size N] [--config FILE] [FLAG VALUE]...",
+        usage="train.py [--preset NAME] [--data DIR | NAME=DIR:WEIGHT ...] [--config FILE] [FLAG VALUE]...",
         description="Train a LLaMA on a Ray cluster, track the run in MLflow and register the model.",
         formatter_class=HelpFormatter,
     )
@@ -82,10 +93,11 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        type=str | None,
+        type=dict[str, str | dict[str, str | float | None]] | list[str] | str | None,
         metavar="DIR",
-        help="Directory that prepare_data.py wrote, or a URI such as s3://BUCKET/DIR that it was copied to; by default "
-        "one is made from the built-in corpus.",
+        help="Directory that prepare_data.py wrote, or a URI such as s3://BUCKET/DIR that it was copied to. For a "
+        "mixture several, each as NAME=DIR:WEIGHT, or NAME=DIR to weight them by size; NAME=DIR#LABEL takes the "
+        "shards of one source of the preparation. By default one is made from the built-in corpus.",
     )
     parser.add_argument(
         "--preset",
@@ -130,11 +142,30 @@ def _fields_of(kind: type, flags: Namespace) -> dict[str, Any]:
     return {field.name: flags[field.name] for field in dataclasses.fields(kind)}
 
 
+def _sources(data: Any) -> tuple[DataSource, ...]:
+    return tuple(
+        dataclasses.replace(source, location=existing(source.location)) for source in parse_sources(data)
+    )
+
+
+def _stages(given: Sequence[Namespace | Stage]) -> tuple[Stage, ...]:
+    return tuple(Stage(**vars(stage)) for stage in given)
+
+
 def _shape(flags: Namespace) -> LlamaConfig:
     given = {k: v for k, v in _fields_of(LlamaConfig, flags).items() if v is not None}
     if scaling := given.get("rope_scaling"):
         given["rope_scaling"] = RopeScaling(**vars(scaling))
     return LlamaConfig.preset(flags.preset or DEFAULT_PRESET, **given)
+
+
+def _with_vocabulary(shape: LlamaConfig, flags: Namespace, data: tuple[DataSource, ...]) -> LlamaConfig:
+    """Return `shape` with the vocabulary of the data, unless the user gives one."""
+    infos = read_infos(data)
+    common_tokenizer(data, infos)
+    if flags.vocab_size is not None or flags.preset is not None:
+        return shape
+    return dataclasses.replace(shape, vocab_size=infos[data[0].name].vocab_size)
 
 
 def _builtin(vocab_size: int) -> PrepareConfig:

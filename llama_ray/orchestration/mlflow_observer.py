@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_ray.data.dataset.locations import load_tokenizer
-from llama_ray.data.dataset.token_dataset import TokenDataset
+from llama_ray.data.mixtures.mixture import Mixture
+from llama_ray.data.mixtures.opening import open_mixture
+from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
@@ -33,11 +36,11 @@ class MLflowObserver(Console):
     that the run already has are not logged twice.
     """
 
-    def __init__(self, run: BufferedRun | None, data: str, directory: str) -> None:
+    def __init__(self, run: BufferedRun | None, sources: Sequence[DataSource], directory: str) -> None:
         super().__init__()
         self.run, self._starts = run, store.join(directory, _STARTS_FILE)
-        self._tokenizer = load_tokenizer(data)
-        self._prompts = _validation_prompts(data)
+        self._tokenizer = load_tokenizer(sources[0].location)
+        self._prompts = _validation_prompts(open_mixture(sources, "validation"))
 
     def started(self, schedule: Schedule, progress: Progress, layout: str) -> None:
         """See `Observer`."""
@@ -108,12 +111,13 @@ class MLflowObserver(Console):
         ]
 
 
-def _validation_prompts(data: str) -> list[list[int]]:
-    dataset = TokenDataset(data, "validation")
-    positions = np.linspace(
-        0, dataset.num_windows(_PROMPT_TOKENS), _NUM_PROMPTS, endpoint=False, dtype=np.int64
-    )
-    prompts: list[list[int]] = dataset.windows(
-        np.unique(positions), _PROMPT_TOKENS, documents=False
-    ).inputs.tolist()
-    return prompts
+def _validation_prompts(mixture: Mixture) -> list[list[int]]:
+    """Return the beginnings of windows at even distances, of all sources in turn."""
+    sources = [n % len(mixture.datasets) for n in range(_NUM_PROMPTS)]
+    prompts: dict[tuple[int, int], list[int]] = {}
+    for n, source in enumerate(sources):
+        dataset = list(mixture.datasets.values())[source]
+        window = dataset.num_windows(_PROMPT_TOKENS) * n // _NUM_PROMPTS
+        batch = dataset.windows(np.array([window]), _PROMPT_TOKENS, documents=False)
+        prompts[source, window] = batch.inputs[0].tolist()
+    return list(prompts.values())

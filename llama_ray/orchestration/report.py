@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
-from llama_ray.data.dataset.info import DatasetInfo
+from llama_ray.data.mixtures.stages import Segment
+from llama_ray.data.mixtures.weights import WHOLE
 from llama_ray.model.config import LlamaConfig
+from llama_ray.orchestration.run_data import RunData
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.reporting.metrics import perplexity
 
 
-def describe_run(model: LlamaConfig, config: TrainConfig, info: DatasetInfo, world_size: int) -> str:
+def describe_run(model: LlamaConfig, config: TrainConfig, data: RunData, world_size: int) -> str:
     """Return what is trained, on which data and in which batches."""
     seq_len = config.seq_len or model.max_seq_len
     replicas = world_size // config.tensor_parallel
     workers = f"{replicas} workers" if config.tensor_parallel == 1 else f"{replicas} groups of workers"
     sequences = config.batch_size * config.gradient_accumulation_steps * replicas
     return _sentence_and_list(
-        f"Pre-training of a LLaMA with {model.num_parameters():,} parameters on `{info.source}`.",
+        f"Pre-training of a LLaMA with {model.num_parameters():,} parameters on `{data.name}`.",
         {
             "Model": _shape(model),
-            "Data": f"{info.tokens('train'):,} training and {info.tokens('validation'):,} validation tokens, "
-            f"vocabulary of {info.vocab_size:,}",
+            "Data": f"{data.tokens('train'):,} training and {data.tokens('validation'):,} validation tokens, "
+            f"vocabulary of {data.vocab_size:,}",
+            **_sources(data),
             "Global batch": f"{sequences * seq_len:,} tokens: {config.batch_size} sequences of {seq_len} tokens × "
             f"{config.gradient_accumulation_steps} micro-steps × {workers}",
+            **_stages(data.segments, seq_len),
             "Precision": config.precision,
             "MFU": "(6 N + 12 L d s) FLOPs per token with attention counted in full (PaLM's convention), as a share "
             "of the GPU's dense bf16 peak, or of the CPU's matrix product rate measured at the start",
@@ -32,7 +38,7 @@ def describe_run(model: LlamaConfig, config: TrainConfig, info: DatasetInfo, wor
     )
 
 
-def describe_version(model: LlamaConfig, info: DatasetInfo, progress: Progress) -> str:
+def describe_version(model: LlamaConfig, data: RunData, progress: Progress) -> str:
     """Return how good the version is, and what it was trained on.
 
     The registry's list shows the beginning of the first line, as plain text.
@@ -40,11 +46,13 @@ def describe_version(model: LlamaConfig, info: DatasetInfo, progress: Progress) 
     loss = math.nan if progress.validation_loss is None else progress.validation_loss
     return _sentence_and_list(
         f"Loss {loss:.4f} on held-out text (perplexity {perplexity(loss):.2f}) after {progress.tokens:,} tokens "
-        f"of `{info.source}`.",
+        f"of `{data.name}`.",
         {
             "Model": _shape(model),
             "Training": f"{progress.step:,} steps, {progress.tokens:,} tokens",
-            "Loss": "mean cross-entropy in nats per token on the validation split",
+            **_sources(data),
+            "Loss": "mean cross-entropy in nats per token on the validation split"
+            + (" of all sources" if len(data.sources) > 1 else ""),
         },
     )
 
@@ -55,6 +63,33 @@ def short_count(n: int) -> str:
         if n >= size:
             return f"{n / size:.1f}{unit}" if n < 10 * size else f"{n / size:.0f}{unit}"
     return f"{n / 1000:.0f}k"
+
+
+def _sources(data: RunData) -> dict[str, str]:
+    """Return a line for each source of a mixture."""
+    if len(data.sources) == 1:
+        return {}
+    return {
+        f"Source {source.name}": f"{data.share(source.name):.4g} of the samples at first, "
+        f"{data.tokens('train', source.name):,} training tokens of `{data.infos[source.name].source}`"
+        for source in data.sources
+    }
+
+
+def _stages(segments: Sequence[Segment], seq_len: int) -> dict[str, str]:
+    """Return a line for each stage after the first."""
+    found = {}
+    for before, now in pairwise(segments):
+        changes = []
+        if now.shares != before.shares:
+            parts = (f"{name} {share / WHOLE:.4g}" for name, share in sorted(now.shares.items()))
+            changes.append(f"samples of {', '.join(parts)}")
+        if now.seq_len != before.seq_len:
+            changes.append(f"sequences of {now.seq_len} tokens")
+        if now.windows != before.windows:
+            changes.append(f"global batch of {now.windows * seq_len:,} tokens")
+        found[f"From step {now.from_step:,}"] = ", ".join(changes) or "no change"
+    return found
 
 
 def _shape(model: LlamaConfig) -> str:

@@ -8,23 +8,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from llama_ray.data.dataset.info import SPLITS, DatasetInfo
-from llama_ray.data.dataset.locations import dataset_info
+from llama_ray.data.mixtures.loader import Loader
+from llama_ray.data.mixtures.sources import Given, parse_sources
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
 from llama_ray.orchestration.launch import LATEST, LaunchConfig
 from llama_ray.orchestration.publish import publish
 from llama_ray.orchestration.report import describe_run, describe_version, short_count
 from llama_ray.orchestration.resources import check_workers, uses_gpu
+from llama_ray.orchestration.run_data import RunData, same_for_workers
 from llama_ray.orchestration.worker import Ending, WorkerPlan
 from llama_ray.orchestration.worker_group import run_workers
 from llama_ray.storage import run_directory, store
 from llama_ray.storage.claim import claimed
-from llama_ray.storage.paths import absolute, is_uri
+from llama_ray.storage.paths import absolute
 from llama_ray.tracking.environment import secret_variables
 from llama_ray.tracking.errors import TrackingError
 from llama_ray.tracking.registry import PromotionDecision, Version
@@ -45,23 +45,27 @@ _RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a finished run. `version` and `decision` are None if nothing was registered."""
+    """The result of a finished run.
+
+    `epochs` says how often the run went through each source. `version` and `decision` are None if nothing was
+    registered.
+    """
 
     run_id: str
     checkpoint: str
     validation_loss: float
+    epochs: dict[str, float]
     version: Version | None
     decision: PromotionDecision | None
 
 
-def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: str) -> Outcome:
-    """Train `model` on the prepared directory `data` with Ray Train, logged as one MLflow run, and register it.
+def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: Given) -> Outcome:
+    """Train `model` on the prepared `data` with Ray Train, logged as one MLflow run, and register it.
 
-    Needs a Ray connection. Raises ValueError with one line for everything that can be checked without a worker,
-    before one starts; TrainingError if the run failed and a restart would not help, or was the last one allowed;
-    Stopped if SIGINT or SIGTERM made the workers save and end; TrackingError, which is a ValueError, if MLflow refuses
-    the finished model. The MLflow run is then marked FAILED, or KILLED if it
-    was stopped.
+    For `data` see `parse_sources`. Needs a Ray connection. Raises ValueError with one line for everything that can be
+    checked without a worker, before one starts; TrainingError if the run failed and a restart would not help, or was
+    the last one allowed; Stopped if SIGINT or SIGTERM made the workers save and end; TrackingError, which is a
+    ValueError, if MLflow refuses the finished model. The MLflow run is then marked FAILED, or KILLED if it was stopped.
     """
     job = _check(model, config, launch, data)
     with claimed(job.directory), _mlflow_run(job) as run:
@@ -85,8 +89,9 @@ class _Job:
     model: LlamaConfig
     config: TrainConfig
     launch: LaunchConfig
-    data: str
-    info: DatasetInfo
+    data: RunData
+    loader: Loader
+    """At the position from which the run goes on."""
     gpu: bool
 
     @property
@@ -94,8 +99,9 @@ class _Job:
         return store.join(self.launch.output_dir, self.name)
 
 
-def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: str) -> _Job:
+def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: Given) -> _Job:
     """Raise ValueError for everything that would fail later, and name the run."""
+    sources = tuple(replace(source, location=same_for_workers(source)) for source in parse_sources(data))
     gpu = uses_gpu()
     least, most = launch.workers
     check_workers(least, gpu=gpu)
@@ -108,12 +114,8 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
     run_directory.check_writable(launch.output_dir)
     name, checkpoint = _name_and_checkpoint(model, launch)
     with local_description(checkpoint) if checkpoint else nullcontext() as resume_from:
-        check_run(model, config, data, most, resume_from)
-    return _Job(name, model, config, launch, _same_for_workers(data), dataset_info(data), gpu)
-
-
-def _same_for_workers(data: str) -> str:
-    return data if is_uri(data) else str(Path(data).resolve())
+        loader = check_run(model, config, sources, most, resume_from)
+    return _Job(name, model, config, launch, RunData.of(sources, loader), loader, gpu)
 
 
 def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:
@@ -180,18 +182,13 @@ def _new_run(job: _Job) -> Run:
         name=job.name,
         params=settings | {"world_size": job.launch.world_size},
         tags=standard_tags(world_size=most, device="gpu" if job.gpu else "cpu"),
-        description=describe_run(job.model, job.config, job.info, most),
+        description=describe_run(job.model, job.config, job.data, most),
     )
 
 
 def _describe(run: Run, job: _Job) -> None:
     """Tie the run to its data, or to more data if it resumes with other ones, and to its directory."""
-    run.log_dataset(
-        job.info.source,
-        fingerprint=job.info.fingerprint,
-        source=job.data,
-        sizes={f"{split}_tokens": job.info.tokens(split) for split in SPLITS},
-    )
+    job.data.log_to(run)
     record = {"run_id": run.run_id, "tracking_uri": redact(run.uri)}
     store.write_text(store.join(job.directory, _RUN_FILE), json.dumps(record))
 
@@ -200,7 +197,7 @@ def _settings(job: _Job) -> dict[str, dict[str, object]]:
     return {
         "model": job.model.to_dict(),
         "training": job.config.to_dict(),
-        "data": {"source": job.info.source},
+        "data": job.data.params(),
     }
 
 
@@ -210,7 +207,7 @@ def _train(job: _Job, run: Run) -> Ending:
     withdraw_stop(job.directory)
     most = job.launch.workers[1]
     plan = WorkerPlan(
-        job.model, job.config, job.data, job.directory, most, run.run_id, run.uri, secret_variables()
+        job.model, job.config, job.data.sources, job.directory, most, run.run_id, run.uri, secret_variables()
     )
 
     def stop() -> None:
@@ -236,8 +233,10 @@ def _register(job: _Job, run: Run, checkpoint: str) -> Outcome:
                 precision=job.config.precision,
                 policy=job.launch.promote,
                 validation_loss=progress.validation_loss,
-                data_fingerprint=job.info.fingerprint,
+                data_fingerprint=job.data.fingerprint,
                 tags={"step": str(progress.step), "tokens": str(progress.tokens)},
-                description=describe_version(job.model, job.info, progress),
+                description=describe_version(job.model, job.data, progress),
             )
-    return Outcome(run.run_id, checkpoint, progress.validation_loss, version, decision)
+    assert progress.loader is not None
+    epochs = job.loader.epochs_by_source(progress.loader["position"])
+    return Outcome(run.run_id, checkpoint, progress.validation_loss, epochs, version, decision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 
+from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.failures import may_pass
 from llama_ray.orchestration.interrupts import InterruptWatcher
@@ -38,7 +40,7 @@ class WorkerPlan(RedactedRepr):
 
     model: LlamaConfig
     config: TrainConfig
-    data: str
+    data: Sequence[DataSource]
     directory: str
     planned_workers: int
     run_id: str

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from llama_ray.data.mixtures.sources import Given, parse_sources
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
@@ -22,7 +23,7 @@ from llama_ray.training.reporting.profiling import profiled
 def train(
     model_config: LlamaConfig,
     config: TrainConfig,
-    data: str | Path,
+    data: Given,
     *,
     device: torch.device,
     observer: Observer,
@@ -31,7 +32,7 @@ def train(
     run_id: str | None = None,
     poll_interrupt: Callable[[], Interrupt] = lambda: Interrupt.NONE,
 ) -> Progress:
-    """Train a model on the prepared data directory `data`, on every worker of the current process group.
+    """Train a model on the prepared `data`, see `parse_sources`, on every worker of the current process group.
 
     Call it in each worker; without a process group it trains alone. Checkpoints go to `output_dir`, an absolute
     path or a URI that all workers can write to; None writes none. Training continues from the checkpoint directory
@@ -43,11 +44,12 @@ def train(
     TrainingError if training cannot continue, or has led to nothing: the loss is not finite, or checkpoints cannot be
     stored. If no steps are left, the weights of `resume_from` are validated, unless they were.
     """
-    check_run(model_config, config, data, world_size(), resume_from)
+    sources = parse_sources(data)
+    check_run(model_config, config, sources, world_size(), resume_from)
     run = prepare_run(
         model_config,
         config,
-        data,
+        sources,
         device=device,
         observer=observer,
         output_dir=output_dir,

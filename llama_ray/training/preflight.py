@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from llama_ray.data.dataset.locations import dataset_info, load_tokenizer
-from llama_ray.data.dataset.shards import DatasetError
-from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader
-from llama_ray.data.mixtures.mixture import Mixture
+from llama_ray.data.mixtures.opening import common_tokenizer, open_mixture, read_infos
+from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.data.mixtures.validation import validation_batches
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import load_config
@@ -21,11 +20,14 @@ from llama_ray.training.parallel.layout import choose_layout
 def check_run(
     model: LlamaConfig,
     config: TrainConfig,
-    data: str | Path,
+    sources: Sequence[DataSource],
     world_size: int,
     resume_from: Path | None = None,
-) -> None:
-    """Raise ValueError if model, data, checkpoint and batch do not fit together: one line, with the way out."""
+) -> Loader:
+    """Raise ValueError if model, data, checkpoint and batch do not fit together: one line, with the way out.
+
+    Returns the loader at the position from which the run goes on.
+    """
     seq_len = config.seq_len or model.max_seq_len
     if seq_len > model.max_seq_len:
         raise ValueError(
@@ -33,19 +35,16 @@ def check_run(
             "lower seq_len or raise max_seq_len"
         )
     layout = choose_layout(model, config, world_size)
-    info = dataset_info(str(data))
-    tokenizer = load_tokenizer(str(data))
-    if tokenizer.fingerprint != info.tokenizer.fingerprint:
-        raise DatasetError(
-            f"{data} was tokenised with another tokenizer than the tokenizer.json in it; prepare the data again"
-        )
-    if info.vocab_size > model.vocab_size:
+    infos = read_infos(sources)
+    tokenizer = common_tokenizer(sources, infos)
+    vocab_size = infos[sources[0].name].vocab_size
+    if vocab_size > model.vocab_size:
         raise ValueError(
-            f"vocab_size is {model.vocab_size}; it must be at least {info.vocab_size} as in the tokenizer of {data}; "
-            f"give --vocab_size {info.vocab_size} or more, or prepare data with a smaller vocabulary"
+            f"vocab_size is {model.vocab_size}; it must be at least {vocab_size} as in the tokenizer of {sources[0]}; "
+            f"give --vocab_size {vocab_size} or more, or prepare data with a smaller vocabulary"
         )
     loader = Loader(
-        Mixture.of(TokenDataset(data, "train")),
+        open_mixture(sources, "train"),
         seq_len=seq_len,
         batch_size=config.batch_size,
         rank=0,
@@ -54,23 +53,23 @@ def check_run(
         seed=config.seed,
         stages=config.stages,
     )
-    validation_batches(Mixture.of(TokenDataset(data, "validation")), seq_len, config.batch_size)
+    validation_batches(open_mixture(sources, "validation"), seq_len, config.batch_size)
     if resume_from is not None:
-        _check_resume(model, tokenizer, data, resume_from)
+        _check_resume(model, tokenizer, sources, resume_from)
         progress = load_progress(resume_from)
         position = progress.loader
         if position is None or not loader.load_state_dict(position, allow_other_data=config.allow_other_data):
             loader.start_after(progress.step)
-    check_steps(loader, Schedule.of(config, loader.timetable, loader.windows_per_epoch), config)
+    check_steps(loader, Schedule.of(config, loader.timetable, loader.windows_per_epoch), config, sources)
+    return loader
 
 
-def check_steps(loader: Loader, schedule: Schedule, config: TrainConfig) -> None:
+def check_steps(
+    loader: Loader, schedule: Schedule, config: TrainConfig, sources: Sequence[DataSource]
+) -> None:
     """Raise ValueError for steps that are too large for the data or the workers, and for too many repetitions."""
-    first = loader.timetable.step + 1
-    for number, segment in enumerate(loader.timetable.segments):
-        following = loader.timetable.segments[number + 1 : number + 2]
-        if segment.from_step > schedule.total_steps or any(s.from_step <= first for s in following):
-            continue
+    done, last = loader.timetable.step, schedule.total_steps
+    for segment in loader.timetable.ahead(last):
         loader.sequences(segment)
         if segment.windows > loader.windows_per_epoch:
             raise ValueError(
@@ -78,17 +77,21 @@ def check_steps(loader: Loader, schedule: Schedule, config: TrainConfig) -> None
                 f"holds {loader.windows_per_epoch:,}; lower batch_size, gradient_accumulation_steps or "
                 "max_seq_len, or use more data"
             )
-    position = loader.timetable.position_after(max(schedule.total_steps, first - 1))
-    for name, epochs in loader.epochs_by_source(position).items():
-        if 0 < config.max_repetitions < epochs:
+    epochs = loader.epochs_by_source(loader.timetable.position_after(max(last, done)))
+    windows = loader.windows_by_source
+    for source in sources:
+        limit = config.max_repetitions if source.max_repetitions is None else source.max_repetitions
+        if 0 < limit < epochs[source.name]:
             raise ValueError(
-                f"max_repetitions is {config.max_repetitions:g}; the run of {schedule.total_steps:,} steps goes "
-                f"{epochs:.2f} times through source {name}; raise it, lower the source's weight, "
-                "shorten the run, or use more data"
+                f"max_repetitions is {limit:g}; up to step {last:,} the run goes {epochs[source.name]:.2f} times "
+                f"through source {source.name} ({windows[source.name]:,} samples); raise it, lower the source's "
+                "weight, shorten the run, or use more data"
             )
 
 
-def _check_resume(model: LlamaConfig, tokenizer: Tokenizer, data: str | Path, resume_from: Path) -> None:
+def _check_resume(
+    model: LlamaConfig, tokenizer: Tokenizer, sources: Sequence[DataSource], resume_from: Path
+) -> None:
     stored = load_config(resume_from)
     if stored != model:
         a, b = stored.to_dict(), model.to_dict()
@@ -99,6 +102,6 @@ def _check_resume(model: LlamaConfig, tokenizer: Tokenizer, data: str | Path, re
     before = Tokenizer.load(resume_from).fingerprint
     if before != tokenizer.fingerprint:
         raise ValueError(
-            f"{data} was made with another tokenizer ({tokenizer.fingerprint[:12]}) than "
+            f"{sources[0]} was made with another tokenizer ({tokenizer.fingerprint[:12]}) than "
             f"{resume_from} was trained with ({before[:12]}); prepare the data with --tokenizer {resume_from}"
         )

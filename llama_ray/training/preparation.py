@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from llama_ray.data.dataset.locations import load_tokenizer
-from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader
-from llama_ray.data.mixtures.mixture import Mixture
+from llama_ray.data.mixtures.opening import open_mixture
+from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
@@ -38,7 +38,7 @@ PREFETCHED = 2
 def prepare_run(
     model_config: LlamaConfig,
     config: TrainConfig,
-    data: str | Path,
+    sources: Sequence[DataSource],
     *,
     device: torch.device,
     observer: Observer,
@@ -54,7 +54,7 @@ def prepare_run(
     # Without this, torch draws a random seed in each process.
     torch.manual_seed(config.seed + layout.data_rank)
     seq_len = config.seq_len or model_config.max_seq_len
-    loader = _loader(config, data, layout, seq_len)
+    loader = _loader(config, sources, layout, seq_len)
     progress = Progress(run_id=run_id)
     batch_change = ""
     if resume_from is not None:
@@ -76,7 +76,7 @@ def prepare_run(
     throughput = Throughput(peak_flops(device, config.precision), world_size())
     checkpointer: Checkpointer | NoCheckpointer = NoCheckpointer()
     if output_dir:
-        checkpointer = Checkpointer(output_dir, llama, optimizer, load_tokenizer(str(data)), config)
+        checkpointer = Checkpointer(output_dir, llama, optimizer, load_tokenizer(sources[0].location), config)
     return TrainingRun(
         model_config=model_config,
         config=config,
@@ -84,7 +84,7 @@ def prepare_run(
         description="; ".join(filter(None, (layout.reason, compile_reason, batch_change))),
         seq_len=seq_len,
         loader=loader,
-        validation=Mixture.of(TokenDataset(data, "validation")),
+        validation=open_mixture(sources, "validation"),
         stepper=stepper,
         progress=progress,
         skipped_steps=SkippedSteps(progress.skipped_steps, progress.skipped_in_a_row, device),
@@ -102,9 +102,9 @@ def _layout(model_config: LlamaConfig, config: TrainConfig, device: torch.device
     return choose_layout(model_config, config, workers, memory_bytes=memory, node_size=node).with_mesh(device)
 
 
-def _loader(config: TrainConfig, data: str | Path, layout: Layout, seq_len: int) -> Loader:
+def _loader(config: TrainConfig, sources: Sequence[DataSource], layout: Layout, seq_len: int) -> Loader:
     return Loader(
-        Mixture.of(TokenDataset(data, "train")),
+        open_mixture(sources, "train"),
         seq_len=seq_len,
         batch_size=config.batch_size,
         rank=layout.data_rank,

@@ -20,15 +20,16 @@ def job():
     parser.add_argument("--prompt", default="")
     parser.add_argument("--fast", type=bool, default=False)
     parser.add_argument("--kind", type=Literal["a", "b"] | None)
+    parser.add_argument("--data", type=list[str] | str | None)
     parser.add_argument("rest", nargs="*")
-    flags = parse(parser)
+    flags = parse(parser, lists=["data"])
     if flags.prompt == "fail":
         raise ValueError("two\\nlines")
     if flags.prompt == "file":
         open("x" * 300)
     if flags.prompt == "bug":
         raise RuntimeError("bug at http://user:hidden@host")
-    print(flags.batch_size, flags.prompt, flags.rest, *([flags.fast] if flags.fast else []))
+    print(flags.batch_size, flags.prompt, flags.rest, *filter(None, [flags.fast, flags.data]))
 
 main(job)
 """
@@ -50,6 +51,23 @@ def test_flags_may_have_dashes_and_values_keep_theirs(flag: str) -> None:
 def test_a_boolean_flag_without_a_value_means_true(flags: list[str]) -> None:
     assert run(*flags, "--batch_size", "3").stdout == "3  [] True\n"
     assert run("--batch_size", "3", *flags).stdout == "3  [] True\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "data"),
+    [
+        (["--data", "a"], "a"),
+        (["--data=a=b:1"], "a=b:1"),
+        (["--data", "a", "b"], "['a', 'b']"),
+        (["--data", "a", "--batch-size=1", "--data=b", "c", "--", "rest"], "['a', 'b', 'c']"),
+    ],
+)
+def test_a_flag_for_a_list_takes_one_value_or_several(flags: list[str], data: str) -> None:
+    assert run(*flags).stdout.endswith(f"] {data}\n")
+
+
+def test_no_flags_are_the_defaults() -> None:
+    assert run().stdout == "1  []\n"
 
 
 def test_user_errors_give_one_line_and_exit_code_2() -> None:

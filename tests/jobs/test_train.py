@@ -13,6 +13,7 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.training.config import TrainConfig
 from tests.jobs.helpers import run_here
+from tests.token_data import write_dataset
 
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"
 
@@ -60,6 +61,46 @@ def test_data_that_cannot_be_read_is_one_line_before_ray_starts(
     assert job.returncode == 2
     assert message in job.stderr
     assert job.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["a={0}:1", "b={1}:2"],
+            r"error: source b \(.*two\) has another tokenizer \(\w+\) than source a .*--tokenizer",
+        ),
+        (["a={0}:1", "b={0}"], "error: data has no weight for source b; give all sources a weight, or none"),
+        (["{0}", "{1}"], "error: data has several sources, and '.* has no name; write NAME=DIR"),
+        (["a={0}", "b={0}#lab"], "error: .* has no source 'lab'; choose one of test"),
+        (["a={0}", "b=nowhere"], "error: .*nowhere is not a prepared dataset"),
+    ],
+)
+def test_sources_that_make_no_mixture_are_one_line_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    one, two = write_dataset(tmp_path / "one"), write_dataset(tmp_path / "two", vocab_size=300)
+    job = run_here("train.py", "--data", *(flag.format(one, two) for flag in flags))
+    assert job.returncode == 2
+    assert re.match(message, job.stderr)
+    assert job.stderr.count("\n") == 1
+
+
+def test_sources_and_stages_are_read_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused for the stage alone, whose source is not among those of the file."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    data = write_dataset(tmp_path / "data")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(
+        f"data:\n  web: {data}:0.7\n  code: {{location: {data}, weight: 0.3, label: test}}\n"
+        "stages:\n  - {from_step: 5, seq_len: 64}\n  - {from_step: 9, weights: {code: 1, math: 1}}\n"
+    )
+    job = run_here("train.py", "--config", str(settings))
+    assert job.stderr == (
+        "error: the stage from step 9 has a weight for 'math'; the sources are code, web; correct the name, or give "
+        "that source with --data\n"
+    )
 
 
 def test_an_unusable_number_of_workers_is_one_line_before_ray_starts() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from llama_ray.data.mixtures.sources import parse_sources
 from llama_ray.orchestration.mlflow_observer import MLflowObserver
 from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.runs import Run
@@ -24,7 +25,7 @@ def test_restarts_are_those_of_the_run_and_not_of_an_attempt_of_the_same_name(tm
 
     def tags_after_start(run: Run, step: int) -> dict[str, str]:
         buffered = BufferedRun(run.run_id, run.uri)
-        observer = MLflowObserver(buffered, str(data), str(tmp_path / "same"))
+        observer = MLflowObserver(buffered, parse_sources(data), str(tmp_path / "same"))
         observer.started(schedule_of(TrainConfig(max_steps=9)), Progress(step=step), "ddp")
         assert buffered.close()
         tags = MlflowClient(run.uri).get_run(run.run_id).data.tags

@@ -22,11 +22,16 @@ class TokenDataset:
     """
 
     def __init__(
-        self, data: str | Path | DatasetFiles, split: str, cache_bytes: int = DEFAULT_CACHE_BYTES
+        self,
+        data: str | Path | DatasetFiles,
+        split: str,
+        label: str | None = None,
+        *,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
-        """Use the files `data`, or those at that location: see `open_files`.
+        """Use the files `data`, or those at that location: see `open_files`; of these, the shards with this `label`.
 
-        Raises DatasetError for a directory, split or shard that is missing or damaged.
+        Raises DatasetError for a directory, split or shard that is missing or damaged, and for an unknown label.
         """
         self._files = open_files(str(data), cache_bytes) if isinstance(data, str | Path) else data
         self.location, self.split = self._files.location, split
@@ -37,17 +42,27 @@ class TokenDataset:
             )
         self.vocab_size = self.info.vocab_size
         self._files.check(split)
+        shards = list(enumerate(self.info.splits[split]))
+        if label is not None:
+            labels = sorted({shard.source for shards in self.info.splits.values() for shard in shards})
+            if label not in labels:
+                raise DatasetError(
+                    f"{self.location} has no source {label!r}; choose one of {', '.join(labels)}"
+                )
+            shards = [(number, shard) for number, shard in shards if shard.source == label]
+        self._label = label
+        self._numbers = [number for number, _ in shards]
         # The number of tokens up to the end of each shard.
-        self._ends = np.cumsum([shard.tokens for shard in self.info.splits[split]], dtype=np.int64)
+        self._ends = np.cumsum([shard.tokens for _, shard in shards], dtype=np.int64)
 
     def __len__(self) -> int:
         """Number of tokens."""
-        return self.info.tokens(self.split)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the tokens of all splits."""
-        return self.info.content_fingerprint
+        """Identifies the tokens of all splits, and the label that chooses among them."""
+        return self.info.content_fingerprint + (f"#{self._label}" if self._label else "")
 
     def num_windows(self, seq_len: int) -> int:
         """Return the number of windows of `seq_len` tokens in the split."""
@@ -90,7 +105,7 @@ class TokenDataset:
         while count:
             before = int(self._ends[shard - 1]) if shard else 0
             stop = min(start + count, int(self._ends[shard]))
-            places.append(Place(shard, start - before, stop - before))
+            places.append(Place(self._numbers[shard], start - before, stop - before))
             count -= stop - start
             start, shard = stop, shard + 1
         return places

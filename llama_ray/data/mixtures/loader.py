@@ -77,6 +77,11 @@ class Loader:
         return sum(source.num_windows for source in self._sources if source.name in used)
 
     @property
+    def windows_by_source(self) -> dict[str, int]:
+        """Number of windows of each source."""
+        return {source.name: source.num_windows for source in self._sources}
+
+    @property
     def position(self) -> int:
         """Number of windows taken."""
         return self._timetable.position_after(self._step)

@@ -12,13 +12,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeAlias
 
 from llama_ray.data.mixtures.mixture import ONLY_SOURCE
 from llama_ray.utils.fields import shown
 
 Settings = Mapping[str, str | float | None]
 """Fields of `DataSource` but its name."""
-Given = str | Path | Sequence[str] | Mapping[str, str | Settings]
+Given: TypeAlias = "str | Path | Sequence[str] | Sequence[DataSource] | Mapping[str, str | Settings]"
+"""What names sources, see `parse_sources`."""
 
 _NAMED = re.compile(r"([A-Za-z][\w.-]{0,63})=(.*)", re.DOTALL)
 _NUMBER = re.compile(r"\+?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -62,7 +64,8 @@ class DataSource:
 def parse_sources(data: Given) -> tuple[DataSource, ...]:
     """Return the sources that `data` names, sorted by name; see the module for the forms of a text.
 
-    A mapping is from names to a text without a name, or to the fields of `DataSource`. Raises ValueError, with one
+    A mapping is from names to a text without a name, or to the fields of `DataSource`. Sources are returned as they
+    are. Raises ValueError, with one
     line, for what is no source, names that are there twice, and weights that some sources have and others lack.
     """
     if isinstance(data, str | Path):
@@ -70,7 +73,9 @@ def parse_sources(data: Given) -> tuple[DataSource, ...]:
     elif isinstance(data, Mapping):
         sources = [_of_mapping(name, value) for name, value in data.items()]
     else:
-        sources = [_parse(text, alone=len(data) == 1) for text in data]
+        sources = [
+            item if isinstance(item, DataSource) else _parse(item, alone=len(data) == 1) for item in data
+        ]
     if not sources:
         raise ValueError(f"data names no source; {_EXAMPLE}")
     names = [source.name for source in sources]

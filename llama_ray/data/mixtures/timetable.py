@@ -40,6 +40,11 @@ class Timetable:
         """Return the segment that `step`, counted from 1, belongs to."""
         return self.segments[self._number(step)]
 
+    def ahead(self, last: int) -> Sequence[Segment]:
+        """Return the segments of the steps from the next one to `last`."""
+        first = self._number(self.step + 1)
+        return [segment for segment in self.segments[first:] if segment.from_step <= last]
+
     def position_after(self, step: int) -> int:
         """Return the windows taken in the first `step` steps, which are not fewer than those that are done."""
         if step == self.step:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_ray.data.sources.formats import Layout, layout
 from llama_ray.data.sources.http_file import HttpFile
+from llama_ray.data.sources.hub_file import HUB, HubFile
 from llama_ray.storage import store
 from llama_ray.utils.errors import UserError
 
@@ -20,7 +21,6 @@ BUILTIN = "builtin"
 """The source that is the source code of the running interpreter's standard library."""
 
 HTTP = frozenset({"http", "https"})
-HUB = "hf://"
 
 
 class SourceError(UserError):
@@ -56,6 +56,8 @@ def open_file(root: str, path: str) -> Any:
         return Path(path).open("rb")
     if root in HTTP:
         return HttpFile(path)
+    if root == HUB:
+        return HubFile(path)
     return _file_system(root).open_input_file(path)
 
 
@@ -80,19 +82,4 @@ def standard_library() -> Path:
 @functools.lru_cache(maxsize=8)
 def _file_system(root: str) -> fs.FileSystem:
     # Cached because finding the region of a bucket takes a round trip.
-    if root == HUB:
-        return hub_file_system()
     return store.open_storage(root)[0]
-
-
-def hub_file_system() -> fs.FileSystem:
-    """Return the Hugging Face hub as a file system of pyarrow. Raises SourceError if its client is not installed."""
-    from pyarrow import fs
-
-    try:
-        from huggingface_hub import HfFileSystem
-    except ImportError as error:
-        raise SourceError(
-            "hf:// needs the package huggingface_hub; install it (pip install 'llama-ray[hf]')"
-        ) from error
-    return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))))

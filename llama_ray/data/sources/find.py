@@ -11,9 +11,10 @@ from pathlib import Path
 
 from llama_ray.data.sources.blocks import DamagedError, blocks
 from llama_ray.data.sources.data_sets import is_note, other_splits
-from llama_ray.data.sources.files import BUILTIN, HTTP, HUB, File, open_file, standard_library
+from llama_ray.data.sources.files import BUILTIN, HTTP, File, open_file, standard_library
 from llama_ray.data.sources.formats import Compression, is_archive
 from llama_ray.data.sources.hub import hub_files
+from llama_ray.data.sources.hub_file import HUB
 from llama_ray.data.sources.left_out import (
     ARCHIVE,
     DATA_SET_NOTES,

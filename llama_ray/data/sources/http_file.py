@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import hashlib
 import http.client
@@ -13,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from llama_ray.utils.errors import printable
 
 _TIMEOUT_S = 60
 _TRIES = 4
-_PAUSE_S = 1.0
+PAUSE_S = 1.0
 _NOW_AND_THEN = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Answers after which the same request may succeed."""
 
@@ -115,7 +117,7 @@ class HttpFile(io.RawIOBase):
                 self._disconnect()
                 if tries == _TRIES - 1 or (self._position and not self.remote.ranges):
                     raise OSError(f"{printable(self._url)}: {error or type(error).__name__}") from error
-                time.sleep(_PAUSE_S * 2**tries)
+                time.sleep(PAUSE_S * 2**tries)
         return b""
 
     def _range(self) -> dict[str, str]:
@@ -131,7 +133,14 @@ class HttpFile(io.RawIOBase):
 
 
 def _open(url: str, headers: dict[str, str]) -> Any:
-    request = urllib.request.Request(url, headers={"User-Agent": "llama_ray", **headers})
+    address = urlsplit(url)
+    user, at, host = address.netloc.rpartition("@")
+    address = address._replace(netloc=host, fragment="")
+    request = urllib.request.Request(urlunsplit(address), headers={"User-Agent": "llama_ray", **headers})
+    if at:
+        # Not for the host that a redirection leads to.
+        secret = base64.b64encode(unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {secret}")
     answer = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
     if "Range" in headers and not headers["Range"].startswith("bytes=0-") and answer.status != 206:
         answer.close()
@@ -149,7 +158,8 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
                 if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and headers:
                     # An empty file has no first byte.
                     headers = {}
-                elif error.code not in _NOW_AND_THEN or tries == _TRIES - 1:
+                    continue
+                if error.code not in _NOW_AND_THEN or tries == _TRIES - 1:
                     raise OSError(f"the server says {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException) as error:
             if tries == _TRIES - 1 or isinstance(error, urllib.error.URLError):
@@ -158,7 +168,7 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
             with answer:
                 yield answer
             return
-        time.sleep(_PAUSE_S * 2**tries)
+        time.sleep(PAUSE_S * 2**tries)
 
 
 def _version(answer: Any) -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from llama_ray.data.sources.data_sets import TRAIN, splits_by_name
-from llama_ray.data.sources.files import HUB, File, SourceError, hub_file_system, open_file
+from llama_ray.data.sources.files import File, SourceError, open_file
 from llama_ray.data.sources.formats import Format, layout
+from llama_ray.data.sources.hub_file import HUB, MISSING, hub_endpoint, hub_errors
 from llama_ray.data.sources.left_out import DATA_SET_NOTES, HIDDEN, OTHER_SPLIT, LeaveOut, LeftOut
 from llama_ray.data.sources.walk import matches
 from llama_ray.utils.errors import first_line, printable
@@ -38,6 +38,8 @@ def hub_files(uri: str, leave_out: LeaveOut) -> list[File]:
     try:
         files = _all_files(address)
     except (OSError, ValueError) as error:
+        if str(error) == MISSING:
+            raise SourceError(MISSING) from error
         raise SourceError(
             f"cannot read source {printable(uri)!r} ({first_line(error)}); check its name and the access to it "
             "(HF_TOKEN, `hf auth login`)"
@@ -58,36 +60,31 @@ def hub_files(uri: str, leave_out: LeaveOut) -> list[File]:
 
 
 def parse(uri: str) -> Address:
-    """Take a URI apart; a name has an owner, as on the hub. Raises SourceError."""
+    """Take a URI apart; all names have an owner, but for some old ones, of which the URI is no more than the name."""
     rest, _, revision = uri.removeprefix(HUB).removeprefix("datasets/").strip("/").partition("@")
     revision, _, below = revision.partition("/")
     parts = [part for part in f"{rest}/{below}".split("/") if part]
-    if len(parts) < 2:
-        raise SourceError(
-            f"source is {printable(uri)!r}; a data set of the hub has an owner; write hf://OWNER/NAME"
-        )
     return Address("/".join(parts[:2]), "/".join(parts[2:]), revision or None)
 
 
 def _all_files(address: Address) -> list[File]:
-    hub_file_system()  # Says clearly if the package is not installed.
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
+    with hub_errors():
+        from huggingface_hub.hf_api import HfApi, RepoFile
 
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    commit = api.dataset_info(address.name, revision=address.revision).sha
-    tree = api.list_repo_tree(address.name, repo_type="dataset", revision=commit, recursive=True)
+        client = HfApi(endpoint=hub_endpoint())
+        info = client.dataset_info(address.name, revision=address.revision)
+        tree = client.list_repo_tree(info.id, repo_type="dataset", revision=info.sha, recursive=True)
+        entries = [entry for entry in tree if isinstance(entry, RepoFile)]
     return [
         # The first digits of the hash of its content stand for when it was written.
         File(
             entry.path,
             HUB,
-            f"datasets/{address.name}@{commit}/{entry.path}",
+            f"datasets/{info.id}@{info.sha}/{entry.path}",
             entry.size,
             int(entry.blob_id[:14], 16),
         )
-        for entry in tree
-        if isinstance(entry, RepoFile)
+        for entry in entries
     ]
 
 

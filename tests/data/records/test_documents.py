@@ -4,7 +4,7 @@ import gzip
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ray.data.records.documents import DOCUMENT_BYTES
@@ -98,6 +98,7 @@ def test_one_bad_byte_in_a_long_file_costs_one_document(tmp_path: Path, number: 
     assert left_out[0].startswith(f"left out 1 document (a.txt:{number}): {ISO}")
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
 def test_a_short_file_is_one_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("text") / "a.md"

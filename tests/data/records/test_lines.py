@@ -6,7 +6,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ray.data.records.lines import lines
@@ -17,6 +17,7 @@ GOOD = b'{"text": "good"}'
 ISO = "not UTF-8; convert them"
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=8).map(lambda part: part.replace(b"a", b"\n"))), st.integers(0, 12))
 def test_lines_are_those_of_the_whole_wherever_its_blocks_end(blocks: list[bytes], limit: int) -> None:
     expected = []

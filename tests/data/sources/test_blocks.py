@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ray.data.sources.blocks import BLOCK_BYTES, DamagedError, blocks
@@ -43,6 +43,7 @@ def test_streams_one_after_the_other_are_one_file(compression: Compression, end:
 
 
 @each
+@settings(deadline=None)
 @given(st.data())
 def test_what_comes_before_a_cut_is_read(compression: Compression, data: st.DataObject) -> None:
     parts = [bytes(range(256)) * 20, b"abc" * 1000]
@@ -58,6 +59,7 @@ def test_what_comes_before_a_cut_is_read(compression: Compression, data: st.Data
 
 
 @each
+@settings(deadline=None)
 @given(st.data())
 def test_what_is_read_is_what_was_stored_or_the_damage_is_told(
     compression: Compression, data: st.DataObject

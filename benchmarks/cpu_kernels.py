@@ -25,8 +25,8 @@ from llama_ray.generation.backends.cpu import ops
 from llama_ray.generation.backends.cpu.cache import CpuCache
 from llama_ray.generation.backends.cpu.linear import Format, PackedLinear
 from llama_ray.generation.backends.cpu.modules import accelerate
+from llama_ray.model.attention.causal import Attend
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.layers import Attend
 from llama_ray.model.llama import Llama
 from llama_ray.utils.integers import ceil_div
 

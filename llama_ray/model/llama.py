@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from llama_ray.model.attention.causal import Attend
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.layers import Attend, Block, RMSNorm, RotaryEmbedding
+from llama_ray.model.layers import Block, RMSNorm, RotaryEmbedding
 from llama_ray.model.loss import Head
 
 INIT_STD = 0.02

@@ -58,6 +58,8 @@ class TrainConfig:
         fsdp_size: Workers that one replica of the model is sharded over under hsdp; 0 means those of one node.
         activation_checkpointing: Which activations are recomputed in the backward pass, to save memory: none,
             selective (every second matrix product, and everything that is cheap), or full (whole blocks).
+        document_mask: Whether positions see their own document only, of which a row may hold many; by default where
+            the data know their documents, as all data do that are prepared today.
         log_every: Steps between two logged points.
         validate_every: Steps between two validations; by default one epoch. The last step always validates.
         validation_batches: Batches per validation, over all workers; 0 means the whole split.
@@ -99,6 +101,7 @@ class TrainConfig:
     tensor_parallel: int = field(default=1, metadata=limits(1))
     fsdp_size: int = field(default=0, metadata=limits(0))
     activation_checkpointing: ActivationCheckpointing = "none"
+    document_mask: bool | None = None
     log_every: int = field(default=10, metadata=limits(1))
     validate_every: int | None = field(default=None, metadata=limits(1))
     validation_batches: int = field(default=50, metadata=limits(0))

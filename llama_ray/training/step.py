@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llama_ray.data.dataset.batch import Batch
+from llama_ray.model.attention.documents import DocumentAttention
 from llama_ray.model.loss import IGNORE_INDEX
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.hosts.memory import keep_freed_memory
@@ -70,13 +72,12 @@ class Stepper:
         tokens = self.layout.sum(torch.stack([(b.targets != IGNORE_INDEX).sum() for b in batches]).sum())
         scale = self.scaler.scale * self.layout.data_world / tokens.clamp(min=1)
         loss_sum = torch.zeros((), device=self.device)
-        for i, batch in enumerate(batches):
+        options = {"scale": scale, "z_loss": self.config.z_loss}
+        for i, (batch, given) in enumerate(zip(batches, micro_batches, strict=True)):
             with micro_step(self.model, last=i == len(batches) - 1):
-                with self._autocast():
-                    objective, cross_entropy = self.model(
-                        batch.inputs, targets=batch.targets, scale=scale, z_loss=self.config.z_loss
-                    ).unbind()
-                (objective * scale).backward()
+                loss = self._loss(self.model, batch, self._attend(given), **options)
+                objective, cross_entropy = loss.unbind()
+                torch.autograd.backward(objective * scale)
             loss_sum += cross_entropy.detach()
         return self._update(loss_sum, tokens)
 
@@ -87,12 +88,25 @@ class Stepper:
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for given in self._in_lockstep(batches) if self.layout.sharded else batches:
-            batch = given.to(self.device)
-            with self._autocast():
-                total[0] += model(batch.inputs, targets=batch.targets)[1]
+            attend, batch = self._attend(given), given.to(self.device)
+            total[0] += self._loss(model, batch, attend)[1]
             total[1] += (batch.targets != IGNORE_INDEX).sum()
         self.layout.sum(total)
         return (total[0] / total[1]).item()
+
+    def _attend(self, batch: Batch) -> DocumentAttention | None:
+        """Return the attention within the documents of `batch`, which is not on the device yet; None: causal."""
+        if batch.starts is None:
+            return None
+        return DocumentAttention.of(batch.starts, self.device, DTYPES[self.config.precision])
+
+    def _loss(
+        self, model: nn.Module, batch: Batch, attend: DocumentAttention | None, **options: Any
+    ) -> Tensor:
+        """Return `head_loss` of `batch`."""
+        with self._autocast():
+            loss: Tensor = model(batch.inputs, batch.positions, attend, targets=batch.targets, **options)
+        return loss
 
     def _in_lockstep(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield this worker's batches, then batches without targets until every worker is done.

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from llama_ray.model.attention.causal import causal_attention
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.layers import causal_attention
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -52,6 +53,25 @@ def test_a_dispatch_mode_sees_operations() -> None:
         with Operations() as operations:
             numbers * (numbers + numbers)
         assert [func.name() for func, *_ in operations.calls] == ["aten::add.Tensor", "aten::mul.Tensor"]
+
+
+def test_a_dimension_is_marked_as_dynamic() -> None:
+    counter = CompileCounter()
+    with needed_for("document masks on GPUs: compiled once for any number of documents"):
+        double = torch.compile(lambda x: x * 2, backend=counter)
+        for size in (2, 3):
+            numbers = torch.ones(size)
+            torch_private.mark_dynamic(numbers, 0)
+            double(numbers)
+        assert counter.frame_count == 1
+
+
+def test_the_gradient_of_a_softmax_is_that_of_autograd() -> None:
+    scores, grad = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    probabilities = scores.softmax(-1)
+    [expected] = torch.autograd.grad(probabilities, scores, grad)
+    with needed_for("attention within documents on a CPU"):
+        torch.testing.assert_close(torch_private.softmax_backward(grad, probabilities.detach()), expected)
 
 
 def test_tensors_are_found_in_nested_arguments() -> None:

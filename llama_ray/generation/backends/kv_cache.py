@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llama_ray.generation.backends.batch import StepBatch
 from llama_ray.generation.backends.huge_pages import Arena
+from llama_ray.model.attention.causal import Attend
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.layers import Attend
 from llama_ray.utils.free_memory import free_memory
 from llama_ray.utils.integers import ceil_div
 

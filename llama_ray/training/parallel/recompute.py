@@ -15,13 +15,13 @@ from llama_ray.utils.torch_private import reduce_scatter_op
 _aten = torch.ops.aten
 _MATMULS = {_aten.mm.default, _aten.addmm.default, _aten.linear.default, _aten._scaled_mm.default}
 _ATTENTION = {
-    getattr(_aten, name).default
-    for name in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    # Within documents, see `DocumentAttention`. That of GPUs exists only once it is imported, hence names.
+    "llama_ray::document_attention",
+    "torch_attn::_varlen_attn",
 }
 _COMMUNICATION = {reduce_scatter_op()}
 
@@ -51,7 +51,7 @@ def _save_expensive_ops() -> Any:
             seen[context.is_recompute] += 1
             save = seen[context.is_recompute] % 2 == 1
         else:
-            save = op in _ATTENTION or op in _COMMUNICATION
+            save = op.name() in _ATTENTION or op in _COMMUNICATION
         return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]

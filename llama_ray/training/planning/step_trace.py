@@ -7,7 +7,7 @@ the optimizer included, happens to tensors that have a shape but no memory. `Mem
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from llama_ray.data.dataset.batch import Batch
+from llama_ray.model.attention.causal import Attend, flash_attention
+from llama_ray.model.attention.documents import DocumentAttention, document_mask
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.layers import flash_attention
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
@@ -27,6 +28,7 @@ from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout
 from llama_ray.training.parallel.parallelize import parallelize
 from llama_ray.training.planning.memory_trace import Memory, MemoryTrace
 from llama_ray.training.planning.traffic import Collective, Traffic, TrafficTrace
+from llama_ray.training.precision import DTYPES
 from llama_ray.training.step import Stepper
 from llama_ray.utils.torch_private import fake_process_group, fake_tensors
 
@@ -105,9 +107,8 @@ def _trace(model_config: LlamaConfig, config: TrainConfig, layout: Layout) -> St
     # The CPU stands for the GPU, because FSDP would ask a CUDA device for streams.
     device = torch.device("cpu")
     model = Llama(model_config, device="meta")
-    # GPUs attend with a kernel that keeps no scores; on a CPU the model might not.
     model.forward = partial(  # type: ignore[method-assign]
-        model.forward, attend=lambda layer, *heads: flash_attention(*heads)
+        _forward_as_on_gpu, DTYPES[config.precision], model.forward
     )
     with fake_process_group(layout.world_size) if layout.world_size > 1 else nullcontext():
         traced = SINGLE_WORKER if replicated else layout.with_mesh(device)
@@ -128,8 +129,35 @@ def _trace_second_step(stepper: Stepper, model: Llama) -> StepTrace:
     """Take one small step, which creates the optimizer's state, then trace a full one."""
     config = stepper.config
     tokens = torch.zeros(config.batch_size, config.seq_len or model.config.max_seq_len, dtype=torch.int64)
-    stepper.step([Batch(tokens[:1], tokens[:1])])
-    return watch_step(stepper, model, [Batch(tokens, tokens)] * min(config.gradient_accumulation_steps, 2))
+    starts = None if config.document_mask is False else tokens.int()
+    first = Batch(tokens[:1], tokens[:1], None if starts is None else starts[:1])
+    stepper.step([first])
+    batch = Batch(tokens, tokens, starts)
+    return watch_step(stepper, model, [batch] * min(config.gradient_accumulation_steps, 2))
+
+
+def _forward_as_on_gpu(
+    dtype: torch.dtype,
+    forward: Callable[..., Tensor],
+    tokens: Tensor,
+    positions: Tensor | None = None,
+    attend: DocumentAttention | None = None,
+    **options: Any,
+) -> Tensor:
+    """Attend with the kernels of a GPU, which keep no scores; those of a CPU might."""
+    on_gpu: Attend = _flash_attend
+    if attend is not None and attend.starts is not None:
+        if dtype is torch.float32:
+            on_gpu = DocumentAttention(mask=document_mask(attend.starts, dtype))
+        else:
+            # One document a row; each further one takes four bytes.
+            on_gpu = DocumentAttention(borders=torch.zeros(len(tokens) + 1, dtype=torch.int32))
+    # Positions on a CPU are read, to check them, which fake ones cannot be. Those of one row serve for all.
+    return forward(tokens, None, on_gpu, **options)
+
+
+def _flash_attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return flash_attention(query, key, value)
 
 
 def _with_ddp(trace: StepTrace, model: LlamaConfig, layout: Layout) -> StepTrace:

@@ -12,7 +12,8 @@ from llama_ray.generation.backends.cpu import abi, ops
 from llama_ray.generation.backends.cpu.cache import CpuAttend
 from llama_ray.generation.backends.cpu.linear import Format, PackedLinear, check_format
 from llama_ray.generation.backends.huge_pages import Arena
-from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU, causal_attention
+from llama_ray.model.attention.causal import Attend, causal_attention
+from llama_ray.model.layers import Attention, Block, RMSNorm, SwiGLU
 from llama_ray.model.llama import Llama
 from llama_ray.model.loss import Head
 from llama_ray.utils.memory import trim_heap

@@ -11,7 +11,8 @@ from llama_ray.generation.backends.cuda.cache import PagedAttend
 from llama_ray.generation.backends.cuda.elementwise import rms_norm, swiglu
 from llama_ray.generation.backends.cuda.one_row import RowProduct
 from llama_ray.generation.backends.quantize import Quantization
-from llama_ray.model.layers import Attend, Attention, Block, RMSNorm, SwiGLU, causal_attention, rotate
+from llama_ray.model.attention.causal import Attend, causal_attention
+from llama_ray.model.layers import Attention, Block, RMSNorm, SwiGLU, rotate
 from llama_ray.model.llama import Llama
 
 

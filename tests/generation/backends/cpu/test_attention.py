@@ -13,8 +13,8 @@ from torch import Tensor
 from llama_ray.generation.backends.backend import BLOCK_SIZE
 from llama_ray.generation.backends.batch import StepBatch
 from llama_ray.generation.backends.cpu.cache import CpuCache
+from llama_ray.model.attention.causal import causal_attention
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.layers import causal_attention
 from llama_ray.utils.integers import ceil_div
 
 BLOCKS = 40

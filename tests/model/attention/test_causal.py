@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_ray.model.layers import blockwise_attention, causal_attention, flash_attention
+from llama_ray.model.attention.causal import blockwise_attention, causal_attention, flash_attention
 
 
 def heads(count: int, seq: int, dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from llama_ray.data.cleaning.contamination import write_evaluations
 from llama_ray.data.dataset.info import SPLITS, DatasetInfo
 from llama_ray.data.dataset.shards import token_bytes
-from llama_ray.data.preparing.bad_records import BAD_RECORDS_FILE, bad_file, join, too_many
+from llama_ray.data.preparing.bad_records import BAD_RECORDS_FILE, bad_file, join
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.corpus import Corpus, reasons
+from llama_ray.data.preparing.deduplicating import find_duplicates
 from llama_ray.data.preparing.output_directory import WORK, publish, remove
-from llama_ray.data.preparing.part_record import any_done, done_before, read_record
-from llama_ray.data.preparing.part_task import Job, TaskResult, task_row, write_part
+from llama_ray.data.preparing.part_record import any_done, read_record
+from llama_ray.data.preparing.part_task import Job, tokenise_part
 from llama_ray.data.preparing.parts import Part, divide
-from llama_ray.data.preparing.progress import Log, Progress
-from llama_ray.data.preparing.ray_tasks import run_tasks
+from llama_ray.data.preparing.passes import run_pass
+from llama_ray.data.preparing.progress import Log
 from llama_ray.data.preparing.reading import Reading
 from llama_ray.data.preparing.splits import changes_split, limit_for
 from llama_ray.data.preparing.summary import Summary, settings, versions
@@ -59,7 +60,7 @@ def _make(
     staging: Path,
     log: Log,
 ) -> DatasetInfo:
-    reading = Reading(config.fields(), config.cleaning, config.seed)
+    reading = Reading(config.fields(), config.cleaning, config.seed, _evaluations(config, staging))
     sample = TokenizerSample(
         corpus,
         reading,
@@ -98,9 +99,21 @@ def _make(
     return publish(staging, Path(config.output), info)
 
 
+def _evaluations(config: PrepareConfig, staging: Path) -> str:
+    """Write what the evaluations hold, of which texts must be clean, and return the file's path; empty without any."""
+    if not config.cleaning.decontaminate:
+        return ""
+    file = staging / WORK / "evaluations.npy"
+    if not file.exists():
+        write_evaluations(config.cleaning.decontaminate, config.cleaning.decontaminate_words, file)
+    return str(file)
+
+
 def _run(config: PrepareConfig, corpus: Corpus, parts: Sequence[Part], job: Job, log: Log) -> Summary:
-    """Write all parts, and those again of which both splits must have a text."""
-    _write(config, parts, job, log)
+    """Tokenise all parts, and those again of which both splits must have a text."""
+    if config.cleaning.dedup != "none":
+        find_duplicates(config, parts, job, log)
+    run_pass("tokenised", tokenise_part, config, parts, job, log)
     directory = Path(job.directory)
     summary = _summed(corpus, parts, directory)
     try:
@@ -116,44 +129,15 @@ def _run(config: PrepareConfig, corpus: Corpus, parts: Sequence[Part], job: Job,
     changed = [
         part
         for part in parts
-        if (numbers := read_record(directory, part.index).numbers)
+        if (numbers := read_record(directory, "tokenised", part.index).numbers)
         and changes_split(numbers, job.limit, limit)
     ]
-    _write(config, changed, replace(job, limit=limit), lambda line: None)
+    run_pass("tokenised", tokenise_part, config, changed, replace(job, limit=limit), lambda line: None)
     return _summed(corpus, parts, directory)
-
-
-def _write(config: PrepareConfig, parts: Sequence[Part], job: Job, log: Log) -> None:
-    """Write the shards and records of those parts that are not done."""
-    directory = Path(job.directory)
-    done: list[Part] = []
-    waiting: list[Part] = []
-    for part in parts:
-        (done if done_before(directory, part.index, job.limit) else waiting).append(part)
-    progress = Progress("tokenised", len(parts), sum(part.size for part in parts), log)
-    if done:
-        log(f"going on: {len(done):,} of {len(parts):,} parts were done before")
-        progress.skip(len(done), sum(part.size for part in done))
-    bad = sum(read_record(directory, part.index).bad_records for part in done)
-    by_index = {part.index: part for part in waiting}
-    tokens = 0
-    results = run_tasks(
-        functools.partial(write_part, job=job), [task_row(part) for part in waiting], config.workers
-    )
-    for result in (TaskResult(**row) for row in results):
-        if result.error:
-            raise SourceError(result.error)
-        bad += result.bad_records
-        if bad > config.max_bad_records:
-            files = (bad_file(directory / WORK, part.index) for part in parts)
-            raise too_many(bad, config.max_bad_records, files, Path(config.output))
-        record = read_record(directory, result.part)
-        tokens += sum(shard.tokens for shard in record.shards.values())
-        progress.add(by_index[result.part].size, f", {tokens:,} tokens")
 
 
 def _summed(corpus: Corpus, parts: Sequence[Part], directory: Path) -> Summary:
     summary = Summary(corpus)
     for part in parts:
-        summary.add(part, read_record(directory, part.index))
+        summary.add(part, read_record(directory, "tokenised", part.index))
     return summary

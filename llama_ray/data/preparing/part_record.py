@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from llama_ray.data.cleaning.drops import Drops
 from llama_ray.data.dataset.info import SPLITS
@@ -15,6 +16,9 @@ from llama_ray.data.report.statistics import Statistics
 from llama_ray.data.sources.left_out import Tally
 from llama_ray.storage.atomic import write_text
 from llama_ray.utils.typed_json import from_json
+
+Stage = Literal["cleaned", "tokenised"]
+"""What was done to a part: it is cleaned first only where duplicates are looked for."""
 
 
 @dataclass
@@ -38,7 +42,7 @@ class PartRecord:
     left_out: Tally = field(default_factory=Tally)
     drops: Drops = field(default_factory=Drops)
 
-    def write(self, staging: Path, part: int) -> None:
+    def write(self, staging: Path, stage: Stage, part: int) -> None:
         """Write the record of a part whose shards are in `staging`."""
         content = {
             "limit": self.limit,
@@ -51,13 +55,13 @@ class PartRecord:
             "left_out": self.left_out.to_json(),
             "drops": self.drops.to_json(),
         }
-        write_text(_file(staging, part), json.dumps(content) + "\n")
+        write_text(_file(staging, stage, part), json.dumps(content) + "\n")
 
 
-def read_record(staging: Path, part: int) -> PartRecord:
+def read_record(staging: Path, stage: Stage, part: int) -> PartRecord:
     """Return the record of a part. Raises DatasetError if it, or a shard, cannot be read here."""
     try:
-        content = json.loads(_file(staging, part).read_bytes())
+        content = json.loads(_file(staging, stage, part).read_bytes())
         record = PartRecord(
             limit=content["limit"],
             texts=content["texts"],
@@ -81,20 +85,20 @@ def read_record(staging: Path, part: int) -> PartRecord:
     return record
 
 
-def done_before(staging: Path, part: int, limit: float) -> bool:
-    """Whether the part was finished, with this `limit`, before the preparation was killed."""
-    if not _file(staging, part).exists():
+def done_before(staging: Path, stage: Stage, part: int, limit: float) -> bool:
+    """Whether this stage of the part was finished, with this `limit`, before the preparation was killed."""
+    if not _file(staging, stage, part).exists():
         return False
     try:
-        return read_record(staging, part).limit == limit
+        return read_record(staging, stage, part).limit == limit
     except DatasetError:
         return False
 
 
 def any_done(staging: Path) -> bool:
     """Whether a part was finished."""
-    return any((staging / WORK).glob("part-*.json"))
+    return any(any((staging / WORK).glob(f"{stage}-*.json")) for stage in get_args(Stage))
 
 
-def _file(staging: Path, part: int) -> Path:
-    return staging / WORK / f"part-{part:05d}.json"
+def _file(staging: Path, stage: Stage, part: int) -> Path:
+    return staging / WORK / f"{stage}-{part:05d}.json"

@@ -1,23 +1,28 @@
-"""One task of a preparation: read the texts of a part, clean them, tokenise them and write a shard a split."""
+"""The tasks of a preparation: read and clean the texts of a part, tokenise them and write a shard a split."""
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_ray.data.cleaning.drops import Drop
+from llama_ray.data.cleaning.duplicates.groups import Duplicates
+from llama_ray.data.cleaning.duplicates.keys import keys_of, write_keys
 from llama_ray.data.dataset.info import SPLITS
 from llama_ray.data.dataset.shards import DatasetError, ShardWriter, shard_name, token_bytes
 from llama_ray.data.preparing.bad_records import BadRecords, TooManyBadRecordsError, bad_file
+from llama_ray.data.preparing.kept import KeptWriter, Taken, read_kept
 from llama_ray.data.preparing.output_directory import WORK
-from llama_ray.data.preparing.part_record import PartRecord
+from llama_ray.data.preparing.part_record import PartRecord, Stage, read_record
 from llama_ray.data.preparing.parts import Part
 from llama_ray.data.preparing.reading import Reading, read_documents
 from llama_ray.data.preparing.split_writer import SplitWriter
-from llama_ray.data.preparing.splits import split_of
+from llama_ray.data.preparing.splits import Range, number_of, split_of
 from llama_ray.data.tokenizing.encoder import DocumentEncoder
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 
@@ -60,39 +65,87 @@ def task_row(part: Part) -> dict[str, str]:
     return {"part": part.to_json()}
 
 
-def write_part(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Make the part of a row from `task_row` into shards and a record; runs in a Ray worker.
+def clean_part(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Write the cleaned texts of the part of a row from `task_row`, and their keys; runs in a Ray worker.
 
     Returns the fields of a `TaskResult`.
     """
+    return _run("cleaned", row, job, _clean)
+
+
+def tokenise_part(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Write the shards of the part of a row from `task_row`; runs in a Ray worker.
+
+    Returns the fields of a `TaskResult`.
+    """
+    return _run("tokenised", row, job, _tokenise)
+
+
+def kept_file(work: Path, part: int) -> Path:
+    """Return the file for the cleaned texts of a part."""
+    return work / f"kept-{part:05d}.arrow"
+
+
+def key_file(work: Path, part: int) -> Path:
+    """Return the file for the keys of the cleaned texts of a part."""
+    return work / f"keys-{part:05d}.npy"
+
+
+def duplicates_file(work: Path) -> Path:
+    """Return the file that says which texts are duplicates."""
+    return work / "duplicates.npy"
+
+
+def _run(
+    stage: Stage,
+    row: dict[str, Any],
+    job: Job,
+    work: Callable[[Part, Job, PartRecord, BadRecords], PartRecord],
+) -> dict[str, Any]:
+    """Do the `work` of a task, write its record, and turn errors that the user can correct into a result."""
     # A task has one CPU; the tokenizer would start a thread for each core of the machine.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     part = Part.from_json(row["part"])
-    record = PartRecord(job.limit)
-    directory = Path(job.directory)
-    result = TaskResult(part.index)
+    staging = Path(job.directory)
+    bad_records, given_up, message = 0, False, ""
     try:
-        with BadRecords(bad_file(directory / WORK, part.index), job.max_bad_records) as bad:
+        with BadRecords(bad_file(staging / WORK, part.index), job.max_bad_records) as bad:
             try:
-                _write_shards(part, job, record, bad)
+                record = work(part, job, PartRecord(job.limit), bad)
             except TooManyBadRecordsError:
-                return result._replace(bad_records=bad.count, given_up=True)._asdict()
-        record.bad_records = bad.count
-        record.write(directory, part.index)
-        result = result._replace(bad_records=bad.count)
+                given_up, bad_records = True, bad.count
+        if not given_up:
+            record.write(staging, stage, part.index)
+            bad_records = record.bad_records
     except ValueError as error:
-        result = result._replace(error=str(error))
+        message = str(error)
     except OSError as error:
-        result = result._replace(
-            error=f"cannot write to {directory} on a worker ({error}); free space or choose another output"
-        )
-    return result._asdict()
+        message = f"cannot write to {staging} on a worker ({error}); free space or choose another output"
+    return TaskResult(part.index, bad_records, given_up, message)._asdict()
 
 
-def _write_shards(part: Part, job: Job, record: PartRecord, bad: BadRecords) -> None:
+def _clean(part: Part, job: Job, record: PartRecord, bad: BadRecords) -> PartRecord:
+    work = Path(job.directory) / WORK
+    method: Any = job.reading.cleaning.dedup
+    keys = []
+    with KeptWriter(kept_file(work, part.index)) as kept:
+        for taken in read_documents(part.source, part.pieces, job.reading, record, bad):
+            keys.append(keys_of(taken.text, method))
+            kept.add(taken)
+    write_keys(key_file(work, part.index), keys, method)
+    record.bad_records = bad.count
+    return record
+
+
+def _tokenise(part: Part, job: Job, record: PartRecord, bad: BadRecords) -> PartRecord:
     directory = Path(job.directory)
     tokenizer, encoder = _load_encoder(job.directory, job.tokenizer, job.fast)
     compare = _load_encoder(str(directory / COMPARED), job.compared, False)[1] if job.compared else None
+    if job.reading.cleaning.dedup == "none":
+        documents = read_documents(part.source, part.pieces, job.reading, record, bad)
+    else:
+        record = replace(read_record(directory, "cleaned", part.index), limit=job.limit)
+        documents = _without_duplicates(part, job, record)
     width = token_bytes(tokenizer.vocab_size)
     with ExitStack() as open:
         shards = {
@@ -105,13 +158,29 @@ def _write_shards(part: Part, job: Job, record: PartRecord, bad: BadRecords) -> 
             )
             for split, shard in shards.items()
         }
-        for number, id, text, language in read_documents(part.source, part.pieces, job.reading, record, bad):
-            writers[split_of(number, job.limit)].add(id, text, language)
+        for taken in documents:
+            number = number_of(job.reading.seed, taken.id)
+            record.numbers = (record.numbers or Range()) | Range(number, number)
+            writers[split_of(number, job.limit)].add(taken)
         for writer in writers.values():
             writer.flush()
     record.shards = {split: shard.shard for split, shard in shards.items() if shard.shard is not None}
     record.statistics = {split: writer.statistics for split, writer in writers.items()}
     record.compared_tokens = writers["validation"].compared_tokens
+    record.bad_records += bad.count
+    return record
+
+
+def _without_duplicates(part: Part, job: Job, record: PartRecord) -> Iterator[Taken]:
+    """Yield the cleaned texts of a part that repeat no earlier one, and count the others into `record`."""
+    work = Path(job.directory) / WORK
+    repeated = Duplicates(duplicates_file(work)).of_part(part.index)
+    for row, taken in enumerate(read_kept(kept_file(work, part.index))):
+        if row in repeated:
+            rule = f"dedup/{job.reading.cleaning.dedup}"
+            record.drops.add(part.source, taken.id, Drop(rule, "text", 1, len(taken.text), taken.text))
+        else:
+            yield taken
 
 
 @functools.lru_cache(maxsize=2)

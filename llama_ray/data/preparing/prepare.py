@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from llama_ray.data.cleaning.language import check_languages
 from llama_ray.data.dataset.info import DatasetInfo
 from llama_ray.data.dataset.shards import FORMAT_VERSION
 from llama_ray.data.preparing.config import PrepareConfig
@@ -24,6 +25,7 @@ from llama_ray.data.preparing.output_directory import (
 from llama_ray.data.preparing.progress import Log, duration
 from llama_ray.data.preparing.ray_tasks import check_cpus
 from llama_ray.data.preparing.tokenizers import GivenTokenizers
+from llama_ray.data.sources.files import SourceError
 from llama_ray.utils.errors import printable
 
 _RULES = 3
@@ -40,6 +42,7 @@ def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
     """
     output = Path(config.output)
     check_output(output)
+    check_languages(config.cleaning.language)
     corpus = find_corpus(config.sources(), config.fields(), config.max_bytes, config.seed, output)
     given = GivenTokenizers.load(config)
     fingerprint = _fingerprint(config, corpus, given)
@@ -86,5 +89,15 @@ def _fingerprint(config: PrepareConfig, corpus: Corpus, given: GivenTokenizers) 
     if given.tokenizer is not None:
         del settings["vocab_size"]
     settings["tokenizer"], settings["compare_tokenizer"] = given.identities()
+    settings["cleaning"]["decontaminate"] = [_digest(file) for file in config.cleaning.decontaminate]
     content = json.dumps([FORMAT_VERSION, _RULES, settings, corpus.fingerprint], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _digest(file: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise SourceError(
+            f"decontaminate names {printable(file)}, which cannot be read: {error.strerror}"
+        ) from error

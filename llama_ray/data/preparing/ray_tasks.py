@@ -18,10 +18,13 @@ def run_tasks(task: Callable[[Row], Row], rows: Sequence[Row], workers: int | No
 
     Ray Data runs no more of them than there are CPUs, and runs a task again whose process or node is lost.
     """
+    if not rows:
+        return
     # The lines that we log are easier to read in a job's log.
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
-    yield from dataset.map(task, concurrency=workers).iter_rows()
+    at_once = None if workers is None else ray.data.TaskPoolStrategy(size=min(workers, len(rows)))
+    yield from dataset.map(task, compute=at_once).iter_rows()
 
 
 def check_cpus(log: Callable[[str], None]) -> None:

@@ -1,17 +1,17 @@
-"""From pieces to the documents of a dataset: texts are read, cleaned and numbered, and what is not taken is counted."""
+"""From pieces to the documents of a dataset: texts are read and cleaned, and what is not taken is counted."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
 
 from llama_ray.data.cleaning.cleaner import Cleaner
 from llama_ray.data.cleaning.config import CleanConfig
 from llama_ray.data.preparing.bad_records import BadRecords
+from llama_ray.data.preparing.kept import Taken
 from llama_ray.data.preparing.part_record import PartRecord
-from llama_ray.data.preparing.splits import Range, number_of
 from llama_ray.data.records.fields import TextFields
 from llama_ray.data.records.pieces import Piece, read
 from llama_ray.data.sources.left_out import LeftOut
@@ -19,20 +19,15 @@ from llama_ray.data.sources.left_out import LeftOut
 
 @dataclass(frozen=True)
 class Reading:
-    """How texts become documents: the fields of records, what is cleaned, and the seed of the splits."""
+    """How texts become documents: the fields of records, what is cleaned, and the seed of the splits.
+
+    `evaluations` is the file that `write_evaluations` wrote, or empty.
+    """
 
     fields: TextFields
     cleaning: CleanConfig
     seed: int
-
-
-class Taken(NamedTuple):
-    """A text that a dataset takes, and the number that decides its split."""
-
-    number: float
-    id: str
-    text: str
-    language: str = ""
+    evaluations: str = ""
 
 
 def read_documents(
@@ -42,7 +37,7 @@ def read_documents(
 
     Raises TooManyBadRecordsError as `bad` does, and SourceError as `read` does.
     """
-    cleaner = _load_cleaner(reading.cleaning)
+    cleaner = _load_cleaner(reading.cleaning, reading.evaluations)
 
     def leave_out(piece: LeftOut) -> None:
         record.left_out.add(piece)
@@ -55,14 +50,11 @@ def read_documents(
             cleaned = cleaner(text)
             for drop in cleaned.drops:
                 record.drops.add(source, id, drop)
-            if not cleaned.text:
-                continue
-            number = number_of(reading.seed, id)
-            record.numbers = (record.numbers or Range()) | Range(number, number)
-            yield Taken(number, id, cleaned.text, cleaned.language)
+            if cleaned.text:
+                yield Taken(id, cleaned.text, cleaned.language)
 
 
 # A process works for one preparation after the other, each of which has many parts.
 @functools.lru_cache(maxsize=1)
-def _load_cleaner(config: CleanConfig) -> Cleaner:
-    return Cleaner(config)
+def _load_cleaner(config: CleanConfig, evaluations: str) -> Cleaner:
+    return Cleaner(config, Path(evaluations) if evaluations else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llama_ray.data.dataset.shards import ShardWriter
+from llama_ray.data.preparing.kept import Taken
 from llama_ray.data.report.statistics import Document, Statistics
 from llama_ray.data.tokenizing.encoder import DocumentEncoder
 
@@ -26,14 +27,13 @@ class SplitWriter:
         self.compared_tokens = 0
         self._shard, self._source = shard, source
         self._encoder, self._compare = encoder, compare
-        # Pairs of id and text, and their languages.
-        self._waiting: list[tuple[str, str, str]] = []
+        self._waiting: list[Taken] = []
         self._characters = 0
 
-    def add(self, id: str, text: str, language: str = "") -> None:
+    def add(self, taken: Taken) -> None:
         """Append a document."""
-        self._waiting.append((id, text, language))
-        self._characters += len(text)
+        self._waiting.append(taken)
+        self._characters += len(taken.text)
         if self._characters >= _BATCH_CHARACTERS:
             self.flush()
 
@@ -41,7 +41,7 @@ class SplitWriter:
         """Encode what waits; call it at the end."""
         if not self._waiting:
             return
-        texts = [text for _, text, _ in self._waiting]
+        texts = [taken.text for taken in self._waiting]
         tokens, lengths = self._encoder.encode(texts)
         self._shard.add(tokens, lengths)
         self.statistics.add(

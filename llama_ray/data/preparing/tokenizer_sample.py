@@ -10,7 +10,7 @@ from llama_ray.data.preparing.corpus import Corpus, SourcePieces, in_random_orde
 from llama_ray.data.preparing.output_directory import WORK
 from llama_ray.data.preparing.part_record import PartRecord
 from llama_ray.data.preparing.reading import Reading, read_documents
-from llama_ray.data.preparing.splits import split_of
+from llama_ray.data.preparing.splits import number_of, split_of
 
 SAMPLE_BYTES = 100_000_000
 """A tokenizer is trained on at most this much text; more takes long and changes few merges."""
@@ -77,7 +77,7 @@ class TokenizerSample:
         for piece in in_random_order(source, self._reading.seed):
             from_piece = min(of_piece, left)
             for taken in read_documents(source.source.name, [piece], self._reading, uncounted, bad):
-                if split_of(taken.number, limit) == "train":
+                if split_of(number_of(self._reading.seed, taken.id), limit) == "train":
                     yield taken.text
                     from_piece -= len(taken.text)
                     left -= len(taken.text)

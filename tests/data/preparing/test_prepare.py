@@ -8,9 +8,12 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from random import Random
+from typing import Literal
 
 import pytest
 
+from llama_ray.data.cleaning.config import CleanConfig
 from llama_ray.data.dataset.info import DatasetInfo, read_info
 from llama_ray.data.dataset.shards import DatasetError, open_shard
 from llama_ray.data.preparing.config import PrepareConfig
@@ -113,6 +116,31 @@ def test_a_finished_dataset_is_reused_and_a_different_one_is_not_replaced(
     assert replaced != first
     assert read_info(config.output) == replaced
     assert prepare(other, lambda line: None) == replaced
+
+
+@pytest.mark.parametrize("dedup", ["exact", "minhash"])
+def test_the_first_of_duplicates_stays_and_evaluations_are_kept_out(
+    config: PrepareConfig, tmp_path: Path, dedup: Literal["exact", "minhash"]
+) -> None:
+    random, words = Random(0), ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"]
+    texts = [" ".join(random.choices(words, k=40)) for _ in range(30)]
+    evaluation = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    given = [*texts, texts[3], texts[5].upper(), texts[3], f"It says {evaluation}."]
+    for name, rows in (("a", given[:12]), ("b", given[12:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    (tmp_path / "evaluation.txt").write_text(evaluation)
+    cleaning = CleanConfig(dedup=dedup, decontaminate=(str(tmp_path / "evaluation.txt"),), clean=())
+    sources = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    config = dataclasses.replace(config, source=sources, cleaning=cleaning, shard_bytes=1000)
+    infos = [
+        prepare(dataclasses.replace(config, output=f"{config.output}{n}", workers=n), lambda line: None)
+        for n in (1, 4)
+    ]
+    assert infos[0] == infos[1]
+    kept = [text for split in ("train", "validation") for text in documents(Path(config.output + "1"), split)]
+    assert sorted(kept) == sorted(texts)
+    dropped = {name: found.count for source in infos[0].sources for name, found in source.dropped.items()}
+    assert dropped == {f"dedup/{dedup} (texts)": 3, "contaminated (texts)": 1}
 
 
 def test_two_texts_are_enough(config: PrepareConfig, tmp_path: Path) -> None:

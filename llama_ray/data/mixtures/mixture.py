@@ -11,10 +11,8 @@ from torch import Tensor
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.order import Numbers, Source
+from llama_ray.data.mixtures.sources import ONLY_SOURCE
 from llama_ray.data.mixtures.weights import shares
-
-ONLY_SOURCE = "data"
-"""Name of a source that has none, because it is alone; not that of its path, because the order follows from names."""
 
 
 class Mixture:

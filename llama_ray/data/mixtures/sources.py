@@ -14,9 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeAlias
 
-from llama_ray.data.mixtures.mixture import ONLY_SOURCE
 from llama_ray.utils.fields import shown
 
+ONLY_SOURCE = "data"
+"""Name of a source that has none, because it is alone; not that of its path, because the order follows from names."""
 Settings = Mapping[str, str | float | None]
 """Fields of `DataSource` but its name."""
 Given: TypeAlias = "str | Path | Sequence[str] | Sequence[DataSource] | Mapping[str, str | Settings]"

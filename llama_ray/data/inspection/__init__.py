@@ -1,0 +1,1 @@
+"""What is in a dataset, as text and pictures for a terminal."""

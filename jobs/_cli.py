@@ -9,8 +9,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
+from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from llama_ray.utils.fields import shown
@@ -63,6 +64,35 @@ def from_flags(kind: type[T], flags: Namespace, **values: Any) -> T:
     """Make a dataclass from the flags named like its fields; `values` replace flags and give fields without a flag."""
     given = {field.name: flags[field.name] for field in dataclasses.fields(kind) if field.name in flags}
     return kind(**(given | values))
+
+
+def add_fields(parser: ArgumentParser, kind: type, skip: Collection[str] = ()) -> None:
+    """Add a flag for each field of a dataclass but those in `skip`; a list takes several values and may be repeated."""
+    described = descriptions(kind)
+    lists = list_fields(kind)
+    for name in (name for name in lists if name not in skip):
+        help = f"{described[name]} Takes several values, and may be repeated."
+        parser.add_argument(f"--{name}", action="extend", nargs="+", type=str, metavar="VALUE", help=help)
+    parser.add_class_arguments(kind, skip={*lists, *skip})
+
+
+def list_fields(kind: type) -> list[str]:
+    """Return the fields of a dataclass that hold several texts."""
+    hints = get_type_hints(kind)
+    return [name for name, hint in hints.items() if {list[str], tuple[str, ...]} & {hint, *get_args(hint)}]
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """Return what the docstring of a dataclass says of each field."""
+    documented = parse_docstring(kind.__doc__ or "").params
+    return {param.arg_name: param.description or "" for param in documented}
+
+
+def split_commas(flags: Namespace, names: Collection[str]) -> None:
+    """Divide the values of flags that may be separated by commas, too."""
+    for name in names:
+        if flags[name] is not None:
+            flags[name] = [value for given in flags[name] for value in given.split(",") if value]
 
 
 def main(job: Callable[[], None]) -> NoReturn:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-from typing import get_args, get_type_hints
 
-from _cli import from_flags, main, parse
-from docstring_parser import parse as parse_docstring
+from _cli import add_fields, descriptions, from_flags, list_fields, main, parse, split_commas
+from _sources import located
 from jsonargparse import ArgumentParser
 
 from llama_ray.data.cleaning.config import CleanConfig
-from llama_ray.data.preparing.config import PrepareConfig, named_source
+from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.prepare import prepare
-from llama_ray.data.sources.files import BUILTIN
+from llama_ray.data.tokenizing.training import TrainingOptions
 from llama_ray.orchestration.cluster import connect
 from llama_ray.storage.paths import absolute, existing
 
-_COMMAS = ("clean", "language", "tokenizer_weights")
+_COMMAS = ("clean", "language", "tokenizer_weights", "special_tokens")
 """Flags whose values may be separated by commas, too."""
-_SEVERAL = " Takes several values, and may be repeated."
+_PARTS = {"cleaning": CleanConfig, "training": TrainingOptions}
+"""Fields of the configuration that are configurations, whose fields are flags, too."""
 
 
 def run() -> None:
@@ -32,19 +32,21 @@ def run() -> None:
 
 def _config() -> PrepareConfig:
     flags = parse(_parser())
-    for name in _COMMAS:
-        if flags[name] is not None:
-            flags[name] = [value for given in flags[name] for value in given.split(",") if value]
-    lists = {name: tuple(flags[name] or ()) for name in _lists(CleanConfig)}
-    lists["decontaminate"] = tuple(map(existing, lists["decontaminate"]))
+    split_commas(flags, _COMMAS)
+    given = {name: tuple(flags[name] or ()) for kind in _PARTS.values() for name in list_fields(kind)}
+    given["decontaminate"] = tuple(map(existing, given["decontaminate"]))
+    parts = {
+        name: from_flags(kind, flags, **{field: given[field] for field in list_fields(kind)})
+        for name, kind in _PARTS.items()
+    }
     return from_flags(
         PrepareConfig,
         flags,
-        source=[_located(given) for given in flags.source or []],
+        source=[located(source) for source in flags.source or []],
         output=absolute(flags.output),
         tokenizer=flags.tokenizer and existing(flags.tokenizer),
         compare_tokenizer=flags.compare_tokenizer and existing(flags.compare_tokenizer),
-        cleaning=from_flags(CleanConfig, flags, **lists),
+        **parts,
     )
 
 
@@ -57,31 +59,14 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--config", action="config", metavar="FILE", help="YAML file of flags; flags given here override it."
     )
-    described: dict[str, str] = {}
-    for kind in (PrepareConfig, CleanConfig):
-        documented = parse_docstring(kind.__doc__ or "").params
-        described |= {param.arg_name: param.description or "" for param in documented}
-        lists = _lists(kind)
-        for name in lists:
-            help = f"{described[name]}{_SEVERAL}"
-            parser.add_argument(f"--{name}", action="extend", nargs="+", type=str, metavar="VALUE", help=help)
-        parser.add_class_arguments(kind, skip={*lists, "cleaning", "vocab_size", "tokenizer"})
+    add_fields(parser, PrepareConfig, skip={*_PARTS, "vocab_size", "tokenizer"})
+    for kind in _PARTS.values():
+        add_fields(parser, kind)
+    described = descriptions(PrepareConfig)
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--vocab_size", type=int, default=32000, help=described["vocab_size"])
     either.add_argument("--tokenizer", type=str, help=described["tokenizer"])
     return parser
-
-
-def _lists(kind: type) -> list[str]:
-    """Return the fields that hold several texts, whose flags take several values and may be repeated."""
-    hints = get_type_hints(kind)
-    return [name for name, hint in hints.items() if {list[str], tuple[str, ...]} & {hint, *get_args(hint)}]
-
-
-def _located(given: str) -> str:
-    """Return NAME=WHERE with the absolute path of what is there."""
-    name, where = named_source(given)
-    return f"{name}={where if where == BUILTIN else existing(where)}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ _HOMES = {
     "Llama": "model.llama",
     "LlamaConfig": "model.config",
     "SamplingParams": "generation.sampling.params",
-    "Tokenizer": "data.tokenizer",
+    "Tokenizer": "data.tokenizing.tokenizer",
     "load_pretrained": "pretrained",
     "save_pretrained": "pretrained",
 }

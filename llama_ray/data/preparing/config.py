@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llama_ray.data.cleaning.config import CleanConfig
 from llama_ray.data.records.fields import TextFields
 from llama_ray.data.sources.files import SourceError
-from llama_ray.data.tokenizing.tokenizer import Tokenizer, check_vocab_size
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.training import TrainingOptions
 from llama_ray.storage.paths import is_uri
 from llama_ray.utils.errors import printable
 from llama_ray.utils.fields import check_fields, limits
@@ -49,6 +51,7 @@ class PrepareConfig(RedactedRepr):
         workers: Maximum number of tasks at once; by default one for each CPU of the cluster.
         overwrite: Replace a dataset in `output`.
         cleaning: Which texts to take, and in which form.
+        training: What the vocabulary of a trained tokenizer is like; unused with `tokenizer`.
     """
 
     source: list[str]
@@ -67,11 +70,12 @@ class PrepareConfig(RedactedRepr):
     workers: int | None = field(default=None, metadata=limits(1))
     overwrite: bool = False
     cleaning: CleanConfig = field(default_factory=CleanConfig)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.tokenizer is None:
-            check_vocab_size(self.vocab_size)
+            self.training.check(self.vocab_size)
         if is_uri(self.output):
             raise ValueError(f"output is {self.output!r}; give a directory on storage that all nodes share")
         if printable(self.output, limit=len(self.output)) != self.output:
@@ -85,32 +89,45 @@ class PrepareConfig(RedactedRepr):
 
     def sources(self) -> list[NamedSource]:
         """Return the sources with their names. Raises SourceError for a name that is given twice."""
-        if not self.source:
-            raise SourceError("source is empty; give 'builtin', a file, a folder, a glob or a URI")
-        found = [named_source(given) for given in self.source]
-        name, count = Counter(source.name for source in found).most_common(1)[0]
-        if count > 1:
-            raise SourceError(
-                f"{count} sources are named {name}; each must have a name of its own; write --source NAME=WHERE"
-            )
-        return found
+        return named_sources(self.source)
 
     def weights(self) -> dict[str, float] | None:
         """Return source -> its share of the tokenizer's text, which sum to 1; None if its bytes decide."""
-        names = [source.name for source in self.sources()]
-        if self.tokenizer_weights is None:
-            return None
-        found: dict[str, float] = {}
-        for given in self.tokenizer_weights:
-            name, _, text = given.rpartition("=")
-            share = _share(text)
-            if name not in names or name in found or share is None:
-                raise ValueError(
-                    f"tokenizer_weights is {printable(given)!r}; it must be NAME=SHARE with a positive share, once for "
-                    f"each of {printable(', '.join(names))}"
-                )
-            found[name] = share
-        return {name: share / sum(found.values()) for name, share in found.items()}
+        return shares("tokenizer_weights", self.tokenizer_weights, self.sources())
+
+
+def named_sources(given: Sequence[str]) -> list[NamedSource]:
+    """Return the sources with their names. Raises SourceError for a name that is given twice, and for none."""
+    if not given:
+        raise SourceError("source is empty; give 'builtin', a file, a folder, a glob or a URI")
+    found = [named_source(one) for one in given]
+    name, count = Counter(source.name for source in found).most_common(1)[0]
+    if count > 1:
+        raise SourceError(
+            f"{count} sources are named {name}; each must have a name of its own; write --source NAME=WHERE"
+        )
+    return found
+
+
+def shares(flag: str, given: Sequence[str] | None, sources: Sequence[NamedSource]) -> dict[str, float] | None:
+    """Return source -> share, which sum to 1, from NAME=SHARE; None if none are given.
+
+    Raises ValueError, which names `flag`, for another text and a name that is unknown or given twice.
+    """
+    if given is None:
+        return None
+    names = [source.name for source in sources]
+    found: dict[str, float] = {}
+    for one in given:
+        name, _, text = one.rpartition("=")
+        share = _share(text)
+        if name not in names or name in found or share is None:
+            raise ValueError(
+                f"{flag} is {printable(one)!r}; it must be NAME=SHARE with a positive share, once for each of "
+                f"{printable(', '.join(names))}"
+            )
+        found[name] = share
+    return {name: share / sum(found.values()) for name, share in found.items()}
 
 
 def named_source(given: str) -> NamedSource:

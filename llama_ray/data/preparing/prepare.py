@@ -87,7 +87,7 @@ def _fingerprint(config: PrepareConfig, corpus: Corpus, given: GivenTokenizers) 
     for name in ("source", "output", "overwrite", "workers", "max_bad_records"):
         del settings[name]
     if given.tokenizer is not None:
-        del settings["vocab_size"]
+        del settings["vocab_size"], settings["training"]
     settings["tokenizer"], settings["compare_tokenizer"] = given.identities()
     settings["cleaning"]["decontaminate"] = [_digest(file) for file in config.cleaning.decontaminate]
     content = json.dumps([FORMAT_VERSION, _RULES, settings, corpus.fingerprint], sort_keys=True)

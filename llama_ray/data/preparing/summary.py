@@ -155,8 +155,8 @@ def versions() -> dict[str, str]:
 
 def settings(config: PrepareConfig) -> dict[str, Setting]:
     """Return the flags that decide what a dataset holds, for people."""
-    values = {**asdict(config), **asdict(config.cleaning)}
-    for name in ("cleaning", "source", "output", "overwrite", "workers"):
+    values = {**asdict(config), **asdict(config.cleaning), **asdict(config.training)}
+    for name in ("cleaning", "training", "source", "output", "overwrite", "workers"):
         del values[name]
     return {
         name: printable(", ".join(value) if isinstance(value, (list, tuple)) else value, limit=4096)

@@ -15,6 +15,9 @@ from llama_ray.data.preparing.splits import number_of, split_of
 SAMPLE_BYTES = 100_000_000
 """A tokenizer is trained on at most this much text; more takes long and changes few merges."""
 
+BAD_SAMPLE_FILE = "bad-sample.jsonl"
+"""Lists the bad records of the sample, in the folder WORK of the staging directory."""
+
 _SMALLEST_SHARE = 4 * 1024 * 1024
 """So much is read of a piece, if it is that long, though there are many pieces."""
 
@@ -43,7 +46,7 @@ class TokenizerSample:
         size: int = SAMPLE_BYTES,
     ) -> None:
         self._corpus, self._reading, self._size = corpus, reading, size
-        self._bad_file, self._output = staging / WORK / "bad-sample.jsonl", output
+        self._bad_file, self._output = staging / WORK / BAD_SAMPLE_FILE, output
         self._limit, self._max_bad_records = limit, max_bad_records
         total = max(corpus.size, 1)
         self._shares = shares or {source.source.name: source.size / total for source in corpus.sources}

@@ -79,7 +79,7 @@ def _train(config: PrepareConfig, sample: Iterable[str], log: Log) -> Tokenizer:
 
     log(f"training a tokenizer of {config.vocab_size:,} entries")
     started = time.monotonic()
-    tokenizer = Tokenizer.train(counted(), config.vocab_size)
+    tokenizer = Tokenizer.train(counted(), config.vocab_size, config.training)
     fewer = "" if tokenizer.vocab_size == config.vocab_size else "; the text gives no more"
     log(
         f"tokenizer: {tokenizer.vocab_size:,} entries from {size / 1e6:.1f} MB in "

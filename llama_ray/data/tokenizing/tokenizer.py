@@ -256,11 +256,6 @@ class Tokenizer:
         return None if id is None else self._backend.id_to_token(id)
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Raise TokenizerError unless `Tokenizer.train` can make a vocabulary of `vocab_size` entries."""
-    TrainingOptions().check(vocab_size)
-
-
 def _checked(id: int | None, name: str) -> int:
     if id is None:
         raise TokenizerError(f"this tokenizer has no {name}; name one in its {CONFIG_FILE}")

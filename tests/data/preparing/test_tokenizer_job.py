@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_ray.data.preparing.tokenizer_job import TrainTokenizerConfig, train_tokenizer
+from llama_ray.data.tokenizing.errors import TokenizerError
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.training import TrainingOptions
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    """Two sources of the same size, one of letters and one of digits."""
+    for name, line in (("letters", "abcdefgh ijklmnop"), ("digits", "123 456 789 123 4")):
+        lines = [json.dumps({"text": f"{line} {number % 7}"}) for number in range(600)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return [f"{name}={tmp_path / name}.jsonl" for name in ("letters", "digits")]
+
+
+def config(sources: list[str], output: Path, **options: object) -> TrainTokenizerConfig:
+    values = {"source": sources, "output": str(output), "vocab_size": 270} | options
+    return TrainTokenizerConfig(**values)
+
+
+def test_weights_decide_which_texts_the_vocabulary_is_for(tmp_path: Path, sources: list[str]) -> None:
+    lines: list[str] = []
+    of_letters = train_tokenizer(
+        config(sources, tmp_path / "a", weights=["letters=9", "digits=1"], sample_characters=8000),
+        lines.append,
+    )
+    of_digits = train_tokenizer(
+        config(sources, tmp_path / "b", weights=["letters=0.1", "digits=0.9"], sample_characters=8000),
+        lambda line: None,
+    )
+    assert Tokenizer.load(tmp_path / "a").fingerprint == of_letters.fingerprint
+    assert len(of_letters.encode("abcdefgh")) < len(of_digits.encode("abcdefgh"))
+    assert len(of_digits.encode("123 456 789")) < len(of_letters.encode("123 456 789"))
+    assert any("270 entries from 0.0 MB" in line for line in lines)
+
+
+def test_the_same_text_gives_the_same_bytes(tmp_path: Path, sources: list[str]) -> None:
+    for name in ("a", "b"):
+        train_tokenizer(config(sources, tmp_path / name, sample_characters=6000), lambda line: None)
+    one, two = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("a", "b"))
+    assert one == two
+
+
+def test_tokenizers_are_compared_on_texts_that_were_held_out(tmp_path: Path, sources: list[str]) -> None:
+    train_tokenizer(config(sources, tmp_path / "a"), lambda line: None)
+    lines: list[str] = []
+    options = TrainingOptions(split_digits=1)
+    train_tokenizer(
+        config(sources, tmp_path / "b", compare=[str(tmp_path / "a")], training=options), lines.append
+    )
+    header, this, other = lines[-3:]
+    assert header.split()[0] == "tokenizer"
+    assert this.startswith("this one ")
+    assert other.startswith(str(tmp_path)[:20])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"weights": ["letters=1", "words=1"]},
+            "weights is 'words=1'; it must be NAME=SHARE with a positive share",
+        ),
+        ({"weights": ["letters=0"]}, "weights is 'letters=0'; it must be NAME=SHARE"),
+        ({"vocab_size": 257}, "vocab_size is 257; it must be at least 258"),
+        ({"sample_characters": 0}, "sample_characters is 0; it must be at least 1"),
+        ({"compare": ["/nowhere"]}, "no tokenizer at /nowhere"),
+        ({"text_field": "body"}, "letters.jsonl:1: no field 'body'"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    tmp_path: Path, sources: list[str], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises((TokenizerError, ValueError)) as error:
+        train_tokenizer(config(sources, tmp_path / "out", **options), lambda line: None)
+    assert message in str(error.value)
+
+
+def test_a_tokenizer_is_replaced_only_if_asked_for(tmp_path: Path, sources: list[str]) -> None:
+    output = tmp_path / "out"
+    train_tokenizer(config(sources, output), lambda line: None)
+    with pytest.raises(ValueError, match="holds a tokenizer; choose another output, or give --overwrite"):
+        train_tokenizer(config(sources, output), lambda line: None)
+    train_tokenizer(config(sources, output, overwrite=True, vocab_size=260), lambda line: None)
+    assert Tokenizer.load(output).vocab_size == 260
+
+
+def test_bad_records_within_the_limit_are_told(tmp_path: Path, sources: list[str]) -> None:
+    with (tmp_path / "letters.jsonl").open("a") as file:
+        file.write("\n{")
+    lines: list[str] = []
+    train_tokenizer(config(sources, tmp_path / "out", max_bad_records=1), lines.append)
+    assert "left out 1 bad records, which bad_records.jsonl lists" in lines
+    (bad,) = map(json.loads, (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines())
+    assert bad["record"] == "letters.jsonl:601"

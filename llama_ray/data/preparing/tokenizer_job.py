@@ -130,9 +130,9 @@ def train_tokenizer(config: TrainTokenizerConfig, log: Log = print) -> Tokenizer
 
 def _keep_bad_records(file: Path, output: Path, log: Log) -> None:
     if file.exists():
-        content = file.read_bytes()
-        write_text(output / BAD_RECORDS_FILE, content.decode())
-        log(f"left out {content.count(b'\n'):,} bad records, which {BAD_RECORDS_FILE} lists")
+        content = file.read_text(encoding="utf-8")
+        write_text(output / BAD_RECORDS_FILE, content)
+        log(f"left out {len(content.splitlines()):,} bad records, which {BAD_RECORDS_FILE} lists")
 
 
 class _HeldOut:

@@ -1,13 +1,15 @@
 """The words of a text, as arrays: where they are, what they are made of, and a hash of each.
 
-A word is what stands between white space once punctuation is taken off its ends, one character at a time; inside of it
-punctuation stays (3.14, foo(bar), but for - / , : < > and = between two letters, which are words, and an apostrophe
-between two letters, which begins one (it 's). A run of full stops is a word, and so is each ideograph and each
-hiragana. For English this is close to spaCy's rules; docs/data.md says where verdicts differ.
+A word is what stands between white space once punctuation is taken off its ends, one character at a time. Inside of it
+punctuation stays (3.14, foo(bar), https://a-b.c), but - / , : < > and = between two letters are words and divide it,
+unless it begins as an address, and an apostrophe between two letters begins a word (it 's). A run of full stops is a
+word, and so is each ideograph and each hiragana. For English this is close to spaCy's rules; docs/data.md says how far
+verdicts differ.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -29,6 +31,7 @@ from llama_ray.data.cleaning.characters import (
 )
 from llama_ray.utils.integers import splitmix64
 
+_ADDRESS, _SCHEME = re.compile(r"://\S+"), re.compile(r"[^\w\s]*\w+")
 _BLOCK = 1 << 18
 """Characters that are worked on at once, which bounds memory: a text may be long."""
 _BASE = 0x9FB21C651E98DF25
@@ -106,7 +109,7 @@ def _words(text: str, table: NDArray[np.uint8]) -> Words:
         empty = np.zeros(0, np.int64)
         return Words(empty, empty, empty.astype(np.uint64), empty.astype(np.bool_), empty.astype(np.bool_))
     kinds = table.take(codes)
-    starts = np.flatnonzero(_boundaries(codes, kinds))
+    starts = np.flatnonzero(_boundaries(text, codes, kinds))
     powers, inverses = _powers()
     # The hash is a polynomial modulo 2^64, whose first power is that of the word's place in the block.
     hashes = np.add.reduceat(codes * powers[: len(codes)], starts) * inverses[starts]
@@ -123,7 +126,7 @@ def _words(text: str, table: NDArray[np.uint8]) -> Words:
     )
 
 
-def _boundaries(codes: NDArray[np.uint32], kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _boundaries(text: str, codes: NDArray[np.uint32], kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Return where a word or a run of white space begins."""
     boundaries = np.ones(len(codes), np.bool_)
     both = kinds[1:] & kinds[:-1]
@@ -133,9 +136,23 @@ def _boundaries(codes: NDArray[np.uint32], kinds: NDArray[np.uint8]) -> NDArray[
     _keep_inner_edges(kinds, boundaries)
     between = np.flatnonzero(kinds[1:-1] & (SPLIT | APOSTROPHE)) + 1
     between = between[kinds[between - 1] & kinds[between + 1] & ALPHABETIC != 0]
+    if "://" in text:
+        between = between[~_in_addresses(text, between)]
     boundaries[between] = True
     boundaries[between[kinds[between] & SPLIT != 0] + 1] = True
     return boundaries
+
+
+def _in_addresses(text: str, places: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Say which of these places are in a word that begins as an address."""
+    inside = np.zeros(len(places), np.bool_)
+    for address in _ADDRESS.finditer(text):
+        # A scheme is short.
+        before = text[max(address.start() - 40, 0) : address.start()].split(None)
+        if before and _SCHEME.fullmatch(before[-1]):
+            start, stop = np.searchsorted(places, address.span())
+            inside[start:stop] = True
+    return inside
 
 
 def _keep_inner_edges(kinds: NDArray[np.uint8], boundaries: NDArray[np.bool_]) -> None:

@@ -22,6 +22,7 @@ def words_of(text, punctuation=True):
         ("3.14 1,000 U.S. file.py", ["3.14", "1,000", "U.S", ".", "file.py"]),
         ("well-known and/or a=b", ["well", "-", "known", "and", "/", "or", "a", "=", "b"]),
         ("foo(bar) x_1 a@b.c", ["foo(bar", ")", "x_1", "a@b.c"]),
+        ("(https://a-b.c/d-e?f=g) h-i", ["(", "https://a-b.c/d-e?f=g", ")", "h", "-", "i"]),
         ("wait... ... -- ####", ["wait", "...", "...", "--", "#", "#", "#", "#"]),
         ("你好 ひら カタ", ["你", "好", "ひ", "ら", "カタ"]),
         ("cafe\u0301 हिन्दी", ["cafe\u0301", "हिन्दी"]),

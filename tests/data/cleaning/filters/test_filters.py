@@ -52,6 +52,15 @@ def test_repeated_runs_are_counted_from_left_to_right(letters, n):
         assert rule != f"duplicated_{n}_n_grams"
 
 
+@pytest.mark.parametrize(
+    "text", ["a. " * 10**5, "." + " " * 10**6 + ".", ". " * 10**5, '?"' * 10**5, "[1" * 10**5, "://" * 10**5]
+)
+def test_no_text_takes_a_time_that_grows_with_the_square_of_its_length(text):
+    # Each of these takes a fraction of a second; minutes, if it were so.
+    for name in FILTERS:
+        FILTERS[name](Reading(text))
+
+
 def test_c4_takes_lines_out_of_a_text():
     text = "\n".join(
         [

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from llama_ray.data.records.reading import Reading, Text
 from llama_ray.data.records.text import BYTE_ORDER_MARK, NotTextError, text_of_bytes
 from llama_ray.data.sources.blocks import DamagedError
-from llama_ray.data.sources.files import BUILTIN
 
 LINE_END = b"\n"
 
@@ -38,9 +37,7 @@ def documents(
                 )
             except NotTextError as error:
                 place = f":{line + content.count(LINE_END, 0, error.offset)}"
-                # The standard library has files in other encodings, on purpose.
-                unit = "file" if reading.file.root == BUILTIN else "document"
-                reading.bad(error.reason, place if whole else offset + error.offset, unit)
+                reading.bad(error.reason, place if whole else offset + error.offset, "document")
             if whole:
                 line += content.count(LINE_END)
     except DamagedError as error:

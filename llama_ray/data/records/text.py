@@ -15,6 +15,8 @@ from llama_ray.data.sources.left_out import (
     TOO_DEEP,
 )
 
+_SPACE = " \t\r\n"
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -47,12 +49,15 @@ def text_of_line(line: bytes, fields: TextFields) -> str:
 
 def text_of_json(content: str, fields: TextFields) -> str:
     """Return the text of a JSON object. Raises NotTextError."""
+    content = content.strip(_SPACE)
     try:
-        record = DECODER.decode(content)
+        record, end = DECODER.raw_decode(content)
     except RecursionError as error:
         raise NotTextError(TOO_DEEP) from error
     except ValueError as error:
         raise NotTextError(NOT_JSON) from error
+    if end < len(content):
+        raise NotTextError(NOT_JSON)
     return text_of_record(record, fields)
 
 

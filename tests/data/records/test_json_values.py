@@ -99,7 +99,7 @@ def test_a_record_that_is_too_long_is_left_out_without_being_loaded(tmp_path: Pa
         tracemalloc.stop()
     assert result == (
         ["good", "good"],
-        ["left out 1 record (a.json:1): longer than a record may be; see max_record_bytes"],
+        ["left out 1 record (a.json:1): longer than a record may be (64 MiB); cut them into several"],
     )
 
 

@@ -73,7 +73,7 @@ def test_a_line_that_is_too_long_is_left_out_without_being_loaded(tmp_path: Path
         tracemalloc.stop()
     assert result == (
         ["good", "good", "good"],
-        ["left out 1 record (a.jsonl:2): longer than a record may be; see max_record_bytes"],
+        ["left out 1 record (a.jsonl:2): longer than a record may be (64 MiB); cut them into several"],
     )
 
 

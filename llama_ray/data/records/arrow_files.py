@@ -36,10 +36,16 @@ class _Watched(io.RawIOBase):
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        position = stream.tell()
+        stream.seek(0, io.SEEK_END)
+        self._size = stream.tell()
+        stream.seek(position)
 
     def read(self, size: int = -1) -> bytes:
+        # Damaged data may ask for more than there is memory.
+        left = max(self._size - self.tell(), 0)
         try:
-            content: bytes = self._stream.read(size) if size >= 0 else self._stream.read()
+            content: bytes = self._stream.read(min(size, left) if size >= 0 else left)
         except OSError as error:
             raise StorageFailureError from error
         return content

@@ -51,7 +51,7 @@ class HttpFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self._url = url
         self.remote = look_up(url)
-        self._position = 0
+        self._position = self._answer_position = 0
         self._answer: Any = None
 
     def readable(self) -> bool:
@@ -72,7 +72,6 @@ class HttpFile(io.RawIOBase):
         if base + offset != self._position:
             if not self.remote.ranges:
                 raise io.UnsupportedOperation(f"the server of {printable(self._url)} has no ranges")
-            self._disconnect()
             self._position = base + offset
         return self._position
 
@@ -105,12 +104,16 @@ class HttpFile(io.RawIOBase):
         for tries in range(_TRIES):
             if self.remote.ranges and self._position >= self.remote.size:
                 return b""
+            if self._answer_position != self._position:
+                self._disconnect()
             try:
                 if self._answer is None:
+                    self._answer_position = self._position
                     self._answer = _open(self._url, self._range())
                 content: bytes = self._answer.read(size)
                 if content or not self._is_short():
                     self._position += len(content)
+                    self._answer_position = self._position
                     return content
                 raise OSError("the connection ended too early")
             except (OSError, http.client.HTTPException) as error:

@@ -105,7 +105,7 @@ def test_only_bad_rows_are_left_out_and_named(tmp_path: Path, write: Write) -> N
         f"left out 1 record ({name} row 3): field 'text' is null",
         f"left out 1 record ({name} row 4): empty",
         f"left out 1 record ({name} row 5): NUL characters in them, as in binary files and UTF-16",
-        f"left out 1 record ({name} row 6): longer than a record may be",
+        f"left out 1 record ({name} row 6): longer than a record may be (64 MiB)",
     ]
 
 

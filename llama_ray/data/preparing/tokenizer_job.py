@@ -132,7 +132,8 @@ def _keep_bad_records(file: Path, output: Path, log: Log) -> None:
     if file.exists():
         content = file.read_text(encoding="utf-8")
         write_text(output / BAD_RECORDS_FILE, content)
-        log(f"left out {len(content.splitlines()):,} bad records, which {BAD_RECORDS_FILE} lists")
+        count = content.count("\n")
+        log(f"left out {count:,} bad records, which {BAD_RECORDS_FILE} lists")
 
 
 class _HeldOut:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from llama_ray.data.tokenizing.fast import FastBackend, Unsupported
 from llama_ray.data.tokenizing.hostile_texts import hostile_texts, vocabulary_texts
+from llama_ray.data.tokenizing.long_texts import PART_CHARACTERS, can_be_cut, parts
 from llama_ray.data.tokenizing.tokenizer import Tokenizer, check_characters
 from llama_ray.utils.errors import printable
 
@@ -40,6 +41,7 @@ class DocumentEncoder:
         """Raise TokenizerError for a tokenizer without bos or eos, and Unsupported for one that is not for `fast`."""
         self._tokenizer = tokenizer
         self._border = tokenizer.border_ids()
+        self._can_cut = can_be_cut(tokenizer.to_json())
         self._fast = FastBackend(tokenizer.to_json()) if fast else None
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -61,6 +63,11 @@ class DocumentEncoder:
         return flat, lengths
 
     def _ids(self, text: str) -> Sequence[int] | NDArray[np.uint32]:
+        if len(text) <= PART_CHARACTERS or not self._can_cut:
+            return self._ids_of_part(text)
+        return np.concatenate([np.asarray(self._ids_of_part(part), np.uint32) for part in parts(text)])
+
+    def _ids_of_part(self, text: str) -> Sequence[int] | NDArray[np.uint32]:
         if self._fast is not None:
             check_characters(text)
             ids = self._fast.encode(text)

@@ -55,9 +55,8 @@ def test_a_tokenizer_without_bos_or_eos_has_no_documents() -> None:
         DocumentEncoder(word_piece())
 
 
-@KINDS
-def test_gigatoken_is_chosen_where_it_gives_the_same_ids(tokenizer: Tokenizer) -> None:
-    choice = choose_encoder(tokenizer, ENOUGH, sample_bytes=1000)
+def test_gigatoken_is_chosen_where_it_gives_the_same_ids() -> None:
+    choice = choose_encoder(OURS, ENOUGH, sample_bytes=1000)
     assert choice.fast
     assert choice.name.startswith("gigatoken ")
 
@@ -130,3 +129,12 @@ def test_characters_that_only_gigatoken_knows_are_encoded_by_tokenizers() -> Non
     backend = FastBackend(OURS.to_json())
     assert all(backend.encode(f"a{new}b") is None for new in "\u088f\ua7ce\U000323b0")
     assert all(backend.encode(f"a{old}b") is not None for old in ("’", "हिन्दी", "한국어", "👩\u200d👧"))
+
+
+def test_a_long_text_is_encoded_in_parts_with_the_same_ids() -> None:
+    """A character that only `tokenizers` encodes is in one of them."""
+    text = "def add(a, b):\n    return a + b\nprint(add(1, 2))\n" * 23_000 + "\ua7ce"
+    ids, (length,) = DocumentEncoder(OURS, fast=True).encode([text])
+    assert len(text) > 2**20
+    assert length == len(ids)
+    assert ids.tolist() == OURS.encode(text, bos=True, eos=True)

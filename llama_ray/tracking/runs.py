@@ -30,6 +30,7 @@ from mlflow.utils.validation import (
     MAX_PARAMS_TAGS_PER_BATCH,
 )
 
+from llama_ray.storage.paths import is_uri
 from llama_ray.tracking.errors import TrackingError, reported
 from llama_ray.tracking.figures import loss_curve
 from llama_ray.tracking.uri import artifact_location, connect, tracking_uri, without_user
@@ -168,7 +169,7 @@ class Run:
         dataset = Dataset(
             redact(name)[:MAX_DATASET_NAME_SIZE],
             fingerprint[:_DIGEST_CHARACTERS],
-            "local",
+            source.partition("://")[0] if is_uri(source) else "local",
             json.dumps({"uri": redact(source)}),
             profile=json.dumps(dict(sizes)),
         )

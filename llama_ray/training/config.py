@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES
 from llama_ray.data.mixtures.stages import Stage
 from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.utils.fields import check_fields, limits
@@ -60,6 +61,8 @@ class TrainConfig:
             selective (every second matrix product, and everything that is cheap), or full (whole blocks).
         document_mask: Whether positions see their own document only, of which a row may hold many; by default where
             the data know their documents, as all data do that are prepared today.
+        data_cache_bytes: Bytes of the shards of data in object stores that a machine keeps in ~/.cache/llama_ray/data,
+            for all its workers; 0 fetches everything each time it is needed.
         log_every: Steps between two logged points.
         validate_every: Steps between two validations; by default one epoch. The last step always validates.
         validation_batches: Batches per validation, over all workers; 0 means the whole split.
@@ -102,6 +105,7 @@ class TrainConfig:
     fsdp_size: int = field(default=0, metadata=limits(0))
     activation_checkpointing: ActivationCheckpointing = "none"
     document_mask: bool | None = None
+    data_cache_bytes: int = field(default=DEFAULT_CACHE_BYTES, metadata=limits(0, 2**63 - 1))
     log_every: int = field(default=10, metadata=limits(1))
     validate_every: int | None = field(default=None, metadata=limits(1))
     validation_batches: int = field(default=50, metadata=limits(0))

@@ -84,7 +84,7 @@ def prepare_run(
         description="; ".join(filter(None, (layout.reason, compile_reason, batch_change))),
         seq_len=seq_len,
         loader=loader,
-        validation=open_mixture(sources, "validation"),
+        validation=open_mixture(sources, "validation", cache_bytes=config.data_cache_bytes),
         stepper=stepper,
         progress=progress,
         skipped_steps=SkippedSteps(progress.skipped_steps, progress.skipped_in_a_row, device),
@@ -104,7 +104,7 @@ def _layout(model_config: LlamaConfig, config: TrainConfig, device: torch.device
 
 def _loader(config: TrainConfig, sources: Sequence[DataSource], layout: Layout, seq_len: int) -> Loader:
     return Loader(
-        open_mixture(sources, "train"),
+        open_mixture(sources, "train", cache_bytes=config.data_cache_bytes),
         seq_len=seq_len,
         batch_size=config.batch_size,
         rank=layout.data_rank,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -53,6 +54,16 @@ def test_a_run_shows_the_data_it_was_trained_on(new_run: Callable[..., Run]) -> 
     assert "/data/books" in shown.dataset.source
     assert "9" in shown.dataset.profile
     assert [(tag.key, tag.value) for tag in shown.tags] == [("mlflow.data.context", "training")]
+
+
+def test_data_in_an_object_store_are_shown_as_such(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run.log_dataset("books", fingerprint="f", source="s3://key:hidden@bucket/books", sizes={})
+    [shown] = MlflowClient(run.uri).get_run(run.run_id).inputs.dataset_inputs
+    assert (shown.dataset.source_type, json.loads(shown.dataset.source)) == (
+        "s3",
+        {"uri": "s3://***@bucket/books"},
+    )
 
 
 def test_no_global_state_is_left(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llama_ray.data.dataset.info import DatasetInfo
-from llama_ray.data.dataset.locations import dataset_info, load_tokenizer
+from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES, dataset_info, load_tokenizer
 from llama_ray.data.dataset.shards import DatasetError
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.mixture import Mixture
@@ -13,12 +13,21 @@ from llama_ray.data.mixtures.sources import DataSource, weights
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 
 
-def open_mixture(sources: Sequence[DataSource], split: str, *, documents: bool = False) -> Mixture:
-    """Open the split of all sources; for `documents` see `TokenDataset.windows`.
+def open_mixture(
+    sources: Sequence[DataSource],
+    split: str,
+    *,
+    documents: bool = False,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> Mixture:
+    """Open the split of all sources; for `documents` see `TokenDataset.windows`, for `cache_bytes` see `open_files`.
 
     Raises DatasetError or StorageError for one that is missing or damaged, or has no shard of its label.
     """
-    datasets = {source.name: TokenDataset(source.location, split, source.label) for source in sources}
+    datasets = {
+        source.name: TokenDataset(source.location, split, source.label, cache_bytes=cache_bytes)
+        for source in sources
+    }
     return Mixture(datasets, weights(sources), documents=documents)
 
 

@@ -68,7 +68,8 @@ def prepare_run(
     llama = Llama(model_config, device="meta")
     model = parallelize(llama, config, layout, device, compile_blocks=compile_blocks)
     optimizer = build_optimizer(model, config)
-    stepper = Stepper(model, optimizer, config, device=device, layout=layout)
+    num_sources = len(sources) if len(sources) > 1 else 0
+    stepper = Stepper(model, optimizer, config, device=device, layout=layout, num_sources=num_sources)
     if resume_from is not None:
         load_state(resume_from, llama, optimizer, rank(), world_size())
         stepper.scaler.load_state_dict(progress.scaler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,8 @@ class TrainingRun:
                 "memory/peak_bytes": peak_memory_bytes(self.stepper.device),
                 "progress/tokens": self.progress.tokens,
                 "progress/epoch": epoch,
+                **self._by_source("loss/train", result.source_losses.tolist()),
+                **self._by_source("progress/epoch", self._epochs_of_sources()),
             },
         )
 
@@ -175,10 +178,26 @@ class TrainingRun:
             layout.data_world,
             self.config.validation_batches or None,
         )
-        loss = self.stepper.validate(batches)
-        self.progress.validation_loss, self.progress.validation_step = loss, step
-        metrics = {"loss/validation": loss, "validation/perplexity": perplexity(loss)}
+        found = self.stepper.validate(batches)
+        self.progress.validation_loss, self.progress.validation_step = found.loss, step
+        metrics = {
+            "loss/validation": found.loss,
+            "validation/perplexity": perplexity(found.loss),
+            **self._by_source("loss/validation", found.source_losses),
+        }
         self.observer.validated(step, metrics, gather_model(self.stepper.model))
+
+    def _by_source(self, metric: str, values: Iterable[float]) -> dict[str, float]:
+        """Return `metric/SOURCE` for each source of a mixture; one without a target in a step has no loss."""
+        names = self.loader.mixture.names
+        if len(names) == 1:
+            return {}
+        return {
+            f"{metric}/{name}": value for name, value in zip(names, values, strict=True) if value == value
+        }
+
+    def _epochs_of_sources(self) -> list[float]:
+        return list(self.loader.epochs_by_source(self.loader.position).values())
 
     def _save(self) -> None:
         self.progress.loader = self.loader.state_dict()

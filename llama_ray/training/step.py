@@ -26,17 +26,27 @@ from llama_ray.training.precision import DTYPES
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars that stay on the device until they are read, so that a step does not wait for the device.
+    """Tensors that stay on the device until they are read, so that a step does not wait for the device.
 
     They are the same on every worker. `loss` (nats per token, without z-loss) and `tokens` (targets) are those of the
     global batch, `grad_norm` is the norm of its gradient before clipping. `skipped` is true if the loss or the gradient
-    was not finite; the weights and the optimizer's state are then unchanged.
+    was not finite; the weights and the optimizer's state are then unchanged. All are scalars but `source_losses`, the
+    loss of each source of a mixture: NaN for one without targets in this step, and empty without a mixture.
     """
 
     loss: Tensor
     tokens: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    source_losses: Tensor
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean losses in nats per token: over all targets, and over those of each source of a mixture, else empty."""
+
+    loss: float
+    source_losses: tuple[float, ...]
 
 
 class Stepper:
@@ -53,9 +63,12 @@ class Stepper:
         *,
         device: torch.device,
         layout: Layout = SINGLE_WORKER,
+        num_sources: int = 0,
     ) -> None:
+        """With `num_sources`, the losses of so many sources are told apart; batches must have `sources` then."""
         self.model, self.optimizer, self.config = model, optimizer, config
         self.device, self.layout = device, layout
+        self.num_sources = num_sources
         # fp16 gradients of small losses underflow; bf16 has the range of fp32 and needs no scaling.
         self.scaler = LossScaler(device, enabled=config.precision == "fp16")
         if device.type == "cpu":
@@ -69,30 +82,46 @@ class Stepper:
         global batch is split into workers and micro-steps changes the update by rounding only.
         """
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = self.layout.sum(torch.stack([(b.targets != IGNORE_INDEX).sum() for b in batches]).sum())
-        scale = self.scaler.scale * self.layout.data_world / tokens.clamp(min=1)
-        loss_sum = torch.zeros((), device=self.device)
+        tokens = self.layout.sum(torch.stack([self._targets(batch) for batch in batches]).sum(0))
+        scale = self.scaler.scale * self.layout.data_world / tokens[0].clamp(min=1)
+        sums = torch.zeros(1 + self.num_sources, device=self.device)
         options = {"scale": scale, "z_loss": self.config.z_loss}
         for i, (batch, given) in enumerate(zip(batches, micro_batches, strict=True)):
             with micro_step(self.model, last=i == len(batches) - 1):
                 loss = self._loss(self.model, batch, self._attend(given), **options)
-                objective, cross_entropy = loss.unbind()
+                objective, *cross_entropies = loss.unbind()
                 torch.autograd.backward(objective * scale)
-            loss_sum += cross_entropy.detach()
-        return self._update(loss_sum, tokens)
+            sums += torch.stack(cross_entropies).detach()
+        return self._update(sums, tokens)
 
     @torch.no_grad()
-    def validate(self, batches: Iterable[Batch]) -> float:
-        """Return the mean loss, in nats per token, over the batches of all workers, which may have unequal numbers."""
+    def validate(self, batches: Iterable[Batch]) -> Validation:
+        """Return the mean losses over the batches of all workers, which may have unequal numbers."""
         # Without gradients DDP's forward pass is not needed; FSDP's is, because it gathers the weights.
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(2, 1 + self.num_sources, dtype=torch.float64, device=self.device)
         for given in self._in_lockstep(batches) if self.layout.sharded else batches:
             attend, batch = self._attend(given), given.to(self.device)
-            total[0] += self._loss(model, batch, attend)[1]
-            total[1] += (batch.targets != IGNORE_INDEX).sum()
+            total[0] += self._loss(model, batch, attend)[1:]
+            total[1] += self._targets(batch)
         self.layout.sum(total)
-        return (total[0] / total[1]).item()
+        loss, *of_sources = (total[0] / total[1]).tolist()
+        return Validation(loss, tuple(of_sources))
+
+    def _targets(self, batch: Batch) -> Tensor:
+        """Return the number of targets of `batch`, and that of each source: int64 [1 + sources]."""
+        of_rows = (batch.targets != IGNORE_INDEX).sum(1)
+        groups = self._sources(batch)
+        if groups is None:
+            return of_rows.sum(0, keepdim=True)
+        return torch.cat((of_rows.sum(0, keepdim=True), (groups * of_rows.unsqueeze(1)).sum(0)))
+
+    def _sources(self, batch: Batch) -> Tensor | None:
+        """Return int64 [batch, sources] with a 1 for the source of each row; None without a mixture."""
+        if not self.num_sources:
+            return None
+        assert batch.sources is not None
+        return nn.functional.one_hot(batch.sources, self.num_sources)
 
     def _attend(self, batch: Batch) -> DocumentAttention | None:
         """Return the attention within the documents of `batch`, which is not on the device yet; None: causal."""
@@ -103,9 +132,13 @@ class Stepper:
     def _loss(
         self, model: nn.Module, batch: Batch, attend: DocumentAttention | None, **options: Any
     ) -> Tensor:
-        """Return `head_loss` of `batch`."""
+        """Return `head_loss` of `batch`: objective, cross-entropy, and the cross-entropy of each source."""
+        sources = self._sources(batch)
+        groups = None if sources is None else sources.float()
         with self._autocast():
-            loss: Tensor = model(batch.inputs, batch.positions, attend, targets=batch.targets, **options)
+            loss: Tensor = model(
+                batch.inputs, batch.positions, attend, targets=batch.targets, groups=groups, **options
+            )
         return loss
 
     def _in_lockstep(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -122,14 +155,19 @@ class Stepper:
             if batch is None:
                 if filler is None:
                     length = self.config.seq_len or self.layout.tensor
-                    filler = Batch(*(torch.zeros(1, length, dtype=torch.int64),) * 2)
+                    nothing = torch.zeros(1, length, dtype=torch.int64)
+                    filler = Batch(nothing, nothing, sources=torch.zeros(1, dtype=torch.int64))
                 batch = replace(filler, targets=torch.full_like(filler.targets, IGNORE_INDEX))
             else:
                 filler = batch
             yield batch
 
-    def _update(self, loss_sum: Tensor, tokens: Tensor) -> StepResult:
-        """Clip, apply and clear the gradients; do not apply them if the loss or the gradient is not finite."""
+    def _update(self, sums: Tensor, tokens: Tensor) -> StepResult:
+        """Clip, apply and clear the gradients; do not apply them if the loss or the gradient is not finite.
+
+        `sums` [1 + sources] are this worker's summed losses of all targets and of those of each source, `tokens` the
+        numbers of these targets on all workers.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             gradient = parameter.grad
@@ -139,9 +177,9 @@ class Stepper:
         gradients = [p.grad for p in parameters if p.grad is not None]
         grad_norm = whole_tensor(nn.utils.get_total_norm(gradients, foreach=True)) / self.scaler.scale
         # If one worker skips the step all must, or their weights would differ from then on.
-        shared = torch.stack((loss_sum.double(), (~(loss_sum + grad_norm).isfinite()).double()))
-        loss, broken = self.layout.sum(shared).unbind()
-        skipped = broken > 0
+        broken = ~(sums[:1] + grad_norm).isfinite()
+        shared = self.layout.sum(torch.cat((sums.double(), broken.double())))
+        skipped = shared[-1] > 0
         # Each worker sums the sharded gradients in another order. Clipped by norms that differ in the last bit, the
         # replicas of a weight would drift apart.
         grad_norm = self.layout.max(grad_norm)
@@ -153,7 +191,8 @@ class Stepper:
         del self.optimizer.found_inf, self.optimizer.grad_scale  # type: ignore[attr-defined]
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(~skipped)
-        return StepResult(loss / tokens.clamp(min=1), tokens, grad_norm, skipped)
+        loss = shared[0] / tokens[0].clamp(min=1)
+        return StepResult(loss, tokens[0], grad_norm, skipped, shared[1:-1] / tokens[1:])
 
     def _divisor(self, grad_norm: Tensor) -> Tensor | None:
         """Return the divisor of the gradients: the loss scale, times norm / max_grad_norm where that is above 1."""

@@ -192,6 +192,30 @@ def test_validation_weighs_batches_by_their_tokens(tiny: LlamaConfig) -> None:
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     whole = stepper.validate([Batch(inputs, targets)])
     halves = [Batch(inputs[:1], targets[:1]), Batch(inputs[1:], targets[1:])]
-    assert stepper.validate(halves) == pytest.approx(whole)
+    assert stepper.validate(halves).loss == pytest.approx(whole.loss)
+    assert whole.source_losses == ()
     with torch.no_grad():
-        assert whole == pytest.approx((cross_entropy_sum(stepper.model(inputs), targets) / 160).item())
+        assert whole.loss == pytest.approx((cross_entropy_sum(stepper.model(inputs), targets) / 160).item())
+
+
+def test_the_loss_of_a_source_is_that_of_its_rows_alone(tiny: LlamaConfig) -> None:
+    """Also if its rows are in several micro-batches; a source without a target has none."""
+    model = Llama(tiny)
+    config = TrainConfig(precision="fp32", z_loss=0.1, learning_rate=1e-3)
+    stepper = Stepper(model, build_optimizer(model, config), config, device=CPU, num_sources=3)
+    whole = batch_of(tiny, 4)
+    inputs, targets, sources = whole.inputs, whole.targets.clone(), torch.tensor([2, 0, 2, 0])
+    targets[2, 5:] = IGNORE_INDEX
+    with torch.no_grad():
+        logits = model(inputs)
+        expected = [
+            (cross_entropy_sum(logits[rows], targets[rows]) / (targets[rows] != IGNORE_INDEX).sum()).item()
+            for rows in (sources == 0, sources == 2)
+        ]
+    halves = [Batch(inputs[rows], targets[rows], sources=sources[rows]) for rows in ([0, 1], [2, 3])]
+    validation = stepper.validate(halves)
+    result = stepper.step(halves)
+    for found in (list(validation.source_losses), result.source_losses.tolist()):
+        assert found[1] != found[1]
+        assert [found[0], found[2]] == pytest.approx(expected, abs=1e-5)
+    assert result.loss.item() == pytest.approx(validation.loss, abs=1e-5)

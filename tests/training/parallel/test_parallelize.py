@@ -28,11 +28,12 @@ from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import choose_layout
 from llama_ray.training.parallel.parallelize import gather_model, parallelize
 from llama_ray.training.parallel.process_group import rank, world_size
-from llama_ray.training.step import Stepper
+from llama_ray.training.step import Stepper, Validation
 from tests.training.helpers import DDP, FSDP, HSDP, MUON, TP, Settings, in_processes
 
 CPU = torch.device("cpu")
 STEPS, SEQUENCES, MICRO_STEPS, LENGTH = 5, 8, 2, 32
+SOURCES = 2
 FP32_TOLERANCE = 1e-4
 """Nats per token after five steps at a high rate; differences that were seen are below 2e-5."""
 BF16_TOLERANCE = 2e-3
@@ -75,8 +76,9 @@ class Run:
     """What one worker saw of a run."""
 
     losses: list[float]
+    source_losses: list[list[float]]
     norms: list[float]
-    validation: float
+    validation: Validation
     first_weights: dict[str, np.ndarray]
     """Of the gathered model; empty on a worker that gets none."""
     last_weights: dict[str, np.ndarray]
@@ -107,7 +109,9 @@ def run(settings: Settings) -> Run:
         model = parallelize(
             Llama(shape, device="meta"), config, layout, CPU, compile_blocks=bool(config.compile)
         )
-    stepper = Stepper(model, build_optimizer(model, config), config, device=CPU, layout=layout)
+    stepper = Stepper(
+        model, build_optimizer(model, config), config, device=CPU, layout=layout, num_sources=SOURCES
+    )
     first_weights = weights(gather_model(model))
 
     share = SEQUENCES // layout.data_world
@@ -116,12 +120,13 @@ def run(settings: Settings) -> Run:
     for inputs, targets in global_batches(shape.vocab_size):
         micro_batch = max(share // MICRO_STEPS, 1)
         micro_batches = zip(inputs[own].split(micro_batch), targets[own].split(micro_batch), strict=True)
-        results.append(stepper.step([Batch(*pair) for pair in micro_batches]))
+        results.append(stepper.step([batch_of(*pair) for pair in micro_batches]))
 
     # Workers have unequal shares of these batches; all tensor-parallel peers have the same.
-    validation = [Batch(*pair) for pair in zip(inputs.split(3), targets.split(3), strict=True)]
+    validation = [batch_of(*pair) for pair in zip(inputs.split(3), targets.split(3), strict=True)]
     return Run(
         losses=[result.loss.item() for result in results],
+        source_losses=[result.source_losses.tolist() for result in results],
         norms=[result.grad_norm.item() for result in results],
         validation=stepper.validate(validation[layout.data_rank :: layout.data_world]),
         first_weights=first_weights,
@@ -151,6 +156,11 @@ def global_batches(vocab_size: int) -> list[tuple[Tensor, Tensor]]:
     return batches
 
 
+def batch_of(inputs: Tensor, targets: Tensor) -> Batch:
+    """Return a batch whose rows are of several sources."""
+    return Batch(inputs, targets, sources=inputs[:, 1] % SOURCES)
+
+
 def weights(model: Llama | None) -> dict[str, np.ndarray]:
     return {n: p.clone().numpy() for n, p in model.named_parameters()} if model else {}
 
@@ -178,7 +188,7 @@ def skips_a_nan(stepper: Stepper, inputs: Tensor, targets: Tensor) -> bool:
     if rank() == world_size() - 1:
         model = stepper.model.module if hasattr(stepper.model, "module") else stepper.model
         hook = model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * float("nan"))
-    skipped = bool(stepper.step([Batch(inputs, targets)]).skipped)
+    skipped = bool(stepper.step([batch_of(inputs, targets)]).skipped)
     if hook:
         hook.remove()
     return skipped and is_unchanged(stepper, before)
@@ -239,6 +249,13 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @every_layout
+def test_losses_of_sources_are_those_of_one_worker(layout: str, parallel: list[Run], alone: Run) -> None:
+    for seen in parallel:
+        for ours, theirs in zip(seen.source_losses, alone.source_losses, strict=True):
+            assert ours == pytest.approx(theirs, abs=tolerance(layout))
+
+
+@every_layout
 def test_losses_are_those_of_one_worker(layout: str, parallel: list[Run], alone: Run) -> None:
     for seen in parallel:
         assert seen.losses == pytest.approx(alone.losses, abs=tolerance(layout))
@@ -253,7 +270,9 @@ def test_gradient_norms_are_those_of_one_worker(layout: str, parallel: list[Run]
 @every_layout
 def test_the_validation_loss_is_that_of_one_worker(layout: str, parallel: list[Run], alone: Run) -> None:
     for seen in parallel:
-        assert seen.validation == pytest.approx(alone.validation, abs=tolerance(layout))
+        ours, theirs = ([run.validation.loss, *run.validation.source_losses] for run in (seen, alone))
+        assert len(ours) == 1 + SOURCES
+        assert ours == pytest.approx(theirs, abs=tolerance(layout))
 
 
 @every_layout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,7 @@ from llama_ray.tracking.tags import standard_tags
 from llama_ray.training.checkpointing.files import local_copy, local_description
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.elastic import check_range
+from llama_ray.training.elastic import check_range, check_segments
 from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.parallel.float8 import check_float8
 from llama_ray.training.preflight import check_run
@@ -115,6 +116,9 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
     name, checkpoint = _name_and_checkpoint(model, launch)
     with local_description(checkpoint) if checkpoint else nullcontext() as resume_from:
         loader = check_run(model, config, sources, most, resume_from)
+    # Of the stages that are not over.
+    ahead = loader.timetable.ahead(sys.maxsize)
+    check_segments(ahead, config.seq_len or model.max_seq_len, least, most, config.tensor_parallel)
     return _Job(name, model, config, launch, RunData.of(sources, loader), loader, gpu)
 
 

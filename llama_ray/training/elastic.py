@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
+from llama_ray.data.mixtures.stages import Segment
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.parallel.layout import Layout
 from llama_ray.utils.integers import ceil_div
@@ -49,11 +51,25 @@ def check_range(config: TrainConfig, least: int, most: int, tensor_parallel: int
     The `tensor_parallel` workers of a group take the same batches, so a number must also be a multiple of their number.
     """
     total = config.batch_size * config.gradient_accumulation_steps * (most // tensor_parallel)
+    _check_total(f"the global batch of {total} sequences", total, least, most, tensor_parallel)
+
+
+def check_segments(
+    segments: Iterable[Segment], window: int, least: int, most: int, tensor_parallel: int = 1
+) -> None:
+    """Raise ValueError as `check_range` does, for steps whose windows of `window` tokens are cut into sequences."""
+    for segment in segments:
+        total = segment.sequences(window)
+        name = f"the global batch of {total} sequences from step {segment.from_step} on"
+        _check_total(name, total, least, most, tensor_parallel)
+
+
+def _check_total(name: str, total: int, least: int, most: int, tensor_parallel: int) -> None:
     bad = [n for n in range(least, most + 1) if n % tensor_parallel or total % (n // tensor_parallel)]
     if bad:
         raise ValueError(
-            f"world_size {least}..{most} includes {_listed(bad)}, which cannot share the global batch of "
-            f"{total} sequences; {_numbers_that_work(total, least, most, tensor_parallel)}; give one of these, a "
+            f"world_size {least}..{most} includes {_listed(bad)}, which cannot share {name}; "
+            f"{_numbers_that_work(total, least, most, tensor_parallel)}; give one of these, a "
             "smaller range, or another batch_size"
         )
 

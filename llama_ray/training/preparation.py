@@ -9,6 +9,7 @@ import torch
 
 from llama_ray.data.dataset.locations import load_tokenizer
 from llama_ray.data.mixtures.loader import Loader
+from llama_ray.data.mixtures.mixture import Mixture
 from llama_ray.data.mixtures.opening import open_mixture
 from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.model.config import LlamaConfig
@@ -85,7 +86,7 @@ def prepare_run(
         description="; ".join(filter(None, (layout.reason, compile_reason, batch_change))),
         seq_len=seq_len,
         loader=loader,
-        validation=open_mixture(sources, "validation", cache_bytes=config.data_cache_bytes),
+        validation=_mixture(config, sources, "validation"),
         stepper=stepper,
         progress=progress,
         skipped_steps=SkippedSteps(progress.skipped_steps, progress.skipped_in_a_row, device),
@@ -103,9 +104,14 @@ def _layout(model_config: LlamaConfig, config: TrainConfig, device: torch.device
     return choose_layout(model_config, config, workers, memory_bytes=memory, node_size=node).with_mesh(device)
 
 
+def _mixture(config: TrainConfig, sources: Sequence[DataSource], split: str) -> Mixture:
+    documents = config.document_mask is not False
+    return open_mixture(sources, split, documents=documents, cache_bytes=config.data_cache_bytes)
+
+
 def _loader(config: TrainConfig, sources: Sequence[DataSource], layout: Layout, seq_len: int) -> Loader:
     return Loader(
-        open_mixture(sources, "train", cache_bytes=config.data_cache_bytes),
+        _mixture(config, sources, "train"),
         seq_len=seq_len,
         batch_size=config.batch_size,
         rank=layout.data_rank,

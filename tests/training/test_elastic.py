@@ -1,7 +1,8 @@
 import pytest
 
+from llama_ray.data.mixtures.stages import Segment
 from llama_ray.training.config import TrainConfig
-from llama_ray.training.elastic import check_range, for_layout, for_workers
+from llama_ray.training.elastic import check_range, check_segments, for_layout, for_workers
 from llama_ray.training.parallel.layout import Layout
 
 
@@ -25,6 +26,13 @@ def test_a_range_with_a_number_that_does_not_divide_the_batch_is_refused() -> No
         ValueError, match=r"2..4 includes 3, .* global batch of 16 sequences; 2, 4 would work"
     ):
         check_range(config, 2, 4)
+
+
+def test_a_range_must_share_the_steps_of_every_stage() -> None:
+    """Short sequences can be shared by more workers than there are windows."""
+    check_segments([Segment(1, 12, 32, {}), Segment(9, 3, 8, {})], 32, 2, 4)
+    with pytest.raises(ValueError, match=r"includes 4, .* of 6 sequences from step 9 on; 2, 3 would work"):
+        check_segments([Segment(1, 12, 32, {}), Segment(9, 3, 16, {})], 32, 2, 4)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])

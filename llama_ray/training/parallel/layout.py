@@ -256,6 +256,7 @@ def _divided_sizes(model: LlamaConfig, config: TrainConfig) -> dict[str, int]:
         "intermediate_size": model.intermediate_size,
         "vocab_size": model.vocab_size,
         "seq_len": config.seq_len or model.max_seq_len,
+        **{f"the seq_len of {stage}": stage.seq_len for stage in config.stages if stage.seq_len},
     }
 
 

@@ -6,17 +6,20 @@ saves it for the backward pass; here there are few. Under torch.compile the form
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 def use_fused_backward(x: Tensor) -> bool:
     """Whether the hand-written backward is valid and faster for `x`; DTensor can shard only the formulas."""
-    eager = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return eager and not isinstance(x, DTensor)
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    # Its import takes half a second; where nobody has imported it, no tensor is one.
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is None or not isinstance(x, tensor.DTensor)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

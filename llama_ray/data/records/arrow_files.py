@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from llama_ray.data.records.columns import check_columns, row_place, texts_of_batch, top_columns
@@ -69,31 +70,30 @@ def row_groups(file: File, stream: Any, fields: TextFields) -> list[int]:
 
     Raises SourceError if it lacks a field.
     """
-    import pyarrow as pa
-
     try:
-        opened = _open_parquet(stream)
-    except (pa.ArrowException, OSError):
+        with _damage("parquet"):
+            opened = _open_parquet(stream)
+            check_columns(file, opened.schema_arrow, fields)
+            # Not the sizes of its columns: to ask a damaged file for them ends the process (pyarrow 25).
+            sizes = [
+                opened.metadata.row_group(index).total_byte_size for index in range(opened.num_row_groups)
+            ]
+    except DamagedError:
         return []
-    check_columns(file, opened.schema_arrow, fields)
-    groups = [opened.metadata.row_group(index) for index in range(opened.num_row_groups)]
-    return [
-        sum(group.column(index).total_compressed_size for index in range(group.num_columns))
-        for group in groups
-    ]
+    total = max(sum(sizes), 1)
+    return [file.size * size // total for size in sizes]
 
 
 def parquet_rows(reading: Reading, stream: Any, start: int, stop: int) -> Iterator[Text]:
     """Yield the texts of row groups `start` to `stop`; what of a group comes after a damaged page is left out."""
-    import pyarrow as pa
-
     try:
-        opened = _open_parquet(stream)
-    except (pa.ArrowException, OSError) as error:
-        reading.bad(f"parquet data that cannot be read ({first_line(error)})", "", unit="stream")
+        with _damage("parquet"):
+            opened = _open_parquet(stream)
+            check_columns(reading.file, opened.schema_arrow, reading.fields)
+            rows = [opened.metadata.row_group(index).num_rows for index in range(opened.num_row_groups)]
+    except DamagedError as error:
+        reading.bad(str(error), "", unit="stream")
         return
-    check_columns(reading.file, opened.schema_arrow, reading.fields)
-    rows = [opened.metadata.row_group(index).num_rows for index in range(opened.num_row_groups)]
     for group in range(start, stop):
         first = sum(rows[:group])
         done = 0
@@ -113,34 +113,37 @@ def parquet_rows(reading: Reading, stream: Any, start: int, stop: int) -> Iterat
 
 def arrow_rows(reading: Reading, stream: Any) -> Iterator[Text]:
     """Yield the texts of an Arrow file or stream, such as `datasets` writes, up to the first damaged batch."""
-    import pyarrow as pa
-
     number = 0
     try:
-        opened = _open_arrow(stream, None)
-        check_columns(reading.file, opened.schema, reading.fields)
-        columns = [opened.schema.get_field_index(name) for name in top_columns(opened.schema, reading.fields)]
-        opened = _open_arrow(stream, columns)
-        for batch in opened:
-            yield from texts_of_batch(reading, batch, number)
-            number += batch.num_rows
+        with _damage("Arrow"):
+            opened = _open_arrow(stream, None)
+            check_columns(reading.file, opened.schema, reading.fields)
+            columns = top_columns(opened.schema, reading.fields)
+            opened = _open_arrow(stream, [opened.schema.get_field_index(name) for name in columns])
+            for batch in opened:
+                yield from texts_of_batch(reading, batch, number)
+                number += batch.num_rows
         if not _has_end(stream):
             raise DamagedError(_TRUNCATED)
-    except (pa.ArrowException, OSError, EOFError) as error:
-        reading.bad(f"Arrow data that are damaged ({first_line(error)})", row_place(number), unit="stream")
     except DamagedError as error:
         reading.bad(str(error), row_place(number), unit="stream")
 
 
 def check_arrow(file: File, stream: Any, fields: TextFields) -> None:
     """Raise SourceError if an Arrow file lacks a field; whoever reads one that is damaged tells of that."""
+    with suppress(DamagedError), _damage("Arrow"):
+        check_columns(file, _open_arrow(stream, None).schema, fields)
+
+
+@contextmanager
+def _damage(kind: str) -> Iterator[None]:
+    """Raise DamagedError in place of what pyarrow raises for damaged data."""
     import pyarrow as pa
 
     try:
-        schema = _open_arrow(stream, None).schema
-    except (pa.ArrowException, OSError, EOFError):
-        return
-    check_columns(file, schema, fields)
+        yield
+    except (pa.ArrowException, OSError, EOFError, MemoryError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{kind} data that are damaged ({first_line(error)})") from error
 
 
 def _open_parquet(stream: Any) -> parquet.ParquetFile:
@@ -163,14 +166,10 @@ def _batches(
     opened: parquet.ParquetFile, group: int, rows: int, fields: TextFields, skipped: int
 ) -> Iterator[pyarrow.RecordBatch]:
     """Yield the rows of a group after the first `skipped`, `rows` at a time. Raises DamagedError."""
-    import pyarrow as pa
-
     batches = opened.iter_batches(rows, row_groups=[group], columns=list(fields.names), use_threads=False)
     while True:
-        try:
+        with _damage("parquet"):
             batch = next(batches, None)
-        except (pa.ArrowException, OSError) as error:
-            raise DamagedError(f"parquet data that are damaged ({first_line(error)})") from error
         if batch is None:
             return
         if skipped < batch.num_rows:

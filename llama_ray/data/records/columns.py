@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llama_ray.data.records.fields import FieldError, TextFields
+from llama_ray.data.records.fields import WAY_OUT, FieldError, TextFields
 from llama_ray.data.records.reading import Reading, Text
 from llama_ray.data.records.text import NotTextError, checked, text_of_bytes
 from llama_ray.data.sources.blocks import DamagedError
@@ -28,8 +28,7 @@ def missing_column(file: File, name: str, columns: Sequence[str]) -> SourceError
     )
     problem = "two columns" if name in columns else "no column"
     return SourceError(
-        f"{printable(file.name)} has {problem} {printable(name)!r}; its columns are {printable(shown, 1000)}; name one "
-        "with text_field, or several in a template"
+        f"{printable(file.name)} has {problem} {printable(name)!r}; its columns are {printable(shown, 1000)}; {WAY_OUT}"
     )
 
 
@@ -46,7 +45,7 @@ def check_columns(file: File, schema: pyarrow.Schema, fields: TextFields) -> Non
         if not _is_text(kind):
             raise SourceError(
                 f"{printable(file.name)} has {printable(str(kind))} in its column {printable(name)!r}, which must be "
-                "text; name another with text_field, or several in a template"
+                f"text; {WAY_OUT}"
             )
 
 

@@ -11,6 +11,8 @@ from llama_ray.utils.errors import UserError, printable
 
 DEFAULT_FIELD = "text"
 
+WAY_OUT = "name one with --text_field, or several with --template"
+
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -112,6 +114,6 @@ def _value(record: Mapping[str, object], name: str) -> object:
     # A name with dots may be that of one field.
     for part in [name] if name in record else name.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise FieldError(f"no field {printable(name)!r}, or two of them")
+            raise FieldError(f"no field {printable(name)!r}, or two; {WAY_OUT}")
         value = value[part]
     return value

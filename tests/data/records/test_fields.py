@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.data.records.fields import TextFields, TextFieldsError
+from llama_ray.data.records.fields import WAY_OUT, TextFields, TextFieldsError
 from tests.data.records.helpers import found, taken, texts
 
 
@@ -15,7 +15,7 @@ def test_dots_lead_into_nested_objects(tmp_path: Path) -> None:
     for field, text in {"text": "top", "a.text": "in a", "a.b.c": "deep", "a.b": "one name"}.items():
         assert texts(tmp_path, TextFields(field)) == [text]
     assert taken(tmp_path, TextFields("a.b.c.d"))[1] == [
-        "left out 1 record (a.jsonl:1): no field 'a.b.c.d', or two of them"
+        f"left out 1 record (a.jsonl:1): no field 'a.b.c.d', or two; {WAY_OUT}"
     ]
 
 
@@ -44,7 +44,7 @@ def test_a_record_that_lacks_a_field_of_the_template_is_bad(tmp_path: Path) -> N
     texts, tally = found(tmp_path, TextFields(template="{title}: {body}"))
     assert [text.text for text in texts] == ["T: B"]
     assert sorted(tally.lines()) == [
-        "left out 1 record (a.jsonl:2): no field 'body', or two of them",
+        f"left out 1 record (a.jsonl:2): no field 'body', or two; {WAY_OUT}",
         "left out 1 record (a.jsonl:3): field 'title' is null",
         "left out 1 record (a.jsonl:4): field 'title' is not text",
     ]

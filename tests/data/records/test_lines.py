@@ -85,7 +85,7 @@ def test_a_line_that_is_too_long_is_left_out_without_being_loaded(tmp_path: Path
         (b'"text"', "not a JSON object"),
         (b"[1]", "not a JSON object"),
         (b'{"content": "a"}', "no field 'text'"),
-        (b'{"text": "a", "text": "b"}', "no field 'text', or two of them"),
+        (b'{"text": "a", "text": "b"}', "no field 'text', or two; name one with --text_field"),
         (b'{"text": 3}', "field 'text' is not text"),
         (b'{"text": ["a"]}', "field 'text' is not text"),
         (b'{"text": null}', "field 'text' is null"),

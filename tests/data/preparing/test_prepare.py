@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
+import psutil
 import pytest
 
 from llama_ray.data.cleaning.config import CleanConfig
@@ -235,6 +236,26 @@ def test_a_file_that_changes_on_the_way_ends_the_preparation(config: PrepareConf
         prepare(config, change)
     assert "\n" not in str(raised.value)
     assert not list(Path(config.output).iterdir())
+
+
+def test_a_part_whose_worker_is_killed_is_made_again(config: PrepareConfig, corpus: Path) -> None:
+    for path in corpus.iterdir():
+        path.write_text(path.read_text() * 10)
+    config = dataclasses.replace(config, shard_bytes=60_000, workers=1)
+    whole = prepare(dataclasses.replace(config, output=config.output + "2"), lambda line: None)
+    killed: list[int] = []
+
+    def kill(line: str) -> None:
+        if line.startswith("tokenised 1 of"):
+            while not killed:
+                for process in psutil.Process().children(recursive=True):
+                    if "tokenise_part" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+
+    assert len(whole.splits["train"]) > 3
+    assert prepare(config, kill) == whole
+    assert len(killed) == 1
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same", "other"])

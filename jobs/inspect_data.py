@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from _cli import main, parse
+from _data import sources_of, stages_of
 from jsonargparse import ArgumentParser, Namespace
 
 from llama_ray.data.dataset.info import SPLITS
@@ -17,10 +18,9 @@ from llama_ray.data.inspection.picture import check_suffix, write_picture
 from llama_ray.data.inspection.summary import summary
 from llama_ray.data.inspection.terminal import Style
 from llama_ray.data.inspection.text import samples
-from llama_ray.data.mixtures.sources import DataSource, parse_sources
-from llama_ray.data.mixtures.stages import Stage
+from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.storage.paths import absolute, existing
+from llama_ray.storage.paths import absolute
 from llama_ray.training.config import TrainConfig
 from llama_ray.utils.fields import shown
 from llama_ray.utils.redact import redact
@@ -31,10 +31,7 @@ _OF_A_RUN = {"seq_len", "batch_size", "gradient_accumulation_steps", "seed", "st
 def run() -> None:
     """Read the flags and print what they ask for."""
     flags = parse(_parser())
-    sources = [
-        dataclasses.replace(source, location=existing(source.location))
-        for source in parse_sources(flags.data)
-    ]
+    sources = sources_of(flags.data)
     locations = list(dict.fromkeys(source.location for source in sources))
     _check(flags)
     style = Style(colours=sys.stdout.isatty())
@@ -105,7 +102,7 @@ def _contents(locations: list[str], flags: Namespace, style: Style) -> Iterator[
         )  # fmt: skip
 
 
-def _batches(sources: list[DataSource], flags: Namespace, style: Style) -> Iterator[str]:
+def _batches(sources: Sequence[DataSource], flags: Namespace, style: Style) -> Iterator[str]:
     # Imported here, because torch takes seconds.
     from llama_ray.data.inspection.batches import first_batches
     from llama_ray.data.mixtures.loader import Loader
@@ -116,7 +113,7 @@ def _batches(sources: list[DataSource], flags: Namespace, style: Style) -> Itera
         batch_size=flags.batch_size,
         gradient_accumulation_steps=flags.gradient_accumulation_steps,
         seed=flags.seed,
-        stages=tuple(Stage(**vars(stage)) for stage in flags.stages),
+        stages=stages_of(flags.stages),
     )
     if not config.seq_len:
         raise ValueError("seq_len is 0; it must be that of the run; give --seq_len")

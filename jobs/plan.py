@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from _cli import SHAPE_FLAGS, main, parse, read_bytes
+from _data import SOURCES, sources_of, stages_of
 from jsonargparse import ArgumentParser
 
+from llama_ray.data.mixtures.weights import WHOLE
 from llama_ray.model.config import PRESETS, LlamaConfig
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.parallel.layout import GIB
@@ -19,6 +22,7 @@ from llama_ray.training.planning.plan import (
     make_plan,
 )
 from llama_ray.training.planning.search import nearest_that_fits
+from llama_ray.training.planning.stages import StagePlan, plan_stages
 from llama_ray.training.planning.step_trace import TRACED_DEPTHS
 from llama_ray.utils.fields import Limits
 
@@ -30,16 +34,27 @@ CHANGEABLE_FLAGS = (
     "batch_size",
     "gradient_accumulation_steps",
 )
-TRAINING_FLAGS = (*CHANGEABLE_FLAGS, "seq_len", "precision", "optimizer")
+TRAINING_FLAGS = (
+    *CHANGEABLE_FLAGS,
+    "seq_len",
+    "precision",
+    "optimizer",
+    "stages",
+    "max_steps",
+    "epochs",
+    "max_repetitions",
+)
 CLUSTER_FLAGS = ("gpus", "gpus_per_node", "gpu_flops", "node_bandwidth", "network_bandwidth")
 
 
 def run() -> None:
     """Read the flags, trace a step of the run on fake tensors, and print the plan."""
-    flags = parse(_parser())
+    flags = parse(_parser(), lists=["data"])
     shape = {name: flags[name] for name in SHAPE_FLAGS if flags[name] is not None}
     model = LlamaConfig.preset(flags.preset, **shape)
-    config = TrainConfig(**{name: flags[name] for name in TRAINING_FLAGS})
+    settings = {name: flags[name] for name in TRAINING_FLAGS}
+    config = TrainConfig(**settings | {"stages": stages_of(flags.stages)})
+    sources = sources_of(flags.data) if flags.data else ()
     Limits(above=0).check("tokens", flags.tokens, float)
     cluster = Cluster(
         gpu_memory_bytes=read_bytes(flags.gpu_memory, "gpu_memory"),
@@ -50,6 +65,8 @@ def run() -> None:
         f"{flags.preset}, {model.num_parameters():,} parameters, on {cluster.gpus} GPUs: {plan.layout.reason}"
     )
     _print_plan(plan, flags.tokens)
+    if sources or config.stages or config.max_steps:
+        _print_stages(plan_stages(plan, sources))
     if plan.fits:
         return
     other = nearest_that_fits(plan)
@@ -78,6 +95,25 @@ def _print_plan(plan: Plan, tokens: float) -> None:
         f"{tokens:.3g} tokens take {plan.days(tokens):,.1f} days."
     )
     _print_time(plan)
+
+
+def _print_stages(stages: Sequence[StagePlan]) -> None:
+    for stage in stages:
+        segment, each = stage.segment, stage.plan
+        shares = ", ".join(f"{name} {share / WHOLE:.4g}" for name, share in sorted(segment.shares.items()))
+        length = "" if stage.days is None else f"; {stage.steps:,} steps take {_duration(stage.days)}"
+        print(
+            f"From step {segment.from_step:,}: {each.tokens_per_step // segment.seq_len:,} sequences of "
+            f"{segment.seq_len:,} tokens{f' ({shares})' if shares else ''}, {each.step_s:.2f} s a step{length}."
+        )
+    if all(stage.steps for stage in stages):
+        steps, tokens = sum(stage.steps or 0 for stage in stages), sum(stage.tokens or 0 for stage in stages)
+        days = sum(stage.days or 0 for stage in stages)
+        print(f"The run: {steps:,} steps, {tokens:.3g} tokens, {_duration(days)}.")
+
+
+def _duration(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
 
 
 def _print_memory(plan: Plan) -> None:
@@ -139,6 +175,12 @@ def _parser() -> ArgumentParser:
         type=float,
         default=Cluster.network_bandwidth,
         help="Bytes/s of one GPU's network adapter, each way; the default is 400 Gb/s.",
+    )
+    add(
+        "--data",
+        type=SOURCES,
+        metavar="DIR",
+        help="Data to count epochs and repetitions in, as for train.py.",
     )
     add("--tokens", type=float, default=1e12, help="Number of tokens to train on.")
     parser.add_class_arguments(

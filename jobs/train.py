@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import SUPPRESS, Action
-from collections.abc import Sequence
 from typing import Any
 
 from _cli import main, parse
+from _data import SOURCES, sources_of, stages_of
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from llama_ray.data.mixtures.opening import common_tokenizer, read_infos
 from llama_ray.data.mixtures.sources import DataSource, parse_sources
-from llama_ray.data.mixtures.stages import Stage
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.prepare import prepare
 from llama_ray.data.sources.files import BUILTIN
@@ -22,7 +21,7 @@ from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
 from llama_ray.orchestration.cluster import connect
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
-from llama_ray.storage.paths import absolute, existing
+from llama_ray.storage.paths import absolute
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.hosts.interrupt import Stopped
@@ -35,11 +34,11 @@ DEFAULT_PRESET = "llama-30m"
 def run() -> None:
     """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one), train, and report the result."""
     flags = parse(_parser(), lists=["data"])
-    config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": _stages(flags.stages)})
+    config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": stages_of(flags.stages)})
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
     shape = _shape(flags)
     if flags.data:
-        data = _sources(flags.data)
+        data = sources_of(flags.data)
         shape = _with_vocabulary(shape, flags, data)
         # What can be checked is checked now, because a cluster takes seconds to start. A run that resumes is checked
         # together with its checkpoint.
@@ -93,7 +92,7 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        type=dict[str, str | dict[str, str | float | None]] | list[str] | str | None,
+        type=SOURCES,
         metavar="DIR",
         help="Directory that prepare_data.py wrote, or a URI such as s3://BUCKET/DIR that it was copied to. For a "
         "mixture several, each as NAME=DIR:WEIGHT, or NAME=DIR to weight them by size; NAME=DIR#LABEL takes the "
@@ -140,16 +139,6 @@ _SHAPE_TYPES: dict[str, Any] = {
 
 def _fields_of(kind: type, flags: Namespace) -> dict[str, Any]:
     return {field.name: flags[field.name] for field in dataclasses.fields(kind)}
-
-
-def _sources(data: Any) -> tuple[DataSource, ...]:
-    return tuple(
-        dataclasses.replace(source, location=existing(source.location)) for source in parse_sources(data)
-    )
-
-
-def _stages(given: Sequence[Namespace | Stage]) -> tuple[Stage, ...]:
-    return tuple(Stage(**vars(stage)) for stage in given)
 
 
 def _shape(flags: Namespace) -> LlamaConfig:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.jobs.helpers import run_here
+from tests.token_data import write_dataset
 
 JOB = Path(__file__).parents[2] / "jobs" / "plan.py"
 
@@ -36,6 +39,32 @@ def test_a_run_that_does_not_fit_is_told_the_flags_of_one_that_does() -> None:
     assert job.returncode == 0, job.stderr
     assert "It does not fit" in job.stdout
     assert "nearest configuration that fits: --" in job.stdout
+
+
+def test_stages_have_a_line_each_and_the_run_a_sum() -> None:
+    stages = [
+        {"from_step": 1, "seq_len": 32, "batch_tokens": 2048},
+        {"from_step": 101, "seq_len": 128, "weights": {"web": 3, "code": 1}},
+    ]
+    shape = ("--preset", "llama-tiny", "--seq_len", "128", "--gpus", "2", "--gpu-memory", "24GB")
+    job = run(*shape, "--batch_size", "32", "--max_steps", "400", "--stages", json.dumps(stages))
+    assert job.returncode == 0, job.stderr
+    assert "From step 1: 64 sequences of 32 tokens, 0.00 s a step; 100 steps take" in job.stdout
+    assert "From step 101: 16 sequences of 128 tokens (code 0.25, web 0.75)" in job.stdout
+    assert "The run: 400 steps, 8.19e+05 tokens," in job.stdout
+
+
+def test_repetitions_are_refused_when_the_run_is_planned(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    job = run_here(
+        "plan.py", "--preset", "llama-tiny", "--gpus", "1", "--gpu_memory", "24GB", "--seq_len", "32",
+        "--data", f"web={data}:1", f"code={data}:3",
+        "--batch_size", "8", "--max_steps", "400", "--max_repetitions", "2",
+    )  # fmt: skip
+    assert job.returncode == 2
+    assert re.search(
+        r"max_repetitions is 2; up to step 400 the run goes \d+.\d\d times through source code", job.stderr
+    )
 
 
 def test_an_unreadable_size_is_refused_in_one_line() -> None:

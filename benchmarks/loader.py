@@ -1,10 +1,10 @@
-"""The loader on a large corpus: seconds to the first batch, tokens/s, growth of memory.
+"""The loader on a large mixture: seconds to the first batch, tokens/s, growth of memory.
 
     python benchmarks/loader.py --tokens 5e9 --directory /tmp/corpus
 
 Needs 10 GB of disk, which is written once, and a few minutes. The corpus is read twice: after the kernel was asked to
-drop its files from the page cache, and again. The loader reads on the training thread, so its time is lost to training;
-the output compares its rate with the model's (`model_tokens_per_s`).
+drop its files from the page cache, and again, each time on the thread that asks. In training another thread reads
+ahead. The output compares the rate with the model's (`model_tokens_per_s`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from jsonargparse import auto_cli
 
 from llama_ray.data.dataset.info import DatasetInfo, SourceInfo, TokenizerInfo, write_info
 from llama_ray.data.dataset.shards import Shard, ShardWriter, shard_name
-from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.loader import Loader
-from llama_ray.data.mixtures.mixture import Mixture
+from llama_ray.data.mixtures.opening import open_mixture
+from llama_ray.data.mixtures.sources import DataSource
 
 SHARD_TOKENS = 250_000_000
 CHUNK_TOKENS = 8_000_000
@@ -33,9 +33,11 @@ DOCUMENT_TOKENS = 1000
 def main(
     directory: str = "loader-benchmark",
     tokens: float = 5e9,
+    sources: int = 5,
     seq_len: int = 256,
     batch_size: int = 8,
     batches: int = 4000,
+    documents: bool = True,
     model_tokens_per_s: float = 1500.0,
 ) -> None:
     """Write a corpus to `directory` unless it holds one, then read shuffled batches of it.
@@ -43,39 +45,34 @@ def main(
     Args:
         directory: The corpus, which is kept.
         tokens: Tokens of the corpus.
+        sources: Sources of the same size, whose weights are 1, 2, 3 and so on.
         seq_len: Tokens per sequence.
         batch_size: Sequences per batch.
         batches: Batches to read.
+        documents: Whether batches say where their documents begin, as training with document masks asks.
         model_tokens_per_s: Rate at which the model trains, to compare with.
     """
     path = Path(directory)
-    if not (path / "dataset.json").exists():
-        write_corpus(path, int(tokens))
-    for shard in path.glob("*.bin"):
+    data = [DataSource(f"source{n}", str(path / f"source{n}"), float(n)) for n in range(1, sources + 1)]
+    for n, source in enumerate(data):
+        if not Path(source.location, "dataset.json").exists():
+            write_corpus(Path(source.location), int(tokens) // sources, n)
+    for shard in path.glob("*/*.bin"):
         with shard.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def new_loader() -> Loader:
+        mixture = open_mixture(data, "train", documents=documents)
+        return Loader(mixture, seq_len=seq_len, batch_size=batch_size, rank=0, world_size=1, seed=0)
+
     start = time.perf_counter()
-    loader = Loader(
-        Mixture.of(TokenDataset(path, "train")),
-        seq_len=seq_len,
-        batch_size=batch_size,
-        rank=0,
-        world_size=1,
-        seed=0,
-    )
+    loader = new_loader()
     loader.next_global_batch()
-    print(
-        f"{len(TokenDataset(path, 'train')):,} tokens: first batch after {time.perf_counter() - start:.3f} s"
-    )
+    taken = time.perf_counter() - start
+    size = sum(map(len, loader.mixture.datasets.values()))
+    print(f"{size:,} tokens in {sources} sources: first batch after {taken:.3f} s")
     for name in ("cold", "again"):
-        loader = Loader(
-            Mixture.of(TokenDataset(path, "train")),
-            seq_len=seq_len,
-            batch_size=batch_size,
-            rank=0,
-            world_size=1,
-            seed=0,
-        )
+        loader = new_loader()
         loader.next_global_batch()
         before, start = own_memory(), time.perf_counter()
         for _ in range(batches):
@@ -93,10 +90,10 @@ def own_memory() -> int:
     return int(info.rss - info.shared)
 
 
-def write_corpus(directory: Path, tokens: int) -> None:
+def write_corpus(directory: Path, tokens: int, seed: int) -> None:
     """Write documents of random ids; every chunk is different, so that the file system cannot deduplicate them."""
     directory.mkdir(parents=True, exist_ok=True)
-    chunk = np.random.default_rng(0).integers(0, 32000, CHUNK_TOKENS, dtype=np.uint16)
+    chunk = np.random.default_rng(seed).integers(0, 32000, CHUNK_TOKENS, dtype=np.uint16)
 
     def chunks(count: int, shard: int) -> Iterator[npt.NDArray[np.uint16]]:
         for i in range(0, count, CHUNK_TOKENS):

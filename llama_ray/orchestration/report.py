@@ -30,7 +30,7 @@ def describe_run(model: LlamaConfig, config: TrainConfig, data: RunData, world_s
             **_sources(data),
             "Global batch": f"{sequences * seq_len:,} tokens: {config.batch_size} sequences of {seq_len} tokens × "
             f"{config.gradient_accumulation_steps} micro-steps × {workers}",
-            **_stages(data.segments, seq_len),
+            **_stages([Segment(1, sequences, seq_len, data.segments[0].shares), *data.segments]),
             "Precision": config.precision,
             "MFU": "(6 N + 12 L d s) FLOPs per token with attention counted in full (PaLM's convention), as a share "
             "of the GPU's dense bf16 peak, or of the CPU's matrix product rate measured at the start",
@@ -76,9 +76,9 @@ def _sources(data: RunData) -> dict[str, str]:
     }
 
 
-def _stages(segments: Sequence[Segment], seq_len: int) -> dict[str, str]:
-    """Return a line for each stage after the first."""
-    found = {}
+def _stages(segments: Sequence[Segment]) -> dict[str, str]:
+    """Return a line for each stage that changes something; the first of `segments` are the settings without stages."""
+    found, window = {}, segments[0].seq_len
     for before, now in pairwise(segments):
         changes = []
         if now.shares != before.shares:
@@ -87,8 +87,9 @@ def _stages(segments: Sequence[Segment], seq_len: int) -> dict[str, str]:
         if now.seq_len != before.seq_len:
             changes.append(f"sequences of {now.seq_len} tokens")
         if now.windows != before.windows:
-            changes.append(f"global batch of {now.windows * seq_len:,} tokens")
-        found[f"From step {now.from_step:,}"] = ", ".join(changes) or "no change"
+            changes.append(f"global batch of {now.windows * window:,} tokens")
+        if changes:
+            found[f"From step {now.from_step:,}"] = ", ".join(changes)
     return found
 
 

@@ -54,7 +54,8 @@ def test_a_run_is_described_by_a_sentence_before_the_details() -> None:
 
 
 def test_the_sources_and_stages_of_a_mixture_have_a_line_each() -> None:
-    first, _, *details = describe_run(MODEL, TrainConfig(seq_len=512), MIXTURE, world_size=2).splitlines()
+    config = TrainConfig(seq_len=512, batch_size=8)
+    first, _, *details = describe_run(MODEL, config, MIXTURE, world_size=2).splitlines()
     assert first.endswith("parameters on `books, code`.")
     assert "- **Data**: 18,000 training and 2,000 validation tokens, vocabulary of 512" in details
     assert (
@@ -65,6 +66,7 @@ def test_the_sources_and_stages_of_a_mixture_have_a_line_each() -> None:
         "- **From step 900**: samples of code 1, sequences of 256 tokens, global batch of 16,384 tokens"
         in details
     )
+    assert not any("From step 1" in line for line in details)
     version = describe_version(MODEL, MIXTURE, Progress(step=10, tokens=2560, validation_loss=2.0))
     assert "on the validation split of all sources" in version
 

@@ -14,10 +14,12 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.storage.run_directory import checkpoint_name
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
+from llama_ray.training.elastic import for_workers
 from llama_ray.training.loop import train
-from llama_ray.training.reporting.observer import Console
+from llama_ray.training.parallel.process_group import world_size
+from llama_ray.training.reporting.observer import Console, Metrics
 from tests.token_data import write_dataset
-from tests.training.helpers import CPU, FinishedRun, Recorder, losses, losses_after
+from tests.training.helpers import CPU, FinishedRun, Recorder, in_processes, losses, losses_after
 
 SEQ_LEN = 32
 STAGES = (
@@ -146,3 +148,24 @@ def test_sources_with_different_tokenizers_are_refused(
         ValueError, match=r"source other \(.*other\) has another tokenizer .* than source code"
     ):
         train(tiny, CONFIG, (*sources, other), device=CPU, observer=Console())
+
+
+def on_workers(model: LlamaConfig, sources: tuple[DataSource, ...], resume_from: Path) -> dict[int, Metrics]:
+    recorder = Recorder()
+    config = for_workers(CONFIG, world_size(), planned=1)
+    train(model, config, sources, device=CPU, observer=recorder, resume_from=resume_from)
+    return recorder.points
+
+
+def test_a_run_goes_on_with_more_workers_and_sees_the_same_samples(
+    mixed: FinishedRun, tiny: LlamaConfig, sources: tuple[DataSource, ...]
+) -> None:
+    """Over the border of a stage, whose global batch is another one."""
+    for points in in_processes(2, on_workers, tiny, sources, mixed.checkpoint(5)):
+        for step in range(6, 11):
+            names = {name for name in points[step] if name.startswith(("loss/", "progress/"))}
+            assert {"loss/train", "loss/train/web", "progress/epoch/web"} <= names
+            ours, theirs = (
+                {name: run[step][name] for name in names} for run in (points, mixed.recorder.points)
+            )
+            assert ours == pytest.approx(theirs, abs=1e-4)

@@ -45,11 +45,12 @@ def uri(port: int, path: str) -> str:
 class StallingProxy:
     """Forwards connections to the server at `server_port`; one that sends `pattern` gets no answer from then on."""
 
-    def __init__(self, server_port: int, pattern: bytes) -> None:
+    def __init__(self, server_port: int, pattern: bytes | None = None) -> None:
         self.stalled = threading.Event()
         self._server_port, self._pattern = server_port, pattern
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._connections: list[socket.socket] = []
+        self._broken = False
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -61,10 +62,24 @@ class StallingProxy:
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
 
+    def break_off(self) -> None:
+        """Cut all connections, and close new ones at once, until `restore`."""
+        self._broken = True
+        for each in self._connections:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def restore(self) -> None:
+        """Forward new connections again."""
+        self._broken = False
+
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                if self._broken:
+                    client.close()
+                    continue
                 server = socket.create_connection(("127.0.0.1", self._server_port))
                 self._connections += [client, server]
                 for ends in ((client, server, self._pattern), (server, client, None)):

@@ -23,6 +23,7 @@ _FIRST_PATIENCE_S, _LONGEST_PAUSE_S = 10.0, 30.0
 _CHECK_EVERY_S = 60.0
 # As pyarrow words what S3 refuses.
 _NO_BUCKET = ("NO_SUCH_BUCKET", "' not found")
+_NO_CONNECTION = "NETWORK_CONNECTION"
 _NO_ACCESS = (
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
@@ -124,7 +125,8 @@ class RemoteDirectory:
                 f"{self._named(name)} may not be read ({first_line(error)[:200]}); give this machine credentials that "
                 "may read and list it"
             ) from error
-        if name:
+        # Without a connection, the state of the file cannot be asked for either.
+        if name and _NO_CONNECTION not in text:
             try:
                 self._check_unchanged(name)
             except StorageError:

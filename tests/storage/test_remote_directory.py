@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
 from llama_ray.storage import store
 from llama_ray.storage.remote_directory import RemoteDirectory
-from tests.object_store import s3_server, uri
+from tests.object_store import StallingProxy, s3_server, uri
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,24 @@ def test_a_file_that_changes_while_it_is_read_is_one_line(server: int, text: str
     with pytest.raises(store.StorageError, match=rf"data/a\?.* {message}; ") as refused:
         files.read("a", 500, 510)
     assert "\n" not in str(refused.value)
+
+
+def test_an_outage_is_waited_for_and_said(server: int, caplog: pytest.LogCaptureFixture) -> None:
+    directory(server, a="0123456789")
+    with closing(StallingProxy(server)) as proxy:
+        files = RemoteDirectory(uri(proxy.port, "data"))
+        proxy.break_off()
+
+        def ends(record: logging.LogRecord) -> bool:
+            proxy.restore()
+            return True
+
+        # The first attempt has failed for good after six seconds of pyarrow's own.
+        caplog.handler.addFilter(ends)
+        assert files.read("a", 3, 7) == b"3456"
+    [line] = caplog.messages
+    assert "NETWORK_CONNECTION" in line
+    assert line.endswith("; trying again")
 
 
 def test_missing_access_is_one_line() -> None:

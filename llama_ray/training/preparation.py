@@ -131,7 +131,7 @@ def _go_to(progress: Progress, loader: Loader, config: TrainConfig) -> str:
         # What was measured on the data before tells nothing about these.
         progress.validation_loss = progress.validation_step = None
         return f"other data than up to step {step}: a first epoch of them begins"
-    now = loader.timetable.segments[len(before["stages"]) - 1].windows
+    now = loader.timetable.segment(max(step, 1)).windows
     if before["windows_per_step"] == now:
         return ""
     return (

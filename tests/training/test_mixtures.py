@@ -169,3 +169,11 @@ def test_a_run_goes_on_with_more_workers_and_sees_the_same_samples(
                 {name: run[step][name] for name in names} for run in (points, mixed.recorder.points)
             )
             assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_console_shows_the_validation_loss_of_each_source(capsys: pytest.CaptureFixture[str]) -> None:
+    of_sources = {"loss/validation/code": 1.25, "loss/validation/web": 2.75}
+    Console().validated(10, {"loss/validation": 2.0, "validation/perplexity": 7.389, **of_sources}, None)
+    assert capsys.readouterr().out == (
+        "step 10  validation loss 2.0000  perplexity 7.39  code 1.2500  web 2.7500\n"
+    )

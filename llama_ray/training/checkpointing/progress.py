@@ -23,7 +23,7 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Targets trained on, by all workers."""
+    """Tokens of the sequences trained on, by all workers."""
     validation_loss: float | None = None
     """The last one measured, in nats per token."""
     validation_step: int | None = None

@@ -17,6 +17,10 @@ Metrics = Mapping[str, float]
 """Metric name -> value, named `group/metric` as they appear in MLflow."""
 
 
+_VALIDATION_OF = "loss/validation/"
+"""Before the name of a source of a mixture."""
+
+
 class Observer(Protocol):
     """Receives the events of a run; every worker calls it, in the same order."""
 
@@ -69,9 +73,14 @@ class Console:
 
     def validated(self, step: int, metrics: Metrics, model: Llama | None) -> None:
         """See `Observer`."""
+        sources = "".join(
+            f"  {name.removeprefix(_VALIDATION_OF)} {loss:.4f}"
+            for name, loss in metrics.items()
+            if name.startswith(_VALIDATION_OF)
+        )
         self.say(
             f"step {step}  validation loss {metrics['loss/validation']:.4f}  "
-            f"perplexity {metrics['validation/perplexity']:.2f}"
+            f"perplexity {metrics['validation/perplexity']:.2f}{sources}"
         )
 
     def checkpointed(self, result: CheckpointResult) -> None:

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llama_ray.data.cleaning.cleaner import FILTERS
 from llama_ray.data.cleaning.duplicates.signatures import exact_key, sign
+from llama_ray.data.cleaning.filters.named import FILTERS
 from llama_ray.data.cleaning.filters.reading import Reading
 from llama_ray.data.cleaning.language import identify
 

@@ -10,20 +10,10 @@ from llama_ray.data.cleaning.config import CleanConfig
 from llama_ray.data.cleaning.contamination import Contamination
 from llama_ray.data.cleaning.drops import Drop
 from llama_ray.data.cleaning.excerpts import rank
-from llama_ray.data.cleaning.filters.c4 import c4, fineweb_c4
-from llama_ray.data.cleaning.filters.fineweb import fineweb
-from llama_ray.data.cleaning.filters.gopher_quality import gopher_quality
-from llama_ray.data.cleaning.filters.gopher_repetition import gopher_repetition
-from llama_ray.data.cleaning.filters.reading import Filter, Reading
+from llama_ray.data.cleaning.filters.named import FILTERS
+from llama_ray.data.cleaning.filters.reading import Reading
 from llama_ray.data.cleaning.language import check_languages, identify
 
-FILTERS: Final[dict[str, Filter]] = {
-    "gopher_quality": gopher_quality,
-    "gopher_repetition": gopher_repetition,
-    "c4": c4,
-    "fineweb_c4": fineweb_c4,
-    "fineweb": fineweb,
-}
 _FORMS: Final[dict[str, Literal["NFC", "NFKC"]]] = {"nfc": "NFC", "nfkc": "NFKC"}
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llama_ray.data.cleaning.filters.named import FILTERS
 from llama_ray.utils.fields import check_fields, limits, shown
-
-FILTERS = ("gopher_quality", "gopher_repetition", "c4", "fineweb_c4", "fineweb")
-"""Names of the filters, in the order of the glossary in docs/data.md."""
 
 
 @dataclass(frozen=True)

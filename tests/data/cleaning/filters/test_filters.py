@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_ray.data.cleaning.cleaner import FILTERS, Cleaner
+from llama_ray.data.cleaning.cleaner import Cleaner
 from llama_ray.data.cleaning.config import CleanConfig
+from llama_ray.data.cleaning.filters.named import FILTERS
 from llama_ray.data.cleaning.filters.reading import Reading
 from tests.data.cleaning.texts import PARAGRAPH, PROSE, VERDICTS, distinct, lines
 

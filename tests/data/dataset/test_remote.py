@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,14 @@ def test_shards_that_are_read_often_are_read_from_this_machine_then(
     for shard in second.info.splits["train"]:
         store.delete(store.join(remote, shard.file))
     assert_equal(all_windows(second), all_windows(LocalFiles(local)))
+
+
+def test_threads_may_share_it(local: Path, remote: str, tmp_path: Path) -> None:
+    expected = all_windows(LocalFiles(local))
+    files = RemoteFiles(remote, LARGE, tmp_path / "cache")
+    with ThreadPoolExecutor(8) as threads:
+        for batch in threads.map(lambda _: all_windows(files), range(16)):
+            assert_equal(batch, expected)
 
 
 def test_a_shard_that_vanishes_ends_the_run_in_one_line(remote: str, tmp_path: Path) -> None:

@@ -169,6 +169,8 @@ def _environment(state: dict[str, Any]) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_TRACKING_URI": state["mlflow"],
+        # Nobody submits jobs to MLflow, for which eight processes would start.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     haproxy: dict[str, str] = state["haproxy"]
     return keep | environment.variables() | haproxy | demo

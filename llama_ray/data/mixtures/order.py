@@ -178,8 +178,6 @@ def _places(count: int, shares: Sequence[int]) -> list[int]:
 def _distinct(phases: Sequence[Phase]) -> list[Phase]:
     kept: list[Phase] = []
     for phase in phases:
-        if kept and kept[-1].start == phase.start:
-            kept.pop()
         if not kept or kept[-1].shares != phase.shares:
             kept.append(phase)
     return kept

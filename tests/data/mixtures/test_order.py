@@ -116,6 +116,8 @@ def test_places_of_sources_are_mixed_and_depend_on_the_seed() -> None:
     for order in orders:
         # Neighbours are alike half of the time.
         assert np.mean(order[1:] == order[:-1]) == pytest.approx(0.5, abs=0.03)
+        # Each block is mixed in a way of its own.
+        assert np.mean(order[BLOCK:] == order[:-BLOCK]) == pytest.approx(0.5, abs=0.03)
     assert np.mean(orders[0] == orders[1]) == pytest.approx(0.5, abs=0.03)
 
 

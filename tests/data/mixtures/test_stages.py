@@ -371,25 +371,37 @@ def test_what_was_built_ahead_does_not_count_as_taken(mixture: Mixture) -> None:
     ahead.close()
 
 
-def test_batches_are_built_before_they_are_asked_for_and_no_more_than_asked(
+def test_batches_are_built_once_and_before_they_are_asked_for(
     mixture: Mixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built, third = [], threading.Event()
+    built, enough = [], threading.Event()
     windows = Mixture.windows
 
     def counted(self: Mixture, *args: object) -> Batch:
-        built.append(threading.current_thread())
-        if len(built) == 3:
-            third.set()
-        return windows(self, *args)  # type: ignore[arg-type]
+        assert threading.current_thread() is not threading.main_thread()
+        batch = windows(self, *args)  # type: ignore[arg-type]
+        built.append(batch.inputs.tolist())
+        if len(built) == 5:
+            enough.set()
+        return batch
 
     monkeypatch.setattr(Mixture, "windows", counted)
-    [worker] = loaders(mixture, Cluster(1, 12, 1, prefetch=2), STAGES)
-    worker.next_global_batch()
-    assert third.wait(10)
+    [worker] = loaders(mixture, Cluster(1, 12, 1, prefetch=2), [])
+    taken = [take([worker]) for _ in range(3)]
+    assert enough.wait(10)
     worker.close()
-    assert len(built) == 3
-    assert threading.current_thread() not in built
+    assert built[:3] == taken
+    assert len(built) == 5
+    assert all(built.count(batch) == 1 for batch in built)
+
+
+def test_what_was_built_ahead_of_another_position_is_not_taken(mixture: Mixture) -> None:
+    [ahead], [plain] = (loaders(mixture, Cluster(1, 12, 1, prefetch=n), STAGES) for n in (2, 0))
+    first = take([plain])
+    take([ahead])
+    ahead.start_after(1)
+    assert [token for row in take([ahead]) for token in row] == [token for row in first for token in row]
+    ahead.close()
 
 
 def test_an_error_in_the_thread_arrives_with_its_batch_and_again(tmp_path: Path) -> None:

@@ -24,11 +24,20 @@ _RECORDS = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What was found in the files of evaluations: texts, different runs of words, texts with too few words for one."""
+    """What was found in files of evaluations: texts, different runs of words in them, texts with too few words for one."""
 
     texts: int
     runs: int
     too_short: int
+
+    def line(self) -> str:
+        """Return a line for the log."""
+        line = f"evaluations: {self.runs:,} runs of words of {self.texts:,} texts"
+        if self.too_short:
+            line += (
+                f", and {self.too_short:,} of fewer words, which are not looked for (--decontaminate_words)"
+            )
+        return line
 
 
 class Shared(NamedTuple):
@@ -55,8 +64,8 @@ def write_evaluations(files: Sequence[str], words: int, output: Path) -> Evaluat
                 f"decontaminate names {printable(file)}, in which no text has {words} words; give texts or JSONL, or "
                 "smaller decontaminate_words"
             )
-        texts += len(runs)
-        too_short += sum(not len(run) for run in runs)
+        short = sum(not len(run) for run in runs)
+        texts, too_short = texts + len(runs) - short, too_short + short
         hashes.append(found)
         numbers.append(np.full(len(found), number, np.uint64))
     # Of a run in several files the first one is kept.

@@ -60,7 +60,7 @@ def _make(
     staging: Path,
     log: Log,
 ) -> DatasetInfo:
-    reading = Reading(config.fields(), config.cleaning, config.seed, _evaluations(config, staging))
+    reading = Reading(config.fields(), config.cleaning, config.seed, _evaluations(config, staging, log))
     sample = TokenizerSample(
         corpus,
         reading,
@@ -99,13 +99,14 @@ def _make(
     return publish(staging, Path(config.output), info)
 
 
-def _evaluations(config: PrepareConfig, staging: Path) -> str:
+def _evaluations(config: PrepareConfig, staging: Path, log: Log) -> str:
     """Write what the evaluations hold, of which texts must be clean, and return the file's path; empty without any."""
     if not config.cleaning.decontaminate:
         return ""
     file = staging / WORK / "evaluations.npy"
     if not file.exists():
-        write_evaluations(config.cleaning.decontaminate, config.cleaning.decontaminate_words, file)
+        found = write_evaluations(config.cleaning.decontaminate, config.cleaning.decontaminate_words, file)
+        log(found.line())
     return str(file)
 
 

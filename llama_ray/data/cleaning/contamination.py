@@ -24,7 +24,7 @@ _RECORDS = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What was found in files of evaluations: texts, different runs of words in them, texts with too few words for one."""
+    """What files of evaluations hold: texts, different runs of words in them, and texts of too few words for one."""
 
     texts: int
     runs: int

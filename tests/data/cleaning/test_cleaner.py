@@ -84,7 +84,7 @@ def test_a_text_that_repeats_an_evaluation_is_dropped(tmp_path, evaluations):
 
     assert (found.texts, found.too_short) == (2, 1)
     assert found.line().endswith(
-        "of 3 texts, and 1 of fewer words, which are not looked for (--decontaminate_words)"
+        "of 2 texts, and 1 of fewer words, which are not looked for (--decontaminate_words)"
     )
     assert cleaned.text is None
     assert cleaned.drops[0].rule == "contaminated"

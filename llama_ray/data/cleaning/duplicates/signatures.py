@@ -1,7 +1,7 @@
 """Keys of a text: texts that share one are duplicates.
 
 Near-duplicates share one of the keys of a MinHash signature (Broder 1997) that is cut into bands, with the parameters
-of FineWeb (Penedo et al. 2024, https://arxiv.org/abs/2406.17557, appendix E.1): the sets of runs of five words are
+of FineWeb (Penedo et al. 2024, https://arxiv.org/abs/2406.17557): the sets of runs of five words are
 compared by 14 bands of 8 hashes, so that two texts that share a fraction s of their runs are found with probability
 1 - (1 - s^8)^14: 0.92 for s = 0.8, half for s = 0.69.
 """

@@ -1,4 +1,4 @@
-"""FineWeb's rules against lists and menus: Penedo et al. 2024, https://arxiv.org/abs/2406.17557, section 3.4."""
+"""FineWeb's rules against lists and menus: Penedo et al. 2024, https://arxiv.org/abs/2406.17557."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gopher's rules of quality for English text: Rae et al. 2021, https://arxiv.org/abs/2112.11446, appendix A1.1."""
+"""Gopher's rules of quality for English text: Rae et al. 2021, https://arxiv.org/abs/2112.11446, appendix A.1."""
 
 from __future__ import annotations
 

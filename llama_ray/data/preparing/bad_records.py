@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from llama_ray.data.sources.files import BUILTIN, SourceError
-from llama_ray.data.sources.left_out import LeftOut
+from llama_ray.data.sources.left_out import LeftOut, Locations
 from llama_ray.storage.atomic import replacing
 from llama_ray.utils.errors import printable
 
@@ -42,6 +42,7 @@ class BadRecords:
     def __init__(self, path: Path, most: int) -> None:
         self.count = 0
         self._path, self._most = path, most
+        self._locations = Locations()
         self._file: BinaryIO | None = None
         self._open = ExitStack()
 
@@ -52,7 +53,7 @@ class BadRecords:
         if self._file is None:
             self._file = self._open.enter_context(replacing(self._path))
         self.count += 1
-        line = {"source": source, "record": piece.location(), "reason": piece.reason}
+        line = {"source": source, "record": self._locations.of(piece), "reason": piece.reason}
         self._file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
         if self.count > self._most:
             raise TooManyBadRecordsError

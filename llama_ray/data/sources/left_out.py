@@ -59,11 +59,29 @@ class LeftOut(NamedTuple):
 
     def location(self) -> str:
         """Return the name for a message, with the line if it is known."""
-        name = printable(self.name)
-        if self.offset is None:
-            return name + self.place
-        line = _line_number(self.root, self.path, self.offset)
-        return f"{name} at byte {self.offset}" if line is None else f"{name}:{line}"
+        return Locations().of(self)
+
+
+class Locations:
+    """Finds the lines of pieces; of pieces of a file in their order, the file is read once."""
+
+    def __init__(self) -> None:
+        self._file = ("", "")
+        # A byte and its line.
+        self._known = (0, 1)
+
+    def of(self, piece: LeftOut) -> str:
+        """Return the name of a piece for a message, with the line if it is known."""
+        name = printable(piece.name)
+        if piece.offset is None:
+            return name + piece.place
+        if (piece.root, piece.path) != self._file or piece.offset < self._known[0]:
+            self._file, self._known = (piece.root, piece.path), (0, 1)
+        line = _line_number(*self._file, piece.offset, self._known)
+        if line is None:
+            return f"{name} at byte {piece.offset}"
+        self._known = piece.offset, line
+        return f"{name}:{line}"
 
 
 LeaveOut = Callable[[LeftOut], None]
@@ -140,15 +158,18 @@ def _is_bad(unit: str, reason: str) -> bool:
     return unit not in ("file", "folder") and reason not in _NOT_BAD
 
 
-def _line_number(root: str, path: str, offset: int) -> int | None:
-    if offset > _MAX_COUNTED_BYTES:
+def _line_number(root: str, path: str, offset: int, known: tuple[int, int] = (0, 1)) -> int | None:
+    """Return the line of a byte of a file, given one byte before it and its line; None if it is too far."""
+    start, line = known
+    left = offset - start
+    if left > _MAX_COUNTED_BYTES:
         return None
-    line = 1
     try:
         with open_file(root, path) as file:
-            while offset and (block := file.read(min(offset, 2**20))):
+            file.seek(start)
+            while left and (block := file.read(min(left, 2**20))):
                 line += block.count(b"\n")
-                offset -= len(block)
+                left -= len(block)
     except OSError:
         return None
     return line

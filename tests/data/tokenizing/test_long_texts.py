@@ -30,14 +30,14 @@ CUT = {
     f"{split}, {digits}": Tokenizer.train(iter(LINES), 400, TrainingOptions(split=split, split_digits=digits))
     for split, digits in itertools.product(("llama3", "gpt2", "o200k"), (None, 1, 3))
 } | {"tekken": with_splits(TEKKEN), "smollm": with_splits(DIGIT, GPT_2)}
-HOSTILE = "".join(f"{text}\nx" for text in list(hostile_texts())[1::3])
+HOSTILE = "".join(f"{text}\nx" for text in list(hostile_texts())[1::8])
 
 
 @pytest.mark.parametrize("tokenizer", CUT.values(), ids=CUT)
 def test_the_ids_of_a_text_are_those_of_its_parts(tokenizer: Tokenizer) -> None:
     assert can_be_cut(tokenizer.to_json())
     cut = list(parts(HOSTILE, 20))
-    assert len(cut) > 400
+    assert len(cut) > 150
     assert [id for part in cut for id in tokenizer.encode(part)] == tokenizer.encode(HOSTILE)
 
 

@@ -19,6 +19,7 @@ from llama_ray.data.inspection.summary import summary
 from llama_ray.data.inspection.terminal import Style
 from llama_ray.data.inspection.text import samples
 from llama_ray.data.mixtures.sources import DataSource
+from llama_ray.data.report.numbers import size
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.storage.paths import absolute
 from llama_ray.training.config import TrainConfig
@@ -66,13 +67,8 @@ def _verify(locations: list[str]) -> int:
             code = 2
         else:
             shards = [shard for shards in files.info.splits.values() for shard in shards]
-            size = sum(shard.bytes for shard in shards) / 1e6
-            number = len(shards) + len(files.info.files)
-            print(
-                redact(
-                    f"{location}: all {number:,} files ({size:,.1f} MB of shards) are as they were written"
-                )
-            )
+            number, total = len(shards) + len(files.info.files), size(sum(shard.bytes for shard in shards))
+            print(redact(f"{location}: all {number:,} files ({total} of shards) are as they were written"))
     return code
 
 

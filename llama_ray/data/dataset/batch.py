@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, each consecutive ones of a shard, in which documents may begin and end.
+    """Rows of tokens, each consecutive ones of a dataset, in which documents may begin and end.
 
     `inputs` and `targets` are int64 [batch, seq_len]: the target of a position is the next token, or IGNORE_INDEX where
     nothing is to be learned. `starts` is int32 [batch, seq_len]: the index in its row at which the document of each

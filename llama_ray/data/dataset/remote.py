@@ -215,7 +215,9 @@ class RemoteFiles:
             self._check_sum(shard.file, digest.hexdigest(), shard.sha256)
 
         try:
-            self._cache.fill(shard.file, shard.bytes, write)
+            if self._cache.fill(shard.file, shard.bytes, write) is None:
+                # No room yet, or another process copies it and may die: ask again after the same cost.
+                self._cost[shard.file] = 0
         except ValueError as error:
             # The next call of `read` raises it.
             self._failure = error

@@ -31,9 +31,8 @@ def first_batches(
         rows = sum(len(batch.inputs) for batch in batches)
         windows = loader.position - first
         length = batches[0].inputs.shape[1]
-        yield style.title(
-            f"step {step}: {rows:,} sequences of {length:,} tokens, windows {first:,} to {loader.position - 1:,}"
-        )
+        sequences = f"{rows:,} sequence{'s' * (rows > 1)} of {length:,} tokens"
+        yield style.title(f"step {step}: {sequences}, windows {first:,} to {loader.position - 1:,}")
         number = 0
         for batch in batches:
             for row in range(len(batch.inputs)):

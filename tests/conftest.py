@@ -35,6 +35,7 @@ import pytest
 import torch
 
 from tests.mlflow_server import MlflowServer
+from tests.warm_workers import forked_workers
 
 CLUSTERS = {"ray_cluster", "nodes"}
 RAY = (
@@ -127,7 +128,7 @@ def ray_cluster() -> Iterator[str]:
         "HOME": str(haproxy),
         "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path("~/.cache").expanduser())),
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forked_workers():
         for name, value in (_serve_variables(haproxy) | home).items():
             patch.setenv(name, value)
         context = ray.init(

@@ -16,6 +16,7 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import Outcome, train_on_ray
 from llama_ray.training.config import TrainConfig
+from tests.warm_workers import forked_workers
 
 MODEL = LlamaConfig.preset("llama-tiny", vocab_size=1024, max_seq_len=64)
 CONFIG = TrainConfig(
@@ -66,6 +67,11 @@ def tracking(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture(scope="package")
 def nodes() -> Iterator[Cluster]:
     """A cluster of its own that takes jobs: a head without CPUs, and room for nodes with one each."""
+    with forked_workers():
+        yield from _nodes()
+
+
+def _nodes() -> Iterator[Cluster]:
     cluster = Cluster(
         initialize_head=True,
         head_node_args={

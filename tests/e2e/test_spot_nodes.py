@@ -95,7 +95,7 @@ def test_a_job_grows_saves_when_a_node_is_drained_shrinks_is_stopped_and_resumed
     run_id = run_id_of(run)
 
     spot = add_node()
-    job.wait_for(has_restarted(client, run, 1))
+    job.wait_for(has_restarted(run, 1))
 
     _announce_preemption(nodes.address, spot.node_id)
     job.wait_for(lambda: _saved_out_of_turn(run) > 0)
@@ -103,7 +103,7 @@ def test_a_job_grows_saves_when_a_node_is_drained_shrinks_is_stopped_and_resumed
     job.wait_for(lambda: newest_step(run) > saved)  # It goes on.
 
     nodes.remove_node(spot, allow_graceful=False)
-    job.wait_for(has_restarted(client, run, 2))
+    job.wait_for(has_restarted(run, 2))
 
     assert job.stop() == JobStatus.STOPPED
     said, step = job.logs(), newest_step(run)

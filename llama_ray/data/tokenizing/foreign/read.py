@@ -32,7 +32,7 @@ def read_foreign(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]] | No
         head = opened.read(4096)
     if head.startswith(MAGIC):
         read = read_gguf_tokenizer
-    elif file.name == "tekken.json":
+    elif file.name.startswith("tekken") and file.suffix == ".json":
         read = read_tekken
     elif FIRST_LINE.match(head):
         read = read_tiktoken

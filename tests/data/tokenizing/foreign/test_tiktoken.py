@@ -105,3 +105,8 @@ def test_a_damaged_tekken_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tekken.json").write_text(content)
     with pytest.raises(TokenizerError, match=r"tekken.json cannot be read: it is no whole tekken.json"):
         Tokenizer.load(tmp_path)
+
+
+def test_the_name_of_a_tekken_may_have_a_date(tmp_path: Path) -> None:
+    file = write_tekken(tmp_path, RANKS).rename(tmp_path / "tekken_240911.json")
+    assert Tokenizer.load(file).vocab_size == len(RANKS) + 90

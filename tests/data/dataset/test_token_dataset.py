@@ -14,7 +14,7 @@ from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.model import loss
 from tests.token_data import write_documents, write_shard
 
-ALL_SHARDS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5)
+ALL_SHARDS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=4)
 
 
 def rows_one_by_one(
@@ -35,7 +35,7 @@ def rows_one_by_one(
     return inputs, targets, starts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(ALL_SHARDS, st.integers(1, 12), st.booleans(), st.randoms(use_true_random=False))
 def test_windows_follow_the_documents_over_all_shards(
     tmp_path_factory: pytest.TempPathFactory,

@@ -2,6 +2,7 @@
 
     python benchmarks/train.py                # 33.7M parameters, 8 x 256 tokens, bf16; 5 minutes on 2 cores
     python benchmarks/train.py --preset llama-3.2-1b --seq_len 4096 --batch_size 4 --device cuda    # on a GPU
+    python benchmarks/train.py --documents 50 --seq_len 1024    # ours with a document mask beside ours without
 
 Needs torch and transformers, no Ray and no MLflow. Each contestant has its own process, so that peak memory is
 measured for each. They alternate in short rounds that begin with a large matrix product: other work on the machine
@@ -26,13 +27,16 @@ from typing import Any, Literal
 import torch
 from jsonargparse import auto_cli
 from peers.training import Contestant, ours, transformers
+from random_batches import random_batch
 
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import Precision
 from llama_ray.training.reporting.metrics import peak_flops, peak_memory_bytes
 from llama_ray.utils.errors import first_line
 
 CONTESTANTS = ("ours eager", "ours compiled", "transformers eager", "transformers compiled")
+MASKED_CONTESTANTS = ("ours eager", "ours eager masked", "ours compiled", "ours compiled masked")
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -47,9 +51,10 @@ def main(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     threads: int = 0,
     clock: Literal["wall", "cpu"] = "wall",
-    contestants: list[str] = list(CONTESTANTS),  # noqa: B006  # read only
+    documents: int = 0,
+    contestants: list[str] | None = None,
 ) -> None:
-    """Print tokens/s, MFU, peak memory, and the ratio of ours to transformers' in the same mode.
+    """Print tokens/s, MFU, peak memory, and the ratio of ours to transformers', or of masked to not masked.
 
     Args:
         preset: A preset of LlamaConfig.
@@ -63,11 +68,14 @@ def main(
         threads: Threads of torch on a CPU; 0 keeps torch's default.
         clock: wall, or cpu: CPU seconds of the process, all threads added up, also for the matrix product. On a busy
             machine measure with cpu and one thread.
+        documents: Mean length of the documents in a row, which begin elsewhere in each step; 0: none. All contestants
+            see the same tokens, those called masked attend within documents.
         contestants: A JSON list of contestants.
     """
+    contestants = contestants or list(MASKED_CONTESTANTS if documents else CONTESTANTS)
     config = LlamaConfig.preset(preset, max_seq_len=seq_len)
     flops = config.flops_per_token(seq_len)
-    args = (config, batch_size, seq_len, precision, device, threads, clock)
+    args = (config, (batch_size, seq_len, documents), precision, device, threads, clock)
     workers = {name: _start(name, *args) for name in contestants}
     print(f"{_machine(device)}, torch {torch.__version__}")
     print(
@@ -133,7 +141,10 @@ def _print_table(results: dict[str, _Result], flops: int, sheet_flops: float | N
         spread = (max(result.rates) - min(result.rates)) / rate
         sheet = f"{rate * flops / sheet_flops:14.1%}" if sheet_flops else ""
         ratio = ""
-        theirs = results.get(name.replace("ours", "transformers"))
+        peer = (
+            name.removesuffix(" masked") if name.endswith("masked") else name.replace("ours", "transformers")
+        )
+        theirs = results.get(peer)
         if theirs is not None and theirs is not result:
             # Ratios within a round cancel what slows the machine for minutes.
             pairs = zip(result.rates, theirs.rates, strict=True)
@@ -159,8 +170,7 @@ def _contestant(
     pipe: Connection,
     name: str,
     config: LlamaConfig,
-    batch_size: int,
-    seq_len: int,
+    shape: tuple[int, int, int],
     precision: Precision,
     device_name: str,
     threads: int,
@@ -171,24 +181,26 @@ def _contestant(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     device = torch.device(device_name)
-    system, mode = name.split()
+    system, mode, *masked = name.split()
     now = time.process_time if clock == "cpu" else time.perf_counter
     contestant: Contestant | None = None
     while (steps := pipe.recv()) is not None:
         try:
+            started = contestant is not None
             if contestant is None:
                 make = ours if system == "ours" else transformers
                 contestant = make(config, precision, device, compiled=mode == "compiled")
-                tokens = torch.randint(config.vocab_size, (batch_size, seq_len + 1), device=device)
-                inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-            elif device.type == "cuda":
+            batches = [random_batch(config.vocab_size, *shape) for _ in range(steps)]
+            if not masked:
+                batches = [Batch(batch.inputs, batch.targets) for batch in batches]
+            if started and device.type == "cuda":
                 contestant.move(device)
                 # One step for the allocator to get its blocks back.
-                contestant.step(inputs, targets)
+                contestant.step(batches[0])
             product_flops = matrix_product_flops(device, precision, now)
             start = now()
-            for _ in range(steps):
-                loss = contestant.step(inputs, targets)
+            for batch in batches:
+                loss = contestant.step(batch)
             loss.item()
             pipe.send(Measurement(product_flops, now() - start, peak_memory_bytes(device)))
             if device.type == "cuda":

@@ -6,12 +6,15 @@ import gzip
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
 
 import torch
 from peers.training import Contestant, ours, transformers
-from torch import Tensor
+from random_batches import random_batch
 
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.training.config import Precision
 from llama_ray.training.reporting.metrics import peak_flops, peak_memory_bytes
 from on_gpu.results import Results
@@ -51,8 +54,22 @@ def small(setting: Setting, results: Results) -> None:
     _measure(setting, results, "134M", 16, 1024, ours)
 
 
-def _case(name: str, batch: int, length: int, make: Callable[..., Contestant], precision: Precision) -> str:
-    return f"{name}, {batch} x {length}, {precision}, {OURS if make is ours else THEIRS}"
+def documents(setting: Setting, results: Results) -> None:
+    """1.1B, 8 x 2048 tokens in documents of 64 and of 512 on average: other ones in each step."""
+    for length in (64, 512):
+        _measure(setting, results, "1.1B", 8, 2048, ours, documents=length)
+
+
+def _case(
+    name: str,
+    batch: int,
+    length: int,
+    make: Callable[..., Contestant],
+    precision: Precision,
+    documents: int = 0,
+) -> str:
+    masked = f", documents of {documents}" if documents else ""
+    return f"{name}, {batch} x {length}, {precision}, {OURS if make is ours else THEIRS}{masked}"
 
 
 def _measure(
@@ -65,21 +82,20 @@ def _measure(
     precision: Precision = "bf16",
     *,
     profile: bool = False,
+    documents: int = 0,
 ) -> None:
-    device, case = setting.device, _case(name, batch, length, make, precision)
+    device, case = setting.device, _case(name, batch, length, make, precision, documents)
     config = setting.config(name, max_seq_len=length)
     batch, length = setting.size(batch, 2), setting.size(length, 32)
     free(device)
     start = time.perf_counter()
     # A trial compiles nothing: the compiler of a CPU takes half a minute.
     contestant = make(config, precision, device, compiled=not setting.tiny)
-    tokens = torch.randint(config.vocab_size, (batch, length + 1), device=device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    losses = [contestant.step(inputs, targets).item() for _ in range(3)]
+    given = _batches(config.vocab_size, batch, length, documents, device)
+    losses = [_steps(contestant, given, 1) for _ in range(3)]
     first_s = time.perf_counter() - start
     seconds = [
-        wall_s(lambda: _steps(contestant, inputs, targets), device) / STEPS
-        for _ in range(setting.size(ROUNDS, 1))
+        wall_s(lambda: _steps(contestant, given), device) / STEPS for _ in range(setting.size(ROUNDS, 1))
     ]
     median = statistics.median(seconds)
     rate = batch * length / median
@@ -91,12 +107,27 @@ def _measure(
     if not losses[-1] < losses[0]:
         raise RuntimeError(f"the loss of {case} does not fall: {losses}")
     if profile:
-        _profile(setting, lambda: _steps(contestant, inputs, targets, 1))
+        _profile(setting, lambda: _steps(contestant, given, 1))
 
 
-def _steps(contestant: Contestant, inputs: Tensor, targets: Tensor, count: int = STEPS) -> None:
-    for _ in range(count):
-        contestant.step(inputs, targets)
+def _batches(
+    vocab_size: int, batch: int, length: int, documents: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield the same tokens again and again; their documents begin elsewhere each time.
+
+    So it shows in the spread if anything is compiled for one batch only.
+    """
+    tokens = random_batch(vocab_size, batch, length, documents).to(device)
+    while True:
+        # As a loader gives them: on the CPU.
+        yield replace(tokens, starts=random_batch(vocab_size, batch, length, documents).starts)
+
+
+def _steps(contestant: Contestant, batches: Iterator[Batch], count: int = STEPS) -> float:
+    """Take `count` steps; return the last loss."""
+    for batch in islice(batches, count):
+        loss = contestant.step(batch)
+    return loss.item()
 
 
 def _profile(setting: Setting, step: Callable[[], object]) -> None:

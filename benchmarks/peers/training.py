@@ -21,9 +21,9 @@ from llama_ray.training.step import Stepper
 
 @dataclass(frozen=True)
 class Contestant:
-    """A trained model; `step(inputs, targets)`, both [batch, seq], takes one optimizer step and returns the loss."""
+    """A trained model; `step(batch)` takes one optimizer step and returns the loss."""
 
-    step: Callable[[Tensor, Tensor], Tensor]
+    step: Callable[[Batch], Tensor]
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -44,7 +44,7 @@ def ours(config: LlamaConfig, precision: Precision, device: torch.device, *, com
     model = parallelize(Llama(config, device="meta"), train, SINGLE_WORKER, device, compile_blocks=compiled)
     optimizer = build_optimizer(model, train)
     stepper = Stepper(model, optimizer, train, device=device)
-    return Contestant(lambda inputs, targets: stepper.step([Batch(inputs, targets)]).loss, model, optimizer)
+    return Contestant(lambda batch: stepper.step([batch]).loss, model, optimizer)
 
 
 def transformers(
@@ -65,7 +65,8 @@ def transformers(
     model = torch.compile(plain) if compiled else plain
     optimizer = build_optimizer(plain, train)
 
-    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+    def step(batch: Batch) -> Tensor:
+        inputs, targets = batch.inputs, batch.targets
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss: Tensor = model(input_ids=inputs, labels=targets, shift_labels=targets).loss
         loss.backward()  # type: ignore[no-untyped-call]

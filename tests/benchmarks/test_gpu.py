@@ -14,6 +14,7 @@ PARTS = {
     "train-peer": ["1.1B, 8 x 2048, bf16, transformers compiled", "1.1B, 8 x 2048, ours / transformers"],
     "train-long": ["1.1B, 4 x 4096, bf16, ours compiled"],
     "train-small": ["134M, 16 x 1024, bf16, ours compiled"],
+    "train-documents": [f"1.1B, 8 x 2048, bf16, ours compiled, documents of {n}" for n in (64, 512)],
     "decode": [f"{name} {kind}, 2 requests" for name in ("1.1B", "7B") for kind in ("bf16", "int8")],
     "decode-peer": ["1.1B bf16, transformers' generate", "7B bf16, transformers' generate"],
     "prefill": [f"{name} {kind}, 2 x 64" for name in ("1.1B", "7B") for kind in ("bf16", "int8")],

@@ -19,6 +19,7 @@ from llama_ray.training.parallel.layout import choose_layout
 from llama_ray.training.parallel.parallelize import gather_model, parallelize
 from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.training.step import Stepper
+from tests.model.attention.helpers import documents_of, starts_of
 from tests.training.helpers import CPU, in_processes
 
 
@@ -123,6 +124,47 @@ def test_an_accumulated_gradient_is_that_of_the_whole_batch(tiny: LlamaConfig) -
     stepper = alone(tiny, max_grad_norm=0)
     result = stepper.step([Batch(inputs[i : i + 1], targets[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(result.grad_norm, expected)
+
+
+def packed_batch(config: LlamaConfig) -> Batch:
+    """Two rows of 32 tokens, of documents of 1 to 20; the last token of a document has no target."""
+    plain, starts = batch_of(config, 2), starts_of([[5, 1, 20], [12, 7]], 32)
+    targets = plain.targets.clone()
+    targets[:, :-1][starts[:, 1:] != starts[:, :-1]] = IGNORE_INDEX
+    return Batch(plain.inputs, targets, starts)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_packed_batch_is_a_step_on_its_documents_alone(tiny: LlamaConfig, precision: Any) -> None:
+    batch = packed_batch(tiny)
+    assert batch.starts is not None
+    alone_each = [
+        Batch(batch.inputs[row : row + 1, begin:end], batch.targets[row : row + 1, begin:end])
+        for row, begin, end in documents_of(batch.starts)
+    ]
+    assert len(alone_each) == 7
+    packed, apart = (alone(tiny, max_grad_norm=0, precision=precision) for _ in range(2))
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    assert packed.validate([batch]) == pytest.approx(apart.validate(alone_each), rel=tolerance)
+    result, expected = packed.step([batch]), apart.step(alone_each)
+    assert result.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
+    assert result.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=tolerance)
+    if precision == "fp32":
+        # Documents that see each other have other losses.
+        leaky = alone(tiny).validate([Batch(batch.inputs, batch.targets)])
+        assert leaky != pytest.approx(expected.loss.item(), rel=10 * tolerance)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_micro_batch_without_targets_changes_nothing(tiny: LlamaConfig, masked: bool) -> None:
+    batch = packed_batch(tiny) if masked else batch_of(tiny, 2)
+    empty = Batch(batch.inputs, torch.full_like(batch.targets, IGNORE_INDEX), batch.starts)
+    with_it, without = (alone(tiny).step(batches) for batches in ([empty, batch, empty], [batch]))
+    for name in ("loss", "tokens", "grad_norm", "skipped"):
+        torch.testing.assert_close(getattr(with_it, name), getattr(without, name))
+    nothing = alone(tiny).step([empty])
+    assert (nothing.loss, nothing.tokens, nothing.grad_norm) == (0, 0, 0)
+    assert not nothing.skipped
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

@@ -44,9 +44,17 @@ BF16: Settings = {"precision": "bf16"}
 Z_LOSS: Settings = {"z_loss": 1e-2}
 SELECTIVE: Settings = {"activation_checkpointing": "selective"}
 FULL: Settings = {"activation_checkpointing": "full"}
+MASK: Settings = {"document_mask": True}
 
 # What changes the numbers, unlike a layout; each is run on one worker to compare with.
-METHODS: dict[str, Settings] = {"adamw": {}, "muon": MUON, "tied": TIED, "z-loss": Z_LOSS, "bf16": BF16}
+METHODS: dict[str, Settings] = {
+    "adamw": {},
+    "muon": MUON,
+    "tied": TIED,
+    "z-loss": Z_LOSS,
+    "bf16": BF16,
+    "mask": MASK,
+}
 
 LAYOUTS: dict[str, tuple[int, Settings]] = {
     "ddp": (2, DDP),
@@ -63,9 +71,13 @@ LAYOUTS: dict[str, tuple[int, Settings]] = {
     "fsdp-bf16": (2, {**FSDP, **BF16}),
     "tp-bf16": (2, {**TP, **BF16}),
     "tp-compiled-selective": (2, {**TP, **SELECTIVE, "compile": True}),
+    "ddp-mask": (2, {**DDP, **MASK}),
+    "fsdp-full-mask": (2, {**FSDP, **FULL, **MASK}),
+    "tp-compiled-selective-mask": (2, {**TP, **SELECTIVE, **MASK, "compile": True}),
     "fsdp-on-4": (4, FSDP),
     "hsdp-on-4": (4, HSDP),
     "fsdp-tp-on-4": (4, {**FSDP, **TP}),
+    "fsdp-tp-mask-on-4": (4, {**FSDP, **TP, **MASK}),
     "fsdp-tp-muon-on-4": (4, {**FSDP, **TP, **MUON}),
 }
 SHARDED = [name for name, (_, settings) in LAYOUTS.items() if settings.get("parallelism") != "ddp"]
@@ -105,6 +117,8 @@ def run(settings: Settings) -> Run:
     }
     config = TrainConfig(**{**defaults, **settings})
     layout = choose_layout(shape, config, world_size()).with_mesh(CPU)
+    # Else torch would count the graphs of all runs in this process, and stop compiling at eight.
+    torch.compiler.reset()
     with compiling_without_cpp() if config.compile else nullcontext():
         model = parallelize(
             Llama(shape, device="meta"), config, layout, CPU, compile_blocks=bool(config.compile)
@@ -116,14 +130,14 @@ def run(settings: Settings) -> Run:
 
     share = SEQUENCES // layout.data_world
     own = slice(layout.data_rank * share, (layout.data_rank + 1) * share)
-    results = []
-    for inputs, targets in global_batches(shape.vocab_size):
-        micro_batch = max(share // MICRO_STEPS, 1)
-        micro_batches = zip(inputs[own].split(micro_batch), targets[own].split(micro_batch), strict=True)
-        results.append(stepper.step([batch_of(*pair) for pair in micro_batches]))
+    # Micro-batches are of one size, because torch would compile again for another.
+    size = max(share // MICRO_STEPS, 1)
+    batches = global_batches(shape.vocab_size, documents=bool(config.document_mask))
+    results = [stepper.step(split(rows(batch, own), size)) for batch in batches]
+    last = split(rows(batches[-1], own), size)
 
     # Workers have unequal shares of these batches; all tensor-parallel peers have the same.
-    validation = [batch_of(*pair) for pair in zip(inputs.split(3), targets.split(3), strict=True)]
+    validation = split(batches[0], size) + split(rows(batches[1], slice(2)), size)
     return Run(
         losses=[result.loss.item() for result in results],
         source_losses=[result.source_losses.tolist() for result in results],
@@ -132,7 +146,7 @@ def run(settings: Settings) -> Run:
         first_weights=first_weights,
         last_weights=weights(gather_model(model)),
         held_elements=sum(local(p).numel() for p in model.parameters()),
-        skips_a_nan=skips_a_nan(stepper, inputs[own], targets[own]),
+        skips_a_nan=skips_a_nan(stepper, last),
         restores_the_optimizer=restores_the_optimizer(stepper),
         gathers_above_the_limit=gather_model(model, limit_bytes=1000) is not None,
     )
@@ -143,8 +157,8 @@ def compiling_without_cpp() -> AbstractContextManager[Any]:
     return patch("torch.compile", partial(torch.compile, backend="aot_eager"))
 
 
-def global_batches(vocab_size: int) -> list[tuple[Tensor, Tensor]]:
-    """Return inputs and targets that can be learned and of which workers have unequal numbers of targets."""
+def global_batches(vocab_size: int, *, documents: bool) -> list[Batch]:
+    """Return batches that can be learned and of which workers have unequal numbers of targets."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(STEPS):
@@ -152,13 +166,20 @@ def global_batches(vocab_size: int) -> list[tuple[Tensor, Tensor]]:
         tokens[:, ::2] = 7
         inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
         targets[inputs % 5 == 0] = -100
-        batches.append((inputs, targets))
+        begins = torch.rand(inputs.shape, generator=generator) < 0.2
+        starts = torch.where(begins, torch.arange(LENGTH), 0).cummax(1).values.int()
+        batches.append(Batch(inputs, targets, starts if documents else None))
     return batches
 
 
-def batch_of(inputs: Tensor, targets: Tensor) -> Batch:
-    """Return a batch whose rows are of several sources."""
-    return Batch(inputs, targets, sources=inputs[:, 1] % SOURCES)
+def rows(batch: Batch, chosen: slice) -> Batch:
+    """Return these rows of a batch, of several sources."""
+    inputs, targets, starts = (x if x is None else x[chosen] for x in (batch.inputs, batch.targets, batch.starts))
+    return Batch(inputs, targets, starts, sources=inputs[:, 1] % SOURCES)
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    return [rows(batch, slice(first, first + size)) for first in range(0, len(batch.inputs), size)]
 
 
 def weights(model: Llama | None) -> dict[str, np.ndarray]:
@@ -182,13 +203,14 @@ def is_unchanged(stepper: Stepper, before: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(held_state(stepper), before, strict=True))
 
 
-def skips_a_nan(stepper: Stepper, inputs: Tensor, targets: Tensor) -> bool:
+def skips_a_nan(stepper: Stepper, micro_batches: list[Batch]) -> bool:
     before = [tensor.clone() for tensor in held_state(stepper)]
     hook = None
     if rank() == world_size() - 1:
         model = stepper.model.module if hasattr(stepper.model, "module") else stepper.model
-        hook = model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * float("nan"))
-    skipped = bool(stepper.step([batch_of(inputs, targets)]).skipped)
+        # Not in a block, which would be compiled again.
+        hook = model.norm.register_forward_hook(lambda module, args, output: output * float("nan"))
+    skipped = bool(stepper.step(micro_batches).skipped)
     if hook:
         hook.remove()
     return skipped and is_unchanged(stepper, before)

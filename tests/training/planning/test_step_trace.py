@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.llama import Llama
-from llama_ray.training.config import ActivationCheckpointing, TrainConfig
+from llama_ray.training.config import ActivationCheckpointing, Precision, TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout, choose_layout
 from llama_ray.training.parallel.parallelize import parallelize
@@ -116,3 +116,19 @@ def test_extrapolated_layers_are_like_traced_ones() -> None:
     whole = trace_step(MODEL, run, layout, depths=(4, MODEL.num_layers))
     assert sum(extrapolated.memory.values()) == pytest.approx(sum(whole.memory.values()), rel=0.01)
     assert extrapolated.last_micro_step == whole.last_micro_step
+
+
+def memory(precision: Precision, document_mask: bool) -> int:
+    run = replace(RUN, precision=precision, document_mask=document_mask)
+    return sum(trace_step(MODEL, run, SINGLE_WORKER).memory.values())
+
+
+def test_a_document_mask_takes_no_memory_in_bf16() -> None:
+    assert 0.95 * memory("bf16", False) < memory("bf16", True) < 1.001 * memory("bf16", False)
+
+
+def test_a_document_mask_takes_memory_for_one_mask_and_repeated_heads_in_fp32() -> None:
+    mask = 4 * RUN.batch_size * MODEL.max_seq_len**2
+    repeated = MODEL.num_heads - MODEL.num_kv_heads
+    heads = 2 * 4 * RUN.batch_size * MODEL.max_seq_len * MODEL.head_dim * repeated * MODEL.num_layers
+    assert memory("fp32", True) - memory("fp32", False) == pytest.approx(mask + heads, rel=0.02)

@@ -174,7 +174,9 @@ def global_batches(vocab_size: int, *, documents: bool) -> list[Batch]:
 
 def rows(batch: Batch, chosen: slice) -> Batch:
     """Return these rows of a batch, of several sources."""
-    inputs, targets, starts = (x if x is None else x[chosen] for x in (batch.inputs, batch.targets, batch.starts))
+    inputs, targets, starts = (
+        x if x is None else x[chosen] for x in (batch.inputs, batch.targets, batch.starts)
+    )
     return Batch(inputs, targets, starts, sources=inputs[:, 1] % SOURCES)
 
 

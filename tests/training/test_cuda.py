@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
@@ -23,6 +24,7 @@ from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout
 from llama_ray.training.parallel.parallelize import gather_model, parallelize
 from llama_ray.training.reporting.metrics import peak_memory_bytes
 from llama_ray.training.step import Stepper
+from tests.model.attention.helpers import starts_of
 from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder, losses, losses_after
 
 pytestmark = pytest.mark.cuda
@@ -137,6 +139,34 @@ def test_a_step_does_not_wait_for_the_device(tiny: LlamaConfig) -> None:
     assert 0 < peak_memory_bytes(CUDA) < torch.cuda.get_device_properties(CUDA).total_memory
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"compile": True}, {"activation_checkpointing": "selective"}], ids=str
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_packed_batches_train_as_on_a_cpu(
+    precision: Any, settings: dict[str, Any], tiny: LlamaConfig
+) -> None:
+    """fp32 attends under a mask, the others by the kernel for documents laid end to end."""
+    compiled = bool(settings.get("compile"))
+    config = TrainConfig(precision=precision, learning_rate=1e-3, **settings)
+    weights = Llama(tiny, seed=3).state_dict()
+    steppers = [
+        _stepper(tiny, replace(config, precision="fp32"), SINGLE_WORKER, device=CPU),
+        _stepper(tiny, config, SINGLE_WORKER, compile_blocks=compiled),
+    ]
+    losses = []
+    for stepper in steppers:
+        stepper.model.load_state_dict(weights)
+        batches = [_packed(tiny, rows) for rows in ([[], []], [[3, 1, 9], [20]], [[1] * 31, [16]])]
+        losses.append([stepper.step([batch]).loss.item() for batch in batches])
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE[precision])
+
+
+def _packed(config: LlamaConfig, rows: list[list[int]]) -> Batch:
+    tokens = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    return Batch(tokens[:, :-1], tokens[:, 1:], starts_of(rows, 32))
+
+
 @pytest.fixture
 def nccl(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
@@ -181,19 +211,20 @@ def _stepper(
     config: TrainConfig,
     layout: Layout,
     *,
+    device: torch.device = CUDA,
     compile_blocks: bool = False,
     replicate: bool = False,
 ) -> Stepper:
     llama = Llama(model, device="meta")
-    spread = parallelize(llama, config, layout, CUDA, compile_blocks=compile_blocks)
+    spread = parallelize(llama, config, layout, device, compile_blocks=compile_blocks)
     if replicate:
         spread = DistributedDataParallel(
             spread, device_ids=[CUDA_0], broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    return Stepper(spread, build_optimizer(spread, config), config, device=CUDA, layout=layout)
+    return Stepper(spread, build_optimizer(spread, config), config, device=device, layout=layout)
 
 
-def _batch(model: LlamaConfig, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(model: LlamaConfig, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.vocab_size, (4, 33), generator=generator)
-    return tokens[:, :-1].pin_memory(), tokens[:, 1:].pin_memory()
+    return Batch(tokens[:, :-1].pin_memory(), tokens[:, 1:].pin_memory())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Self
+from functools import cache, partial
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from llama_ray.utils.torch_private import mark_dynamic
 
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+Varlen = Callable[..., Tensor | tuple[Tensor, Tensor]]
+"""torch's `varlen_attn`, see `causal_varlen`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class DocumentAttention:
     """Int32 [batch, seq]: the index in its row at which the document of each position begins."""
     borders: Tensor | None = None
     """See `document_borders`."""
+    varlen: Varlen | None = None
+    """See `causal_varlen`; it is looked up outside of what is compiled."""
     mask: Tensor | None = None
     """See `document_mask`."""
 
@@ -45,7 +51,7 @@ class DocumentAttention:
         borders = document_borders(starts).to(device, non_blocking=True)
         # Else a compiled block would be compiled again for another number of documents.
         mark_dynamic(borders, 0)
-        return cls(borders=borders)
+        return cls(borders=borders, varlen=causal_varlen())
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Attend`."""
@@ -53,7 +59,8 @@ class DocumentAttention:
             out: Tensor = document_attention(query, key, value, self.starts)
             return out
         if self.borders is not None:
-            return packed_attention(query, key, value, self.borders)
+            assert self.varlen is not None
+            return packed_attention(query, key, value, self.borders, self.varlen)
         assert self.mask is not None
         return masked_attention(query, key, value, self.mask)
 
@@ -75,18 +82,28 @@ def document_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(hidden, -math.inf).unsqueeze(1)
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, borders: Tensor) -> Tensor:
-    """Attend by torch's flash kernel for documents laid end to end; shapes as in `Attend`, bf16 or fp16 on a GPU."""
+@cache
+def causal_varlen() -> Varlen:
+    """Return torch's attention for documents laid end to end, causal and for grouped heads.
+
+    What says so differs between versions of torch; grouped heads need no word in those that have none for them.
+    """
     # It takes a second to import and is needed on GPUs only.
     from torch.nn.attention.varlen import varlen_attn
 
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    return partial(varlen_attn, **options)
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, varlen: Varlen) -> Tensor:
+    """Attend by `causal_varlen`; shapes as in `Attend`, bf16 or fp16 on a GPU. `borders`: see `document_borders`."""
     batch, heads, seq, dim = query.shape
-    # torch 2.11 takes grouped heads without being told.
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    attend = partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     # The length of the longest document would be compiled in; that of a row is as right.
-    out = attend(q, k, v, borders, borders, seq, seq, window_size=(-1, 0))
+    out = varlen(q, k, v, borders, borders, seq, seq)
     assert isinstance(out, Tensor)
     return out.view(batch, seq, heads, dim).transpose(1, 2)
 

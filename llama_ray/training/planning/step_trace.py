@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.attention.causal import Attend, flash_attention
-from llama_ray.model.attention.documents import DocumentAttention, document_mask
+from llama_ray.model.attention.documents import DocumentAttention, causal_varlen, document_mask
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
@@ -151,7 +151,8 @@ def _forward_as_on_gpu(
             on_gpu = DocumentAttention(mask=document_mask(attend.starts, dtype))
         else:
             # One document a row; each further one takes four bytes.
-            on_gpu = DocumentAttention(borders=torch.zeros(len(tokens) + 1, dtype=torch.int32))
+            borders = torch.zeros(len(tokens) + 1, dtype=torch.int32)
+            on_gpu = DocumentAttention(borders=borders, varlen=causal_varlen())
     # Positions on a CPU are read, to check them, which fake ones cannot be. Those of one row serve for all.
     return forward(tokens, None, on_gpu, **options)
 

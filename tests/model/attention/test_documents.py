@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from llama_ray.model.attention.document_blocks import document_attention, document_attention_backward
 from llama_ray.model.attention.documents import (
     DocumentAttention,
+    causal_varlen,
     document_borders,
     document_mask,
     masked_attention,
@@ -124,7 +125,7 @@ def kernel_on_cpu() -> None:
 def test_attention_of_documents_laid_end_to_end_equals_that_of_blocks(kv_heads: int) -> None:
     starts = starts_of([[7, 1, 60], [], [99]], 100)
     inputs = [heads((3, n, 100, 16), i) for i, n in enumerate((4, kv_heads, kv_heads))]
-    packed = packed_attention(*inputs, document_borders(starts))
+    packed = packed_attention(*inputs, document_borders(starts), causal_varlen())
     blocks = document_attention(*inputs, starts)
     torch.testing.assert_close(packed, blocks, rtol=1e-4, atol=1e-5)
     ours, theirs = (torch.autograd.grad(out.square().sum(), inputs) for out in (packed, blocks))
@@ -133,10 +134,14 @@ def test_attention_of_documents_laid_end_to_end_equals_that_of_blocks(kv_heads: 
 
 def test_another_number_of_documents_is_not_compiled_again() -> None:
     counter = CompileCounter()
-    attend = torch.compile(packed_attention, backend=counter)
+
+    @torch.compile(backend=counter)
+    def attend(attention: DocumentAttention) -> Tensor:
+        return attention(0, *inputs)
+
     inputs = [heads((2, 2, 100, 16), i).detach() for i in range(3)]
     for rows in ([[], []], [[5], [7, 1]], [[1] * 99, [1] * 99]):
         borders = document_borders(starts_of(rows, 100))
         mark_dynamic(borders, 0)
-        attend(*inputs, borders)
+        attend(DocumentAttention(borders=borders, varlen=causal_varlen()))
     assert counter.frame_count == 1

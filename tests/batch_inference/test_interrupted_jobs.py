@@ -55,11 +55,17 @@ def wait_for(condition: Callable[[], Any]) -> None:
 def replica_processes() -> list[psutil.Process]:
     """The replicas of this session's cluster."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.process_iter():
         with suppress(psutil.Error):  # A process may end while we look.
-            if "MapWorker(Map(Replica))" in " ".join(process.cmdline()):
+            if "MapWorker(Map(Replica))" in " ".join(process.cmdline()) and is_of_this_process(process):
                 found.append(process)
     return found
+
+
+def is_of_this_process(worker: psutil.Process) -> bool:
+    """Whether the worker belongs to the cluster that this process started: Ray names sessions after it."""
+    words = (word for parent in worker.parents() for word in parent.cmdline())
+    return any(word.startswith("/tmp/ray/session_") and word.endswith(f"_{os.getpid()}") for word in words)
 
 
 def test_a_killed_worker_loses_and_duplicates_no_row(

@@ -10,10 +10,10 @@ from pathlib import Path
 from llama_ray.data.preparing.config import NamedSource
 from llama_ray.data.preparing.splits import number_of
 from llama_ray.data.records.fields import TextFields
-from llama_ray.data.records.pieces import Piece, split_file
+from llama_ray.data.records.pieces import Piece, split_files
 from llama_ray.data.sources.files import File, SourceError
 from llama_ray.data.sources.find import files
-from llama_ray.data.sources.left_out import EMPTY, NOT_CHOSEN, OUTPUT, SAME_FILE, LeftOut, Tally
+from llama_ray.data.sources.left_out import NOT_CHOSEN, OUTPUT, SAME_FILE, LeftOut, Tally
 from llama_ray.utils.errors import printable
 
 
@@ -71,11 +71,11 @@ def find_corpus(
     for source in sources:
         left_out = Tally()
         digest.update(f"{source.name}\0".encode())
-        pieces = []
-        for file in _files(source, output, seen, left_out):
+        chosen = list(_files(source, output, seen, left_out))
+        for file in chosen:
             content = f"{file.name}\0{file.size}\0{file.modified_ns}\n"
             digest.update(content.encode(errors="surrogateescape"))
-            pieces += _pieces(file, fields, left_out)
+        pieces = list(split_files(chosen, fields))
         if not pieces:
             raise SourceError(
                 f"no text found in {printable(source.where)!r}{reasons(left_out)}; give 'builtin', a file, a folder, a "
@@ -119,16 +119,6 @@ def _files(
         else:
             seen.add((file.root, file.path))
             yield file
-
-
-def _pieces(file: File, fields: TextFields, left_out: Tally) -> list[Piece]:
-    try:
-        found = list(split_file(file, fields))
-    except OSError as error:
-        raise _cannot_read(file.path, error) from error
-    if not found:
-        left_out.add(LeftOut("file", EMPTY, file.name))
-    return found
 
 
 def _cannot_read(where: str, error: OSError) -> SourceError:

@@ -10,10 +10,11 @@ import pytest
 from pyarrow import parquet
 
 from llama_ray.data.records.fields import TextFields
-from llama_ray.data.records.pieces import PIECE_BYTES, read
+from llama_ray.data.records.pieces import PIECE_BYTES, read, split_file, split_files
 from llama_ray.data.sources import http_file
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.sources.left_out import Tally
+from llama_ray.data.sources.remote import http_file as http_file_of
 from tests.data.records.helpers import found, pieces, taken, texts
 from tests.data.sources.web_server import Web, hub_contents, web_server
 
@@ -52,6 +53,17 @@ def test_a_file_of_the_web_is_read_from_any_server(
     assert texts(web.url("/a/some%20words.txt")) == ["some words"]
     assert texts(web.url("/lines.jsonl.gz"))[:3] == expected[:3]
     assert texts(web.url("/table.parquet")) == ["one", "two"]
+
+
+def test_many_files_are_looked_at_at_once_and_stay_in_order(web: Web) -> None:
+    for number in range(10):
+        web.contents[f"/{number}.parquet"] = table(f"text {number}")
+    files = [http_file_of(web.url(f"/{number}.parquet")) for number in range(10)]
+    pieces = list(split_files(files, TextFields()))
+    assert [piece.file for piece in pieces] == files
+    assert pieces == [piece for file in files for piece in split_file(file, TextFields())]
+    with pytest.raises(SourceError, match=r"parquet has no column 'body'; its columns are 'text'"):
+        list(split_files(files, TextFields("body")))
 
 
 def test_a_broken_connection_is_made_again_where_it_broke(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llama_ray.storage import store
 from llama_ray.storage.store import StorageError
-from llama_ray.utils.errors import first_line
+from llama_ray.utils.errors import first_line, printable
+from llama_ray.utils.redact import redact
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile, fs
@@ -57,8 +58,10 @@ class RemoteDirectory:
         self.location, self._patience_s = location, _FIRST_PATIENCE_S
         self._open: dict[str, _OpenFile] = {}
         self._lock = threading.Lock()
+        # What lasts longer than a moment is tried again here.
+        short = store.with_short_retries(location)
         self._filesystem: fs.FileSystem
-        self._filesystem, self._path = self._patiently("", lambda: store.open_storage(location))
+        self._filesystem, self._path = self._patiently("", lambda: store.open_storage(short))
         self.sizes = self._patiently("", self._list)
         self._patience_s = patience_s
 
@@ -108,11 +111,12 @@ class RemoteDirectory:
                 raise
             except OSError as error:
                 self._raise_if_final(name, error)
+                reason = printable(first_line(error))
                 if time.monotonic() - started + pause > self._patience_s:
                     raise StorageError(
-                        f"{self._named(name)} cannot be read ({first_line(error)}); try again when its storage answers"
+                        f"{self._named(name)} cannot be read ({reason}); try again when its storage answers"
                     ) from error
-                _log.warning("%s: %s; trying again", self._named(name), first_line(error))
+                _log.warning("%s: %s; trying again", redact(self._named(name)), reason)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -122,8 +126,8 @@ class RemoteDirectory:
             raise StorageError(f"the bucket of {self.location} does not exist; correct the URI") from error
         if any(sign in text for sign in _NO_ACCESS):
             raise StorageError(
-                f"{self._named(name)} may not be read ({first_line(error)[:200]}); give this machine credentials that "
-                "may read and list it"
+                f"{self._named(name)} may not be read ({printable(first_line(error))}); give this machine "
+                "credentials that may read and list it"
             ) from error
         # Without a connection, the state of the file cannot be asked for either.
         if name and _NO_CONNECTION not in text:

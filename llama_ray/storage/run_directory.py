@@ -23,7 +23,6 @@ from llama_ray.utils.redact import redact
 MARKER = "training.json"
 _SET_ASIDE = f"{MARKER}.damaged"
 
-_GCS_RETRY_S = 1
 _OWN_FILE = re.compile(
     # What a checkpoint is written as, and the temporary names under which a killed run may have left it.
     r"(?P<name>(?:model|optimizer)-rank[0-9]{5,}\.safetensors|model\.safetensors\.index\.json"
@@ -47,7 +46,7 @@ def checkpoint_step(name: str) -> int | None:
 def check_writable(output_dir: str) -> None:
     """Create `output_dir`, and write and delete a small file in it. Raises StorageError if that fails."""
     try:
-        filesystem, path = store.open_storage(_with_short_retries(output_dir))
+        filesystem, path = store.open_storage(store.with_short_retries(output_dir))
         filesystem.create_dir(path, recursive=True)
         probe = f"{path}/.write-test-{uuid.uuid4().hex}"
         with filesystem.open_output_stream(probe) as stream:
@@ -184,10 +183,3 @@ def _is_own(name: str) -> bool:
     """Whether a file of this name in a checkpoint's directory was written by a run, or by one that was killed."""
     match = _OWN_FILE.fullmatch(name)
     return match is not None and (match["partial"] is None or _is_own(match["partial"]))
-
-
-def _with_short_retries(location: str) -> str:
-    """Limit the retries of Google's client: by default it tries for 15 minutes, even without credentials."""
-    if not location.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in location:
-        return location
-    return f"{location}{'&' if '?' in location else '?'}retry_limit_seconds={_GCS_RETRY_S}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 1 << 22
 _CHUNKS_IN_FLIGHT = 16
+_GCS_RETRY_S = 1
 
 
 class StorageError(UserError):
@@ -34,6 +35,13 @@ def open_storage(location: str) -> tuple[fs.FileSystem, str]:
         # A URI ends there, so that this would be another directory.
         raise StorageError(f"{location} is a URI with '#'; write it as %23")
     return fs.FileSystem.from_uri(location)  # type: ignore[no-any-return]
+
+
+def with_short_retries(location: str) -> str:
+    """Limit the retries of Google's client: by default it tries for 15 minutes, even without credentials."""
+    if not location.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in location:
+        return location
+    return f"{location}{'&' if '?' in location else '?'}retry_limit_seconds={_GCS_RETRY_S}"
 
 
 def is_local(location: str) -> bool:

@@ -63,7 +63,7 @@ def test_a_file_that_changes_while_it_is_read_is_one_line(server: int, text: str
 def test_an_outage_is_waited_for_and_said(server: int, caplog: pytest.LogCaptureFixture) -> None:
     directory(server, a="0123456789")
     with closing(StallingProxy(server)) as proxy:
-        files = RemoteDirectory(uri(proxy.port, "data"))
+        files = RemoteDirectory(uri(proxy.port, "data").replace("s3://", "s3://key:hidden@"))
         proxy.break_off()
 
         def ends(record: logging.LogRecord) -> bool:
@@ -75,6 +75,7 @@ def test_an_outage_is_waited_for_and_said(server: int, caplog: pytest.LogCapture
         assert files.read("a", 3, 7) == b"3456"
     [line] = caplog.messages
     assert "NETWORK_CONNECTION" in line
+    assert line.startswith("s3://***@runs/data/a?")
     assert line.endswith("; trying again")
 
 

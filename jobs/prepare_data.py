@@ -22,12 +22,11 @@ _PARTS = {"cleaning": CleanConfig, "training": TrainingOptions}
 
 
 def run() -> None:
-    """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one) and prepare the data."""
+    """Read the flags and prepare the data on the cluster of RAY_ADDRESS, or a local one."""
     config = _config()
-    connect(log_to_driver=False)
     # `prepare` reports the progress itself.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    prepare(config, log=lambda line: print(line, flush=True))
+    prepare(config, log=lambda line: print(line, flush=True), connect=lambda: connect(log_to_driver=False))
 
 
 def _config() -> PrepareConfig:

@@ -103,11 +103,21 @@ def was_done(lines: list[str]) -> int:
             ["--source", "builtin", "--output", "a", "--vocab_size", "300", "--tokenizer", "t"],
             "not allowed with",
         ),
+        (["--source", "nowhere", "--output", "a"], "no text found in"),
+        (
+            ["--source", "builtin", "builtin", "--output", "a"],
+            "2 sources are named builtin; each must have a name of its own; write --source NAME=WHERE",
+        ),
+        (["--source", "builtin", "--output", "a", "--clean", "c4,c5"], "clean is 'c5'; choose among"),
+        (["--config", "{tmp}/flags.yaml"], "no text found in '{tmp}/b'"),
     ],
 )
 def test_invalid_flags_give_one_line_and_start_no_cluster(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
+    (tmp_path / "flags.yaml").write_text("source: [b, a=c]\noutput: data\nclean: [c4]\nmax_bytes: 7\n")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    message = message.format(tmp=tmp_path)
     failed = run(*arguments, cwd=tmp_path, RAY_ADDRESS="127.0.0.1:1")
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from llama_ray.data.preparing.output_directory import (
     staging_directory,
 )
 from llama_ray.data.preparing.progress import Log, duration
-from llama_ray.data.preparing.ray_tasks import check_cpus
+from llama_ray.data.preparing.ray_tasks import check_cpus, start_ray
 from llama_ray.data.preparing.tokenizers import GivenTokenizers
 from llama_ray.data.sources.files import SourceError
 from llama_ray.utils.errors import printable
@@ -32,13 +33,14 @@ _RULES = 3
 """Counts the changes of what is text, so that a dataset by older rules is not taken for one by these."""
 
 
-def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
+def prepare(config: PrepareConfig, log: Log = print, connect: Callable[[], None] = start_ray) -> DatasetInfo:
     """Make the dataset that `config` describes, unless it already exists.
 
     The result depends on the configuration and the text only, not on the number of workers. What is not text is left
     out; a line at the end counts and names it for each reason. If another process makes the same dataset, this one
     waits for it. A preparation that is killed goes on where it was when it is started again. Raises a ValueError
-    (SourceError, TokenizerError, DatasetError) for anything that the user can correct.
+    (SourceError, TokenizerError, DatasetError) for anything that the user can correct. `connect` is called when a
+    cluster is needed, if there is none yet: what is wrong with the sources or the output is known before.
     """
     output = Path(config.output)
     check_output(output)
@@ -51,13 +53,18 @@ def prepare(config: PrepareConfig, log: Log = print) -> DatasetInfo:
         with exclusive(output, log):
             found = finished_dataset(output, fingerprint, config.overwrite)
             if found is None:
-                return _make(config, corpus, given, fingerprint, log)
+                return _make(config, corpus, given, fingerprint, log, connect)
     log(f"{output} already holds this dataset ({found.tokens('train'):,} training tokens); nothing to do")
     return found
 
 
 def _make(
-    config: PrepareConfig, corpus: Corpus, given: GivenTokenizers, fingerprint: str, log: Log
+    config: PrepareConfig,
+    corpus: Corpus,
+    given: GivenTokenizers,
+    fingerprint: str,
+    log: Log,
+    connect: Callable[[], None],
 ) -> DatasetInfo:
     started = time.monotonic()
     output = Path(config.output)
@@ -68,7 +75,7 @@ def _make(
         )
         for line in source.left_out.lines():
             log(line)
-    check_cpus(log)
+    check_cpus(log, connect)
     with staging_directory(output, fingerprint, log) as staging:
         if is_complete(staging):
             info = finish_publishing(staging, output)

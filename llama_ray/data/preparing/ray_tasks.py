@@ -27,10 +27,18 @@ def run_tasks(task: Callable[[Row], Row], rows: Sequence[Row], workers: int | No
     yield from dataset.map(task, compute=at_once).iter_rows()
 
 
-def check_cpus(log: Callable[[str], None]) -> None:
-    """Raise ValueError if the cluster has no CPU and can add none: tasks would wait for one without a word."""
+def start_ray() -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine."""
+    ray.init(log_to_driver=False)
+
+
+def check_cpus(log: Callable[[str], None], connect: Callable[[], None]) -> None:
+    """Raise ValueError if the cluster has no CPU and can add none: tasks would wait for one without a word.
+
+    `connect` is called if this process has no cluster yet.
+    """
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        connect()
     cpus = largest("CPU")
     if cpus < 1:
         raise ValueError(f"this cluster has {cpus:g} CPUs; preparing data needs 1; add a node with CPUs")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyarrow import fs
 
+from llama_ray.data.mixtures.sources import parse_sources
 from llama_ray.model.config import LlamaConfig
 from llama_ray.pretrained import load_pretrained
 from llama_ray.storage import run_directory, store
@@ -126,6 +127,6 @@ def test_the_checks_of_a_resume_fetch_no_tensors(server: int, tiny: LlamaConfig,
     train_or_resume(EIGHT_STEPS, tiny, dataset, run)
     with local_description(store.join(run, "step_00000008")) as description:
         assert not [path for path in description.iterdir() if path.suffix != ".json"]
-        check_run(tiny, replace(EIGHT_STEPS, max_steps=9), dataset, 1, description)
+        check_run(tiny, replace(EIGHT_STEPS, max_steps=9), parse_sources(dataset), 1, description)
         with pytest.raises(ValueError, match="was trained with seed 0; this run has 1"):
-            check_run(tiny, replace(EIGHT_STEPS, seed=1), dataset, 1, description)
+            check_run(tiny, replace(EIGHT_STEPS, seed=1), parse_sources(dataset), 1, description)

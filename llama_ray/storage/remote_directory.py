@@ -123,12 +123,13 @@ class RemoteDirectory:
     def _raise_if_final(self, name: str, error: OSError) -> None:
         text = str(error)
         if any(sign in text for sign in _NO_BUCKET):
-            raise StorageError(f"the bucket of {self.location} does not exist; correct the URI") from error
+            # Not from the OSError here and below, which a run would take for an outage and start again.
+            raise StorageError(f"the bucket of {self.location} does not exist; correct the URI") from None
         if any(sign in text for sign in _NO_ACCESS):
             raise StorageError(
                 f"{self._named(name)} may not be read ({printable(first_line(error))}); give this machine "
                 "credentials that may read and list it"
-            ) from error
+            ) from None
         # Without a connection, the state of the file cannot be asked for either.
         if name and _NO_CONNECTION not in text:
             try:

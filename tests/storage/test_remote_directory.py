@@ -82,6 +82,8 @@ def test_an_outage_is_waited_for_and_said(server: int, caplog: pytest.LogCapture
 def test_missing_access_is_one_line() -> None:
     with s3_server(check_keys=True) as port, pytest.raises(store.StorageError) as refused:
         RemoteDirectory(uri(port, "data").replace("s3://", "s3://key:secret@"))
+    # With an OSError as its cause, a run would take it for an outage and start again.
+    assert refused.value.__cause__ is None
     assert "s3://***@runs/data" in str(refused.value)
     assert "may not be read" in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -16,7 +16,8 @@ def random_batch(vocab_size: int, batch_size: int, seq_len: int, documents: int 
     short and a few are long. The last token of a document has no target.
     """
     tokens = torch.randint(vocab_size, (batch_size, seq_len + 1))
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    # Of a single row, contiguous parts would share memory.
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].clone())
     if not documents:
         return batch
     begins = torch.rand(batch_size, seq_len + 1) < 1 / documents

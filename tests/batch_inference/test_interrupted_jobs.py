@@ -8,12 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from llama_ray.batch_inference.job import BatchJob
@@ -28,6 +26,7 @@ from tests.batch_inference.helpers import (
     run,
     write_rows,
 )
+from tests.ray_workers import ray_workers
 
 GENERATE = Path(__file__).parents[2] / "jobs" / "generate.py"
 TEXTS = [f"fox {i}" for i in range(130)]
@@ -52,22 +51,6 @@ def wait_for(condition: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
-def replica_processes() -> list[psutil.Process]:
-    """The replicas of this session's cluster."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # A process may end while we look.
-            if "MapWorker(Map(Replica))" in " ".join(process.cmdline()) and is_of_this_process(process):
-                found.append(process)
-    return found
-
-
-def is_of_this_process(worker: psutil.Process) -> bool:
-    """Whether the worker belongs to the cluster that this process started: Ray names sessions after it."""
-    words = (word for parent in worker.parents() for word in parent.cmdline())
-    return any(word.startswith("/tmp/ray/session_") and word.endswith(f"_{os.getpid()}") for word in words)
-
-
 def test_a_killed_worker_loses_and_duplicates_no_row(
     ray_cluster: str, checkpoint: Path, tmp_path: Path, expected: list[list[int]]
 ) -> None:
@@ -79,7 +62,7 @@ def test_a_killed_worker_loses_and_duplicates_no_row(
         running = pool.submit(run, job)
         wait_for(lambda: running.done() or len(job.remaining) < len(job.input.partitions))
         assert not running.done()
-        [victim] = replica_processes()
+        [victim] = ray_workers("MapWorker(Map(Replica))")
         victim.kill()
         assert running.result().rows == len(TEXTS)
     found = read_rows(output)
@@ -102,7 +85,7 @@ def kill_driver_midway(cluster: str, checkpoint: Path, source: Path, output: Pat
     assert driver.poll() is None
     driver.kill()
     driver.wait()
-    wait_for(lambda: not replica_processes())
+    wait_for(lambda: not ray_workers("MapWorker(Map(Replica))"))
 
 
 @dataclass(frozen=True)

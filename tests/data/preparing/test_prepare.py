@@ -11,7 +11,6 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-import psutil
 import pytest
 
 from llama_ray.data.cleaning.config import CleanConfig
@@ -21,6 +20,7 @@ from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.prepare import prepare
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer, TokenizerError
+from tests.ray_workers import ray_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -248,10 +248,9 @@ def test_a_part_whose_worker_is_killed_is_made_again(config: PrepareConfig, corp
     def kill(line: str) -> None:
         if line.startswith("tokenised 1 of"):
             while not killed:
-                for process in psutil.Process().children(recursive=True):
-                    if "tokenise_part" in " ".join(process.cmdline()):
-                        process.kill()
-                        killed.append(process.pid)
+                for process in ray_workers("tokenise_part"):
+                    process.kill()
+                    killed.append(process.pid)
 
     assert len(whole.splits["train"]) > 3
     assert prepare(config, kill) == whole

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_ray.data.preparing.bad_records import report_beside
 from llama_ray.data.preparing.config import NamedSource
 from llama_ray.data.preparing.splits import number_of
 from llama_ray.data.records.fields import TextFields
 from llama_ray.data.records.pieces import Piece, split_files
 from llama_ray.data.sources.files import File, SourceError
 from llama_ray.data.sources.find import files
-from llama_ray.data.sources.left_out import NOT_CHOSEN, OUTPUT, SAME_FILE, LeftOut, Tally
+from llama_ray.data.sources.left_out import NOT_CHOSEN, OUTPUT, REPORT, SAME_FILE, LeftOut, Tally
 from llama_ray.utils.errors import printable
 
 
@@ -105,15 +106,19 @@ def reasons(*tallies: Tally) -> str:
 def _files(
     source: NamedSource, output: Path | None, seen: set[tuple[str, str]], left_out: Tally
 ) -> Iterator[File]:
-    """Yield each file once that is not in `output`, where an earlier preparation may have left its tokenizer."""
+    """Yield each file once that no earlier preparation left: its tokenizer in `output`, a report beside it."""
     output = output and output.resolve()
+    report = output and report_beside(output)
     try:
         found = sorted(files(source.where, left_out.add))
     except OSError as error:
         raise _cannot_read(source.where, error) from error
     for file in found:
-        if output and file.root == "" and Path(file.path).is_relative_to(output):
+        path = Path(file.path)
+        if output and file.root == "" and path.is_relative_to(output):
             left_out.add(LeftOut("file", OUTPUT, file.name))
+        elif report and file.root == "" and path == report:
+            left_out.add(LeftOut("file", REPORT, file.name))
         elif (file.root, file.path) in seen:
             left_out.add(LeftOut("file", SAME_FILE, file.name))
         else:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_ray.data.preparing.bad_records import report_beside
 from llama_ray.data.preparing.config import NamedSource
 from llama_ray.data.preparing.corpus import Corpus, find_corpus, in_random_order
 from llama_ray.data.preparing.parts import Part, divide
@@ -89,6 +90,16 @@ def test_the_output_is_not_text_of_its_own_source(folder: Path) -> None:
     assert (
         "left out 1 file (data/tokenizer.json): in the output directory" in corpus.sources[0].left_out.lines()
     )
+
+
+def test_the_report_of_a_preparation_that_failed_is_not_text_of_its_source(folder: Path) -> None:
+    before = corpus_of(folder).fingerprint
+    report_beside(folder / "data").write_text(
+        '{"source": "a", "record": "b.jsonl:2", "reason": "not JSON"}\n'
+    )
+    corpus = corpus_of(folder, output=folder / "data")
+    assert corpus.fingerprint == before
+    assert any("(data.bad_records.jsonl)" in line for line in corpus.sources[0].left_out.lines())
 
 
 def test_a_part_holds_consecutive_pieces_of_one_source(folder: Path) -> None:

@@ -47,6 +47,7 @@ def run_pass(
         log(f"going on: {len(done):,} of {len(parts):,} parts were {stage} before")
         progress.skip(len(done), sum(part.size for part in done))
     bad = sum(read_record(staging, stage, part.index).bad_records for part in done)
+    _check_bad(bad, config, parts, staging)
     sizes = {part.index: part.size for part in waiting}
     tokens = 0
     results = run_tasks(
@@ -56,9 +57,13 @@ def run_pass(
         if result.error:
             raise SourceError(result.error)
         bad += result.bad_records
-        if bad > config.max_bad_records:
-            files = (bad_file(staging / WORK, part.index) for part in parts)
-            raise too_many(bad, config.max_bad_records, files, Path(config.output))
+        _check_bad(bad, config, parts, staging)
         record = read_record(staging, stage, result.part)
         tokens += sum(shard.tokens for shard in record.shards.values())
         progress.add(sizes[result.part], f", {tokens:,} tokens" if tokens else "")
+
+
+def _check_bad(bad: int, config: PrepareConfig, parts: Sequence[Part], staging: Path) -> None:
+    if bad > config.max_bad_records:
+        files = (bad_file(staging / WORK, part.index) for part in parts)
+        raise too_many(bad, config.max_bad_records, files, Path(config.output))

@@ -139,7 +139,9 @@ class Summary:
             left_out=_by_reason(row for row in counted if not is_bad(row[2][0])),
             bad_records=_by_reason(row for row in counted if is_bad(row[2][0])),
             dropped={
-                f"{row.rule} ({row.unit}s)": Counted(row.count, tuple(example.id for example in row.examples))
+                f"{row.rule} ({row.unit}s)": Counted(
+                    row.count, tuple(printable(example.id) for example in row.examples)
+                )
                 for row in self.drops.rows()
                 if row.source == source.source.name
             },

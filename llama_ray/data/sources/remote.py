@@ -23,7 +23,7 @@ def http_file(url: str) -> File:
             f"cannot read source {printable(url)!r} ({first_line(error)}); check the address and the access to it"
         ) from error
     parts = urlsplit(url)
-    name = PurePosixPath(unquote(parts.path)).name or parts.netloc
+    name = PurePosixPath(unquote(parts.path)).name or parts.hostname or ""
     return File(name, parts.scheme.lower(), url, remote.size, remote.version, remote.ranges)
 
 

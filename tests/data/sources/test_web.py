@@ -55,6 +55,11 @@ def test_a_file_of_the_web_is_read_from_any_server(
     assert texts(web.url("/table.parquet")) == ["one", "two"]
 
 
+def test_a_file_is_not_named_after_the_password_of_its_server(web: Web) -> None:
+    web.contents["/"] = b"some words"
+    assert http_file_of(web.url("/").replace("://", "://user:secret@")).name == "127.0.0.1"
+
+
 def test_many_files_are_looked_at_at_once_and_stay_in_order(web: Web) -> None:
     for number in range(10):
         web.contents[f"/{number}.parquet"] = table(f"text {number}")

@@ -96,6 +96,7 @@ def train_tokenizer(config: TrainTokenizerConfig, log: Log = print) -> Tokenizer
         )
     others = {printable(path, limit=48): Tokenizer.load(path) for path in config.compare or ()}
     corpus = find_corpus(config.sources(), config.fields(), seed=config.seed, output=output)
+    _make_directory(output)
     for source in corpus.sources:
         log(f"{source.source.name}: {source.size / 1e6:,.1f} MB from {printable(source.source.where)}")
         for line in source.left_out.lines():
@@ -126,6 +127,16 @@ def train_tokenizer(config: TrainTokenizerConfig, log: Log = print) -> Tokenizer
     for line in table(compare_tokenizers(texts.kept, {"this one": tokenizer} | others)) if texts.kept else ():
         log(line)
     return tokenizer
+
+
+def _make_directory(output: Path) -> None:
+    # Before training, which takes minutes.
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TokenizerError(
+            f"cannot write to {printable(str(output))} ({error.strerror}); choose another output"
+        ) from error
 
 
 def _keep_bad_records(file: Path, output: Path, log: Log) -> None:

@@ -48,8 +48,7 @@ class TokenizerSample:
         self._corpus, self._reading, self._size = corpus, reading, size
         self._bad_file, self._output = staging / WORK / BAD_SAMPLE_FILE, output
         self._limit, self._max_bad_records = limit, max_bad_records
-        total = max(corpus.size, 1)
-        self._shares = shares or {source.source.name: source.size / total for source in corpus.sources}
+        self._shares = shares or _shares_of_bytes(corpus)
 
     def __iter__(self) -> Iterator[str]:
         empty = True
@@ -69,8 +68,8 @@ class TokenizerSample:
 
     def _texts(self, bad: BadRecords, limit: float) -> Iterator[str]:
         for source in self._corpus.sources:
-            size = int(self._size * self._shares.get(source.source.name, 0))
-            yield from self._texts_of(source, size, bad, limit)
+            if share := self._shares.get(source.source.name, 0):
+                yield from self._texts_of(source, int(self._size * share), bad, limit)
 
     def _texts_of(self, source: SourcePieces, size: int, bad: BadRecords, limit: float) -> Iterator[str]:
         of_piece = max(size // max(len(source.pieces), 1), _SMALLEST_SHARE)
@@ -88,3 +87,11 @@ class TokenizerSample:
                     break
             if left <= 0:
                 return
+
+
+def _shares_of_bytes(corpus: Corpus) -> dict[str, float]:
+    # A server may not say how long its file is, which then counts as much as the largest source.
+    largest = max((source.size for source in corpus.sources), default=0) or 1
+    sizes = {source.source.name: source.size or largest for source in corpus.sources}
+    total = sum(sizes.values())
+    return {name: size / total for name, size in sizes.items()}

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from llama_ray.data.cleaning.config import CleanConfig
+from llama_ray.data.preparing.config import named_sources
+from llama_ray.data.preparing.corpus import find_corpus
+from llama_ray.data.preparing.reading import Reading
 from llama_ray.data.preparing.tokenizer_job import TrainTokenizerConfig, train_tokenizer
+from llama_ray.data.preparing.tokenizer_sample import TokenizerSample
+from llama_ray.data.records.fields import TextFields
 from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.data.tokenizing.training import TrainingOptions
+from tests.data.sources.web_server import web_server
 
 
 @pytest.fixture
@@ -100,3 +107,50 @@ def test_bad_records_within_the_limit_are_told(tmp_path: Path, sources: list[str
     assert "left out 1 bad records, which bad_records.jsonl lists" in lines
     (bad,) = map(json.loads, (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines())
     assert bad["record"] == "letters.jsonl:601"
+
+
+def test_a_source_without_a_weight_is_not_trained_on(tmp_path: Path, sources: list[str]) -> None:
+    (tmp_path / "digits.jsonl").write_text(json.dumps({"text": "zq " * 99}))
+    tokenizer = train_tokenizer(
+        config(sources, tmp_path / "out", weights=["letters=1"], vocab_size=400), lambda line: None
+    )
+    assert len(tokenizer.encode(" zq")) == 3
+
+
+def test_an_output_that_cannot_be_is_refused_before_training(tmp_path: Path, sources: list[str]) -> None:
+    lines: list[str] = []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        TokenizerError, match=r"cannot write to .*file \(File exists\); choose another output"
+    ):
+        train_tokenizer(config(sources, tmp_path / "file"), lines.append)
+    assert lines == []
+
+
+def test_bad_records_are_told_also_where_the_output_is_in_a_new_folder(
+    tmp_path: Path, sources: list[str]
+) -> None:
+    (tmp_path / "letters.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="1 bad record so far"):
+        train_tokenizer(config(sources, tmp_path / "new" / "out"), lambda line: None)
+    assert (tmp_path / "new" / "out.bad_records.jsonl").exists()
+
+
+def test_a_source_of_unknown_size_is_trained_on_as_much_as_the_largest(tmp_path: Path) -> None:
+    lines = b"".join(json.dumps({"text": f"line {number}"}).encode() + b"\n" for number in range(400))
+    (tmp_path / "local.jsonl").write_bytes(lines)
+    fields = TextFields()
+    (tmp_path / "work").mkdir()
+    with web_server({"/remote.jsonl": lines}) as web:
+        web.ranges = web.says_length = False
+        named = named_sources([str(tmp_path / "local.jsonl"), web.url("/remote.jsonl")])
+        sample = TokenizerSample(
+            find_corpus(named, fields),
+            Reading(fields, CleanConfig(), seed=0),
+            tmp_path,
+            tmp_path / "out",
+            limit=0,
+            size=2000,
+        )
+        found = list(sample)
+    assert len(found) == 2 * found.index("line 0", 1)

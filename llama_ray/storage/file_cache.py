@@ -49,12 +49,17 @@ class FileCache:
     def fill(self, name: str, size: int, write: Callable[[BinaryIO], None]) -> Path | None:
         """Return the copy of the file `name`, which `write` makes unless there is one.
 
-        None if there is no room for `size` bytes, or if another process makes the copy at this time. Errors of `write`
-        leave nothing behind.
+        None if there is no room for `size` bytes, if the directory cannot be written to any more, or if another process
+        makes the copy at this time. Errors of `write` leave nothing behind.
         """
-        if found := self.find(name, size):
-            return found
         partial = self.directory / f"{name}{_PARTIAL}"
+        try:
+            return self.find(name, size) or self._fill(partial, name, size, write)
+        except OSError as error:
+            _log.warning("%s cannot be written: %s", partial, first_line(error))
+            return None
+
+    def _fill(self, partial: Path, name: str, size: int, write: Callable[[BinaryIO], None]) -> Path | None:
         with partial.open("ab") as file:
             if not _lock(file) or not _is_at(file, partial):
                 # Another process writes it, or has just finished or removed it.
@@ -62,15 +67,14 @@ class FileCache:
             try:
                 if found := self.find(name, size):
                     return found
+                # What a killed process left must not count beside what takes its place.
+                os.ftruncate(file.fileno(), 0)
                 if not self._reserve(file, size):
                     return None
                 with partial.open("r+b") as target:
                     write(target)
                 os.fsync(file.fileno())
                 return partial.rename(self.directory / name)
-            except OSError as error:
-                _log.warning("%s cannot be written: %s", partial, first_line(error))
-                return None
             finally:
                 partial.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another checksum"):
         cache.fill("a", 100, fail)
     assert names(tmp_path) == []
+    assert fill(cache, "a")
+
+
+def test_a_directory_that_was_removed_takes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = FileCache(tmp_path, "data", 100)
+    shutil.rmtree(cache.directory)
+    assert not fill(cache, "a")
+    assert "a.partial cannot be written: [Errno 2]" in caplog.text
+
+
+def test_what_a_killed_process_left_of_a_file_makes_room_for_it(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, "data", 150)
+    (cache.directory / "a.partial").write_bytes(b"y" * 100)
     assert fill(cache, "a")
 
 

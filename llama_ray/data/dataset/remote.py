@@ -80,6 +80,8 @@ class RemoteFiles:
         self._cost: dict[str, int] = {}
         self._cost_lock = threading.Lock()
         self._starts_in_memory = lru_cache(_INDICES_IN_MEMORY)(self._read_starts)
+        # Indices that the cache did not take; asking takes a look at all of its files.
+        self._starts_refused: set[str] = set()
         self._failure: Exception | None = None
 
     def tokenizer_directory(self) -> Path:
@@ -171,8 +173,11 @@ class RemoteFiles:
         def write(file: BinaryIO) -> None:
             file.write(self._read_starts(shard).tobytes())
 
-        path = self._cache.find(name, size) or self._cache.fill(name, size, write)
+        path = self._cache.find(name, size)
+        if path is None and name not in self._starts_refused:
+            path = self._cache.fill(name, size, write)
         if path is None:
+            self._starts_refused.add(name)
             return self._starts_in_memory(shard)
         starts: Starts = MappedFile(path, size).array(np.dtype("<u8"), shard.documents, 0)
         return starts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,6 +89,20 @@ def test_shards_that_are_read_often_are_read_from_this_machine_then(
     for shard in second.info.splits["train"]:
         store.delete(store.join(remote, shard.file))
     assert_equal(all_windows(second), all_windows(LocalFiles(local)))
+
+
+def test_reading_goes_on_when_somebody_removes_the_cache(
+    local: Path, remote: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, expected = RemoteFiles(remote, LARGE, tmp_path / "cache"), all_windows(LocalFiles(local))
+    shutil.rmtree(tmp_path / "cache")
+    assert_equal(all_windows(files), expected)
+    assert "train-00001.bin.starts.partial cannot be written" in caplog.text
+    caplog.clear()
+    assert_equal(all_windows(files), expected)
+    files.close()
+    # It is not asked again, which would take long for each window where a large cache is full.
+    assert ".starts" not in caplog.text
 
 
 def test_threads_may_share_it(local: Path, remote: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_ray.data.dataset.locations import load_tokenizer
+from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES, load_tokenizer
 from llama_ray.data.mixtures.mixture import Mixture
 from llama_ray.data.mixtures.opening import open_mixture
 from llama_ray.data.mixtures.sources import DataSource
@@ -36,11 +36,18 @@ class MLflowObserver(Console):
     that the run already has are not logged twice.
     """
 
-    def __init__(self, run: BufferedRun | None, sources: Sequence[DataSource], directory: str) -> None:
+    def __init__(
+        self,
+        run: BufferedRun | None,
+        sources: Sequence[DataSource],
+        directory: str,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        """Read the tokenizer of `sources`, and a few prompts; for `cache_bytes` see `open_files`."""
         super().__init__()
         self.run, self._starts = run, store.join(directory, _STARTS_FILE)
         self._tokenizer = load_tokenizer(sources[0].location)
-        self._prompts = _validation_prompts(open_mixture(sources, "validation"))
+        self._prompts = _validation_prompts(open_mixture(sources, "validation", cache_bytes=cache_bytes))
 
     def started(self, schedule: Schedule, progress: Progress, layout: str) -> None:
         """See `Observer`."""

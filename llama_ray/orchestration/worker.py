@@ -91,7 +91,7 @@ def _train(plan: WorkerPlan) -> Progress:
                 config,
                 plan.data,
                 device=device,
-                observer=MLflowObserver(run, plan.data, plan.directory),
+                observer=MLflowObserver(run, plan.data, plan.directory, config.data_cache_bytes),
                 output_dir=plan.directory,
                 resume_from=resume_from,
                 run_id=plan.run_id,

@@ -2,16 +2,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 from llama_ray.data.mixtures.sources import parse_sources
 from llama_ray.orchestration.mlflow_observer import MLflowObserver
+from llama_ray.storage import store
 from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.runs import Run
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
+from tests.object_store import s3_server, uri
 from tests.token_data import write_dataset
 from tests.training.helpers import schedule_of
+
+
+def test_its_prompts_do_not_fill_a_cache_that_is_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = write_dataset(tmp_path / "data")
+    with s3_server() as port:
+        location = uri(port, "data")
+        store.make_directory(location)
+        for path in data.iterdir():
+            store.upload(path, store.join(location, path.name))
+        MLflowObserver(None, parse_sources(location), str(tmp_path / "run"), cache_bytes=0)
+    assert not list((tmp_path / ".cache/llama_ray/data").glob("*/*.bin*"))
 
 
 def test_restarts_are_those_of_the_run_and_not_of_an_attempt_of_the_same_name(tmp_path: Path) -> None:

@@ -57,4 +57,5 @@ def _best(markers: dict[str, dict[str, Any]]) -> str | None:
 
 
 def _data(marker: dict[str, Any]) -> object:
-    return (marker.get("loader") or {}).get("data")
+    """Return what the validation loss of a checkpoint depends on beside the model: the sources, and their windows."""
+    return (marker.get("loader") or {}).get("sources")

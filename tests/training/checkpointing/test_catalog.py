@@ -124,7 +124,9 @@ def test_without_a_finite_loss_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_a_loss_on_other_data_is_not_compared(tmp_path: Path) -> None:
     for step, (loss, data) in enumerate([(1.0, "old"), (3.0, "new"), (4.0, "new"), (5.0, "new")], 1):
-        write_checkpoint(tmp_path, step, validation_loss=loss, loader={"data": data})
+        write_checkpoint(
+            tmp_path, step, validation_loss=loss, loader={"sources": {"web": {"data": data, "windows": 9}}}
+        )
     prune(str(tmp_path), step=4, keep=1)
     assert [name[-1] for name in names(tmp_path)] == ["2", "4"]
 

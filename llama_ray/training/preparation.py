@@ -63,7 +63,7 @@ def prepare_run(
         batch_change = _go_to(progress, loader, config)
     schedule = Schedule.of(config, loader.timetable, loader.windows_per_epoch)
     compile_blocks, compile_reason = _compilation(
-        config, device, schedule.total_steps, _flops_per_step(model_config, loader, seq_len)
+        config, device, schedule.total_steps, _flops_per_step(model_config, loader, schedule.total_steps)
     )
 
     llama = Llama(model_config, device="meta")
@@ -140,10 +140,20 @@ def _go_to(progress: Progress, loader: Loader, config: TrainConfig) -> str:
     )
 
 
-def _flops_per_step(model_config: LlamaConfig, loader: Loader, seq_len: int) -> float:
-    """Return the operations of one worker in the next step, see `flops_per_token`."""
-    segment = loader.timetable.segment(loader.timetable.step + 1)
-    return model_config.flops_per_token(segment.seq_len) * segment.windows * seq_len / world_size()
+def _flops_per_step(model_config: LlamaConfig, loader: Loader, steps: int) -> float:
+    """Return the operations of one worker in a step, on average over the `steps` of the run, see `flops_per_token`.
+
+    Not those of the next step: a run that resumes in another stage must compile, or not, as it did before.
+    """
+    segments = loader.timetable.segments
+    ends = [min(segment.from_step - 1, steps) for segment in segments[1:]] + [steps]
+    return sum(
+        max(end + 1 - segment.from_step, 0)
+        * segment.sequences(loader.seq_len)
+        * segment.seq_len
+        * model_config.flops_per_token(segment.seq_len)
+        for segment, end in zip(segments, ends, strict=True)
+    ) / (steps * world_size())
 
 
 def _compilation(

@@ -12,9 +12,10 @@ from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.data.mixtures.stages import Stage
 from llama_ray.model.config import LlamaConfig
 from llama_ray.storage.run_directory import checkpoint_name
-from llama_ray.training.checkpointing.progress import load_progress
-from llama_ray.training.config import TrainConfig
+from llama_ray.training.checkpointing.progress import Progress, load_progress
+from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.elastic import for_workers
+from llama_ray.training.hosts.interrupt import Interrupt, Stopped
 from llama_ray.training.loop import train
 from llama_ray.training.parallel.process_group import world_size
 from llama_ray.training.reporting.observer import Console, Metrics
@@ -148,6 +149,27 @@ def test_sources_with_different_tokenizers_are_refused(
         ValueError, match=r"source other \(.*other\) has another tokenizer .* than source code"
     ):
         train(tiny, CONFIG, (*sources, other), device=CPU, observer=Console())
+
+
+def test_a_run_that_resumes_in_another_stage_is_compiled_as_it_was_before(
+    tiny: LlamaConfig, sources: tuple[DataSource, ...], tmp_path: Path
+) -> None:
+    stage = Stage(from_step=2, batch_tokens=8 * CONFIG.batch_size * SEQ_LEN)
+    config = replace(CONFIG, max_steps=20_000, stages=(stage,))
+    said: list[str] = []
+
+    class Reasons(Recorder):
+        def started(self, schedule: Schedule, progress: Progress, layout: str) -> None:
+            said.append(layout)
+            super().started(schedule, progress, layout)
+
+    for resume_from in (None, tmp_path / checkpoint_name(2)):
+        with pytest.raises(Stopped):
+            train(
+                tiny, config, sources, device=CPU, observer=Reasons(), output_dir=str(tmp_path),
+                resume_from=resume_from, poll_interrupt=lambda: Interrupt.STOP,
+            )  # fmt: skip
+    assert said[0] == said[1]
 
 
 def on_workers(model: LlamaConfig, sources: tuple[DataSource, ...], resume_from: Path) -> dict[int, Metrics]:

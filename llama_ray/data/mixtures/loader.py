@@ -52,7 +52,8 @@ class Loader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; it must be between 0 and {world_size - 1}")
         self.mixture = mixture
-        self._window = seq_len
+        self.seq_len = seq_len
+        """Tokens of a window."""
         self._batch_size = batch_size
         self._rank, self._world_size = rank, world_size
         self._seed = seed
@@ -116,7 +117,7 @@ class Loader:
             "step": self._step,
             "position": self.position,
             "windows_per_step": self._timetable.segment(max(self._step, 1)).windows,
-            "seq_len": self._window,
+            "seq_len": self.seq_len,
             "seed": self._seed,
             "sources": {
                 source.name: {"data": dataset.fingerprint, "windows": source.num_windows}
@@ -157,7 +158,7 @@ class Loader:
 
     def sequences(self, segment: Segment) -> tuple[int, int]:
         """Return (sequences of a micro-batch, micro-steps) of a segment. Raises ValueError, see `share_of_worker`."""
-        return share_of_worker(segment, self._window, self._batch_size, self._world_size)
+        return share_of_worker(segment, self.seq_len, self._batch_size, self._world_size)
 
     def _go_to(self, timetable: Timetable) -> None:
         self._timetable, self._step = timetable, timetable.step
@@ -171,13 +172,13 @@ class Loader:
         """Build this rank's part of a global batch; another thread may do it."""
         segment, first_window = timetable.segment(step), timetable.position_after(step - 1)
         micro_batch, micro_steps = self.sequences(segment)
-        parts = self._window // segment.seq_len
+        parts = self.seq_len // segment.seq_len
         batches = []
         for micro_step in range(micro_steps):
             first = (micro_step * self._world_size + self._rank) * micro_batch
             window, skipped = divmod(first, parts)
             count = ceil_div(skipped + micro_batch, parts)
             sources, windows = order.windows(first_window + window, count)
-            whole = self.mixture.windows(sources, windows, self._window)
+            whole = self.mixture.windows(sources, windows, self.seq_len)
             batches.append(cut(whole, segment.seq_len, skipped, micro_batch))
         return batches

@@ -116,7 +116,9 @@ def _open(pair: Path) -> OpenShard:
         pointers = mapped.array(np.dtype("<i8"), sequences, pointers_at)
         first_sequences = mapped.array(np.dtype("<i8"), borders, borders_at)
         ends = np.cumsum(lengths, dtype=np.int64)
-        if (pointers != (ends - lengths) * dtype.itemsize).any() or first_sequences[-1] != sequences:
+        in_order = (np.diff(first_sequences, prepend=0, append=sequences) >= 0).all()
+        whole = first_sequences[0] == 0 and first_sequences[-1] == sequences and in_order
+        if (lengths < 0).any() or (pointers != (ends - lengths) * dtype.itemsize).any() or not whole:
             raise DatasetError(f"{index} is damaged: its sequences do not follow each other; copy it again")
         tokens = int(ends[-1])
         if content.stat().st_size != tokens * dtype.itemsize:

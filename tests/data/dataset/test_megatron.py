@@ -117,3 +117,14 @@ def test_what_cannot_be_read_is_refused_in_one_line(prefix: Path, tokenizer: Tok
 def test_a_tokenizer_must_lie_beside_them(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="no tokenizer at"):
         open_files(str(write_pair(tmp_path / "data", [[[1, 2]]])))
+
+
+@pytest.mark.parametrize("borders", [[0, 9, 3], [0, -5, 3], [0, 2, 1, 3], [1, 2, 3]])
+def test_an_index_whose_documents_are_not_in_order_is_refused(prefix: Path, borders: list[int]) -> None:
+    write_pair(prefix, [[[1, 2]], [[3]], [[4]]])
+    index = prefix.with_name(f"{prefix.name}.idx")
+    content = index.read_bytes()[: 34 + 12 * 3]
+    count = struct.pack("<Q", len(borders))
+    index.write_bytes(content[:26] + count + content[34:] + np.array(borders, "<i8").tobytes())
+    with pytest.raises(DatasetError, match="is damaged: its sequences do not follow each other"):
+        open_files(str(prefix))

@@ -134,6 +134,10 @@ def finish_publishing(staging: Path, output: Path) -> DatasetInfo:
     for name in sorted({*shards, *_BESIDE_SHARDS}):
         if (staging / name).exists():
             (staging / name).replace(output / name)
+    # Once `dataset.json` is there, a process that is killed is not started again: nothing large may be left by then.
+    for path in staging.iterdir():
+        if path.name != INFO_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     report_beside(output).unlink(missing_ok=True)
     info = write_info(output, info)
     remove(staging)

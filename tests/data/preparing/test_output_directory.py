@@ -118,3 +118,17 @@ def test_publishing_goes_on_where_it_was_killed(tmp_path: Path, moved: int) -> N
         name: name for name in names
     }
     assert sorted(read_info(tmp_path).files) == names[:2]
+
+
+def test_a_process_that_is_killed_at_the_very_end_leaves_nothing_large(tmp_path: Path) -> None:
+    output = tmp_path / "data"
+    # In its place `dataset.json` cannot be written.
+    (output / "dataset.json").mkdir(parents=True)
+    staging = tmp_path / "staging"
+    (staging / "work").mkdir(parents=True)
+    (staging / "work" / "kept-00000.arrow").write_text("texts")
+    tokenizer = TokenizerInfo("t", 300)
+    write_info(staging, DatasetInfo("f", 0, 2, tokenizer, (), {"train": (), "validation": ()}))
+    with pytest.raises(OSError, match="directory"):
+        finish_publishing(staging, output)
+    assert [path.name for path in staging.iterdir()] == ["dataset.json"]

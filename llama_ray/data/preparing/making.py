@@ -77,7 +77,7 @@ def _make(
         limit=config.validation_fraction,
         max_bad_records=config.max_bad_records,
         tokenizer=tokenizer.fingerprint,
-        fast=encoder.fast,
+        encoder=encoder,
         compared=given.compared.fingerprint if given.compared else "",
     )
     parts = divide(corpus, config.shard_bytes)

@@ -23,7 +23,7 @@ from llama_ray.data.preparing.parts import Part
 from llama_ray.data.preparing.reading import Reading, read_documents
 from llama_ray.data.preparing.split_writer import SplitWriter
 from llama_ray.data.preparing.splits import Range, number_of, split_of
-from llama_ray.data.tokenizing.encoder import DocumentEncoder
+from llama_ray.data.tokenizing.encoder import DocumentEncoder, EncoderChoice
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 
 COMPARED = "compared"
@@ -34,7 +34,7 @@ COMPARED = "compared"
 class Job:
     """What all tasks of a preparation need: its settings, and the directory that holds its tokenizers.
 
-    `compared` is the fingerprint of the second tokenizer, or empty. `fast` is that of `EncoderChoice`.
+    `compared` is the fingerprint of the second tokenizer, or empty.
     """
 
     directory: str
@@ -42,7 +42,7 @@ class Job:
     limit: float
     max_bad_records: int
     tokenizer: str
-    fast: bool
+    encoder: EncoderChoice
     compared: str = ""
 
 
@@ -139,8 +139,8 @@ def _clean(part: Part, job: Job, record: PartRecord, bad: BadRecords) -> PartRec
 
 def _tokenise(part: Part, job: Job, record: PartRecord, bad: BadRecords) -> PartRecord:
     directory = Path(job.directory)
-    tokenizer, encoder = _load_encoder(job.directory, job.tokenizer, job.fast)
-    compare = _load_encoder(str(directory / COMPARED), job.compared, False)[1] if job.compared else None
+    tokenizer, encoder = _load_encoder(job.directory, job.tokenizer, job.encoder)
+    compare = _load_encoder(str(directory / COMPARED), job.compared)[1] if job.compared else None
     if job.reading.cleaning.dedup == "none":
         documents = read_documents(part.source, part.pieces, job.reading, record, bad)
     else:
@@ -184,10 +184,13 @@ def _without_duplicates(part: Part, job: Job, record: PartRecord) -> Iterator[Ta
 
 
 @functools.lru_cache(maxsize=2)
-def _load_encoder(directory: str, fingerprint: str, fast: bool) -> tuple[Tokenizer, DocumentEncoder]:
+def _load_encoder(
+    directory: str, fingerprint: str, choice: EncoderChoice | None = None
+) -> tuple[Tokenizer, DocumentEncoder]:
     tokenizer = Tokenizer.load(directory)
     if tokenizer.fingerprint != fingerprint:
         raise DatasetError(
             f"{directory} holds another tokenizer on a worker; give an --output on storage that all nodes share"
         )
-    return tokenizer, DocumentEncoder(tokenizer, fast)
+    # The ids are the same without the fast library, of which a node may have another version, or none.
+    return tokenizer, DocumentEncoder(tokenizer, choice is not None and choice.fast and choice.is_installed)

@@ -53,8 +53,10 @@ def make_tokenizer(
     """
     chosen = staging / WORK / "encoder.json"
     if chosen.exists():
-        content = json.loads(chosen.read_bytes())
-        return Tokenizer.load(staging), from_json(EncoderChoice, content)
+        choice = from_json(EncoderChoice, json.loads(chosen.read_bytes()))
+        # Another version of the library was not checked.
+        if choice.is_installed:
+            return Tokenizer.load(staging), choice
     if (staging / TOKENIZER_FILE).exists():
         tokenizer = Tokenizer.load(staging)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,11 @@ class EncoderChoice:
     fast: bool
     name: str
     reason: str
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether this machine has the library, in the version that was checked."""
+        return not self.fast or self.name == fast_name()
 
 
 class DocumentEncoder:
@@ -96,7 +102,15 @@ def choose_encoder(
         return _slow("gigatoken, which is faster, is not installed: pip install 'llama-ray[fast]'")
     except Unsupported as error:
         return _slow(f"gigatoken cannot replace it: {error}")
-    return EncoderChoice(True, f"gigatoken {FastBackend.version()}", "it gives the ids of tokenizers")
+    return EncoderChoice(True, fast_name(), "it gives the ids of tokenizers")
+
+
+def fast_name() -> str:
+    """Return the name and the version of the fast library; empty if it is not installed."""
+    try:
+        return f"gigatoken {FastBackend.version()}"
+    except PackageNotFoundError:
+        return ""
 
 
 def _slow(reason: str) -> EncoderChoice:

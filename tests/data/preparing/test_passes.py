@@ -16,6 +16,7 @@ from llama_ray.data.preparing.passes import run_pass
 from llama_ray.data.preparing.reading import Reading
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.sources.left_out import NOT_JSON, LeftOut
+from llama_ray.data.tokenizing.encoder import EncoderChoice
 
 
 def test_a_smaller_limit_holds_for_bad_records_of_parts_that_were_done_before(tmp_path: Path) -> None:
@@ -26,7 +27,9 @@ def test_a_smaller_limit_holds_for_bad_records_of_parts_that_were_done_before(tm
     with BadRecords(bad_file(tmp_path / WORK, 0), most=1) as bad:
         bad.add("a", LeftOut("record", NOT_JSON, "a.jsonl", place=":1"))
     PartRecord(0.01, bad_records=1).write(tmp_path, "tokenised", 0)
-    job = Job(str(tmp_path), Reading(config.fields(), CleanConfig(), 0), 0.01, 0, "", False)
+    job = Job(
+        str(tmp_path), Reading(config.fields(), CleanConfig(), 0), 0.01, 0, "", EncoderChoice(False, "", "")
+    )
     with pytest.raises(
         SourceError, match=r"1 bad record so far \(a.jsonl:1: not JSON\); max_bad_records is 0"
     ):

@@ -52,17 +52,21 @@ class TokenizerSample:
 
     def __iter__(self) -> Iterator[str]:
         empty = True
+        for text in self._checked(self._limit):
+            empty = False
+            yield text
+        if empty:
+            # So few texts that all of them are for validation, as it seems yet.
+            yield from self._checked(limit=0)
+
+    def _checked(self, limit: float) -> Iterator[str]:
+        """Yield the texts that `limit` leaves for training. Raises SourceError for too many bad records."""
         with BadRecords(self._bad_file, self._max_bad_records) as bad:
             try:
-                for text in self._texts(bad, self._limit):
-                    empty = False
-                    yield text
+                yield from self._texts(bad, limit)
             except TooManyBadRecordsError:
                 pass
             else:
-                if empty:
-                    # So few texts that all of them are for validation, as it seems yet.
-                    yield from self._texts(bad, limit=0)
                 return
         raise too_many(bad.count, self._max_bad_records, [self._bad_file], self._output)
 

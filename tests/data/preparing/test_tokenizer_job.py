@@ -154,3 +154,18 @@ def test_a_source_of_unknown_size_is_trained_on_as_much_as_the_largest(tmp_path:
         )
         found = list(sample)
     assert len(found) == 2 * found.index("line 0", 1)
+
+
+def test_a_bad_record_counts_once_where_all_texts_seem_to_be_for_validation(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{')
+    (tmp_path / "work").mkdir()
+    fields = TextFields()
+    sample = TokenizerSample(
+        find_corpus(named_sources([str(tmp_path / "a.jsonl")]), fields),
+        Reading(fields, CleanConfig(), seed=0),
+        tmp_path,
+        tmp_path / "out",
+        limit=1,
+        max_bad_records=1,
+    )
+    assert list(sample) == ["one"]

@@ -59,8 +59,8 @@ class TrainConfig:
         fsdp_size: Workers that one replica of the model is sharded over under hsdp; 0 means those of one node.
         activation_checkpointing: Which activations are recomputed in the backward pass, to save memory: none,
             selective (every second matrix product, and everything that is cheap), or full (whole blocks).
-        document_mask: Whether positions see their own document only, of which a row may hold many; by default where
-            the data know their documents, as all data do that are prepared today.
+        document_mask: Whether positions see their own document only, of which a row may hold many. All data know where
+            theirs begin.
         data_cache_bytes: Bytes of the shards of data in object stores that a machine keeps in ~/.cache/llama_ray/data,
             for all its workers; 0 fetches everything each time it is needed.
         log_every: Steps between two logged points.
@@ -104,7 +104,7 @@ class TrainConfig:
     tensor_parallel: int = field(default=1, metadata=limits(1))
     fsdp_size: int = field(default=0, metadata=limits(0))
     activation_checkpointing: ActivationCheckpointing = "none"
-    document_mask: bool | None = None
+    document_mask: bool = True
     data_cache_bytes: int = field(default=DEFAULT_CACHE_BYTES, metadata=limits(0, 2**63 - 1))
     log_every: int = field(default=10, metadata=limits(1))
     validate_every: int | None = field(default=None, metadata=limits(1))

@@ -105,8 +105,7 @@ def _layout(model_config: LlamaConfig, config: TrainConfig, device: torch.device
 
 
 def _mixture(config: TrainConfig, sources: Sequence[DataSource], split: str) -> Mixture:
-    documents = config.document_mask is not False
-    return open_mixture(sources, split, documents=documents, cache_bytes=config.data_cache_bytes)
+    return open_mixture(sources, split, documents=config.document_mask, cache_bytes=config.data_cache_bytes)
 
 
 def _loader(config: TrainConfig, sources: Sequence[DataSource], layout: Layout, seq_len: int) -> Loader:

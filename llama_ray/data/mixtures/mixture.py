@@ -80,14 +80,8 @@ class Mixture:
 
 
 def _starts(parts: list[Batch], back: Tensor) -> Tensor | None:
-    if all(part.starts is None for part in parts):
-        return None
-    # A source that does not know its documents has rows of one document.
-    starts = [
-        torch.zeros_like(part.inputs, dtype=torch.int32) if part.starts is None else part.starts
-        for part in parts
-    ]
-    return torch.cat(starts)[back]
+    starts = [part.starts for part in parts if part.starts is not None]
+    return torch.cat(starts)[back] if starts else None
 
 
 def cut(batch: Batch, seq_len: int, first: int, count: int) -> Batch:

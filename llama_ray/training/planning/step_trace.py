@@ -129,7 +129,7 @@ def _trace_second_step(stepper: Stepper, model: Llama) -> StepTrace:
     """Take one small step, which creates the optimizer's state, then trace a full one."""
     config = stepper.config
     tokens = torch.zeros(config.batch_size, config.seq_len or model.config.max_seq_len, dtype=torch.int64)
-    starts = None if config.document_mask is False else tokens.int()
+    starts = tokens.int() if config.document_mask else None
     first = Batch(tokens[:1], tokens[:1], None if starts is None else starts[:1])
     stepper.step([first])
     batch = Batch(tokens, tokens, starts)

@@ -114,6 +114,7 @@ def run(settings: Settings) -> Run:
         "max_grad_norm": 0.5,
         "seed": 1,
         "seq_len": LENGTH,
+        "document_mask": False,
     }
     config = TrainConfig(**{**defaults, **settings})
     layout = choose_layout(shape, config, world_size()).with_mesh(CPU)
@@ -132,7 +133,7 @@ def run(settings: Settings) -> Run:
     own = slice(layout.data_rank * share, (layout.data_rank + 1) * share)
     # Micro-batches are of one size, because torch would compile again for another.
     size = max(share // MICRO_STEPS, 1)
-    batches = global_batches(shape.vocab_size, documents=bool(config.document_mask))
+    batches = global_batches(shape.vocab_size, documents=config.document_mask)
     results = [stepper.step(split(rows(batch, own), size)) for batch in batches]
     last = split(rows(batches[-1], own), size)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import unicodedata
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import NamedTuple
 
 from llama_ray.data.cleaning.config import CleanConfig
 from llama_ray.data.cleaning.contamination import Contamination
@@ -12,9 +11,8 @@ from llama_ray.data.cleaning.drops import Drop
 from llama_ray.data.cleaning.excerpts import rank
 from llama_ray.data.cleaning.filters.named import FILTERS
 from llama_ray.data.cleaning.filters.reading import Reading
+from llama_ray.data.cleaning.fold import in_form
 from llama_ray.data.cleaning.language import check_languages, identify
-
-_FORMS: Final[dict[str, Literal["NFC", "NFKC"]]] = {"nfc": "NFC", "nfkc": "NFKC"}
 
 
 class Cleaned(NamedTuple):
@@ -44,8 +42,7 @@ class Cleaner:
 
     def __call__(self, text: str) -> Cleaned:
         """Return `text` as the dataset takes it."""
-        if form := _FORMS.get(self._config.unicode):
-            text = unicodedata.normalize(form, text)
+        text = in_form(text, self._config.unicode)
         language, probability = identify(text) if self._config.language or _in_sample(text) else ("", 0.0)
         if self._config.language and not (
             language in self._config.language and probability >= self._config.language_threshold

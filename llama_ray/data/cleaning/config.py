@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llama_ray.data.cleaning.filters.named import FILTERS
+from llama_ray.data.cleaning.fold import Form
 from llama_ray.utils.fields import check_fields, limits, shown
 
 
@@ -28,7 +29,7 @@ class CleanConfig:
     """
 
     clean: tuple[str, ...] = ()
-    unicode: Literal["none", "nfc", "nfkc"] = "none"
+    unicode: Form = "none"
     language: tuple[str, ...] = ()
     language_threshold: float = field(default=0.65, metadata=limits(0, 1))
     dedup: Literal["none", "exact", "minhash"] = "none"

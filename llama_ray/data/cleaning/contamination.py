@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama_ray.data.cleaning.fold import folded_words
+from llama_ray.data.cleaning.fold import Form, folded_words, in_form
 from llama_ray.data.cleaning.words import Hashes, ngram_hashes
 from llama_ray.storage.atomic import replacing
 from llama_ray.utils.errors import UserError, printable
@@ -47,17 +47,17 @@ class Shared(NamedTuple):
     file: int
 
 
-def write_evaluations(files: Sequence[str], words: int, output: Path) -> Evaluations:
+def write_evaluations(files: Sequence[str], words: int, output: Path, form: Form = "none") -> Evaluations:
     """Write the hashes of all runs of so many `words` in `files`, sorted, with the number of the file: [2, runs].
 
-    A line of JSON is one text, made of all texts in it; another file is one text. Raises UserError for a file that
-    cannot be read, or that has no run.
+    A line of JSON is one text, made of all texts in it; another file is one text. `form` is the normal form of the
+    texts in which they are looked for. Raises UserError for a file that cannot be read, or that has no run.
     """
     hashes: list[Hashes] = []
     numbers: list[Hashes] = []
     texts = too_short = 0
     for number, file in enumerate(files):
-        runs = [ngram_hashes(folded_words(text)[1].hashes, words) for text in _texts(file)]
+        runs = [ngram_hashes(folded_words(in_form(text, form))[1].hashes, words) for text in _texts(file)]
         found = np.unique(np.concatenate([np.zeros(0, np.uint64), *runs]))
         if not len(found):
             raise UserError(

@@ -6,6 +6,7 @@ import re
 import sys
 import unicodedata
 from functools import cache
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,17 @@ from llama_ray.data.cleaning.characters import nonspacing_marks
 from llama_ray.data.cleaning.words import Words, find_words
 
 _NUMBER = re.compile(r"\d+(?:[.,\u060c\u066b\u2396\u2397\u2398]\d+)?")
+
+
+_FORMS: Final[dict[str, Literal["NFC", "NFKC"]]] = {"nfc": "NFC", "nfkc": "NFKC"}
+
+Form = Literal["none", "nfc", "nfkc"]
+"""A normal form of Unicode, or the text as it is."""
+
+
+def in_form(text: str, form: Form) -> str:
+    """Return `text` in a normal form."""
+    return text if form == "none" else unicodedata.normalize(_FORMS[form], text)
 
 
 def fold(text: str) -> str:

@@ -105,7 +105,9 @@ def _evaluations(config: PrepareConfig, staging: Path, log: Log) -> str:
         return ""
     file = staging / WORK / "evaluations.npy"
     if not file.exists():
-        found = write_evaluations(config.cleaning.decontaminate, config.cleaning.decontaminate_words, file)
+        found = write_evaluations(
+            config.cleaning.decontaminate, config.cleaning.decontaminate_words, file, config.cleaning.unicode
+        )
         log(found.line())
     return str(file)
 

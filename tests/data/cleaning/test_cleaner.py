@@ -97,6 +97,14 @@ def test_a_text_that_repeats_an_evaluation_is_dropped(tmp_path, evaluations):
     assert clean("They are a b c d e f g h i j k l n.").text is not None
 
 
+def test_an_evaluation_is_found_in_texts_of_another_normal_form(tmp_path):
+    (tmp_path / "quiz.txt").write_text("a ﬁne oﬃce of ﬂowers")
+    write_evaluations([str(tmp_path / "quiz.txt")], 5, tmp_path / "runs.npy", "nfkc")
+    config = CleanConfig(unicode="nfkc", decontaminate=(str(tmp_path / "quiz.txt"),), decontaminate_words=5)
+
+    assert Cleaner(config, tmp_path / "runs.npy")("It was a ﬁne oﬃce of ﬂowers.").text is None
+
+
 def test_the_fields_of_a_record_follow_each_other(tmp_path, evaluations):
     write_evaluations(evaluations, 5, tmp_path / "runs.npy")
     clean = Cleaner(

@@ -130,6 +130,9 @@ def _go_to(progress: Progress, loader: Loader, config: TrainConfig) -> str:
         # What was measured on the data before tells nothing about these.
         progress.validation_loss = progress.validation_step = None
         return f"other data than up to step {step}: a first epoch of them begins"
+    if before["sources"] != loader.state_dict()["sources"]:
+        # A source that is new counts in the validation, too.
+        progress.validation_loss = progress.validation_step = None
     now = loader.timetable.segment(max(step, 1)).windows
     if before["windows_per_step"] == now:
         return ""

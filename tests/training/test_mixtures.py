@@ -102,6 +102,14 @@ def test_a_run_is_prolonged_with_a_stage_and_a_source_that_are_new(
     assert {name for name in prolonged.points[12] if name.startswith("loss/train/")} == {"loss/train/books"}
 
 
+def test_a_finished_run_is_validated_again_with_a_source_that_is_new(
+    mixed: FinishedRun, tiny: LlamaConfig, sources: tuple[DataSource, ...], tmp_path: Path
+) -> None:
+    more = (DataSource("books", sources[1].location, 0.0), *sources)
+    again = run(tiny, more, tmp_path, resume_from=mixed.checkpoint(10)).recorder
+    assert "loss/validation/books" in again.validations[10]
+
+
 def test_a_stage_that_has_begun_cannot_be_changed(
     mixed: FinishedRun, tiny: LlamaConfig, sources: tuple[DataSource, ...]
 ) -> None:

@@ -124,7 +124,9 @@ def _validation_prompts(mixture: Mixture) -> list[list[int]]:
     prompts: dict[tuple[int, int], list[int]] = {}
     for n, source in enumerate(sources):
         dataset = list(mixture.datasets.values())[source]
-        window = dataset.num_windows(_PROMPT_TOKENS) * n // _NUM_PROMPTS
-        batch = dataset.windows(np.array([window]), _PROMPT_TOKENS, documents=False)
+        # A run of short sequences may have fewer.
+        length = min(_PROMPT_TOKENS, len(dataset) - 1)
+        window = dataset.num_windows(length) * n // _NUM_PROMPTS
+        batch = dataset.windows(np.array([window]), length, documents=False)
         prompts[source, window] = batch.inputs[0].tolist()
     return list(prompts.values())

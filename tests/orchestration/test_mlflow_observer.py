@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from llama_ray.data.dataset.info import read_info
 from llama_ray.data.mixtures.sources import parse_sources
 from llama_ray.orchestration.mlflow_observer import MLflowObserver
 from llama_ray.storage import store
@@ -13,7 +14,7 @@ from llama_ray.tracking.runs import Run
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 from tests.object_store import s3_server, uri
-from tests.token_data import write_dataset
+from tests.token_data import write_dataset, write_documents
 from tests.training.helpers import schedule_of
 
 
@@ -29,6 +30,13 @@ def test_its_prompts_do_not_fill_a_cache_that_is_switched_off(
             store.upload(path, store.join(location, path.name))
         MLflowObserver(None, parse_sources(location), str(tmp_path / "run"), cache_bytes=0)
     assert not list((tmp_path / ".cache/llama_ray/data").glob("*/*.bin*"))
+
+
+def test_a_validation_split_may_be_shorter_than_a_prompt(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    write_documents(data, {"validation": [[range(10)]]}, read_info(data).tokenizer)
+    # Raises nothing.
+    MLflowObserver(None, parse_sources(data), str(tmp_path / "run"))
 
 
 def test_restarts_are_those_of_the_run_and_not_of_an_attempt_of_the_same_name(tmp_path: Path) -> None:

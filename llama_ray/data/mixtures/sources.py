@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from llama_ray.utils.fields import shown
+from llama_ray.utils.redact import RedactedRepr
 
 ONLY_SOURCE = "data"
 """Name of a source that has none, because it is alone; not that of its path, because the order follows from names."""
@@ -30,8 +31,8 @@ _ENDS_WITH_A_HOST = re.compile(r"(://|endpoint_override=)([^/?&#@]*@)?[^/?&#:]*$
 _EXAMPLE = "write NAME=DIR or NAME=DIR:WEIGHT, such as web=data/web:0.7"
 
 
-@dataclass(frozen=True)
-class DataSource:
+@dataclass(frozen=True, repr=False)
+class DataSource(RedactedRepr):
     """A prepared data directory, or the shards of one label in it, as a source of a mixture.
 
     `location` is a path or a URI. Without `weight` the size counts. `max_repetitions` is how often, at most, a run may

@@ -85,3 +85,10 @@ def test_what_is_no_source_is_refused_in_one_line(data: Any, message: str) -> No
     with pytest.raises(ValueError, match=message) as error:
         parse_sources(data)
     assert "\n" not in str(error.value)
+
+
+def test_a_source_does_not_show_the_secrets_of_its_location() -> None:
+    [source] = parse_sources("s3://bucket/web?access_key=AKIA&secret_key=hidden")
+    assert source.location.endswith("secret_key=hidden")
+    assert "secret_key=***" in repr(source)
+    assert "hidden" not in repr(source)

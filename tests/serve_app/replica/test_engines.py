@@ -226,5 +226,7 @@ def test_many_changes_of_version_leave_no_memory_behind(tmp_path: Path) -> None:
                 resident.append(process.memory_info().rss)
 
     asyncio.run(run())
-    # Six engines came and went in between. One alone has this many bytes, and what the allocator scatters is less.
-    assert max(resident[6:]) - max(resident[:6]) < 4 * config.num_parameters()
+    # Six engines came and went in between, each of more than `one` bytes. What the allocator scatters is less than two,
+    # also in a process that has run a thousand tests.
+    one = 4 * config.num_parameters()
+    assert max(resident[6:]) - max(resident[:6]) < 2 * one

@@ -91,4 +91,6 @@ def test_threads_are_shared_with_torch(native: ctypes.CDLL) -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("this system does not list what a process has loaded")
-    assert len({line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}) == 1
+    # sentencepiece, which transformers imports, brings one that it does not use.
+    lines = [line for line in maps.read_text().splitlines() if "sentencepiece" not in line]
+    assert len({line.split()[-1] for line in lines if "libgomp" in line}) == 1

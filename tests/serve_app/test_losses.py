@@ -15,7 +15,7 @@ from serve_app.args import ServeArgs
 from tests.serve_app.application import Answer, Application, Body, eventually, kill
 from tests.serve_app.helpers import MAX_SEQ_LEN
 
-LENGTH = 2000
+LENGTH = 3000
 WORDS = {"type": "array", "items": {"type": "string", "maxLength": 40}, "minItems": 40, "maxItems": 40}
 LONG: Body = {"model": "tiny", "prompt": "The quick", "max_tokens": LENGTH, "ignore_eos": True}
 BODIES: dict[str, Body] = {

@@ -27,10 +27,10 @@ demo: install ## prepare, train on 2 workers, register, serve, answer: all on th
 stop: ## end what `make demo` started, and nothing else
 	@test ! -x $(BIN)/python || $(BIN)/python deploy/demo.py stop
 
-check: lint ## lint, types, and all tests that need no Ray: 4 minutes on 2 cores
+check: lint ## lint, types, and all tests that need no Ray
 	$(PYTEST) -m "not ray"
 
-test: lint ## lint, types and the whole suite, with its coverage: under 15 minutes on 2 cores
+test: lint ## lint, types and the whole suite, with its coverage: about 15 minutes on 2 cores
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
 gpu: ## on a GPU, without the environment: its tests, then training and decoding against the card's limits, in 8 minutes

@@ -60,6 +60,13 @@ def parse(
         raise ValueError(f"{_plain(str(error))} (--help lists all flags)") from error
 
 
+def add_config(parser: ArgumentParser) -> None:
+    """Let flags stand in a file, too."""
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML file of flags; flags given here override it."
+    )
+
+
 def from_flags(kind: type[T], flags: Namespace, **values: Any) -> T:
     """Make a dataclass from the flags named like its fields; `values` replace flags and give fields without a flag."""
     given = {field.name: flags[field.name] for field in dataclasses.fields(kind) if field.name in flags}

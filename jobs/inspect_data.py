@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from _cli import main, parse
+from _cli import add_config, main, parse
 from _data import sources_of, stages_of
 from jsonargparse import ArgumentParser, Namespace
 
@@ -133,7 +133,7 @@ def _parser() -> ArgumentParser:
         prog="inspect_data.py",
         description="Show what is in prepared data, or what a run will see of it first.",
     )
-    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of flags.")
+    add_config(parser)
     parser.add_argument(
         "data", nargs="+", metavar="DIR",
         help="A directory that prepare_data.py wrote, its URI, or files of Megatron; or several as NAME=DIR:WEIGHT, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from _cli import add_fields, descriptions, from_flags, list_fields, main, parse, split_commas
+from _cli import add_config, add_fields, descriptions, from_flags, list_fields, main, parse, split_commas
 from _sources import located
 from jsonargparse import ArgumentParser
 
@@ -55,9 +55,7 @@ def _parser() -> ArgumentParser:
         usage="prepare_data.py --source [NAME=]WHERE... --output DIR [--config FILE] [FLAG VALUE]...",
         description="Turn text into a tokenised dataset.",
     )
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file of flags; flags given here override it."
-    )
+    add_config(parser)
     add_fields(parser, PrepareConfig, skip={*_PARTS, "vocab_size", "tokenizer"})
     for kind in _PARTS.values():
         add_fields(parser, kind)

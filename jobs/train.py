@@ -7,7 +7,7 @@ import sys
 from argparse import SUPPRESS, Action
 from typing import Any
 
-from _cli import main, parse
+from _cli import add_config, main, parse
 from _data import SOURCES, sources_of, stages_of
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -87,9 +87,7 @@ def _parser() -> ArgumentParser:
         description="Train a LLaMA on a Ray cluster, track the run in MLflow and register the model.",
         formatter_class=HelpFormatter,
     )
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file of flags; flags given here override it."
-    )
+    add_config(parser)
     parser.add_argument(
         "--data",
         type=SOURCES,

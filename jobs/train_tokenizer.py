@@ -5,7 +5,7 @@ No cluster is needed: it runs in this process.
 
 from __future__ import annotations
 
-from _cli import add_fields, from_flags, list_fields, main, parse, split_commas
+from _cli import add_config, add_fields, from_flags, list_fields, main, parse, split_commas
 from _sources import located
 from jsonargparse import ArgumentParser
 
@@ -25,9 +25,7 @@ def _config() -> TrainTokenizerConfig:
         usage="train_tokenizer.py --source [NAME=]WHERE... --output DIR [--config FILE] [FLAG VALUE]...",
         description="Train a tokenizer on a mixture of sources.",
     )
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file of flags; flags given here override it."
-    )
+    add_config(parser)
     add_fields(parser, TrainTokenizerConfig, skip={"training"})
     add_fields(parser, TrainingOptions)
     flags = parse(parser)

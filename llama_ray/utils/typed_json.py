@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 def from_json(kind: type[T], value: object) -> T:
     """Return `value`, as `json.loads` gives it, as a `kind`: the inverse of `dataclasses.asdict`.
 
-    A `kind` is a dataclass whose fields are numbers, strings, booleans, None, other such dataclasses, or tuples and
-    dicts (with keys that are strings) of those. Raises ValueError that names the place of a value of another type, of
-    an unknown name and of a missing one.
+    A `kind` is a dataclass whose fields are numbers, strings, booleans, None, literals of those, other such
+    dataclasses, or tuples and dicts (with keys that are strings) of those. Raises ValueError that names the place of a
+    value of another type, of an unknown name and of a missing one.
     """
     result: T = _read(kind, value, "")
     return result
@@ -24,6 +24,8 @@ def _read(kind: Any, value: Any, place: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return None if value is None and NoneType in arguments else _read_one_of(arguments, value, place)
+    if origin is Literal and value in arguments:
+        return value
     if origin is tuple and isinstance(value, list):
         return tuple(_read(arguments[0], each, f"{place}[{n}]") for n, each in enumerate(value))
     if origin is dict and isinstance(value, dict):
@@ -62,4 +64,6 @@ def _read_fields(kind: Any, value: dict[str, Any], place: str) -> Any:
 def _name(kind: Any) -> str:
     if dataclasses.is_dataclass(kind) or get_origin(kind) is dict:
         return "an object"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
     return "a list" if get_origin(kind) is tuple else str(getattr(kind, "__name__", kind))

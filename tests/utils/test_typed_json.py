@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import pytest
 
@@ -20,9 +21,10 @@ class Outer:
     inner: Inner | None
     by_name: dict[str, Inner]
     settings: dict[str, str | int | bool | None] = field(default_factory=dict)
+    unit: Literal["text", "line"] = "text"
 
 
-OUTER = Outer(0.5, Inner(3, ("a", "b")), {"x": Inner(1)}, {"a": "b", "n": 1, "t": True, "none": None})
+OUTER = Outer(0.5, Inner(3, ("a", "b")), {"x": Inner(1)}, {"a": "b", "n": 1, "t": True, "none": None}, "line")
 
 
 @pytest.mark.parametrize("value", [OUTER, Outer(1.0, None, {})])
@@ -44,6 +46,7 @@ def test_integers_are_floats_and_defaults_fill_in() -> None:
         ({"by_name": {"x": {"count": 1, "names": [1]}}}, r"by_name.x.names\[0\] is 1; it must be str"),
         ({"by_name": []}, r"by_name is \[\]; it must be an object"),
         ({"settings": {"a": [1]}}, r"settings.a is \[1\]"),
+        ({"unit": "word"}, "unit is 'word'; it must be 'text' or 'line'"),
         ({"colour": 1}, "colour is not known"),
     ],
 )

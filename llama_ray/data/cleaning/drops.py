@@ -8,6 +8,7 @@ from typing import Literal
 
 from llama_ray.data.cleaning.excerpts import excerpt, rank
 from llama_ray.utils.errors import printable
+from llama_ray.utils.typed_json import from_json
 
 MAX_EXAMPLES = 3
 _EXAMPLE_CHARACTERS = 300
@@ -95,7 +96,7 @@ class Drops:
         """Rebuild what `to_json` returned."""
         drops = cls()
         for row in rows:
-            drops._add(_dropped(**row))  # type: ignore[arg-type]
+            drops._add(from_json(Dropped, row))
         return drops
 
     def _add(self, more: Dropped) -> None:
@@ -107,12 +108,6 @@ class Drops:
         found.characters += more.characters
         examples = sorted({*found.examples, *more.examples}, key=_order)
         found.examples = tuple(examples[:MAX_EXAMPLES])
-
-
-def _dropped(
-    rule: str, source: str, unit: Unit, count: int, characters: int, examples: Sequence[Mapping[str, str]]
-) -> Dropped:
-    return Dropped(rule, source, unit, count, characters, tuple(Example(**example) for example in examples))
 
 
 def _example(id: str, drop: Drop) -> Example:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from llama_ray.data.preparing.tokenizer_sample import TokenizerSample
 from llama_ray.data.preparing.tokenizers import GivenTokenizers, make_tokenizer
 from llama_ray.data.report.page import write_report
 from llama_ray.data.sources.files import SourceError
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.utils.errors import printable
 
 
@@ -41,25 +43,31 @@ def make_dataset(
 
     If it fails before a part is done, `staging` is removed; else the same preparation, started again, goes on.
     """
-    try:
-        return _make(config, corpus, given, fingerprint, staging, log)
-    except KeyboardInterrupt:
-        log(f"stopped; the same command goes on from {staging}")
-        raise
-    except Exception:
-        if not any_done(staging):
-            remove(staging)
-        raise
+    with _kept_if_begun(staging, log):
+        job, tokenizer = _plan(config, corpus, given, staging, log)
+        parts = divide(corpus, config.shard_bytes)
+        summary = _run(config, corpus, parts, job, log)
+        join((bad_file(staging / WORK, part.index) for part in parts), staging / BAD_RECORDS_FILE)
+        info = DatasetInfo(
+            fingerprint=fingerprint,
+            seed=config.seed,
+            token_bytes=token_bytes(tokenizer.vocab_size),
+            tokenizer=summary.tokenizer(config, tokenizer, job.encoder),
+            sources=summary.sources(),
+            splits={split: tuple(summary.shards[split]) for split in SPLITS},
+            settings=settings(config),
+            versions=versions(),
+        )
+        for line in summary.lines(info):
+            log(line)
+        write_report(staging, info, summary.statistics, summary.drops)
+        return publish(staging, Path(config.output), info)
 
 
-def _make(
-    config: PrepareConfig,
-    corpus: Corpus,
-    given: GivenTokenizers,
-    fingerprint: str,
-    staging: Path,
-    log: Log,
-) -> DatasetInfo:
+def _plan(
+    config: PrepareConfig, corpus: Corpus, given: GivenTokenizers, staging: Path, log: Log
+) -> tuple[Job, Tokenizer]:
+    """Return what all tasks need to know, and the tokenizer, which `staging` then holds."""
     reading = Reading(config.fields(), config.cleaning, config.seed, _evaluations(config, staging, log))
     sample = TokenizerSample(
         corpus,
@@ -80,23 +88,21 @@ def _make(
         encoder=encoder,
         compared=given.compared.fingerprint if given.compared else "",
     )
-    parts = divide(corpus, config.shard_bytes)
-    summary = _run(config, corpus, parts, job, log)
-    join((bad_file(staging / WORK, part.index) for part in parts), staging / BAD_RECORDS_FILE)
-    info = DatasetInfo(
-        fingerprint=fingerprint,
-        seed=config.seed,
-        token_bytes=token_bytes(tokenizer.vocab_size),
-        tokenizer=summary.tokenizer(config, tokenizer, encoder),
-        sources=summary.sources(),
-        splits={split: tuple(summary.shards[split]) for split in SPLITS},
-        settings=settings(config),
-        versions=versions(),
-    )
-    for line in summary.lines(info):
-        log(line)
-    write_report(staging, info, summary.statistics, summary.drops)
-    return publish(staging, Path(config.output), info)
+    return job, tokenizer
+
+
+@contextmanager
+def _kept_if_begun(staging: Path, log: Log) -> Iterator[None]:
+    """Remove `staging` where the block fails before a part is done, and say how to go on where it is stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log(f"stopped; the same command goes on from {staging}")
+        raise
+    except Exception:
+        if not any_done(staging):
+            remove(staging)
+        raise
 
 
 def _evaluations(config: PrepareConfig, staging: Path, log: Log) -> str:

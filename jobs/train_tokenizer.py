@@ -9,14 +9,14 @@ from _cli import add_config, add_fields, from_flags, list_fields, main, parse, s
 from _sources import located
 from jsonargparse import ArgumentParser
 
-from llama_ray.data.preparing.tokenizer_job import TrainTokenizerConfig, train_tokenizer
+from llama_ray.data.preparing.tokenizer_job import TrainTokenizerConfig, run_tokenizer_job
 from llama_ray.data.tokenizing.training import TrainingOptions
 from llama_ray.storage.paths import absolute, existing
 
 
 def run() -> None:
     """Read the flags, train the tokenizer and write it."""
-    train_tokenizer(_config(), log=lambda line: print(line, flush=True))
+    run_tokenizer_job(_config(), log=lambda line: print(line, flush=True))
 
 
 def _config() -> TrainTokenizerConfig:

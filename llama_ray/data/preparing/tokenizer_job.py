@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from llama_ray.data.preparing.output_directory import WORK
 from llama_ray.data.preparing.progress import Log
 from llama_ray.data.preparing.reading import Reading
 from llama_ray.data.preparing.tokenizer_sample import BAD_SAMPLE_FILE, SAMPLE_BYTES, TokenizerSample
+from llama_ray.data.preparing.tokenizers import train_tokenizer
 from llama_ray.data.records.fields import TextFields
 from llama_ray.data.tokenizing.comparison import compare_tokenizers, table
 from llama_ray.data.tokenizing.errors import TokenizerError
@@ -83,7 +83,7 @@ class TrainTokenizerConfig(RedactedRepr):
         return TextFields(self.text_field, self.template)
 
 
-def train_tokenizer(config: TrainTokenizerConfig, log: Log = print) -> Tokenizer:
+def run_tokenizer_job(config: TrainTokenizerConfig, log: Log = print) -> Tokenizer:
     """Train the tokenizer that `config` describes, in this process, and write it.
 
     The result depends on the configuration and the text only. Raises a ValueError (SourceError, TokenizerError) for
@@ -101,8 +101,6 @@ def train_tokenizer(config: TrainTokenizerConfig, log: Log = print) -> Tokenizer
         log(f"{source.source.name}: {source.size / 1e6:,.1f} MB from {printable(source.source.where)}")
         for line in source.left_out.lines():
             log(line)
-    log(f"training a tokenizer of {config.vocab_size:,} entries")
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, WORK).mkdir()
         sample = TokenizerSample(
@@ -116,14 +114,10 @@ def train_tokenizer(config: TrainTokenizerConfig, log: Log = print) -> Tokenizer
             size=config.sample_characters,
         )
         texts = _HeldOut(sample)
-        tokenizer = Tokenizer.train(iter(texts), config.vocab_size, config.training)
+        tokenizer = train_tokenizer(texts, config.vocab_size, config.training, log)
         tokenizer.save(output)
         _keep_bad_records(Path(directory, WORK, BAD_SAMPLE_FILE), output, log)
-    fewer = "" if tokenizer.vocab_size == config.vocab_size else "; the text gives no more"
-    log(
-        f"{printable(str(output))}: {tokenizer.vocab_size:,} entries from {texts.size / 1e6:,.1f} MB in "
-        f"{time.monotonic() - started:.1f} s{fewer}"
-    )
+    log(f"wrote {printable(str(output))}")
     for line in table(compare_tokenizers(texts.kept, {"this one": tokenizer} | others)) if texts.kept else ():
         log(line)
     return tokenizer
@@ -152,7 +146,6 @@ class _HeldOut:
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.kept: list[str] = []
-        self.size = 0
         self._texts = texts
 
     def __iter__(self) -> Iterator[str]:
@@ -162,5 +155,4 @@ class _HeldOut:
                 self.kept.append(text)
                 kept += len(text)
             else:
-                self.size += len(text)
                 yield text

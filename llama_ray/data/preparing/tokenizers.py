@@ -15,6 +15,7 @@ from llama_ray.data.preparing.progress import Log
 from llama_ray.data.tokenizing.encoder import EncoderChoice, choose_encoder
 from llama_ray.data.tokenizing.files import TOKENIZER_FILE
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.training import TrainingOptions
 from llama_ray.storage.atomic import write_text
 from llama_ray.utils.typed_json import from_json
 
@@ -60,7 +61,7 @@ def make_tokenizer(
     if (staging / TOKENIZER_FILE).exists():
         tokenizer = Tokenizer.load(staging)
     else:
-        tokenizer = given.tokenizer or _train(config, sample, log)
+        tokenizer = given.tokenizer or train_tokenizer(sample, config.vocab_size, config.training, log)
         tokenizer.save(staging)
     if given.compared is not None:
         given.compared.save(staging / COMPARED)
@@ -70,21 +71,22 @@ def make_tokenizer(
     return tokenizer, choice
 
 
-def _train(config: PrepareConfig, sample: Iterable[str], log: Log) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, options: TrainingOptions, log: Log) -> Tokenizer:
+    """Train a tokenizer and log how long that took and what it gave; see `Tokenizer.train`."""
     size = 0
 
     def counted() -> Iterator[str]:
         nonlocal size
-        for text in sample:
+        for text in texts:
             size += len(text)
             yield text
 
-    log(f"training a tokenizer of {config.vocab_size:,} entries")
+    log(f"training a tokenizer of {vocab_size:,} entries")
     started = time.monotonic()
-    tokenizer = Tokenizer.train(counted(), config.vocab_size, config.training)
-    fewer = "" if tokenizer.vocab_size == config.vocab_size else "; the text gives no more"
+    tokenizer = Tokenizer.train(counted(), vocab_size, options)
+    fewer = "" if tokenizer.vocab_size == vocab_size else "; the text gives no more"
     log(
-        f"tokenizer: {tokenizer.vocab_size:,} entries from {size / 1e6:.1f} MB in "
+        f"tokenizer: {tokenizer.vocab_size:,} entries from {size / 1e6:,.1f} MB in "
         f"{time.monotonic() - started:.1f} s{fewer}"
     )
     return tokenizer

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,82 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ray.data.dataset.batch import Batch
-from llama_ray.data.dataset.token_dataset import TokenDataset
-from llama_ray.data.mixtures.loader import Loader
 from llama_ray.data.mixtures.mixture import Mixture, cut
 from llama_ray.data.mixtures.order import Order, Source
 from llama_ray.data.mixtures.stages import Segment, Stage, segments
 from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.data.mixtures.weights import shares
-from tests.token_data import write_documents
-
-WINDOW = 8
-SIZES = {"code": 17, "math": 5, "web": 40}
-WEIGHTS = {"code": 1.0, "math": 0.0, "web": 3.0}
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    """Sources whose tokens say where they come from."""
-    datasets = {}
-    for number, (name, size) in enumerate(SIZES.items()):
-        first = 1000 * number
-        document = list(range(first, first + size * WINDOW + 1))
-        directory = write_documents(tmp_path_factory.mktemp("data") / name, {"train": [[document]]})
-        datasets[name] = TokenDataset(directory, "train")
-    return Mixture(datasets, WEIGHTS)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """How the global batch, of 12 windows at first, is divided."""
-
-    world: int
-    batch: int
-    accumulation: int
-    prefetch: int = 0
-
-
-CLUSTERS = [
-    Cluster(1, 12, 1),
-    Cluster(1, 3, 4, prefetch=2),
-    Cluster(2, 2, 3),
-    Cluster(3, 4, 1, prefetch=1),
-    Cluster(4, 1, 3),
-]
-STAGES = [
-    Stage(from_step=3, seq_len=4),
-    Stage(from_step=4, weights={"math": 1, "web": 1}),
-    Stage(from_step=7, batch_tokens=24 * WINDOW, seq_len=2),
-    Stage(from_step=9, seq_len=8, weights={"math": 1}),
-]
-
-
-def loaders(mixture: Mixture, cluster: Cluster, stages: Sequence[Stage], seed: int = 0) -> list[Loader]:
-    return [
-        Loader(
-            mixture, seq_len=WINDOW, batch_size=cluster.batch, rank=rank, world_size=cluster.world, seed=seed,
-            gradient_accumulation_steps=cluster.accumulation, stages=stages, prefetch=cluster.prefetch,
-        )
-        for rank in range(cluster.world)
-    ]  # fmt: skip
-
-
-def take(workers: Sequence[Loader]) -> list[list[int]]:
-    """Take a step on all workers, and return the rows of its global batch in their order."""
-    parts = [worker.next_global_batch() for worker in workers]
-    assert len({len(part) for part in parts}) == 1
-    return [
-        row
-        for micro_step in zip(*parts, strict=True)
-        for batch in micro_step
-        for row in batch.inputs.tolist()
-    ]
-
-
-def close(workers: Sequence[Loader]) -> None:
-    for worker in workers:
-        worker.close()
+from tests.data.mixtures.runs import CLUSTERS, SIZES, STAGES, WEIGHTS, WINDOW, Cluster, close, loaders, take
 
 
 @st.composite
@@ -348,69 +275,3 @@ def test_repetitions_are_counted_by_source(mixture: Mixture) -> None:
     epochs = worker.epochs_by_source(worker.timetable.position_after(4))
     assert epochs["math"] == pytest.approx(24 / 5)
     assert 17 * epochs["code"] + 40 * epochs["web"] == pytest.approx(24)
-
-
-def named_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
-
-
-def test_no_thread_is_left_when_a_loader_is_closed(mixture: Mixture) -> None:
-    before = named_threads()
-    [worker] = loaders(mixture, Cluster(1, 12, 1, prefetch=2), STAGES)
-    take([worker])
-    assert len(named_threads()) == len(before) + 1
-    worker.close()
-    assert named_threads() == before
-
-
-def test_what_was_built_ahead_does_not_count_as_taken(mixture: Mixture) -> None:
-    [ahead], [plain] = (loaders(mixture, Cluster(1, 12, 1, prefetch=n), STAGES) for n in (3, 0))
-    for _ in range(5):
-        assert take([ahead]) == take([plain])
-        assert ahead.state_dict() == plain.state_dict()
-    ahead.close()
-
-
-def test_batches_are_built_once_and_before_they_are_asked_for(
-    mixture: Mixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built, enough = [], threading.Event()
-    windows = Mixture.windows
-
-    def counted(self: Mixture, *args: object) -> Batch:
-        assert threading.current_thread() is not threading.main_thread()
-        batch = windows(self, *args)  # type: ignore[arg-type]
-        built.append(batch.inputs.tolist())
-        if len(built) == 5:
-            enough.set()
-        return batch
-
-    monkeypatch.setattr(Mixture, "windows", counted)
-    [worker] = loaders(mixture, Cluster(1, 12, 1, prefetch=2), [])
-    taken = [take([worker]) for _ in range(3)]
-    assert enough.wait(10)
-    worker.close()
-    assert built[:3] == taken
-    assert len(built) == 5
-    assert all(built.count(batch) == 1 for batch in built)
-
-
-def test_what_was_built_ahead_of_another_position_is_not_taken(mixture: Mixture) -> None:
-    [ahead], [plain] = (loaders(mixture, Cluster(1, 12, 1, prefetch=n), STAGES) for n in (2, 0))
-    first = take([plain])
-    take([ahead])
-    ahead.start_after(1)
-    assert [token for row in take([ahead]) for token in row] == [token for row in first for token in row]
-    ahead.close()
-
-
-def test_an_error_in_the_thread_arrives_with_its_batch_and_again(tmp_path: Path) -> None:
-    directory = write_documents(tmp_path / "data", {"train": [[list(range(40 * WINDOW))]]})
-    dataset = TokenDataset(directory, "train")
-    [worker] = loaders(Mixture.of(dataset), Cluster(1, 4, 1, prefetch=2), [])
-    (directory / "train-00000.bin").unlink()
-    for _ in range(2):
-        with pytest.raises(ValueError, match="train-00000"):
-            worker.next_global_batch()
-    assert worker.position == 0
-    worker.close()

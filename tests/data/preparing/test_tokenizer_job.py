@@ -9,7 +9,7 @@ from llama_ray.data.cleaning.config import CleanConfig
 from llama_ray.data.preparing.config import named_sources
 from llama_ray.data.preparing.corpus import find_corpus
 from llama_ray.data.preparing.reading import Reading
-from llama_ray.data.preparing.tokenizer_job import TrainTokenizerConfig, train_tokenizer
+from llama_ray.data.preparing.tokenizer_job import TrainTokenizerConfig, run_tokenizer_job
 from llama_ray.data.preparing.tokenizer_sample import TokenizerSample
 from llama_ray.data.records.fields import TextFields
 from llama_ray.data.tokenizing.errors import TokenizerError
@@ -34,11 +34,11 @@ def config(sources: list[str], output: Path, **options: object) -> TrainTokenize
 
 def test_weights_decide_which_texts_the_vocabulary_is_for(tmp_path: Path, sources: list[str]) -> None:
     lines: list[str] = []
-    of_letters = train_tokenizer(
+    of_letters = run_tokenizer_job(
         config(sources, tmp_path / "a", weights=["letters=9", "digits=1"], sample_characters=8000),
         lines.append,
     )
-    of_digits = train_tokenizer(
+    of_digits = run_tokenizer_job(
         config(sources, tmp_path / "b", weights=["letters=0.1", "digits=0.9"], sample_characters=8000),
         lambda line: None,
     )
@@ -50,16 +50,16 @@ def test_weights_decide_which_texts_the_vocabulary_is_for(tmp_path: Path, source
 
 def test_the_same_text_gives_the_same_bytes(tmp_path: Path, sources: list[str]) -> None:
     for name in ("a", "b"):
-        train_tokenizer(config(sources, tmp_path / name, sample_characters=6000), lambda line: None)
+        run_tokenizer_job(config(sources, tmp_path / name, sample_characters=6000), lambda line: None)
     one, two = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("a", "b"))
     assert one == two
 
 
 def test_tokenizers_are_compared_on_texts_that_were_held_out(tmp_path: Path, sources: list[str]) -> None:
-    train_tokenizer(config(sources, tmp_path / "a"), lambda line: None)
+    run_tokenizer_job(config(sources, tmp_path / "a"), lambda line: None)
     lines: list[str] = []
     options = TrainingOptions(split_digits=1)
-    train_tokenizer(
+    run_tokenizer_job(
         config(sources, tmp_path / "b", compare=[str(tmp_path / "a")], training=options), lines.append
     )
     header, this, other = lines[-3:]
@@ -86,16 +86,16 @@ def test_what_cannot_be_is_refused(
     tmp_path: Path, sources: list[str], options: dict[str, object], message: str
 ) -> None:
     with pytest.raises((TokenizerError, ValueError)) as error:
-        train_tokenizer(config(sources, tmp_path / "out", **options), lambda line: None)
+        run_tokenizer_job(config(sources, tmp_path / "out", **options), lambda line: None)
     assert message in str(error.value)
 
 
 def test_a_tokenizer_is_replaced_only_if_asked_for(tmp_path: Path, sources: list[str]) -> None:
     output = tmp_path / "out"
-    train_tokenizer(config(sources, output), lambda line: None)
+    run_tokenizer_job(config(sources, output), lambda line: None)
     with pytest.raises(ValueError, match="holds a tokenizer; choose another output, or give --overwrite"):
-        train_tokenizer(config(sources, output), lambda line: None)
-    train_tokenizer(config(sources, output, overwrite=True, vocab_size=260), lambda line: None)
+        run_tokenizer_job(config(sources, output), lambda line: None)
+    run_tokenizer_job(config(sources, output, overwrite=True, vocab_size=260), lambda line: None)
     assert Tokenizer.load(output).vocab_size == 260
 
 
@@ -103,7 +103,7 @@ def test_bad_records_within_the_limit_are_told(tmp_path: Path, sources: list[str
     with (tmp_path / "letters.jsonl").open("a") as file:
         file.write("\n{")
     lines: list[str] = []
-    train_tokenizer(config(sources, tmp_path / "out", max_bad_records=1), lines.append)
+    run_tokenizer_job(config(sources, tmp_path / "out", max_bad_records=1), lines.append)
     assert "left out 1 bad records, which bad_records.jsonl lists" in lines
     (bad,) = map(json.loads, (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines())
     assert bad["record"] == "letters.jsonl:601"
@@ -111,7 +111,7 @@ def test_bad_records_within_the_limit_are_told(tmp_path: Path, sources: list[str
 
 def test_a_source_without_a_weight_is_not_trained_on(tmp_path: Path, sources: list[str]) -> None:
     (tmp_path / "digits.jsonl").write_text(json.dumps({"text": "zq " * 99}))
-    tokenizer = train_tokenizer(
+    tokenizer = run_tokenizer_job(
         config(sources, tmp_path / "out", weights=["letters=1"], vocab_size=400), lambda line: None
     )
     assert len(tokenizer.encode(" zq")) == 3
@@ -123,7 +123,7 @@ def test_an_output_that_cannot_be_is_refused_before_training(tmp_path: Path, sou
     with pytest.raises(
         TokenizerError, match=r"cannot write to .*file \(File exists\); choose another output"
     ):
-        train_tokenizer(config(sources, tmp_path / "file"), lines.append)
+        run_tokenizer_job(config(sources, tmp_path / "file"), lines.append)
     assert lines == []
 
 
@@ -132,7 +132,7 @@ def test_bad_records_are_told_also_where_the_output_is_in_a_new_folder(
 ) -> None:
     (tmp_path / "letters.jsonl").write_text("{")
     with pytest.raises(ValueError, match="1 bad record so far"):
-        train_tokenizer(config(sources, tmp_path / "new" / "out"), lambda line: None)
+        run_tokenizer_job(config(sources, tmp_path / "new" / "out"), lambda line: None)
     assert (tmp_path / "new" / "out.bad_records.jsonl").exists()
 
 

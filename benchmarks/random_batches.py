@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from llama_ray.data.dataset.batch import IGNORE_INDEX, Batch
+from llama_ray.data.dataset.batch import Batch
+from llama_ray.utils.targets import IGNORE_INDEX
 
 
 def random_batch(vocab_size: int, batch_size: int, seq_len: int, documents: int = 0) -> Batch:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE_INDEX = -100
-"""Target of a position that has no loss."""
+from llama_ray.utils.targets import IGNORE_INDEX
 
 CHUNK_BYTES = 16 * 1024**2
 """fp32 logits of a chunk of tokens; more where `hidden_size` tokens need more, see `_chunk_tokens`."""

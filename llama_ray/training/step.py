@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.attention.documents import DocumentAttention
-from llama_ray.model.loss import IGNORE_INDEX
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.hosts.memory import keep_freed_memory
 from llama_ray.training.optimizers.scaler import LossScaler
@@ -22,6 +21,7 @@ from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout
 from llama_ray.training.parallel.parallelize import micro_step
 from llama_ray.training.parallel.shards import whole_tensor
 from llama_ray.training.precision import DTYPES
+from llama_ray.utils.targets import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

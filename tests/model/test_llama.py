@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 from llama_ray.model.attention.causal import causal_attention
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum
+from llama_ray.model.loss import cross_entropy_sum
+from llama_ray.utils.targets import IGNORE_INDEX
 
 
 def tokens_for(config: LlamaConfig, batch: int = 3) -> torch.Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 from llama_ray.model import loss
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum, head_loss
+from llama_ray.model.loss import cross_entropy_sum, head_loss
+from llama_ray.utils.targets import IGNORE_INDEX
 from llama_ray.utils.torch_private import TorchDispatchMode, tree_leaves
 
 VOCAB, HIDDEN = 307, 24

@@ -12,13 +12,14 @@ from llama_ray.data.mixtures.loader import Loader
 from llama_ray.data.mixtures.mixture import Mixture
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.loss import IGNORE_INDEX, cross_entropy_sum
+from llama_ray.model.loss import cross_entropy_sum
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import choose_layout
 from llama_ray.training.parallel.parallelize import gather_model, parallelize
 from llama_ray.training.parallel.process_group import rank, world_size
 from llama_ray.training.step import Stepper
+from llama_ray.utils.targets import IGNORE_INDEX
 from tests.model.attention.helpers import documents_of, starts_of
 from tests.training.helpers import CPU, in_processes
 

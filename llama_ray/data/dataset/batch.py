@@ -7,9 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-"""The target where nothing is to be learned, as in torch's `cross_entropy`."""
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llama_ray.data.dataset.batch import IGNORE_INDEX, Batch
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.data.dataset.files import DatasetFiles, Place
 from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES, open_files
 from llama_ray.data.dataset.shards import DatasetError, Span
+from llama_ray.utils.targets import IGNORE_INDEX
 
 
 class TokenDataset:

@@ -7,12 +7,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from llama_ray.data.dataset.batch import IGNORE_INDEX, Batch
+from llama_ray.data.dataset.batch import Batch
 from llama_ray.data.dataset.shards import Span
 from llama_ray.data.inspection.terminal import Style, rule
 from llama_ray.data.inspection.text import decoded
 from llama_ray.data.mixtures.loader import Loader
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.utils.targets import IGNORE_INDEX
 
 _INDENT = 14
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import shutil
 import tempfile
@@ -56,11 +55,6 @@ class Piece(NamedTuple):
     def id(self) -> str:
         """Identifier of the piece within its source."""
         return f"{self.file.name}:{self.start}"
-
-    def uniform(self, seed: int) -> float:
-        """Return a pseudo-random number in [0, 1) that depends on `seed` and `id` only."""
-        key = f"{seed}:{self.id}".encode(errors="surrogateescape")
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
 
 
 def split_file(file: File, fields: TextFields) -> Iterator[Piece]:

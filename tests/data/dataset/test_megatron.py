@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_ray.data.dataset.batch import IGNORE_INDEX
 from llama_ray.data.dataset.files import Place
 from llama_ray.data.dataset.locations import dataset_info, load_tokenizer, open_files
 from llama_ray.data.dataset.shards import DatasetError
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.dataset.verify import verify
 from llama_ray.data.tokenizing.tokenizer import Tokenizer, TokenizerError
+from llama_ray.utils.targets import IGNORE_INDEX
 from tests.token_data import TEXTS
 
 CODES = {"<i4": 4, "<u2": 8, "<i8": 5}

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_ray.data.dataset.batch import IGNORE_INDEX
 from llama_ray.data.dataset.shards import DatasetError
 from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.model import loss
+from llama_ray.utils.targets import IGNORE_INDEX
 from tests.token_data import write_documents, write_shard
 
 ALL_SHARDS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=4)

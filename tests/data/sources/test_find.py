@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_ray.data.preparing.splits import number_of
 from llama_ray.data.records.fields import TextFields
 from llama_ray.data.records.pieces import read
 from llama_ray.data.sources.files import SourceError
@@ -196,7 +197,7 @@ def test_a_file_may_have_any_name(tmp_path: Path, name: bytes) -> None:
     path.write_text('{"text": "one"}')
     corpus = find_corpus(str(tmp_path))
     assert len(corpus.documents) == 1
-    assert 0 <= corpus.documents[0].uniform(0) < 1
+    assert 0 <= number_of(0, corpus.documents[0].id) < 1
     assert len(texts(tmp_path)) == 1
     path.write_bytes(b"\xff")
     [line] = taken(tmp_path)[1]

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from serve_app.args import ServeArgs
-from tests.serve_app.application import Answer, Application, Body, eventually, kill
+from tests.serve_app.application import Answer, Application, Body, Streaming, eventually, kill
 from tests.serve_app.helpers import MAX_SEQ_LEN
 
 LENGTH = 3000
@@ -73,6 +73,23 @@ def undisturbed(application: Application) -> dict[str, tuple[Body, Answer]]:
     return {name: (body, answer) for (name, body), answer in zip(bodies.items(), answers, strict=True)}
 
 
+def begin_streams(
+    application: Application, undisturbed: dict[str, tuple[Body, Answer]]
+) -> dict[str, Streaming]:
+    """Begin all streams, and wait until each has some text.
+
+    The one with a schema comes first: a new replica starts a process that compiles it, and others would end meanwhile.
+    """
+    streams = {"json_schema": application.stream(undisturbed["json_schema"][0])}
+    streams["json_schema"].wait_for_text()
+    streams |= {
+        name: application.stream(body) for name, (body, _) in undisturbed.items() if name not in streams
+    }
+    for stream in streams.values():
+        stream.wait_for_text()
+    return streams
+
+
 @pytest.mark.parametrize("killed", [1, 2])
 def test_answers_under_way_are_those_of_an_undisturbed_run_when_replicas_are_killed(
     application: Application,
@@ -80,11 +97,9 @@ def test_answers_under_way_are_those_of_an_undisturbed_run_when_replicas_are_kil
     replicas: list[int],
     killed: int,
 ) -> None:
-    streams = {name: application.stream(body) for name, (body, _) in undisturbed.items()}
     with ThreadPoolExecutor() as pool:
+        streams = begin_streams(application, undisturbed)
         whole = pool.submit(application.complete, undisturbed["plain"][0])
-        for stream in streams.values():
-            stream.wait_for_text()
         kill(replicas[:killed])
         assert sum(not stream.done for stream in streams.values()) > MAX_ONGOING
         assert {name: stream.result() for name, stream in streams.items()} == {
@@ -96,9 +111,7 @@ def test_answers_under_way_are_those_of_an_undisturbed_run_when_replicas_are_kil
 def test_a_replica_whose_process_is_stopped_is_replaced_and_its_streams_move(
     application: Application, undisturbed: dict[str, tuple[Body, Answer]], replicas: list[int]
 ) -> None:
-    streams = {name: application.stream(body) for name, (body, _) in undisturbed.items()}
-    for stream in streams.values():
-        stream.wait_for_text()
+    streams = begin_streams(application, undisturbed)
     kill(replicas[:1], signal.SIGSTOP)
     assert sum(not stream.done for stream in streams.values()) > MAX_ONGOING
     while replicas[0] in application.pids("LlamaReplica"):

@@ -21,7 +21,7 @@ from llama_ray.batch_inference.config import BatchConfig
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.model.checkpoint import load_config
+from llama_ray.model.stored_config import load_config
 from llama_ray.pretrained import resolve
 from llama_ray.storage.paths import absolute, existing, existing_ref
 from llama_ray.utils.redact import redact

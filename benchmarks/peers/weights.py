@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_ray.model.checkpoint import hf_name
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.model.parameter_names import hf_name
 from llama_ray.pretrained import load_pretrained, save_pretrained
 
 # With plain random weights attention scores are near 0: every token gets the same attention, and a peer with mixed-up

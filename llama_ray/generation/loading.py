@@ -16,7 +16,7 @@ from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer
-from llama_ray.model.checkpoint import load_config
+from llama_ray.model.stored_config import load_config
 from llama_ray.pretrained import load_pretrained, resolve
 
 

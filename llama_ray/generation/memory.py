@@ -15,9 +15,9 @@ from llama_ray.generation.backends.cpu.cache import CpuCache
 from llama_ray.generation.backends.kv_cache import CPU_CACHE_SHARE, GPU_MEMORY_SHARE
 from llama_ray.generation.backends.quantize import GROUP_SIZE, Quantization
 from llama_ray.generation.options import EngineOptions
-from llama_ray.model.checkpoint import load_config
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.model.stored_config import load_config
 from llama_ray.model.weight_files import open_weights
 from llama_ray.pretrained import resolve
 from llama_ray.utils.integers import ceil_div

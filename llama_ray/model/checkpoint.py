@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,16 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.hf_config import from_hf, quantization, to_hf
+from llama_ray.model.hf_config import to_hf
 from llama_ray.model.llama import Llama
-from llama_ray.model.sharded_safetensors import StoredTensor
-from llama_ray.model.weight_checks import check_tensors, refuse_quantized
+from llama_ray.model.parameter_names import hf_name
+from llama_ray.model.stored_config import CONFIG_FILE
+from llama_ray.model.stored_model import open_model
 from llama_ray.model.weight_files import (
     INDEX,
     RANK_FILES,
     SINGLE,
     CheckpointError,
-    open_weights,
     weight_file_names,
 )
 from llama_ray.storage.atomic import write_text
@@ -33,32 +32,8 @@ from llama_ray.storage.replacement import Replacement
 MAX_SHARD_BYTES = 4 * 1024**3
 """`save_model` starts another file beyond this size."""
 
-CONFIG_FILE = "config.json"
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
 WeightSlicer = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
 """The name and shape of a parameter -> the slice of it, in each dimension, that this process keeps."""
-
-
-def load_config(directory: str | Path) -> LlamaConfig:
-    """Read `directory/config.json`. Raises CheckpointError."""
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        cut = any(path.parent.glob(f".{CONFIG_FILE}.*"))
-        way_out = (
-            "its last save was cut short: save it again"
-            if cut
-            else "give the directory of a saved LLaMA model"
-        )
-        raise CheckpointError(f"{directory} holds no {CONFIG_FILE}; {way_out}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        config = from_hf(content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if kind := quantization(content):
-        refuse_quantized(path.parent, kind)
-    return config
 
 
 def load_model(
@@ -74,24 +49,21 @@ def load_model(
     weights are allocated; tensors are then copied one at a time, so that the model is never in memory twice.
     Raises CheckpointError for a missing, truncated or unsafe file, and for missing, surplus or misshapen tensors.
     """
-    directory = Path(directory)
-    config = load_config(directory)
     # The memory that is given, not the device that new tensors happen to be made on.
     with ExitStack() as stack, torch.device("cpu"):
-        stored = open_weights(directory, stack)
-        model = Llama(_resolve_tied_head(stored, config), device="meta")
-        check_tensors(directory, stored, {hf_name(n): tuple(p.shape) for n, p in model.named_parameters()})
+        stored = open_model(directory, stack)
+        model = Llama(stored.config, device="meta")
         slices: dict[str, tuple[slice, ...]] = {}
         if slicer is not None:
             slices = {n: slicer(n, tuple(p.shape)) for n, p in model.named_parameters()}
             for name, kept in slices.items():
                 _slice_parameter(model, name, kept)
             model.tie_weights()
-        model.to(dtype or stored[_EMBEDDING].dtype)
+        model.to(dtype or stored.dtype)
         model.materialize(device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(stored[hf_name(name)].read(slices.get(name)))
+                parameter.copy_(stored.tensors[hf_name(name)].read(slices.get(name)))
     return model
 
 
@@ -163,11 +135,6 @@ def save_config(
         write_text(directory / name, text)
 
 
-def hf_name(name: str) -> str:
-    """Return the Hugging Face name of a parameter of `Llama`."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` atomically: readers see the old file or the new one, also after a crash."""
     write_text(path, to_text(content))
@@ -198,20 +165,3 @@ def _slice_parameter(model: Llama, name: str, kept: tuple[slice, ...]) -> None:
     module.register_parameter(attribute, torch.nn.Parameter(weight.detach().clone()))
     if isinstance(module, torch.nn.Linear):
         module.out_features, module.in_features = weight.shape
-
-
-def _resolve_tied_head(stored: dict[str, StoredTensor], config: LlamaConfig) -> LlamaConfig:
-    """Give the embedding of a tied model its name, and return the config that the stored tensors follow.
-
-    A tied weight may be stored under the name of the head, of the embedding, or of both. As in transformers, a head
-    that differs from the embedding is a weight of its own, whatever the config says.
-    """
-    if not config.tie_embeddings or _HEAD not in stored:
-        return config
-    if _EMBEDDING in stored:
-        head, embedding = stored[_HEAD], stored[_EMBEDDING]
-        if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
-            return replace(config, tie_embeddings=False)
-    head = stored.pop(_HEAD)
-    stored.setdefault(_EMBEDDING, head)
-    return config

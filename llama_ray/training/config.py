@@ -15,6 +15,7 @@ Parallelism = Literal["auto", "ddp", "fsdp", "hsdp"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["cosine", "linear", "wsd"]
+Task = Literal["pretrain", "sft", "dpo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,21 @@ class TrainConfig:
     A value that cannot work raises ValueError.
 
     Args:
+        task: pretrain on text; sft (supervised fine-tuning) on conversations, of which the loss counts the answers only;
+            or dpo: prefer one of two answers (Rafailov et al. 2023, arXiv:2305.18290). The data must be prepared for it.
+        init_from: Weights to begin with instead of random ones: a directory, a .gguf file, hf://ORG/NAME, a training
+            checkpoint, or models:/NAME/VERSION.
+        resize_vocab: Whether the vocabulary of `init_from` may grow to that of the data; new rows begin as the mean of
+            the others.
+        lora_rank: Train low-rank adapters of this rank beside the frozen weights of `init_from` (Hu et al. 2021,
+            arXiv:2106.09685); 0 trains the weights themselves.
+        lora_alpha: Scale of the adapters: their product is multiplied by `lora_alpha` / `lora_rank`; by default twice
+            the rank.
+        lora_dropout: Probability of dropout at the adapters' inputs.
+        lora_targets: The linear layers that get adapters; by default all of the blocks.
+        lora_rslora: Divide `lora_alpha` by the square root of the rank (Kalajdzievski 2023, arXiv:2312.03732).
+        dpo_beta: How closely dpo holds the model to its reference; larger is closer.
+        dpo_length_normalize: Whether dpo divides the log-probability of an answer by its number of tokens.
         epochs: Passes over the training split; of a mixture, as many windows as its sources hold together. `max_steps`
             overrides it.
         max_steps: Optimizer steps of the run.
@@ -80,6 +96,16 @@ class TrainConfig:
             checkpoint; it then begins a first epoch of them, and `epochs` counts from there.
     """
 
+    task: Task = "pretrain"
+    init_from: str | None = None
+    resize_vocab: bool = False
+    lora_rank: int = field(default=0, metadata=limits(0, 1024))
+    lora_alpha: float | None = field(default=None, metadata=limits(above=0))
+    lora_dropout: float = field(default=0.0, metadata=limits(0, below=1))
+    lora_targets: tuple[str, ...] = ()
+    lora_rslora: bool = False
+    dpo_beta: float = field(default=0.1, metadata=limits(above=0))
+    dpo_length_normalize: bool = False
     epochs: int = field(default=1, metadata=limits(1))
     max_steps: int | None = field(default=None, metadata=limits(1))
     batch_size: int = field(default=8, metadata=limits(1))
@@ -120,6 +146,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.lora_rank and self.init_from is None:
+            raise ValueError(
+                f"lora_rank is {self.lora_rank}; adapters need a model to adapt; give it with --init_from REF"
+            )
+        if self.task == "dpo" and self.init_from is None:
+            raise ValueError(
+                "task is dpo; it needs a tuned model to begin with; give it with --init_from REF"
+            )
         if self.fsdp_size and self.parallelism != "hsdp":
             raise ValueError(
                 f"fsdp_size is {self.fsdp_size}; it must be 0 with parallelism {self.parallelism}; "

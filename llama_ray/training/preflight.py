@@ -10,8 +10,8 @@ from llama_ray.data.mixtures.opening import common_tokenizer, open_mixture, read
 from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.data.mixtures.validation import validation_batches
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.model.checkpoint import load_config
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.stored_config import load_config
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.parallel.layout import choose_layout

@@ -8,10 +8,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as PeerConfig
 
 from llama_ray.model import checkpoint
-from llama_ray.model.checkpoint import hf_name, load_config, load_model, save_model
+from llama_ray.model.checkpoint import load_model, save_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.model.parameter_names import hf_name
 from llama_ray.model.sharded_safetensors import SHARDING_INFO
+from llama_ray.model.stored_config import load_config
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.utils.integers import ceil_div
 

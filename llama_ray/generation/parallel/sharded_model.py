@@ -18,7 +18,7 @@ from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import TensorParallelRunner
 from llama_ray.generation.parallel.worker import prepare_share
 from llama_ray.generation.parallel.workers import Workers
-from llama_ray.model.checkpoint import load_config
+from llama_ray.model.stored_config import load_config
 from llama_ray.pretrained import load_pretrained
 
 

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, Replicate
 
-from llama_ray.model.checkpoint import hf_name
 from llama_ray.model.llama import Llama
+from llama_ray.model.parameter_names import hf_name
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.storage import run_directory
 from llama_ray.training.checkpointing.tensor_file import TensorShard, in_file_order

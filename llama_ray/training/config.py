@@ -25,8 +25,8 @@ class TrainConfig:
     A value that cannot work raises ValueError.
 
     Args:
-        task: pretrain on text; sft (supervised fine-tuning) on conversations, of which the loss counts the answers only;
-            or dpo: prefer one of two answers (Rafailov et al. 2023, arXiv:2305.18290). The data must be prepared for it.
+        task: pretrain on text; sft (supervised fine-tuning) on conversations, whose answers alone the loss counts; or
+            dpo: prefer one of two answers (Rafailov et al. 2023, arXiv:2305.18290). The data must be prepared for it.
         init_from: Weights to begin with instead of random ones: a directory, a .gguf file, hf://ORG/NAME, a training
             checkpoint, or models:/NAME/VERSION.
         resize_vocab: Whether the vocabulary of `init_from` may grow to that of the data; new rows begin as the mean of

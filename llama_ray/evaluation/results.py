@@ -32,6 +32,9 @@ class Score:
         higher_is_better: How to rank two values.
         fingerprint: A digest of everything but the model that determined `value`: the documents, how they are
             presented, the context that each token sees.
+        values: What each document adds, in an order that `fingerprint` determines: `value` is their sum, divided by
+            that of `weights`. Two models are compared document by document where both are known; empty where not.
+        weights: What each document counts, such as its bytes; empty if all count the same: one.
     """
 
     task: str
@@ -41,6 +44,8 @@ class Score:
     samples: int
     higher_is_better: bool
     fingerprint: str
+    values: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("value", "stderr"):

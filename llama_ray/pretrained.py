@@ -3,36 +3,59 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from llama_ray.data.tokenizing.files import superseded_files
+from llama_ray.data.tokenizing.files import has_tokenizer, superseded_files
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.checkpoint import WeightSlicer, load_model, save_model
+from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.model.stored_config import CONFIG_FILE
+from llama_ray.model.stored_model import open_model
 from llama_ray.model.weight_files import CheckpointError
-from llama_ray.storage.paths import is_model_ref
+from llama_ray.references import hub, remote
+from llama_ray.storage import run_directory
+from llama_ray.storage.paths import is_model_ref, is_uri
+from llama_ray.utils.errors import printable
 
 # Imported only for a reference to the registry: a directory must load without MLflow, and this module may not depend
 # on llama_ray.tracking.
 _REGISTRY = "llama_ray.tracking.registry"
 
 
-def resolve(ref: str | Path) -> Path:
-    """Return the local directory of `ref`.
+def resolve(ref: str | Path, *, weights: bool = True) -> Path:
+    """Return the local directory or `.gguf` file of `ref`.
 
-    `ref` is a directory that was saved here or by transformers, or `models:/name/version` or `models:/name@alias` in
-    the MLflow registry, which is downloaded once. Raises CheckpointError for a directory that does not exist.
+    `ref` is a directory that was saved here or by transformers, a checkpoint of a training run, a `.gguf` file, one of
+    these in an object store (`s3://BUCKET/DIR`), `hf://ORG/NAME[@REVISION]` on the Hugging Face hub, or
+    `models:/name/version` or `models:/name@alias` in the MLflow registry. What is not on this machine is fetched once;
+    with `weights` False only what describes the model and its tokenizer, where that can be told apart. Raises
+    CheckpointError, or TrackingError for the registry: both are ValueErrors.
     """
-    if is_model_ref(str(ref)):
-        return Path(importlib.import_module(_REGISTRY).download(str(ref)))
-    path = Path(ref).expanduser()
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{ref} is not a directory; give one, or models:/name/version, or models:/name@alias"
-        )
-    return path
+    ref = str(ref)
+    if is_model_ref(ref):
+        return Path(importlib.import_module(_REGISTRY).download(ref))
+    if hub.is_hub_ref(ref):
+        return hub.fetch(ref, weights=weights)
+    if is_uri(ref):
+        return remote.fetch(ref, weights=weights)
+    return _local(ref, Path(ref).expanduser())
+
+
+def fixed(ref: str | Path) -> str:
+    """Return the reference that always means what `ref` means now.
+
+    An alias becomes a version, a name of the hub a commit, and a relative path an absolute one. Raises as `resolve`.
+    """
+    ref = str(ref)
+    if is_model_ref(ref):
+        return str(importlib.import_module(_REGISTRY).resolve_version(ref).uri)
+    if hub.is_hub_ref(ref):
+        return hub.fixed(ref)
+    return ref if is_uri(ref) else str(_local(ref, Path(ref).expanduser()).resolve())
 
 
 def load_pretrained(
@@ -41,23 +64,58 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     slicer: WeightSlicer | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
-    """Load the model and the tokenizer of `ref` (see `resolve`); the tokenizer is None if the directory has none.
+    """Load the model and the tokenizer of `ref` (see `resolve`); the tokenizer is None if there is none.
 
     `dtype` None keeps the stored dtype; for `slicer` see `load_model`. Raises CheckpointError or TokenizerError, which
     are ValueErrors, with the reason in one line.
     """
-    directory = resolve(ref)
-    model = load_model(directory, dtype=dtype, device=device, slicer=slicer)
-    if not (directory / "tokenizer.json").is_file():
-        return model, None
-    tokenizer = Tokenizer.load(directory)
-    needed = tokenizer.needed_vocab_size()
-    if needed > model.config.vocab_size:
+    path = resolve(ref)
+    model = load_model(path, dtype=dtype, device=device, slicer=slicer)
+    return model, load_tokenizer(path, model.config.vocab_size)
+
+
+def load_shape(ref: str | Path) -> LlamaConfig:
+    """Return the shape of the model of `ref`, whose weights are checked but not read; see `resolve`."""
+    with ExitStack() as stack:
+        return open_model(resolve(ref), stack).config
+
+
+def load_tokenizer(ref: str | Path, vocab_size: int | None = None) -> Tokenizer | None:
+    """Return the tokenizer of `ref` in whatever form it is there (see `read_tokenizer`); None if there is none.
+
+    Raises CheckpointError if it needs more than the `vocab_size` of a model, and TokenizerError if it cannot be read.
+    """
+    path = resolve(ref, weights=False)
+    if not has_tokenizer(path):
+        return None
+    tokenizer = Tokenizer.load(path)
+    if vocab_size is not None and (needed := tokenizer.needed_vocab_size()) > vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {needed} tokens; it must have at most {model.config.vocab_size}, the "
+            f"{path}: the tokenizer has {needed} tokens; it must have at most {vocab_size}, the "
             "model's vocab_size; give the model's own tokenizer"
         )
-    return model, tokenizer
+    return tokenizer
+
+
+def _local(ref: str, path: Path) -> Path:
+    """Return `path`, which `ref` names, if it is a directory or a GGUF file, or the GGUF file in a directory."""
+    if path.is_dir():
+        if (path / CONFIG_FILE).exists():
+            return path
+        models = sorted(path.glob("*.gguf"))
+        if len(models) == 1:
+            return models[0]
+        if newest := next(iter(run_directory.list_checkpoints(str(path.resolve()))), None):
+            raise CheckpointError(
+                f"{printable(ref)} is the directory of a run; give one of its checkpoints, such as {newest}"
+            )
+        return path
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    raise CheckpointError(
+        f"{printable(ref)} is not a directory or a .gguf file; give one, hf://ORG/NAME, models:/name/version, or "
+        "models:/name@alias"
+    )
 
 
 def save_pretrained(model: Llama, tokenizer: Tokenizer | None, directory: str | Path) -> None:

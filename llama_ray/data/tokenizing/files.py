@@ -57,6 +57,11 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     return backend, config | ({"chat_template": templates} if templates else {})
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether `path` is a file, or a directory that holds a tokenizer in a form that `read_tokenizer` knows."""
+    return path.is_file() or any((path / name).is_file() for name in (TOKENIZER_FILE, *NAMES))
+
+
 def _tokenizer_file(path: Path) -> Path:
     """Return the file of a tokenizer that `path` is or holds. Raises TokenizerError if there is none, or a choice."""
     file = path

@@ -1,4 +1,4 @@
-"""Web servers on loopback: one of files, as poor as a test wants it, and a Hugging Face hub with one data set."""
+"""Web servers on loopback: one of files, as poor as a test wants it, and a Hugging Face hub with one repository."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def web_server(contents: Mapping[str, bytes]) -> Iterator[Web]:
         thread.join()
 
 
-def hub_contents(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """What a hub serves that has the data set `owner/name` with these files."""
-    api = f"/api/datasets/{DATA_SET}"
+def hub_contents(files: Mapping[str, bytes], kind: str = "datasets") -> dict[str, bytes]:
+    """What a hub serves that has the data set, or the model of `kind` "models", `owner/name` with these files."""
+    api, page = f"/api/{kind}/{DATA_SET}", f"{'' if kind == 'models' else f'/{kind}'}/{DATA_SET}"
     entries = [
         {
             "type": "file",
@@ -126,5 +126,5 @@ def hub_contents(files: Mapping[str, bytes]) -> dict[str, bytes]:
         f"{api}/revision/v1": info,
         f"{api}/revision/{COMMIT}": info,
         f"{api}/tree/{COMMIT}": json.dumps(entries).encode(),
-        **{f"/datasets/{DATA_SET}/resolve/{COMMIT}/{path}": content for path, content in files.items()},
+        **{f"{page}/resolve/{COMMIT}/{path}": content for path, content in files.items()},
     }

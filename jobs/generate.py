@@ -199,6 +199,7 @@ def _parser() -> ArgumentParser:
             "logit_bias",
             "logprobs",
             "prompt_logprobs",
+            "prompt_logprobs_start",
         },
     )
     add(

@@ -70,5 +70,6 @@ def _completion(candidate: Delta, *, with_logprobs: bool) -> dict[str, Any]:
 def _logprobs(entries: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     return [
         {"token_id": entry.token_id, "logprob": entry.logprob, "top": [list(pair) for pair in entry.top]}
+        | ({} if entry.rank is None else {"rank": entry.rank})
         for entry in entries
     ]

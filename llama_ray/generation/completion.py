@@ -20,8 +20,9 @@ class Completion:
     """One finished candidate; for its `finish_reason` see `Delta`.
 
     `token_ids` include the end-of-text token or the stop string's tokens, which `text` leaves out. `logprobs` has an
-    entry for each of them, and `prompt_logprobs` for each prompt token but the first; each is None if the request did
-    not ask for it. `stop_reason` is what ended the text: a stop string, or the id of one of `stop_token_ids`.
+    entry for each of them, and `prompt_logprobs` for each prompt token from `prompt_logprobs_start` on; each is None
+    if the request did not ask for it. `stop_reason` is what ended the text: a stop string, or the id of one of
+    `stop_token_ids`.
     """
 
     text: str

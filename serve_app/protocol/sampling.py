@@ -44,6 +44,7 @@ _OTHERS = (
     "bad_words",
     "logprobs",
     "prompt_logprobs",
+    "prompt_logprobs_start",
     "json_schema",
 )
 _SHARED_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name not in _OTHERS)

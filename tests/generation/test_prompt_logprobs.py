@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -52,3 +53,24 @@ def test_candidates_that_start_later_report_the_prompt_too_but_compute_it_once(
 def test_a_prompt_of_one_token_has_an_empty_report(engine: Engine) -> None:
     assert engine.generate([[1]], wanted())[0].prompt_logprobs == []
     assert engine.generate([[1]])[0].prompt_logprobs is None
+
+
+def test_a_report_from_a_position_on_is_the_end_of_the_whole_one_and_its_context_is_computed_once(
+    model: Llama, tokenizer: Tokenizer
+) -> None:
+    rng = random.Random(1)
+    context = [rng.randrange(300) for _ in range(100)]
+    prompts = [[*context, *(rng.randrange(300) for _ in range(length))] for length in (1, 5, 40)]
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    backend = prepare(copy.deepcopy(model))
+    whole = Engine(backend, tokenizer).generate(prompts, params)
+    # Small steps, so that the first prompt is computed before the second one begins.
+    engine = Engine(backend, tokenizer, max_num_batched_tokens=64)
+    ends = engine.generate(prompts, dataclasses.replace(params, prompt_logprobs_start=100))
+    assert [c.prompt_logprobs for c in ends] == [(c.prompt_logprobs or [])[99:] for c in whole]
+    assert engine.stats.prompt_tokens == 101 + (105 - 96) + (140 - 96)
+
+
+def test_a_report_that_begins_behind_the_prompt_is_empty(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=3)
+    assert engine.generate([[1, 2, 3]], params)[0].prompt_logprobs == []

@@ -149,7 +149,7 @@ def _reported(chunks: list[Chunk]) -> tuple[list[int], list[tuple[SequenceState,
         sequence = chunk.sequence
         if not sequence.prompt_report.complete:
             # After a preemption the first tokens are reported already.
-            first = max(sequence.computed, sequence.prompt_report.reported)
+            first = max(sequence.computed, sequence.prompt_report.next - 1)
             end = min(sequence.computed + chunk.length, len(sequence.prompt) - 1)
             rows += range(start + first - sequence.computed, start + end - sequence.computed)
             predicted += [(sequence, position + 1) for position in range(first, end)]

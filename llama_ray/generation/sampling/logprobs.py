@@ -30,9 +30,12 @@ def token_logprobs(
     if not tokens:
         return []
     logits = logits.float()
-    # One width for all rows, so that a row's report does not depend on what the other rows ask for.
+    # One width for all rows, so that a row's report does not depend on what the other rows ask for; none where no row
+    # asks for any.
     width = min(1 << (MAX_LOGPROBS - 1).bit_length(), logits.shape[-1])
-    values, ids = top_candidates(logits, width)
+    values, ids = (
+        top_candidates(logits, width) if any(top) else (logits[:, :0], logits.new_empty(len(logits), 0))
+    )
     largest = logits.amax(-1, keepdim=True)
     normaliser = (
         largest.double() + total_mass(logits, largest, torch.ones_like(largest)).log() - math.log(UNITS)

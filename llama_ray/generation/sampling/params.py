@@ -62,6 +62,8 @@ class SamplingParams:
         logprobs: Report the natural log-probability of each sampled token and of this many most probable ones (0 to
             20); None reports nothing. They are of the raw logits, before anything above.
         prompt_logprobs: The same for the prompt's own tokens, from the second on, each with its rank.
+        prompt_logprobs_start: The position in the prompt, from 1, of the first token to report; what is before it may
+            come from the cache of prefixes, and costs no logits.
         json_schema: The output is JSON that this schema (a dict, or JSON text) allows; `{"type": "object"}` allows any
             JSON object. A run of whitespace has at most 64 characters.
         regex: The whole output matches this expression (Rust's syntax: no look-around, no back-references).
@@ -87,6 +89,7 @@ class SamplingParams:
     bad_words: str | tuple[str, ...] = ()
     logprobs: int | None = field(default=None, metadata=limits(0, MAX_LOGPROBS))
     prompt_logprobs: int | None = field(default=None, metadata=limits(0, MAX_LOGPROBS))
+    prompt_logprobs_start: int = field(default=1, metadata=limits(1))
     json_schema: Mapping[str, Any] | str | None = None
     regex: str | None = None
     n: int = field(default=1, metadata=limits(1, MAX_N))

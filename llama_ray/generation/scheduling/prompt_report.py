@@ -9,31 +9,33 @@ from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 
 
 class PromptReport:
-    """The log-probabilities that a request asked for of its prompt's tokens, from the second on.
+    """The log-probabilities that a request asked for of its prompt's tokens, from position `start` on.
 
     All candidates of the request share one report: whichever computes a token first adds it, and what is computed again
     after a preemption is not reported again.
     """
 
-    def __init__(self, wanted: int | None) -> None:
+    def __init__(self, wanted: int | None, start: int = 1) -> None:
         """Collect so many entries; None: no report was asked for, or another engine has given it."""
         self._wanted = wanted or 0
+        self._start = start
         self._entries: list[TokenLogprob] | None = None if wanted is None else []
 
     @classmethod
     def of(cls, params: SamplingParams, prompt: Sequence[int]) -> Self:
         """Return the report that a request with these parameters asks for."""
-        return cls(None if params.prompt_logprobs is None else len(prompt) - 1)
+        start = params.prompt_logprobs_start
+        return cls(None if params.prompt_logprobs is None else max(len(prompt) - start, 0), start)
 
     @property
-    def reported(self) -> int:
-        """Number of entries so far, and so the position whose logits predict the next token to report."""
-        return len(self._entries or ())
+    def next(self) -> int:
+        """The position in the prompt of the next token to report; the logits of the position before predict it."""
+        return self._start + len(self._entries or ())
 
     @property
     def complete(self) -> bool:
         """Whether nothing is missing, as if nothing was asked for."""
-        return self.reported == self._wanted
+        return len(self._entries or ()) == self._wanted
 
     @property
     def entries(self) -> list[TokenLogprob] | None:
@@ -42,5 +44,5 @@ class PromptReport:
 
     def add(self, position: int, logprob: TokenLogprob) -> None:
         """Add the entry of the prompt's token number `position`, from 1 on, unless it is there already."""
-        if self._entries is not None and position == self.reported + 1:
+        if self._entries is not None and position == self.next:
             self._entries.append(logprob)

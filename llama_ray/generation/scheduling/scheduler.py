@@ -158,7 +158,7 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.current_max_num_seqs:
             return None
         sequence = next(iter(self.waiting.values()))
-        blocks, digests = self.pool.match(sequence.tokens) if sequence.may_reuse else ([], [])
+        blocks, digests = self.pool.match(sequence.reusable)
         self.pool.share(blocks)
         # One block more than it needs now, or its first new token might already preempt a sequence.
         needed = ceil_div(len(sequence.tokens), self.pool.block_size) - len(blocks) + bool(self.running)

@@ -29,7 +29,7 @@ class Delta:
     `text` may be empty although there are tokens: incomplete characters and possible beginnings of a stop string are
     held back. The texts of all deltas together are the completion's text. `token_ids` include an end-of-text token and
     the tokens of a stop string, which the text leaves out. `logprobs` has an entry for each token, or is None if the
-    request did not ask for them; `prompt_logprobs`, for each prompt token but the first, comes with the first delta.
+    request did not ask for them; `prompt_logprobs`, as far as it asked for them, come with the first delta.
     `finish_reason` is set on the candidate's last delta, with its `stats`: "stop" (end-of-text or stop token, stop
     string, or a complete match of `regex` or `json_schema`), "length" (`max_tokens`), "constraint" (the output cannot
     go on as `regex` or `json_schema` want it, or finding out how exceeds the limits of a step, or `allowed_token_ids`
@@ -171,9 +171,9 @@ class SequenceState:
         return self.params.max_tokens - len(self.output)
 
     @property
-    def may_reuse(self) -> bool:
-        """Whether cached blocks may be used; log-probabilities of the prompt need all of its logits."""
-        return self.prompt_report.complete
+    def reusable(self) -> Sequence[int]:
+        """The tokens of which all but the last may come from the cache; those to report need their logits."""
+        return self.tokens if self.prompt_report.complete else self.tokens[: self.prompt_report.next]
 
     def append(self, samples: Sequence[Sample]) -> Delta:
         """Append sampled tokens, in order, until the sequence ends; a sample without a token ends it.

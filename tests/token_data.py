@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_ray.data.dataset.info import DatasetInfo, SourceInfo, TokenizerInfo, write_info
+from llama_ray.data.dataset.info import DatasetInfo, SourceInfo, Task, TokenizerInfo, write_info
 from llama_ray.data.dataset.shards import Shard, ShardWriter, shard_name, token_bytes
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 
@@ -42,10 +42,12 @@ def write_documents(
     splits: Mapping[str, Sequence[Documents]],
     tokenizer: TokenizerInfo = INFO.tokenizer,
     learned: Mapping[str, Sequence[Sequence[bool]]] | None = None,
+    row_tokens: int | None = None,
 ) -> Path:
     """Write the shards of each split, a list of documents each, and `dataset.json`; return `directory`.
 
-    `learned` holds a loss mask for each shard of the splits that have one.
+    `learned` holds a loss mask for each shard of the splits that have one. With `row_tokens` the documents are those of
+    rows for sft.
     """
     directory.mkdir(parents=True, exist_ok=True)
     width = token_bytes(tokenizer.vocab_size)
@@ -57,7 +59,9 @@ def write_documents(
             for number, (documents, mask) in enumerate(zip(parts, masks, strict=True))
         ]
         shards[split] = tuple(shard for shard in written if shard)
-    write_info(directory, replace(INFO, tokenizer=tokenizer, token_bytes=width, splits=shards))
+    task: Task = "pretrain" if row_tokens is None else "sft"
+    info = replace(INFO, tokenizer=tokenizer, token_bytes=width, task=task, row_tokens=row_tokens)
+    write_info(directory, replace(info, splits=shards))
     return directory
 
 

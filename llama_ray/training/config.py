@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from llama_ray.data.dataset.info import Task
 from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES
 from llama_ray.data.mixtures.stages import Stage
 from llama_ray.data.mixtures.timetable import Timetable
@@ -15,7 +16,6 @@ Parallelism = Literal["auto", "ddp", "fsdp", "hsdp"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["cosine", "linear", "wsd"]
-Task = Literal["pretrain", "sft", "dpo"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from llama_ray.data.dataset.shards import FORMAT_VERSION, PREPARE_AGAIN, DatasetError, Shard
 from llama_ray.storage import store
@@ -18,6 +19,8 @@ from llama_ray.utils.typed_json import from_json
 
 INFO_FILE = "dataset.json"
 SPLITS = ("train", "validation")
+Task = Literal["pretrain", "sft", "dpo"]
+"""What a model learns from data: text, the answers of conversations, or the better one of two answers."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class DatasetInfo:
     `fingerprint` identifies what the dataset was made from (settings and source files). `token_bytes` is the size of a
     token id on disk, 2 or 4. `settings` are the flags of the preparation, `versions` those of the software. `files` are
     those that are not shards, by name.
+
+    Data for another `task` than pretrain are rows of `row_tokens` tokens each, which no shard border cuts. A row begins
+    with a document and holds whole ones: each is an example, and padding after the last of a row belongs to it, without
+    being learned. `end_of_turn_ids` are the tokens that end the answers in them.
     """
 
     fingerprint: str
@@ -97,6 +104,9 @@ class DatasetInfo:
     settings: dict[str, Setting] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileInfo] = field(default_factory=dict)
+    task: Task = "pretrain"
+    row_tokens: int | None = None
+    end_of_turn_ids: tuple[int, ...] = ()
 
     @property
     def source(self) -> str:
@@ -121,6 +131,10 @@ class DatasetInfo:
         """Return the number of documents in `split`."""
         return sum(shard.documents for shard in self.splits[split])
 
+    def trained(self, split: str) -> int:
+        """Return the number of tokens in `split` that are learned."""
+        return sum(shard.trained for shard in self.splits[split])
+
     @cached_property
     def content_fingerprint(self) -> str:
         """A digest of the tokens of all splits, wherever and whenever they were prepared, from their checksums.
@@ -130,7 +144,8 @@ class DatasetInfo:
         shards = {
             split: [shard.sha256 or self.fingerprint for shard in self.splits[split]] for split in self.splits
         }
-        content = json.dumps([FORMAT_VERSION, self.tokenizer.fingerprint, shards], sort_keys=True)
+        rows = [] if self.row_tokens is None else [self.row_tokens]
+        content = json.dumps([FORMAT_VERSION, self.tokenizer.fingerprint, shards, *rows], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 

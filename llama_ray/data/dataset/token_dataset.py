@@ -19,7 +19,8 @@ class TokenDataset:
     """One split of a prepared dataset, which threads may share.
 
     The shards of the split follow each other without a gap. A window of `seq_len` is `seq_len + 1` consecutive tokens,
-    of which the last is the next window's first: the last target of the one, the first input of the other.
+    of which the last is the next window's first: the last target of the one, the first input of the other. Where the
+    data are rows (see `DatasetInfo`), a window is a row, whose last position has no target.
     """
 
     def __init__(
@@ -66,10 +67,21 @@ class TokenDataset:
         return self.info.content_fingerprint + (f"#{self._label}" if self._label else "")
 
     def num_windows(self, seq_len: int) -> int:
-        """Return the number of windows of `seq_len` tokens in the split."""
+        """Return the number of windows of `seq_len` tokens in the split.
+
+        Raises ValueError for a `seq_len` below 1 and, where the data are rows, for another one than theirs.
+        """
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
-        return max(len(self) - 1, 0) // seq_len
+        row_tokens = self.info.row_tokens
+        if row_tokens is None:
+            return max(len(self) - 1, 0) // seq_len
+        if seq_len != row_tokens:
+            raise ValueError(
+                f"seq_len is {seq_len}; it must be {row_tokens}, the length of the rows of {self.location}; leave it "
+                f"out, or prepare the data again with --seq_len {seq_len}"
+            )
+        return len(self) // row_tokens
 
     def windows(self, indices: npt.NDArray[np.integer], seq_len: int, documents: bool = True) -> Batch:
         """Return the windows `indices` as one batch, a row each, read at once.
@@ -78,7 +90,7 @@ class TokenDataset:
         that the loss mask of the data leaves out are IGNORE_INDEX in any case. Raises DatasetError if a shard cannot
         be read any more.
         """
-        width = seq_len + 1
+        width = seq_len + (self.info.row_tokens is None)
         places = [self._places(index * seq_len, width) for index in indices.tolist()]
         spans = iter(self._files.read(self.split, [place for row in places for place in row]))
         tokens = np.empty((len(indices), width), np.int64)
@@ -90,11 +102,12 @@ class TokenDataset:
                 column += _fill(next(spans), column, tokens[row], borders[row], ignored[row])
         if documents:
             ignored |= borders > 0
-        targets = tokens[:, 1:].copy()
-        targets[ignored[:, 1:]] = IGNORE_INDEX
-        starts = np.maximum.accumulate(borders[:, :-1], axis=1) if documents else None
+        targets = np.full((len(indices), seq_len), IGNORE_INDEX, np.int64)
+        targets[:, : width - 1] = tokens[:, 1:]
+        targets[:, : width - 1][ignored[:, 1:]] = IGNORE_INDEX
+        starts = np.maximum.accumulate(borders[:, :seq_len], axis=1) if documents else None
         return Batch(
-            torch.from_numpy(tokens[:, :-1].copy()),
+            torch.from_numpy(tokens[:, :seq_len].copy()),
             torch.from_numpy(targets),
             None if starts is None else torch.from_numpy(starts),
         )

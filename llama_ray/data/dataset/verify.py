@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from llama_ray.data.dataset.files import DatasetFiles, Place
-from llama_ray.data.dataset.info import INFO_FILE, FileInfo
+from llama_ray.data.dataset.info import INFO_FILE, FileInfo, TokenizerInfo
 from llama_ray.data.dataset.shards import Starts, Tokens
 from llama_ray.utils.errors import first_line
 
@@ -75,14 +75,24 @@ def _wrong_documents(files: DatasetFiles, split: str, number: int) -> str | None
         return "has a document index that is not in order"
     if (largest := int(tokens.max())) >= tokenizer.vocab_size:
         return f"holds the token id {largest}; the vocabulary has {tokenizer.vocab_size}"
+    if (row_tokens := files.info.row_tokens) is not None:
+        if len(tokens) % row_tokens or not np.isin(np.arange(0, len(tokens), row_tokens), starts).all():
+            return f"has rows that do not begin with a document every {row_tokens} tokens"
+    elif wrong := _wrong_borders(tokens, starts, tokenizer):
+        return wrong
+    trained = shard.tokens if span.learned is None else int(np.count_nonzero(span.learned))
+    if trained != shard.trained:
+        return f"has {trained} tokens to be learned; {INFO_FILE} says {shard.trained}"
+    return None
+
+
+def _wrong_borders(tokens: Tokens, starts: Starts, tokenizer: TokenizerInfo) -> str | None:
+    """Say which text does not stand between bos and eos; None if all do."""
     if tokenizer.bos_id is not None and (wrong := _other(tokens, starts, tokenizer.bos_id)) is not None:
         return f"has a document that does not begin with bos (number {wrong})"
     ends = np.append(starts[1:], len(tokens)).astype(np.int64) - 1
     if tokenizer.eos_id is not None and (wrong := _other(tokens, ends, tokenizer.eos_id)) is not None:
         return f"has a document that does not end with eos (number {wrong})"
-    trained = shard.tokens if span.learned is None else int(np.count_nonzero(span.learned))
-    if trained != shard.trained:
-        return f"has {trained} tokens to be learned; {INFO_FILE} says {shard.trained}"
     return None
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.gguf.reading import read_gguf_config
 from llama_ray.model.hf_config import from_hf, quantization
 from llama_ray.model.weight_checks import refuse_quantized
 from llama_ray.model.weight_files import CheckpointError
@@ -14,7 +15,9 @@ CONFIG_FILE = "config.json"
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
-    """Read `directory/config.json`. Raises CheckpointError."""
+    """Read `directory/config.json`, or the metadata of a GGUF file. Raises CheckpointError."""
+    if Path(directory).is_file():
+        return read_gguf_config(Path(directory))
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         cut = any(path.parent.glob(f".{CONFIG_FILE}.*"))

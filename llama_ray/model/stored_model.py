@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.gguf.reading import open_gguf
 from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
 from llama_ray.model.sharded_safetensors import StoredTensor
@@ -53,13 +54,15 @@ class StoredModel:
         return self.tensors[EMBEDDING].dtype
 
 
-def open_model(directory: str | Path, stack: ExitStack) -> StoredModel:
-    """Open a model saved by `save_model`, by transformers or by a training run; `stack` closes its files.
+def open_model(path: str | Path, stack: ExitStack) -> StoredModel:
+    """Open a model saved by `save_model`, by transformers, by a training run or in a GGUF file.
 
-    All names, shapes and file lengths are checked. Raises CheckpointError for a missing, truncated or unsafe file, and
-    for missing, surplus or misshapen tensors.
+    `stack` closes its files. All names, shapes and file lengths are checked. Raises CheckpointError for a missing,
+    truncated or unsafe file, and for missing, surplus or misshapen tensors.
     """
-    directory = Path(directory)
+    directory = Path(path)
+    if directory.is_file():
+        return StoredModel(*open_gguf(directory, stack))
     config = load_config(directory)
     stored = open_weights(directory, stack)
     config = _resolve_tied_head(stored, config)

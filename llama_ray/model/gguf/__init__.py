@@ -1,0 +1,1 @@
+"""LLaMA checkpoints in GGUF, the file format of llama.cpp."""

@@ -64,9 +64,10 @@ def test_a_report_from_a_position_on_is_the_end_of_the_whole_one_and_its_context
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     backend = prepare(copy.deepcopy(model))
     whole = Engine(backend, tokenizer).generate(prompts, params)
-    # Small steps, so that the first prompt is computed before the second one begins.
-    engine = Engine(backend, tokenizer, max_num_batched_tokens=64)
-    ends = engine.generate(prompts, dataclasses.replace(params, prompt_logprobs_start=100))
+    engine = Engine(backend, tokenizer)
+    params = dataclasses.replace(params, prompt_logprobs_start=100)
+    # The first one publishes the context.
+    ends = [*engine.generate(prompts[:1], params), *engine.generate(prompts[1:], params)]
     assert [c.prompt_logprobs for c in ends] == [(c.prompt_logprobs or [])[99:] for c in whole]
     assert engine.stats.prompt_tokens == 101 + (105 - 96) + (140 - 96)
 

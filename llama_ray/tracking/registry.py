@@ -6,7 +6,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from llama_ray.tracking.errors import TrackingError, reported
 from llama_ray.tracking.fetch import fetch
 from llama_ray.tracking.package import check_checkpoint, write_model
 from llama_ray.tracking.runs import Run
+from llama_ray.tracking.turns import turn
 from llama_ray.tracking.uri import connect
 from llama_ray.tracking.versions import (
     ModelRef,
@@ -46,6 +47,7 @@ __all__ = [
     "TrackingError",
     "Version",
     "check_name",
+    "decide_alias",
     "download",
     "latest_version",
     "parse_ref",
@@ -180,14 +182,29 @@ def promote(
     version has the alias, the new one takes it. A version without a finite loss never takes it, under no policy.
     Raises TrackingError.
     """
+    return decide_alias(name, version, lambda new, old: _decide(new, old, policy, alias), uri, alias)
+
+
+def decide_alias(
+    name: str,
+    version: int,
+    decide: Callable[[Version, Version | None], PromotionDecision],
+    uri: str | None = None,
+    alias: str = CHAMPION,
+) -> PromotionDecision:
+    """Point `alias` at `version` if `decide` says so of it and of the version that has the alias, or None.
+
+    No other process decides about an alias of `name` meanwhile, so the two are compared that are then exchanged. What
+    `decide` raises ends it. Raises TrackingError.
+    """
     client = connect(uri)
     with reported(f"version {version} of {name!r} cannot become {alias}", "set the alias in MLflow's UI"):
         new = find(client, f"models:/{name}/{version}")
-        old = alias_holder(client, name, alias)
-        promoted, reason = _decide(new, old, policy, alias)
-        if promoted:
-            client.set_registered_model_alias(name, alias, str(version))
-    return PromotionDecision(promoted, reason)
+        with turn(client, name):
+            decision = decide(new, alias_holder(client, name, alias))
+            if decision.promoted:
+                client.set_registered_model_alias(name, alias, str(version))
+    return decision
 
 
 def download(ref: str, uri: str | None = None, cache_dir: Path | None = None) -> Path:
@@ -214,28 +231,29 @@ def download(ref: str, uri: str | None = None, cache_dir: Path | None = None) ->
     return fetch(client, version.name, version.version, cache_dir)
 
 
-def _decide(new: Version, old: Version | None, policy: Policy, alias: str) -> tuple[bool, str]:
+def _decide(new: Version, old: Version | None, policy: Policy, alias: str) -> PromotionDecision:
     loss, label = new.validation_loss, f"version {new.version}"
     if policy == "never":
-        return False, "promotion is switched off (--promote never)"
+        return PromotionDecision(False, "promotion is switched off (--promote never)")
     if not math.isfinite(loss):
-        return False, f"{label} has validation loss {loss}"
+        return PromotionDecision(False, f"{label} has validation loss {loss}")
     if old is not None and old.version == new.version:
-        return False, f"{label} is {alias} already"
+        return PromotionDecision(False, f"{label} is {alias} already")
     if policy == "always":
-        return True, f"{label} is promoted whatever its loss ({loss:.4f})"
+        return PromotionDecision(True, f"{label} is promoted whatever its loss ({loss:.4f})")
     if old is None:
-        return True, f"{label} is the first {alias} (validation loss {loss:.4f})"
+        return PromotionDecision(True, f"{label} is the first {alias} (validation loss {loss:.4f})")
     best = old.validation_loss
     versus = f"{loss:.4f} against {best:.4f} of version {old.version}"
     if old.data_fingerprint != new.data_fingerprint or not new.data_fingerprint:
-        return False, (
+        return PromotionDecision(
+            False,
             f"{label} and version {old.version}, the {alias}, were validated on different data, so their losses "
-            "do not compare; --promote always moves the alias anyway"
+            "do not compare; --promote always moves the alias anyway",
         )
     if loss < best or not math.isfinite(best):
-        return True, f"{label} is better: validation loss {versus}"
-    return False, f"{label} is not better: validation loss {versus}"
+        return PromotionDecision(True, f"{label} is better: validation loss {versus}")
+    return PromotionDecision(False, f"{label} is not better: validation loss {versus}")
 
 
 def _of_model(point: Metric, model_id: str) -> Metric:

@@ -10,11 +10,13 @@ import torch
 
 from llama_ray.data.tokenizing.files import has_tokenizer, superseded_files
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.model.checkpoint import WeightSlicer, load_model, save_model
+from llama_ray.model.adapter_files import base_of, is_adapter, open_adapter
+from llama_ray.model.checkpoint import WeightSlicer, read_model, save_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.model.merging import check_base, merged
 from llama_ray.model.stored_config import CONFIG_FILE
-from llama_ray.model.stored_model import open_model
+from llama_ray.model.stored_model import StoredModel, open_model
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.references import hub, remote
 from llama_ray.storage import run_directory
@@ -29,11 +31,11 @@ _REGISTRY = "llama_ray.tracking.registry"
 def resolve(ref: str | Path, *, weights: bool = True) -> Path:
     """Return the local directory or `.gguf` file of `ref`.
 
-    `ref` is a directory that was saved here or by transformers, a checkpoint of a training run, a `.gguf` file, one of
-    these in an object store (`s3://BUCKET/DIR`), `hf://ORG/NAME[@REVISION]` on the Hugging Face hub, or
-    `models:/name/version` or `models:/name@alias` in the MLflow registry. What is not on this machine is fetched once;
-    with `weights` False only what describes the model and its tokenizer, where that can be told apart. Raises
-    CheckpointError, or TrackingError for the registry: both are ValueErrors.
+    `ref` is a directory that was saved here, by transformers or by PEFT (an adapter), a checkpoint of a training run, a
+    `.gguf` file, one of these in an object store (`s3://BUCKET/DIR`), `hf://ORG/NAME[@REVISION]` on the Hugging Face
+    hub, or `models:/name/version` or `models:/name@alias` in the MLflow registry. What is not on this machine is
+    fetched once; with `weights` False only what describes the model and its tokenizer, where that can be told apart.
+    Raises CheckpointError, or TrackingError for the registry: both are ValueErrors.
     """
     ref = str(ref)
     if is_model_ref(ref):
@@ -58,6 +60,22 @@ def fixed(ref: str | Path) -> str:
     return ref if is_uri(ref) else str(_local(ref, Path(ref).expanduser()).resolve())
 
 
+def open_pretrained(ref: str | Path, stack: ExitStack, *, check_weights: bool = True) -> StoredModel:
+    """Open the model of `ref` (see `resolve`); `stack` closes its files.
+
+    An adapter opens the model that it was trained on, and is added to the weights as they are read. They must still be
+    the same, for which they are all read, unless `check_weights` is False. Raises CheckpointError.
+    """
+    path = resolve(ref)
+    if not is_adapter(path):
+        return open_model(path, stack)
+    adapter = open_adapter(path, stack)
+    base = open_pretrained(adapter.base, stack, check_weights=check_weights)
+    if check_weights:
+        check_base(base, adapter)
+    return merged(base, adapter)
+
+
 def load_pretrained(
     ref: str | Path,
     dtype: torch.dtype | None = None,
@@ -70,24 +88,26 @@ def load_pretrained(
     are ValueErrors, with the reason in one line.
     """
     path = resolve(ref)
-    model = load_model(path, dtype=dtype, device=device, slicer=slicer)
+    with ExitStack() as stack:
+        model = read_model(open_pretrained(path, stack), dtype, device, slicer)
     return model, load_tokenizer(path, model.config.vocab_size)
 
 
 def load_shape(ref: str | Path) -> LlamaConfig:
     """Return the shape of the model of `ref`, whose weights are checked but not read; see `resolve`."""
     with ExitStack() as stack:
-        return open_model(resolve(ref), stack).config
+        return open_pretrained(ref, stack, check_weights=False).config
 
 
 def load_tokenizer(ref: str | Path, vocab_size: int | None = None) -> Tokenizer | None:
     """Return the tokenizer of `ref` in whatever form it is there (see `read_tokenizer`); None if there is none.
 
-    Raises CheckpointError if it needs more than the `vocab_size` of a model, and TokenizerError if it cannot be read.
+    That of an adapter without one is its base's. Raises CheckpointError if it needs more than the `vocab_size` of a
+    model, and TokenizerError if it cannot be read.
     """
     path = resolve(ref, weights=False)
     if not has_tokenizer(path):
-        return None
+        return load_tokenizer(base_of(path), vocab_size) if is_adapter(path) else None
     tokenizer = Tokenizer.load(path)
     if vocab_size is not None and (needed := tokenizer.needed_vocab_size()) > vocab_size:
         raise CheckpointError(

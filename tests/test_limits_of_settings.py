@@ -11,6 +11,7 @@ import pytest
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.generation.options import EngineOptions
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
+from llama_ray.model.lora import LoraConfig
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.planning.plan import Cluster
@@ -20,6 +21,7 @@ VALID: dict[type, dict[str, Any]] = {
     LlamaConfig: PRESETS["llama-tiny"],
     RopeScaling: {"rope_type": "llama3", "factor": 8.0},
     LaunchConfig: {},
+    LoraConfig: {"rank": 8, "alpha": 16.0},
     PrepareConfig: {"source": ["builtin"], "output": "data"},
     Cluster: {"gpus": 8, "gpu_memory_bytes": 80 * 2**30},
     EngineOptions: {},

@@ -18,7 +18,7 @@ from llama_ray.model.hf_config import to_hf
 from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
 from llama_ray.model.stored_config import CONFIG_FILE
-from llama_ray.model.stored_model import open_model
+from llama_ray.model.stored_model import StoredModel, open_model
 from llama_ray.model.weight_files import (
     INDEX,
     RANK_FILES,
@@ -49,9 +49,19 @@ def load_model(
     weights are allocated; tensors are then copied one at a time, so that the model is never in memory twice.
     Raises CheckpointError for a missing, truncated or unsafe file, and for missing, surplus or misshapen tensors.
     """
+    with ExitStack() as stack:
+        return read_model(open_model(directory, stack), dtype, device, slicer)
+
+
+def read_model(
+    stored: StoredModel,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    slicer: WeightSlicer | None = None,
+) -> Llama:
+    """Do what `load_model` does, with a model that is open."""
     # The memory that is given, not the device that new tensors happen to be made on.
-    with ExitStack() as stack, torch.device("cpu"):
-        stored = open_model(directory, stack)
+    with torch.device("cpu"):
         model = Llama(stored.config, device="meta")
         slices: dict[str, tuple[slice, ...]] = {}
         if slicer is not None:

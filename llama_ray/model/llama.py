@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llama_ray.model.attention.causal import Attend
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import Block, RMSNorm, RotaryEmbedding
+from llama_ray.model.lora import FACTOR_A, FACTOR_B, LoraConfig
 from llama_ray.model.loss import Head
 
 INIT_STD = 0.02
@@ -35,6 +36,8 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.lora: LoraConfig | None = None
+        """The adapters that `add_adapters` gave the model."""
         # Of all ways to set a default device, a new tensor sees each, in every version of torch.
         device = torch.device(device) if device is not None else torch.empty(0).device
         # On the meta device torch does not spend time on initial weights of its own, which would be overwritten.
@@ -75,15 +78,23 @@ class Llama(nn.Module):
         """Fill `weight` with the initial values of the parameter `name`: 1 for norms, else normal with mean 0.
 
         The standard deviation is INIT_STD. The two projections that write into the residual stream are scaled by
-        1 / sqrt(2 num_layers), so that its variance does not grow with depth (Radford et al. 2019, GPT-2). Each
-        parameter has its own generator, seeded by (seed, name), so its values do not depend on which other parameters
-        are initialised, or in which order.
+        1 / sqrt(2 num_layers), so that its variance does not grow with depth (Radford et al. 2019, GPT-2). Of an
+        adapter's factors B is 0, and A uniform up to 1 / sqrt(inputs) on both sides, as in PEFT. Each parameter has its
+        own generator, seeded by (seed, name), so its values do not depend on which other parameters are initialised,
+        or in which order.
         """
         if weight.dim() == 1:
             weight.fill_(1.0)
             return
+        if name.endswith(f"{FACTOR_B}.weight"):
+            weight.zero_()
+            return
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if name.endswith(f"{FACTOR_A}.weight"):
+            bound = 1 / math.sqrt(weight.shape[1])
+            weight.uniform_(-bound, bound, generator=generator)
+            return
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         deviation = INIT_STD / math.sqrt(2 * self.config.num_layers) if residual else INIT_STD
         weight.normal_(0.0, deviation, generator=generator)

@@ -24,7 +24,7 @@ _LFS_POINTER = b"version https://git-lfs"
 # What other libraries write, and the way to what is read here.
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt", "*.pth", "*.ckpt")
 _OTHER_FORMATS = {
-    "adapter_model.*": "an adapter; merge it into its model with peft's merge_and_unload",
+    "adapter_model.*": "an adapter without adapter_config.json; copy that too",
     "*.gguf": "llama.cpp's format; use the model's Hugging Face directory",
     "consolidated*.safetensors": "Mistral's format; use the model's Hugging Face directory",
 }

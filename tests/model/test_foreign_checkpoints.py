@@ -262,7 +262,7 @@ def instead(name: str) -> Spoil:
         (lfs_pointer, "is a pointer of Git LFS to the weights; fetch them with: git lfs pull"),
         (instead("pytorch_model-00001-of-00002.bin"), "a pickle, which can run code"),
         (instead("consolidated.00.pth"), "a pickle, which can run code"),
-        (instead("adapter_model.safetensors"), "an adapter; merge it into its model"),
+        (instead("adapter_model.safetensors"), "an adapter without adapter_config.json; copy that too"),
         (instead("model.Q4_1.gguf"), "llama.cpp's format"),
         (instead("model.safetensors"), "damaged or cut short"),
         (lambda d: edit_index(d, lambda m: m.update({NORM: "../x.safetensors"})), "is no index of weights"),

@@ -1,0 +1,112 @@
+"""Low-rank adapters beside frozen linear layers (LoRA: Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ray.model.config import LlamaConfig
+from llama_ray.utils.fields import check_fields, limits, shown
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block, which can have adapters; all of them do by default."""
+
+FACTOR_A, FACTOR_B = "lora_A", "lora_B"
+"""What PEFT calls the two factors, A [rank, inputs] and B [outputs, rank]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapters of a model: `scale` B A is added to each weight of `targets`.
+
+    A value that cannot work raises ValueError.
+
+    Args:
+        rank: Rows of A and columns of B.
+        alpha: Sets the scale, whatever the rank.
+        dropout: Probability of dropout at the inputs of A, in training.
+        targets: The linear layers that have adapters, in every block.
+        rslora: Divide `alpha` by the square root of the rank instead of the rank (rank-stabilised: Kalajdzievski 2023,
+            arXiv:2312.03732).
+    """
+
+    rank: int = field(metadata=limits(1, 1024))
+    alpha: float = field(metadata=limits(above=0))
+    dropout: float = field(default=0.0, metadata=limits(0, below=1))
+    targets: tuple[str, ...] = TARGETS
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets:
+            raise ValueError(
+                f"lora_targets has {shown(unknown[0]) if unknown else 'no layer'}; choose of {', '.join(TARGETS)}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def num_parameters(self, model: LlamaConfig) -> int:
+        """Number of weights of the adapters of `model`."""
+        sizes = linear_sizes(model)
+        return model.num_layers * self.rank * sum(sum(sizes[name]) for name in set(self.targets))
+
+
+def linear_sizes(model: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Return (inputs, outputs) of each linear layer of a block, by its name in TARGETS."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer without bias whose frozen weight has an adapter: x -> x W^T + scale dropout(x) A^T B^T."""
+
+    def __init__(self, linear: nn.Linear, config: LoraConfig) -> None:
+        """Take the weight of `linear`; the factors are on its device, in fp32, and not initialised on `meta`."""
+        inputs, outputs, device = linear.in_features, linear.out_features, linear.weight.device
+        super().__init__(inputs, outputs, bias=False, device="meta")
+        self.weight = linear.weight
+        self.scale, self.dropout = config.scale, config.dropout
+        factors = {FACTOR_A: (inputs, config.rank), FACTOR_B: (config.rank, outputs)}
+        for name, (columns, rows) in factors.items():
+            factor = nn.Linear(columns, rows, bias=False, device="meta", dtype=torch.float32)
+            self.add_module(name, factor.to_empty(device=device))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A [rank, inputs] and B [outputs, rank]."""
+        return self.get_parameter(f"{FACTOR_A}.weight"), self.get_parameter(f"{FACTOR_B}.weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        a, b = (factor.to(x.dtype) for factor in self.factors())
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        # Scaled where it is small, and added within the product: neither costs a pass over the outputs.
+        low = F.linear(dropped, a) * self.scale
+        out = F.linear(x, self.weight)
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b.T).view_as(out)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """Return the weight with its adapter added in fp32, in the dtype of the weight."""
+        return merge(self.weight, *self.factors(), self.scale)
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return `weight` [outputs, inputs] + `scale` b a, added in fp32 and rounded to the dtype of `weight`."""
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)

@@ -75,7 +75,8 @@ class RunData:
             source.name: {"location": str(source), "share": round(self.share(source.name), 6)}
             for source in self.sources
         }
-        return {"source": self.name, **of_sources}
+        # Below a name of their own: a source may be called "source".
+        return {"source": self.name, "sources": of_sources}
 
     def log_to(self, run: Run) -> None:
         """Link each source to the run as a dataset of its own."""

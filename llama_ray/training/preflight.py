@@ -69,6 +69,11 @@ def check_steps(
 ) -> None:
     """Raise ValueError for steps that are too large for the data or the workers, and for too many repetitions."""
     done, last = loader.timetable.step, schedule.total_steps
+    for stage in config.stages:
+        if stage.from_step > last:
+            raise ValueError(
+                f"{stage} comes after the run, which has {last:,} steps; leave it out, or make the run longer"
+            )
     for segment in loader.timetable.ahead(last):
         loader.sequences(segment)
         if segment.windows > loader.windows_per_epoch:

@@ -77,7 +77,7 @@ def test_a_mixture_is_known_by_its_sources_whatever_their_weights() -> None:
     assert reweighted.fingerprint == MIXTURE.fingerprint != DATA.fingerprint
     params = MIXTURE.params()
     assert params["source"] == "books, code"
-    assert params["code"] == {"location": "data/code", "share": 0.25}
+    assert params["sources"]["code"] == {"location": "data/code", "share": 0.25}
 
 
 @pytest.mark.parametrize(("tensor_parallel", "tokens"), [(1, 24576), (2, 12288)])

@@ -139,6 +139,7 @@ def test_a_limit_of_repetitions_is_kept_when_the_run_is_planned(
     [
         (Stage(from_step=4, seq_len=12), "the stage from step 4 has seq_len 12; it must divide 32"),
         (Stage(from_step=4, weights={"wiki": 1}), "a weight for 'wiki'; the sources are code, web"),
+        (Stage(from_step=1000), "the stage from step 1000 comes after the run, which has 10 steps"),
         (Stage(from_step=4, batch_tokens=10**6 * SEQ_LEN), "one step takes 1,000,000 samples from step 4 on"),
     ],
 )

@@ -11,10 +11,11 @@ import torch
 from llama_ray.data.tokenizing.files import has_tokenizer, superseded_files
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.adapter_files import base_of, is_adapter, open_adapter
-from llama_ray.model.checkpoint import WeightSlicer, read_model, save_model
+from llama_ray.model.checkpoint import WeightSlicer, read_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.merging import check_base, merged
+from llama_ray.model.saving import save_model
 from llama_ray.model.stored_config import CONFIG_FILE
 from llama_ray.model.stored_model import StoredModel, open_model
 from llama_ray.model.weight_files import CheckpointError

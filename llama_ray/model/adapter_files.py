@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama_ray.model.checkpoint import to_text
+from llama_ray.model.config_files import to_text
 from llama_ray.model.lora import FACTOR_A, FACTOR_B, TARGETS, LoraConfig
 from llama_ray.model.sharded_safetensors import StoredTensor, open_tensors
 from llama_ray.model.weight_files import CheckpointError

@@ -7,12 +7,15 @@ from typing import Any
 from llama_ray.model.config import LlamaConfig, RopeScaling
 from llama_ray.utils.fields import shown
 
+EosIds = int | list[int] | None
+"""The token that ends a text, or all that do."""
+
 ARCHITECTURE = "LlamaForCausalLM"
 _ARCHITECTURES = (ARCHITECTURE, "LLaMAForCausalLM", "llama")
 """The second is that of the first conversions of LLaMA, the third a model type without an architecture."""
 
 
-def to_hf(config: LlamaConfig, *, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+def to_hf(config: LlamaConfig, *, dtype: str, bos_id: int | None, eos_id: EosIds) -> dict[str, Any]:
     """Return the content of `config.json`; `dtype` is torch's name without the prefix, such as "bfloat16".
 
     Rotary settings are written in the older form, `rope_theta` and `rope_scaling` at the top level, which every

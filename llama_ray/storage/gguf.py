@@ -21,8 +21,9 @@ from llama_ray.utils.errors import UserError, printable
 MAGIC = b"GGUF"
 
 _VERSIONS = (2, 3)
-_STRING, _ARRAY = 8, 9
-_NUMBERS = {
+STRING, ARRAY = 8, 9
+"""The numbers of the types of values that are no numbers."""
+NUMBERS = {
     number: np.dtype(name)
     for number, name in zip(
         (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12),
@@ -131,25 +132,25 @@ class _Reader:
     def value(self) -> Value:
         """Return a value of the type whose number stands before it."""
         kind = self.uint32()
-        if kind != _ARRAY:
+        if kind != ARRAY:
             return self._scalar(kind)
         kind, count = self.uint32(), self.uint64()
-        if kind == _STRING:
+        if kind == STRING:
             return [self.text() for _ in range(count)]
         dtype = self._number(kind)
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def _scalar(self, kind: int) -> Value:
-        if kind == _STRING:
+        if kind == STRING:
             return self.text()
         dtype = self._number(kind)
         value: bool | int | float = np.frombuffer(self.take(dtype.itemsize), dtype)[0].item()
         return value
 
     def _number(self, kind: int) -> np.dtype[np.generic]:
-        if kind not in _NUMBERS:
+        if kind not in NUMBERS:
             raise GgufError(f"it holds a value of the unknown type {kind}; copy it again")
-        return _NUMBERS[kind]
+        return NUMBERS[kind]
 
 
 def _header(file: Path, reader: _Reader) -> Gguf:

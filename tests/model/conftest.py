@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from llama_ray.model.checkpoint import save_model
 from llama_ray.model.config import LlamaConfig, RopeScaling
 from llama_ray.model.llama import Llama
+from llama_ray.model.saving import save_model
 
 SMALL = {
     "vocab_size": 131,

@@ -7,11 +7,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as PeerConfig
 
-from llama_ray.model import checkpoint
-from llama_ray.model.checkpoint import load_model, save_model
+from llama_ray.model import saving
+from llama_ray.model.checkpoint import load_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
+from llama_ray.model.saving import save_model
 from llama_ray.model.sharded_safetensors import SHARDING_INFO
 from llama_ray.model.stored_config import load_config
 from llama_ray.model.weight_files import CheckpointError
@@ -173,11 +174,11 @@ def test_rotary_frequencies_in_older_exports_are_ignored(saved: Path) -> None:
 def test_a_crash_while_saving_leaves_no_loadable_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash(tensors: object, path: Path, metadata: object) -> None:
+    def crash(path: Path, *_: object) -> None:
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", crash)
+    monkeypatch.setattr(saving, "write_safetensors", crash)
     with pytest.raises(OSError, match="No space"):
         save_model(Llama(TINY), tmp_path)
     with pytest.raises(CheckpointError):

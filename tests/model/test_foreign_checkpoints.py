@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llama_ray.model.checkpoint import load_model, save_model
+from llama_ray.model.checkpoint import load_model
 from llama_ray.model.config import LlamaConfig, RopeScaling
 from llama_ray.model.llama import Llama
+from llama_ray.model.saving import save_model
 from llama_ray.model.stored_config import load_config
 from llama_ray.model.weight_files import CheckpointError
 from tests.small_models import random_model, small_config

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.model.checkpoint import load_model, save_model
+from llama_ray.model.checkpoint import load_model
 from llama_ray.model.llama import Llama
+from llama_ray.model.saving import save_model
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_pretrained, save_pretrained
 from tests.small_models import random_model, small_config, small_tokenizer

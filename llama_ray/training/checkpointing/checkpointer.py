@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.model.checkpoint import config_files, write_json
+from llama_ray.model.config_files import config_files, write_json
 from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
 from llama_ray.storage import run_directory, store

@@ -62,6 +62,8 @@ SLOW_CLIENT_S = 5
 
 
 REGISTRY = (
+    "tests/evaluation/test_promotion.py",
+    "tests/evaluation/test_recording.py",
     "tests/tracking/",
     "tests/serve_app/registry/",
     "tests/serve_app/api/clients/test_mlflow_gateway.py",

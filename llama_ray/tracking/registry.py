@@ -47,6 +47,7 @@ __all__ = [
     "TrackingError",
     "Version",
     "check_name",
+    "current_champion",
     "decide_alias",
     "download",
     "latest_version",
@@ -205,6 +206,13 @@ def decide_alias(
             if decision.promoted:
                 client.set_registered_model_alias(name, alias, str(version))
     return decision
+
+
+def current_champion(name: str, uri: str | None = None) -> Version | None:
+    """Return the version of `name` that has the alias `champion` now; None without one. Raises TrackingError."""
+    client = connect(uri)
+    with reported(f"the {CHAMPION} of {name!r} cannot be looked up", "correct MLFLOW_TRACKING_URI"):
+        return alias_holder(client, name, CHAMPION)
 
 
 def download(ref: str, uri: str | None = None, cache_dir: Path | None = None) -> Path:

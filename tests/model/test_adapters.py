@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llama_ray.model.adapter_files import open_adapter, save_adapter
 from llama_ray.model.adapters import add_adapters, merged_model
-from llama_ray.model.checkpoint import save_model
 from llama_ray.model.llama import Llama
 from llama_ray.model.lora import LoraConfig, LoraLinear
 from llama_ray.model.merging import check_shapes, merged
+from llama_ray.model.saving import save_model
 from llama_ray.model.stored_model import open_model
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.model.weights_hash import weights_hash

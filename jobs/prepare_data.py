@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from _cli import add_config, add_fields, descriptions, from_flags, list_fields, main, parse, split_commas
-from _sources import located
+from _sources import located, tokenizer_path
 from jsonargparse import ArgumentParser
 
 from llama_ray.data.cleaning.config import CleanConfig
@@ -43,8 +43,8 @@ def _config() -> PrepareConfig:
         flags,
         source=[located(source) for source in flags.source or []],
         output=absolute(flags.output),
-        tokenizer=flags.tokenizer and existing(flags.tokenizer),
-        compare_tokenizer=flags.compare_tokenizer and existing(flags.compare_tokenizer),
+        tokenizer=flags.tokenizer and tokenizer_path(flags.tokenizer),
+        compare_tokenizer=flags.compare_tokenizer and tokenizer_path(flags.compare_tokenizer),
         **parts,
     )
 

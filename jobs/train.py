@@ -9,48 +9,48 @@ from typing import Any
 
 from _cli import add_config, main, parse
 from _data import SOURCES, sources_of, stages_of
-from docstring_parser import parse as parse_docstring
+from _shape import add_shape, shape_of, with_vocabulary
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from llama_ray.data.mixtures.opening import common_tokenizer, read_infos
-from llama_ray.data.mixtures.sources import DataSource, parse_sources
+from llama_ray.data.mixtures.sources import parse_sources
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.prepare import prepare
 from llama_ray.data.sources.files import BUILTIN
-from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
+from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.cluster import connect
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
-from llama_ray.storage.paths import absolute
+from llama_ray.pretrained import fixed, load_tokenizer, resolve
+from llama_ray.storage.paths import absolute, existing_ref
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.preflight import check_run
 from llama_ray.utils.redact import redact
 
-DEFAULT_PRESET = "llama-30m"
-
 
 def run() -> None:
     """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one), train, and report the result."""
     flags = parse(_parser(), lists=["data"])
+    if flags.init_from is not None:
+        flags.init_from = fixed(existing_ref(flags.init_from))
     config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": stages_of(flags.stages)})
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
-    shape = _shape(flags)
+    shape = shape_of(flags)
     if flags.data:
         data = sources_of(flags.data)
-        shape = _with_vocabulary(shape, flags, data)
+        shape = with_vocabulary(shape, flags, data)
         # What can be checked is checked now, because a cluster takes seconds to start. A run that resumes is checked
         # together with its checkpoint.
         if launch.resume is None:
             check_run(shape, config, data, launch.workers[1])
         connect()
     else:
-        builtin = _builtin(shape.vocab_size)
+        builtin = _builtin(shape, config.init_from)
         data = parse_sources(builtin.output)
         connect()
         prepare(builtin, log=lambda line: print(line, flush=True))
-        shape = _with_vocabulary(shape, flags, data)
+        shape = with_vocabulary(shape, flags, data)
     try:
         outcome = train_on_ray(shape, config, launch, data)
     except Stopped as stopped:
@@ -97,13 +97,6 @@ def _parser() -> ArgumentParser:
         "shards of one source of the preparation. By default one is made from the built-in corpus.",
     )
     parser.add_argument(
-        "--preset",
-        type=str | None,
-        metavar="NAME",
-        help=f"Shape of the model: {', '.join(PRESETS)}. Without a preset: the sizes of {DEFAULT_PRESET} and the "
-        "vocabulary of the data.",
-    )
-    parser.add_argument(
         "--resume",
         nargs="?",
         const="latest",
@@ -111,54 +104,30 @@ def _parser() -> ArgumentParser:
         metavar="NAME",
         help="Continue the run of this name in output_dir; without a name, the run that saved last.",
     )
-    _add_shape(parser)
+    add_shape(parser)
     parser.add_class_arguments(TrainConfig)
     parser.add_class_arguments(LaunchConfig, skip={"resume"})
     return parser
-
-
-def _add_shape(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("The model's shape; each flag replaces one value of the preset")
-    described = {
-        param.arg_name: param.description for param in parse_docstring(LlamaConfig.__doc__ or "").params
-    }
-    for field in dataclasses.fields(LlamaConfig):
-        kind = _SHAPE_TYPES.get(field.name, int)
-        group.add_argument(f"--{field.name}", type=kind | None, help=described[field.name])
-
-
-_SHAPE_TYPES: dict[str, Any] = {
-    "rope_theta": float,
-    "norm_eps": float,
-    "tie_embeddings": bool,
-    "rope_scaling": RopeScaling,
-}
 
 
 def _fields_of(kind: type, flags: Namespace) -> dict[str, Any]:
     return {field.name: flags[field.name] for field in dataclasses.fields(kind)}
 
 
-def _shape(flags: Namespace) -> LlamaConfig:
-    given = {k: v for k, v in _fields_of(LlamaConfig, flags).items() if v is not None}
-    if scaling := given.get("rope_scaling"):
-        given["rope_scaling"] = RopeScaling(**vars(scaling))
-    return LlamaConfig.preset(flags.preset or DEFAULT_PRESET, **given)
-
-
-def _with_vocabulary(shape: LlamaConfig, flags: Namespace, data: tuple[DataSource, ...]) -> LlamaConfig:
-    """Return `shape` with the vocabulary of the data, unless the user gives one."""
-    infos = read_infos(data)
-    common_tokenizer(data, infos)
-    if flags.vocab_size is not None or flags.preset is not None:
-        return shape
-    return dataclasses.replace(shape, vocab_size=infos[data[0].name].vocab_size)
-
-
-def _builtin(vocab_size: int) -> PrepareConfig:
-    """Return how to prepare the built-in corpus with this vocabulary, which happens on first use."""
-    output = absolute(f"data/builtin-{vocab_size}")
-    return PrepareConfig(source=[BUILTIN], output=output, vocab_size=vocab_size)
+def _builtin(shape: LlamaConfig, init_from: str | None) -> PrepareConfig:
+    """Return how to prepare the built-in corpus, which happens on first use: for a vocabulary of this size, or with the
+    tokenizer of the weights that the run begins with.
+    """
+    if init_from is None:
+        output = absolute(f"data/builtin-{shape.vocab_size}")
+        return PrepareConfig(source=[BUILTIN], output=output, vocab_size=shape.vocab_size)
+    tokenizer = load_tokenizer(init_from)
+    if tokenizer is None:
+        raise ValueError(
+            f"{init_from} holds no tokenizer to prepare text with; give prepared data with --data DIR"
+        )
+    output = absolute(f"data/builtin-{tokenizer.fingerprint[:12]}")
+    return PrepareConfig(source=[BUILTIN], output=output, tokenizer=str(resolve(init_from, weights=False)))
 
 
 if __name__ == "__main__":

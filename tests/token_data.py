@@ -26,10 +26,13 @@ INFO = DatasetInfo(
 )
 
 
-def write_dataset(directory: Path, vocab_size: int = 400) -> Path:
-    """Write a data directory with a training and a validation split of `TEXTS`, and return it."""
+def write_dataset(directory: Path, vocab_size: int = 400, tokenizer: Tokenizer | None = None) -> Path:
+    """Write a data directory with a training and a validation split of `TEXTS`, and return it.
+
+    By default its tokenizer is trained on them.
+    """
     directory.mkdir(parents=True)
-    tokenizer = Tokenizer.train(iter(TEXTS), vocab_size)
+    tokenizer = tokenizer or Tokenizer.train(iter(TEXTS), vocab_size)
     tokenizer.save(directory)
     documents = [tokenizer.encode(text, bos=True, eos=True) for text in TEXTS]
     ids = tokenizer.bos_id, tokenizer.eos_id

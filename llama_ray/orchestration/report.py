@@ -22,9 +22,11 @@ def describe_run(model: LlamaConfig, config: TrainConfig, data: RunData, world_s
     workers = f"{replicas} workers" if config.tensor_parallel == 1 else f"{replicas} groups of workers"
     sequences = config.batch_size * config.gradient_accumulation_steps * replicas
     return _sentence_and_list(
-        f"Pre-training of a LLaMA with {model.num_parameters():,} parameters on `{data.name}`.",
+        f"{'Continued pre' if config.init_from else 'Pre'}-training of a LLaMA with {model.num_parameters():,} "
+        f"parameters on `{data.name}`.",
         {
             "Model": _shape(model),
+            **_parent(config.init_from),
             "Data": f"{data.tokens('train'):,} training and {data.tokens('validation'):,} validation tokens, "
             f"vocabulary of {data.vocab_size:,}",
             **_sources(data),
@@ -49,6 +51,7 @@ def describe_version(model: LlamaConfig, data: RunData, progress: Progress) -> s
         f"of `{data.name}`.",
         {
             "Model": _shape(model),
+            **_parent(progress.parent),
             "Training": f"{progress.step:,} steps, {progress.tokens:,} tokens",
             **_sources(data),
             "Loss": "mean cross-entropy in nats per token on the validation split"
@@ -63,6 +66,11 @@ def short_count(n: int) -> str:
         if n >= size:
             return f"{n / size:.1f}{unit}" if n < 10 * size else f"{n / size:.0f}{unit}"
     return f"{n / 1000:.0f}k"
+
+
+def _parent(ref: str | None) -> dict[str, str]:
+    """Return a line for the weights that the run began with, if they were not random."""
+    return {} if ref is None else {"Begun with": f"the weights of `{ref}`"}
 
 
 def _sources(data: RunData) -> dict[str, str]:

@@ -23,6 +23,7 @@ from llama_ray.orchestration.resources import check_workers, uses_gpu
 from llama_ray.orchestration.run_data import RunData, same_for_workers
 from llama_ray.orchestration.worker import Ending, WorkerPlan
 from llama_ray.orchestration.worker_group import run_workers
+from llama_ray.pretrained import fixed
 from llama_ray.storage import run_directory, store
 from llama_ray.storage.claim import claimed
 from llama_ray.storage.paths import absolute
@@ -30,7 +31,7 @@ from llama_ray.tracking.environment import secret_variables
 from llama_ray.tracking.errors import TrackingError
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
-from llama_ray.tracking.tags import standard_tags
+from llama_ray.tracking.tags import parent_tags, standard_tags
 from llama_ray.training.checkpointing.files import local_copy, local_description
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import TrainConfig
@@ -112,6 +113,9 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
         check_float8(config, torch.device("cpu"))
     check_range(config, least, most, config.tensor_parallel)
     launch = replace(launch, output_dir=absolute(launch.output_dir))
+    if config.init_from is not None:
+        # Workers that start again must find the same weights.
+        config = replace(config, init_from=fixed(config.init_from))
     run_directory.check_writable(launch.output_dir)
     name, checkpoint = _name_and_checkpoint(model, launch)
     with local_description(checkpoint) if checkpoint else nullcontext() as resume_from:
@@ -185,7 +189,8 @@ def _new_run(job: _Job) -> Run:
         experiment=job.launch.experiment,
         name=job.name,
         params=settings | {"world_size": job.launch.world_size},
-        tags=standard_tags(world_size=most, device="gpu" if job.gpu else "cpu"),
+        tags=standard_tags(world_size=most, device="gpu" if job.gpu else "cpu")
+        | parent_tags(job.config.init_from),
         description=describe_run(job.model, job.config, job.data, most),
     )
 
@@ -238,7 +243,8 @@ def _register(job: _Job, run: Run, checkpoint: str) -> Outcome:
                 policy=job.launch.promote,
                 validation_loss=progress.validation_loss,
                 data_fingerprint=job.data.fingerprint,
-                tags={"step": str(progress.step), "tokens": str(progress.tokens)},
+                tags={"step": str(progress.step), "tokens": str(progress.tokens)}
+                | parent_tags(progress.parent),
                 description=describe_version(job.model, job.data, progress),
             )
     assert progress.loader is not None

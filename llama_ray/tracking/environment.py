@@ -1,4 +1,4 @@
-"""The environment variables that MLflow's client needs in another process."""
+"""The environment variables that the clients of MLflow and of the Hugging Face hub need in another process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import re
 from llama_ray.tracking.uri import tracking_uri
 from llama_ray.utils.redact import redact
 
-_PREFIXES = ("MLFLOW_", "DATABRICKS_")
+_PREFIXES = ("MLFLOW_", "DATABRICKS_", "HF_TOKEN", "HF_ENDPOINT")
 _SECRET = re.compile("TOKEN|PASSWORD|SECRET|CREDENTIAL|KEY")
 
 
 def open_variables() -> dict[str, str]:
-    """Return this process' variables for MLflow that may be shown, as Ray's dashboard and logs show those of actors."""
+    """Return this process' variables that may be shown, as Ray's dashboard and logs show those of actors."""
     return {name: value for name, value in _variables().items() if not _is_secret(name, value)}
 
 

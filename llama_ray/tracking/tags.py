@@ -33,6 +33,11 @@ def standard_tags(*, world_size: int, device: str) -> dict[str, str]:
     return tags | git_tags(_SOURCE, _editable_install())
 
 
+def parent_tags(parent: str | None) -> dict[str, str]:
+    """Return the tag of a run, and of a version, that began with the weights of `parent`; {} for random ones."""
+    return {} if parent is None else {"parent": parent}
+
+
 def git_tags(source: Path, installed: Path | None = None) -> dict[str, str]:
     """Return the commit of the code in `source`, and whether the code differs from it; {} if unknown.
 

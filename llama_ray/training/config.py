@@ -150,6 +150,10 @@ class TrainConfig:
             raise ValueError(
                 f"lora_rank is {self.lora_rank}; adapters need a model to adapt; give it with --init_from REF"
             )
+        if self.resize_vocab and self.init_from is None:
+            raise ValueError(
+                "resize_vocab is true; only the vocabulary of a model can grow; give it with --init_from REF"
+            )
         if self.task == "dpo" and self.init_from is None:
             raise ValueError(
                 "task is dpo; it needs a tuned model to begin with; give it with --init_from REF"

@@ -14,6 +14,7 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.stored_config import load_config
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.initial_weights import check_initial_weights
 from llama_ray.training.parallel.layout import choose_layout
 
 
@@ -37,11 +38,14 @@ def check_run(
     layout = choose_layout(model, config, world_size)
     infos = read_infos(sources)
     tokenizer = common_tokenizer(sources, infos)
+    if config.init_from is not None and resume_from is None:
+        check_initial_weights(model, config, tokenizer, str(sources[0]))
     vocab_size = infos[sources[0].name].vocab_size
     if vocab_size > model.vocab_size:
+        larger = "--resize_vocab" if config.init_from else f"--vocab_size {vocab_size} or more"
         raise ValueError(
             f"vocab_size is {model.vocab_size}; it must be at least {vocab_size} as in the tokenizer of {sources[0]}; "
-            f"give --vocab_size {vocab_size} or more, or prepare data with a smaller vocabulary"
+            f"give {larger}, or prepare data with a smaller vocabulary"
         )
     loader = Loader(
         open_mixture(sources, "train"),

@@ -20,6 +20,7 @@ from llama_ray.training.checkpointing.state import load_state
 from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.elastic import for_layout
 from llama_ray.training.hosts.interrupt import Interrupt, InterruptAgreement
+from llama_ray.training.initial_weights import read_initial_weights
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.compilation import should_compile
 from llama_ray.training.parallel.float8 import check_float8
@@ -48,7 +49,10 @@ def prepare_run(
     run_id: str | None,
     poll_interrupt: Callable[[], Interrupt],
 ) -> TrainingRun:
-    """Build everything that a run needs, and fill it from `resume_from`. Every worker must call it; see `train`."""
+    """Build everything that a run needs, and fill it from `resume_from`, or else from `config.init_from`.
+
+    Every worker must call it; see `train`.
+    """
     check_float8(config, device)
     layout = _layout(model_config, config, device)
     config = for_layout(config, layout)
@@ -56,7 +60,7 @@ def prepare_run(
     torch.manual_seed(config.seed + layout.data_rank)
     seq_len = config.seq_len or model_config.max_seq_len
     loader = _loader(config, sources, layout, seq_len)
-    progress = Progress(run_id=run_id)
+    progress = Progress(run_id=run_id, parent=config.init_from)
     batch_change = ""
     if resume_from is not None:
         progress = load_progress(resume_from)
@@ -67,13 +71,18 @@ def prepare_run(
     )
 
     llama = Llama(model_config, device="meta")
-    model = parallelize(llama, config, layout, device, compile_blocks=compile_blocks)
+    starts_at_random = resume_from is None and config.init_from is None
+    model = parallelize(
+        llama, config, layout, device, compile_blocks=compile_blocks, init_weights=starts_at_random
+    )
     optimizer = build_optimizer(model, config)
     num_sources = len(sources) if len(sources) > 1 else 0
     stepper = Stepper(model, optimizer, config, device=device, layout=layout, num_sources=num_sources)
     if resume_from is not None:
         load_state(resume_from, llama, optimizer, rank(), world_size())
         stepper.scaler.load_state_dict(progress.scaler)
+    elif config.init_from is not None:
+        read_initial_weights(llama, config.init_from)
 
     throughput = Throughput(peak_flops(device, config.precision), world_size())
     checkpointer: Checkpointer | NoCheckpointer = NoCheckpointer()

@@ -42,7 +42,8 @@ class PrepareConfig(RedactedRepr):
         max_bad_records: Maximum number of broken records, which are left out; one more is an error.
         vocab_size: Maximum vocabulary size of the tokenizer to train; unused with `tokenizer`.
         tokenizer: A tokenizer.json, tokenizer.model (of SentencePiece or Llama 3), tekken.json or .gguf file, or a
-            directory that holds one, to use instead of training a tokenizer.
+            directory that holds one, to use instead of training a tokenizer; or the model of which it is:
+            hf://ORG/NAME, models:/NAME/VERSION.
         tokenizer_weights: NAME=SHARE of each source in the text that a tokenizer is trained on; by default its bytes.
         compare_tokenizer: A second tokenizer, whose bytes a token on the validation split are told beside the first's.
         validation_fraction: Fraction of the texts for the validation split; at least one text.

@@ -216,6 +216,11 @@ class Tokenizer:
         """
         return self._decoder.stream(prompt, at_start)
 
+    def tokens(self) -> list[str | None]:
+        """Return the entries of the vocabulary in the order of their ids; None for an id that has none."""
+        entries = {id: text for text, id in self._backend.get_vocab(with_added_tokens=True).items()}
+        return [entries.get(id) for id in range(self.vocab_size)]
+
     def needed_vocab_size(self) -> int:
         """Return the vocabulary size that a model needs at least: `vocab_size`, but for added tokens at the end.
 

@@ -38,6 +38,8 @@ class Progress:
     """The loss scale of fp16, see `LossScaler.state_dict`; empty in other precisions."""
     run_id: str | None = None
     """The MLflow run that the steps were logged to."""
+    parent: str | None = None
+    """The reference of the weights that the run began with; None for random ones."""
     unsent: list[Any] = field(default_factory=list)
     """Metrics that MLflow had not accepted when the checkpoint was made, see `Observer.unsent`."""
 

@@ -200,6 +200,7 @@ def _parser() -> ArgumentParser:
             "logprobs",
             "prompt_logprobs",
             "prompt_logprobs_start",
+            "prompt_logprobs_next",
         },
     )
     add(

@@ -270,7 +270,7 @@ def _ask_for_masks(plan: StepPlan) -> None:
 
 
 def _report_prompts(logits: StepLogits) -> None:
-    tokens = [sequence.prompt[position] for sequence, position in logits.reported]
+    tokens = [sequence.reported_token(position) for sequence, position in logits.reported]
     numbers = [sequence.params.prompt_logprobs or 0 for sequence, _ in logits.reported]
     reports = token_logprobs(logits.prompt, tokens, numbers, ranks=True)
     for (sequence, position), report in zip(logits.reported, reports, strict=True):

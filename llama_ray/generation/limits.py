@@ -52,7 +52,7 @@ class Limits:
                 f"{self.max_seq_len}; set max_tokens to at most {self.max_seq_len - len(ids)} or shorten the prompt"
             )
         self._check_ids("prompt", ids)
-        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "prompt_logprobs_next"):
             self._check_ids(name, getattr(params, name) or ())
         for what, texts in (("stop strings", params.stop_strings), ("bad_words", params.bad_word_strings)):
             if texts and not self.has_tokenizer:

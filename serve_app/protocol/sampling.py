@@ -45,6 +45,7 @@ _OTHERS = (
     "logprobs",
     "prompt_logprobs",
     "prompt_logprobs_start",
+    "prompt_logprobs_next",
     "json_schema",
 )
 _SHARED_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name not in _OTHERS)

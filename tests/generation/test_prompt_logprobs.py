@@ -72,6 +72,23 @@ def test_a_report_from_a_position_on_is_the_end_of_the_whole_one_and_its_context
     assert engine.stats.prompt_tokens == 101 + (105 - 96) + (140 - 96)
 
 
+def test_tokens_that_would_follow_a_prompt_are_reported_as_if_each_had_been_its_last(
+    model: Llama, tokenizer: Tokenizer
+) -> None:
+    rng = random.Random(2)
+    prompts = [[rng.randrange(300) for _ in range(length)] for length in (1, 33, 70)]
+    engine = Engine(prepare(copy.deepcopy(model)), tokenizer, max_num_seqs=2, max_num_batched_tokens=32)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=1)
+    for start in (1, 20, 500):
+        wanted = dataclasses.replace(params, prompt_logprobs_next=(7, 8, 7), prompt_logprobs_start=start)
+        for prompt, completion in zip(prompts, engine.generate(prompts, wanted), strict=True):
+            seven, eight = (
+                c.prompt_logprobs or [] for c in engine.generate([[*prompt, 7], [*prompt, 8]], params)
+            )
+            expected = [*seven[:-1], seven[-1], eight[-1], seven[-1]][min(start, len(prompt)) - 1 :]
+            assert completion.prompt_logprobs == expected
+
+
 def test_a_report_that_begins_behind_the_prompt_is_empty(engine: Engine) -> None:
     params = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=3)
     assert engine.generate([[1, 2, 3]], params)[0].prompt_logprobs == []

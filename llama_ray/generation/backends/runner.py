@@ -43,7 +43,7 @@ class StepLogits:
     prompt: Tensor
     """[reported, vocab_size], for prompt tokens whose probability was requested."""
     reported: list[tuple[SequenceState, int]]
-    """For each row of `prompt`: the sequence, and the index in its prompt of the token that the row predicts."""
+    """For each row of `prompt`: the sequence, and which token the row predicts, as `PromptReport.next` counts them."""
 
 
 class Runner:
@@ -141,7 +141,7 @@ def _span(chunk: Chunk) -> Span:
 
 
 def _reported(chunks: list[Chunk]) -> tuple[list[int], list[tuple[SequenceState, int]]]:
-    """Return the rows whose logits predict a prompt token with a requested probability, and those tokens."""
+    """Return the rows whose logits predict a token to report, and those tokens."""
     rows: list[int] = []
     predicted: list[tuple[SequenceState, int]] = []
     start = 0
@@ -149,9 +149,13 @@ def _reported(chunks: list[Chunk]) -> tuple[list[int], list[tuple[SequenceState,
         sequence = chunk.sequence
         if not sequence.prompt_report.complete:
             # After a preemption the first tokens are reported already.
-            first = max(sequence.computed, sequence.prompt_report.next - 1)
-            end = min(sequence.computed + chunk.length, len(sequence.prompt) - 1)
-            rows += range(start + first - sequence.computed, start + end - sequence.computed)
-            predicted += [(sequence, position + 1) for position in range(first, end)]
+            last = len(sequence.prompt) - 1
+            end = sequence.computed + chunk.length
+            # The logits of the prompt's last token predict whatever may follow it.
+            end = end if end <= last else last + len(sequence.params.prompt_logprobs_next)
+            # After a preemption the first tokens are reported already.
+            positions = range(max(sequence.computed + 1, sequence.prompt_report.next), end + 1)
+            rows += [start + min(position - 1, last) - sequence.computed for position in positions]
+            predicted += [(sequence, position) for position in positions]
         start += chunk.length + len(chunk.draft)
     return rows, predicted

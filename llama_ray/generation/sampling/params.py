@@ -17,7 +17,7 @@ from llama_ray.utils.fields import Limits, check_fields, limits, shown
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS, MAX_STOP_TOKEN_IDS = 16, 1000, 128
-MAX_LOGIT_BIAS, MAX_BAD_WORDS = 1024, 128
+MAX_LOGIT_BIAS, MAX_BAD_WORDS, MAX_PROMPT_LOGPROBS_NEXT = 1024, 128, 128
 """All of these cost time at every token of every candidate."""
 MAX_ALLOWED_TOKEN_IDS = 2**18
 """The largest vocabularies."""
@@ -64,6 +64,8 @@ class SamplingParams:
         prompt_logprobs: The same for the prompt's own tokens, from the second on, each with its rank.
         prompt_logprobs_start: The position in the prompt, from 1, of the first token to report; what is before it may
             come from the cache of prefixes, and costs no logits.
+        prompt_logprobs_next: Up to 128 token ids; each is reported after the prompt's own tokens, as the one that would
+            follow the prompt.
         json_schema: The output is JSON that this schema (a dict, or JSON text) allows; `{"type": "object"}` allows any
             JSON object. A run of whitespace has at most 64 characters.
         regex: The whole output matches this expression (Rust's syntax: no look-around, no back-references).
@@ -90,6 +92,7 @@ class SamplingParams:
     logprobs: int | None = field(default=None, metadata=limits(0, MAX_LOGPROBS))
     prompt_logprobs: int | None = field(default=None, metadata=limits(0, MAX_LOGPROBS))
     prompt_logprobs_start: int = field(default=1, metadata=limits(1))
+    prompt_logprobs_next: tuple[int, ...] = ()
     json_schema: Mapping[str, Any] | str | None = None
     regex: str | None = None
     n: int = field(default=1, metadata=limits(1, MAX_N))
@@ -105,6 +108,7 @@ class SamplingParams:
         )
         self._check_stops()
         self._check_allowed()
+        _check_ids("prompt_logprobs_next", self.prompt_logprobs_next, MAX_PROMPT_LOGPROBS_NEXT)
         self._check_bias()
         self._check_constraint()
 

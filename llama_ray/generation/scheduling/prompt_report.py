@@ -9,7 +9,7 @@ from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 
 
 class PromptReport:
-    """The log-probabilities that a request asked for of its prompt's tokens, from position `start` on.
+    """The log-probabilities that a request asked for, of its prompt from `start` on, and of what may follow it.
 
     All candidates of the request share one report: whichever computes a token first adds it, and what is computed again
     after a preemption is not reported again.
@@ -24,12 +24,13 @@ class PromptReport:
     @classmethod
     def of(cls, params: SamplingParams, prompt: Sequence[int]) -> Self:
         """Return the report that a request with these parameters asks for."""
-        start = params.prompt_logprobs_start
-        return cls(None if params.prompt_logprobs is None else max(len(prompt) - start, 0), start)
+        start = min(params.prompt_logprobs_start, len(prompt))
+        wanted = len(prompt) - start + len(params.prompt_logprobs_next)
+        return cls(None if params.prompt_logprobs is None else wanted, start)
 
     @property
     def next(self) -> int:
-        """The position in the prompt of the next token to report; the logits of the position before predict it."""
+        """The position of the next token to report: in the prompt, or behind it in `prompt_logprobs_next`."""
         return self._start + len(self._entries or ())
 
     @property
@@ -43,6 +44,6 @@ class PromptReport:
         return list(self._entries) if self._entries is not None and self.complete else None
 
     def add(self, position: int, logprob: TokenLogprob) -> None:
-        """Add the entry of the prompt's token number `position`, from 1 on, unless it is there already."""
+        """Add the entry of the token at `position`, as `next` counts them, unless it is there already."""
         if self._entries is not None and position == self.next:
             self._entries.append(logprob)

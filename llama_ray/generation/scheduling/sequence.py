@@ -175,6 +175,11 @@ class SequenceState:
         """The tokens of which all but the last may come from the cache; those to report need their logits."""
         return self.tokens if self.prompt_report.complete else self.tokens[: self.prompt_report.next]
 
+    def reported_token(self, position: int) -> int:
+        """Return the token that `prompt_report` counts as number `position`."""
+        behind = position - len(self.prompt)
+        return self.prompt[position] if behind < 0 else self.params.prompt_logprobs_next[behind]
+
     def append(self, samples: Sequence[Sample]) -> Delta:
         """Append sampled tokens, in order, until the sequence ends; a sample without a token ends it.
 

@@ -89,7 +89,8 @@ ODD = [
 @pytest.mark.parametrize("name", [*NUMBERS, "seed", "stop_token_ids", "logit_bias"])
 def test_an_odd_number_is_refused_in_a_short_line_or_has_a_meaning_in_every_type(name: str) -> None:
     for odd in ODD:
-        given = {"stop_token_ids": (3, odd), "logit_bias": {3: odd}}.get(name, odd)
+        ids = ("stop_token_ids", "prompt_logprobs_next")
+        given = (3, odd) if name in ids else {3: odd} if name == "logit_bias" else odd
         try:
             SamplingParams(**{name: given})  # type: ignore[arg-type]
         except ValueError as refused:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidatorFunctionWrapHandler, field_validator
 
+from llama_ray.data.chat.messages import template_message
 from llama_ray.data.chat.template import ChatPrompt
 from serve_app.errors import bad_request
 from serve_app.protocol.sampling import StrictBody, one_message
@@ -52,14 +52,14 @@ class Message(StrictBody):
     def for_template(self) -> dict[str, Any]:
         """The message as templates know it."""
         content = self.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        message = {"role": self.role, "content": text if text or not self.tool_calls else None}
-        return message | {
-            "name": self.name,
-            "tool_calls": self.tool_calls and [_parsed(call) for call in self.tool_calls],
-            "tool_call_id": self.tool_call_id,
-            "reasoning_content": self.reasoning_content,
-        }
+        return template_message(
+            self.role,
+            content if isinstance(content, str) else [part.text for part in content],
+            name=self.name,
+            tool_calls=self.tool_calls,
+            tool_call_id=self.tool_call_id,
+            reasoning_content=self.reasoning_content,
+        )
 
 
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
@@ -92,14 +92,3 @@ def check_tools(tools: Sequence[Any], choice: Any) -> None:
         )
     if choice not in (None, "none", "auto"):
         raise bad_request("tool_choice", 'tool_choice must be "none" or "auto": the model calls no tools')
-
-
-def _parsed(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a call whose arguments are an object: clients send them as JSON, and templates write them so."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(arguments := function.get("arguments"), str):
-        return call
-    try:
-        return call | {"function": function | {"arguments": json.loads(arguments)}}
-    except ValueError:
-        return call

@@ -53,7 +53,8 @@ class BadRecords:
         if self._file is None:
             self._file = self._open.enter_context(replacing(self._path))
         self.count += 1
-        line = {"source": source, "record": self._locations.of(piece), "reason": piece.reason}
+        reason = f"{piece.reason} ({piece.detail})" if piece.detail else piece.reason
+        line = {"source": source, "record": self._locations.of(piece), "reason": reason}
         self._file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
         if self.count > self._most:
             raise TooManyBadRecordsError

@@ -10,11 +10,12 @@ from pathlib import Path
 from llama_ray.data.preparing.bad_records import report_beside
 from llama_ray.data.preparing.config import NamedSource
 from llama_ray.data.preparing.splits import number_of
-from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.fields import Fields
 from llama_ray.data.records.pieces import Piece, split_files
 from llama_ray.data.sources.files import File, SourceError
 from llama_ray.data.sources.find import files
-from llama_ray.data.sources.left_out import NOT_CHOSEN, OUTPUT, REPORT, SAME_FILE, LeftOut, Tally
+from llama_ray.data.sources.formats import Format
+from llama_ray.data.sources.left_out import NO_RECORDS, NOT_CHOSEN, OUTPUT, REPORT, SAME_FILE, LeftOut, Tally
 from llama_ray.utils.errors import printable
 
 
@@ -55,7 +56,7 @@ class Corpus:
 
 def find_corpus(
     sources: Sequence[NamedSource],
-    fields: TextFields,
+    fields: Fields,
     max_bytes: int | None = None,
     seed: int = 0,
     output: Path | None = None,
@@ -72,7 +73,7 @@ def find_corpus(
     for source in sources:
         left_out = Tally()
         digest.update(f"{source.name}\0".encode())
-        chosen = list(_files(source, output, seen, left_out))
+        chosen = list(_files(source, fields, output, seen, left_out))
         for file in chosen:
             content = f"{file.name}\0{file.size}\0{file.modified_ns}\n"
             digest.update(content.encode(errors="surrogateescape"))
@@ -104,9 +105,12 @@ def reasons(*tallies: Tally) -> str:
 
 
 def _files(
-    source: NamedSource, output: Path | None, seen: set[tuple[str, str]], left_out: Tally
+    source: NamedSource, fields: Fields, output: Path | None, seen: set[tuple[str, str]], left_out: Tally
 ) -> Iterator[File]:
-    """Yield each file once that no earlier preparation left: its tokenizer in `output`, a report beside it."""
+    """Yield each file once that has the form of `fields` and that no earlier preparation left.
+
+    Such ones are its tokenizer in `output`, and a report beside it.
+    """
     output = output and output.resolve()
     report = output and report_beside(output)
     try:
@@ -121,6 +125,8 @@ def _files(
             left_out.add(LeftOut("file", REPORT, file.name))
         elif (file.root, file.path) in seen:
             left_out.add(LeftOut("file", SAME_FILE, file.name))
+        elif not fields.required and file.layout.format in (Format.TEXT, None):
+            left_out.add(LeftOut("file", NO_RECORDS, file.name))
         else:
             seen.add((file.root, file.path))
             yield file

@@ -12,7 +12,7 @@ from llama_ray.data.cleaning.config import CleanConfig
 from llama_ray.data.preparing.bad_records import BadRecords
 from llama_ray.data.preparing.kept import Taken
 from llama_ray.data.preparing.part_record import PartRecord
-from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.fields import Fields
 from llama_ray.data.records.pieces import Piece, read
 from llama_ray.data.sources.left_out import LeftOut
 
@@ -24,7 +24,7 @@ class Reading:
     `evaluations` is the file that `write_evaluations` wrote, or empty.
     """
 
-    fields: TextFields
+    fields: Fields
     cleaning: CleanConfig
     seed: int
     evaluations: str = ""

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from llama_ray.data.records.columns import check_columns, row_place, texts_of_batch, top_columns
-from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.fields import Fields
 from llama_ray.data.records.reading import Reading, Text
 from llama_ray.data.sources.blocks import DamagedError
 from llama_ray.data.sources.files import File
@@ -65,7 +65,7 @@ class _Watched(io.RawIOBase):
         return True
 
 
-def row_groups(file: File, stream: Any, fields: TextFields) -> list[int]:
+def row_groups(file: File, stream: Any, fields: Fields) -> list[int]:
     """Return the size in bytes of each row group of a parquet file; none if it cannot be read.
 
     Raises SourceError if it lacks a field.
@@ -129,7 +129,7 @@ def arrow_rows(reading: Reading, stream: Any) -> Iterator[Text]:
         reading.bad(str(error), row_place(number), unit="stream")
 
 
-def check_arrow(file: File, stream: Any, fields: TextFields) -> None:
+def check_arrow(file: File, stream: Any, fields: Fields) -> None:
     """Raise SourceError if an Arrow file lacks a field; whoever reads one that is damaged tells of that."""
     with suppress(DamagedError), _damage("Arrow"):
         check_columns(file, _open_arrow(stream, None).schema, fields)
@@ -163,10 +163,11 @@ def _batch_rows(opened: parquet.ParquetFile, group: int) -> int:
 
 
 def _batches(
-    opened: parquet.ParquetFile, group: int, rows: int, fields: TextFields, skipped: int
+    opened: parquet.ParquetFile, group: int, rows: int, fields: Fields, skipped: int
 ) -> Iterator[pyarrow.RecordBatch]:
     """Yield the rows of a group after the first `skipped`, `rows` at a time. Raises DamagedError."""
-    batches = opened.iter_batches(rows, row_groups=[group], columns=list(fields.names), use_threads=False)
+    columns = list(fields.names) if fields.required else top_columns(opened.schema_arrow, fields)
+    batches = opened.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
     while True:
         with _damage("parquet"):
             batch = next(batches, None)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llama_ray.data.records.fields import WAY_OUT, FieldError, TextFields
+from llama_ray.data.records.fields import WAY_OUT, Fields
 from llama_ray.data.records.reading import Reading, Text
-from llama_ray.data.records.text import NotTextError, checked, text_of_bytes
+from llama_ray.data.records.text import NotTextError, text_of_bytes, text_of_record
 from llama_ray.data.sources.blocks import DamagedError
 from llama_ray.data.sources.files import File, SourceError
 from llama_ray.data.sources.left_out import TOO_LONG
@@ -23,19 +23,26 @@ _SLICE_ROWS = 1024
 
 def missing_column(file: File, name: str, columns: Sequence[str]) -> SourceError:
     """Return the error for a table that lacks a column, or has two of that name."""
-    shown = ", ".join(map(repr, columns[:_SHOWN_COLUMNS])) + (
-        ", ..." if len(columns) > _SHOWN_COLUMNS else ""
-    )
     problem = "two columns" if name in columns else "no column"
     return SourceError(
-        f"{printable(file.name)} has {problem} {printable(name)!r}; its columns are {printable(shown, 1000)}; {WAY_OUT}"
+        f"{printable(file.name)} has {problem} {printable(name)!r}; its columns are {_listed(columns)}; {WAY_OUT}"
     )
 
 
-def check_columns(file: File, schema: pyarrow.Schema, fields: TextFields) -> None:
-    """Raise SourceError, which names the columns of a table, if it lacks a field or has other than text in it."""
+def check_columns(file: File, schema: pyarrow.Schema, fields: Fields) -> None:
+    """Raise SourceError, which names the columns of a table, if it lacks a field or has other than text in it.
+
+    Where no field is required, it must have one of them.
+    """
     import pyarrow as pa
 
+    if not fields.required:
+        if not set(fields.names) & set(schema.names):
+            raise SourceError(
+                f"{printable(file.name)} has none of the columns {', '.join(fields.names)}; its columns are "
+                f"{_listed(schema.names)}; rename them"
+            )
+        return
     for name in fields.names:
         kind: pyarrow.DataType = pa.struct(list(schema))
         for part in _path(schema, name):
@@ -49,8 +56,10 @@ def check_columns(file: File, schema: pyarrow.Schema, fields: TextFields) -> Non
             )
 
 
-def top_columns(schema: pyarrow.Schema, fields: TextFields) -> list[str]:
+def top_columns(schema: pyarrow.Schema, fields: Fields) -> list[str]:
     """Return the columns of a table that hold the fields, each once."""
+    if not fields.required:
+        return [name for name in schema.names if name in fields.names]
     return list(dict.fromkeys(_path(schema, name)[0] for name in fields.names))
 
 
@@ -59,14 +68,12 @@ def texts_of_batch(reading: Reading, batch: pyarrow.RecordBatch, first: int) -> 
 
     Raises DamagedError for a batch that cannot be.
     """
-    arrays = [_array(batch, name) for name in reading.fields.names]
-    for start in range(0, batch.num_rows, _SLICE_ROWS):
-        columns = [_values(array.slice(start, _SLICE_ROWS)) for array in arrays]
-        for number, values in enumerate(zip(*columns, strict=True), first + start):
-            try:
-                yield Text(_text(reading, values), number)
-            except NotTextError as error:
-                reading.bad(error.reason, row_place(number))
+    rows = _values_of(reading.fields, batch) if reading.fields.required else _records_of(batch)
+    for number, row in enumerate(rows, first):
+        try:
+            yield Text(_text(reading, row), number)
+        except NotTextError as error:
+            reading.bad(error.reason, row_place(number), detail=error.detail)
 
 
 def row_place(number: int) -> str:
@@ -74,16 +81,48 @@ def row_place(number: int) -> str:
     return f" row {number + 1}"
 
 
-def _text(reading: Reading, values: Sequence[object]) -> str:
-    try:
-        text = reading.fields.join(
-            [text_of_bytes(value) if isinstance(value, bytes) else value for value in values]
-        )
-    except FieldError as error:
-        raise NotTextError(str(error)) from error
+def _listed(columns: Sequence[str]) -> str:
+    more = ", ..." if len(columns) > _SHOWN_COLUMNS else ""
+    return printable(", ".join(map(repr, columns[:_SHOWN_COLUMNS])) + more, 1000)
+
+
+def _text(reading: Reading, row: Mapping[str, object]) -> str:
+    text = text_of_record(
+        {name: text_of_bytes(value) if isinstance(value, bytes) else value for name, value in row.items()},
+        reading.fields,
+    )
     if len(text) > reading.max_record_bytes:
         raise NotTextError(TOO_LONG)
-    return checked(text)
+    return text
+
+
+def _values_of(fields: Fields, batch: pyarrow.RecordBatch) -> Iterator[dict[str, object]]:
+    """Yield the fields of each row, which are text. Raises DamagedError."""
+    arrays = [_array(batch, name) for name in fields.names]
+    for start in range(0, batch.num_rows, _SLICE_ROWS):
+        for values in zip(*(_values(array.slice(start, _SLICE_ROWS)) for array in arrays), strict=True):
+            yield dict(zip(fields.names, values, strict=True))
+
+
+def _records_of(batch: pyarrow.RecordBatch) -> Iterator[dict[str, object]]:
+    """Yield each row, without the fields that only other rows have: Arrow fills them with null. Raises DamagedError."""
+    import pyarrow as pa
+
+    try:
+        batch.validate(full=True)
+    except (pa.ArrowException, IndexError) as error:
+        raise DamagedError(f"rows that are damaged ({first_line(error)})") from error
+    for start in range(0, batch.num_rows, _SLICE_ROWS):
+        for row in batch.slice(start, _SLICE_ROWS).to_pylist():
+            yield {name: _without_null(value) for name, value in row.items() if value is not None}
+
+
+def _without_null(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_null(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_without_null(part) for part in value]
+    return value
 
 
 def _path(schema: pyarrow.Schema, name: str) -> list[str]:

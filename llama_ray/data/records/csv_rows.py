@@ -6,10 +6,9 @@ import csv
 from collections.abc import Iterator
 
 from llama_ray.data.records.columns import missing_column
-from llama_ray.data.records.fields import FieldError
 from llama_ray.data.records.lines import lines
 from llama_ray.data.records.reading import Reading, Text
-from llama_ray.data.records.text import NotTextError, checked, is_unicode
+from llama_ray.data.records.text import NotTextError, is_unicode, text_of_record
 from llama_ray.data.sources.blocks import DamagedError
 from llama_ray.data.sources.left_out import NOT_ROW, NOT_UTF8, TOO_LONG
 
@@ -39,14 +38,14 @@ def csv_rows(reading: Reading, blocks: Iterator[bytes], delimiter: str) -> Itera
                 return
             if header is None:
                 header = row
-                columns = _columns(reading, header)
+                _check_header(reading, header)
                 continue
             if not row:
                 continue
             number += 1
-            yield Text(_text(row, header, columns, reading), number - 1)
+            yield Text(_text(row, header, reading), number - 1)
         except NotTextError as error:
-            reading.bad(error.reason, f":{line}")
+            reading.bad(error.reason, f":{line}", detail=error.detail)
         except _LongLineError:
             reading.bad(TOO_LONG, f":{line}")
         except csv.Error as error:
@@ -86,21 +85,18 @@ def _rows(source: _Lines, delimiter: str, limit: int) -> Iterator[list[str]]:
     return csv.reader(source, delimiter=delimiter, strict=True)
 
 
-def _columns(reading: Reading, header: list[str]) -> list[int]:
-    for name in reading.fields.names:
+def _check_header(reading: Reading, header: list[str]) -> None:
+    for name in reading.fields.names if reading.fields.required else ():
         if header.count(name) != 1:
             raise missing_column(reading.file, name, header)
-    return [header.index(name) for name in reading.fields.names]
 
 
-def _text(row: list[str], header: list[str], columns: list[int], reading: Reading) -> str:
+def _text(row: list[str], header: list[str], reading: Reading) -> str:
     """Return the text of a row. Raises NotTextError."""
     if len(row) != len(header):
         raise NotTextError(NOT_ROW)
-    values = [row[column] for column in columns]
-    if not all(map(is_unicode, values)):
+    wanted = reading.fields.names
+    record = {name: value for name, value in zip(header, row, strict=True) if name in wanted}
+    if not all(map(is_unicode, record.values())):
         raise NotTextError(NOT_UTF8)
-    try:
-        return checked(reading.fields.join(values))
-    except FieldError as error:
-        raise NotTextError(str(error)) from error
+    return text_of_record(record, reading.fields)

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from llama_ray.utils.errors import UserError, printable
 
@@ -17,7 +18,26 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 class FieldError(Exception):
-    """A record whose fields do not give a text; the message is the reason."""
+    """A record whose fields do not give a text: the reason, and a detail of this record's own."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+class Fields(Protocol):
+    """What makes the text of a record."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are read of a record, each once."""
+
+    @property
+    def required(self) -> bool:
+        """Whether a record has all of them, and each is text; files of plain text are then texts, too."""
+
+    def text_of(self, record: Mapping[str, object]) -> str:
+        """Return the text of a record. Raises FieldError."""
 
 
 class TextFieldsError(UserError):
@@ -52,12 +72,25 @@ class TextFields:
                 f"template is {printable(self.template or '')!r}; it must name a field in braces, as in '{{title}}'"
             )
 
+    @property
+    def required(self) -> bool:
+        """See `Fields`."""
+        return True
+
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The fields that are needed of a record, each once."""
         return tuple(dict.fromkeys(name for _, name in self._parts if name))
 
-    def join(self, values: Sequence[object]) -> str:
+    def text_of(self, record: Mapping[str, object]) -> str:
+        """Return the text of a record. Raises FieldError where a field is missing or is no text."""
+        # The usual case, at half the price.
+        text = record.get(self.text_field) if self.template is None else None
+        if isinstance(text, str):
+            return text
+        return self._join([_value(record, name) for name in self.names])
+
+    def _join(self, values: Sequence[object]) -> str:
         """Return the text of a record that has these values for `names`. Raises FieldError for one that is no text."""
         for name, value in zip(self.names, values, strict=True):
             if not isinstance(value, str):
@@ -67,14 +100,6 @@ class TextFields:
             return str(values[0])
         by_name = dict(zip(self.names, values, strict=True))
         return "".join(f"{literal}{by_name[name]}" if name else literal for literal, name in self._parts)
-
-    def text_of(self, record: Mapping[str, object]) -> str:
-        """Return the text of a record. Raises FieldError where a field is missing or is no text."""
-        # The usual case, at half the price.
-        text = record.get(self.text_field) if self.template is None else None
-        if isinstance(text, str):
-            return text
-        return self.join([_value(record, name) for name in self.names])
 
     @functools.cached_property
     def _parts(self) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ def json_values(reading: Reading, blocks: Iterator[bytes]) -> Iterator[Text]:
             try:
                 yield Text(text_of_record(values.read(), reading.fields), number)
             except NotTextError as error:
-                reading.bad(error.reason, values.place)
+                reading.bad(error.reason, values.place, detail=error.detail)
             except _BrokenError as error:
                 reading.bad(str(error), values.place)
                 broken = True

@@ -87,6 +87,6 @@ def json_lines(reading: Reading, blocks: Iterator[bytes], start: int, stop: int 
             try:
                 yield Text(text_of_line(line, reading.fields), position)
             except NotTextError as error:
-                reading.bad(error.reason, place or position)
+                reading.bad(error.reason, place or position, detail=error.detail)
     except DamagedError as error:
         reading.bad(str(error), f":{number + 1}", unit="stream")

@@ -20,7 +20,7 @@ from llama_ray.data.records.arrow_files import (
 from llama_ray.data.records.columns import missing_column
 from llama_ray.data.records.csv_rows import COMMA, TAB, csv_header, csv_rows
 from llama_ray.data.records.documents import CELL_BYTES, CUT_BYTES, documents
-from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.fields import Fields
 from llama_ray.data.records.json_values import json_values
 from llama_ray.data.records.lines import json_lines
 from llama_ray.data.records.reading import MAX_RECORD_BYTES, Reading, Text
@@ -57,7 +57,7 @@ class Piece(NamedTuple):
         return f"{self.file.name}:{self.start}"
 
 
-def split_file(file: File, fields: TextFields) -> Iterator[Piece]:
+def split_file(file: File, fields: Fields) -> Iterator[Piece]:
     """Yield the pieces of a file.
 
     Raises SourceError if it is a table that lacks a column of `fields`, or cannot be read.
@@ -79,7 +79,7 @@ def split_file(file: File, fields: TextFields) -> Iterator[Piece]:
         yield Piece(file, 0, file.size, file.size)
 
 
-def split_files(files: Sequence[File], fields: TextFields) -> Iterator[Piece]:
+def split_files(files: Sequence[File], fields: Fields) -> Iterator[Piece]:
     """Yield the pieces of files, in their order; several at once where a server takes its time. Raises SourceError."""
     if all(file.root in ("", BUILTIN) for file in files):
         yield from (piece for file in files for piece in split_file(file, fields))
@@ -90,7 +90,7 @@ def split_files(files: Sequence[File], fields: TextFields) -> Iterator[Piece]:
 
 
 def read(
-    piece: Piece, fields: TextFields, leave_out: LeaveOut, max_record_bytes: int = MAX_RECORD_BYTES
+    piece: Piece, fields: Fields, leave_out: LeaveOut, max_record_bytes: int = MAX_RECORD_BYTES
 ) -> Iterator[Text]:
     """Yield the texts of a piece, and call `leave_out` for each text or record that is bad.
 
@@ -159,14 +159,14 @@ def _groups(file: File, sizes: list[int]) -> Iterator[Piece]:
             start, size = index + 1, 0
 
 
-def _check_columns(file: File, stream: Any, fields: TextFields) -> None:
+def _check_columns(file: File, stream: Any, fields: Fields) -> None:
     form, compression = file.layout
     if form is Format.ARROW:
         check_arrow(file, stream, fields)
     elif form in (Format.CSV, Format.TSV):
         delimiter = COMMA if form is Format.CSV else TAB
         header = csv_header(blocks(stream, compression), delimiter, MAX_RECORD_BYTES)
-        for name in fields.names if header else ():
+        for name in fields.names if header and fields.required else ():
             if header.count(name) != 1:
                 raise missing_column(file, name, header)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llama_ray.data.records.fields import TextFields
+from llama_ray.data.records.fields import Fields
 from llama_ray.data.sources.files import File
 from llama_ray.data.sources.left_out import LeaveOut, LeftOut
 
@@ -29,12 +29,12 @@ class Reading:
     """One pass over a piece of a file."""
 
     file: File
-    fields: TextFields
+    fields: Fields
     leave_out: LeaveOut
     max_record_bytes: int
 
-    def bad(self, reason: str, place: int | str, unit: str = "record") -> None:
+    def bad(self, reason: str, place: int | str, unit: str = "record", detail: str = "") -> None:
         """Tell of a record that is no text, at a byte of the file or at a place such as ':17' for a line."""
         file = self.file
         offset, place = (place, "") if isinstance(place, int) else (None, place)
-        self.leave_out(LeftOut(unit, reason, file.name, file.root, file.path, offset, place))
+        self.leave_out(LeftOut(unit, reason, file.name, file.root, file.path, offset, place, detail))

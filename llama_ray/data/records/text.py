@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from llama_ray.data.records.fields import FieldError, TextFields
+from llama_ray.data.records.fields import FieldError, Fields
 from llama_ray.data.sources.left_out import (
     EMPTY,
     HALF_CHARACTER,
@@ -16,16 +16,17 @@ from llama_ray.data.sources.left_out import (
 )
 
 _SPACE = " \t\r\n"
+_LONGEST_INTEGER = 1000
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class NotTextError(Exception):
-    """A document or record that is not text: the reason, and the byte where that shows."""
+    """A document or record that is not text: the reason, the byte where that shows, and a detail of its own."""
 
-    def __init__(self, reason: str, offset: int = 0) -> None:
+    def __init__(self, reason: str, offset: int = 0, detail: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.offset = reason, offset
+        self.reason, self.offset, self.detail = reason, offset, detail
 
 
 def text_of_bytes(content: bytes) -> str:
@@ -42,12 +43,12 @@ def text_of_bytes(content: bytes) -> str:
     return text
 
 
-def text_of_line(line: bytes, fields: TextFields) -> str:
+def text_of_line(line: bytes, fields: Fields) -> str:
     """Return the text of a line such as `{"text": "..."}`. Raises NotTextError."""
     return text_of_json(text_of_bytes(line), fields)
 
 
-def text_of_json(content: str, fields: TextFields) -> str:
+def text_of_json(content: str, fields: Fields) -> str:
     """Return the text of a JSON object. Raises NotTextError."""
     content = content.strip(_SPACE)
     try:
@@ -61,14 +62,14 @@ def text_of_json(content: str, fields: TextFields) -> str:
     return text_of_record(record, fields)
 
 
-def text_of_record(record: object, fields: TextFields) -> str:
+def text_of_record(record: object, fields: Fields) -> str:
     """Return the text of a record. Raises NotTextError."""
     if not isinstance(record, dict):
         raise NotTextError(NOT_OBJECT)
     try:
         return checked(fields.text_of(record))
     except FieldError as error:
-        raise NotTextError(str(error)) from error
+        raise NotTextError(error.reason, detail=error.detail) from error
 
 
 def checked(text: str) -> str:
@@ -105,6 +106,10 @@ def _record(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return record
 
 
-# An int of 4300 digits or more cannot be read; no number matters here.
-DECODER = json.JSONDecoder(object_pairs_hook=_record, parse_int=float)
+def _integer(text: str) -> int | float:
+    # An int of 4300 digits or more cannot be read.
+    return int(text) if len(text) < _LONGEST_INTEGER else float(text)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_record, parse_int=_integer)
 """Reads JSON; `strict` as the standard is, but for NaN and Infinity."""

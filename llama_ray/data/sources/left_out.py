@@ -30,6 +30,7 @@ TOO_LONG = "longer than a record may be (64 MiB); cut them into several"
 HALF_CHARACTER = "half of a surrogate pair in them, which is no character"
 NOT_ROW = "not as many fields as the first line has"
 NOTHING = "without a record"
+NO_RECORDS = "plain text, which has no conversations; give JSON Lines, JSON, CSV, parquet or Arrow"
 NOT_CHOSEN = "beyond max_bytes"
 
 _NOT_BAD = (EMPTY, NOT_CHOSEN)
@@ -42,7 +43,8 @@ class LeftOut(NamedTuple):
     """A file, folder, document, record or stream (`unit`) that is not taken, and the reason.
 
     A document or record is found at `place` of its file, such as ':17' for a line, or else at byte `offset` of the file
-    that `open_file` opens as `root` and `path`. A stream is the rest of a file after some damage.
+    that `open_file` opens as `root` and `path`. A stream is the rest of a file after some damage. `detail` says what is
+    wrong in this one.
     """
 
     unit: str
@@ -52,6 +54,7 @@ class LeftOut(NamedTuple):
     path: str = ""
     offset: int | None = None
     place: str = ""
+    detail: str = ""
 
     @property
     def bad(self) -> bool:
@@ -59,8 +62,8 @@ class LeftOut(NamedTuple):
         return _is_bad(self.unit, self.reason)
 
     def location(self) -> str:
-        """Return the name for a message, with the line if it is known."""
-        return Locations().of(self)
+        """Return the name for a message, with the line if it is known, and the detail."""
+        return Locations().of(self) + (f" ({self.detail})" if self.detail else "")
 
 
 class Locations:

@@ -1,6 +1,26 @@
-"""Chat templates as their models' repositories have them."""
+"""Chat templates as their models' repositories have them, and small tokenizers that have one."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from tests.data.helpers import KINDS
+
+SPECIAL = [
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 
 LLAMA_2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
@@ -133,3 +153,18 @@ TEMPLATES = {
     "mistral": MISTRAL,
     "zephyr": ZEPHYR,
 }
+
+
+def tokenizer_with(
+    directory: Path, template: Any, kind: str = "byte_level", normalized: bool = False, **config: Any
+) -> Tokenizer:
+    """Save a tokenizer with special tokens and a chat template, and load it."""
+    backend = tokenizers.Tokenizer.from_str(KINDS[kind].to_json())
+    backend.add_tokens([AddedToken(name, special=True, normalized=normalized) for name in SPECIAL])
+    directory.mkdir(exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template, **config}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config})
+    )
+    return Tokenizer.load(directory)

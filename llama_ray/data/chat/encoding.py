@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken
 
+from llama_ray.data.chat.rendering import Cut
 from llama_ray.data.chat.template import ChatPrompt, ChatTemplate
 
 # Stand-ins are characters for private use; those that a message holds itself are protected, too.
@@ -32,6 +33,13 @@ class ChatText:
         return len(self.text)
 
 
+class ChatTokens(NamedTuple):
+    """The token ids of a conversation, and at which places the special tokens that the template wrote stand."""
+
+    ids: list[int]
+    specials: list[int]
+
+
 class ChatEncoder:
     """Renders and encodes conversations for one tokenizer, given as the text of its `tokenizer.json`.
 
@@ -48,6 +56,8 @@ class ChatEncoder:
         self._aliases = {token.content: f"\U0010fffd{nonce}:{id}\U0010fffd" for id, token in special.items()}
         self._backend.add_tokens([_alias(self._aliases[token.content], token) for token in special.values()])
         self._ids = {self._backend.token_to_id(self._aliases[t.content]): id for id, t in special.items()}
+        self._names = {alias: name for name, alias in self._aliases.items()}
+        self._aliased = re.compile(f"\U0010fffd{nonce}:[0-9]+\U0010fffd")
         # Of several at one place the longest, as in tokenizers.
         names = "|".join(map(re.escape, sorted(self._aliases, key=len, reverse=True)))
         self._special = re.compile(names or "(?!)")
@@ -55,18 +65,57 @@ class ChatEncoder:
 
     def render(self, template: ChatTemplate, prompt: ChatPrompt) -> ChatText:
         """Return a conversation as text. Raises ValueError as `ChatTemplate.render` does."""
-        found: dict[str, str] = {}
-        messages = [self._protect(message, found) for message in prompt.messages]
-        variables = self._protect(prompt.variables, found)
-        text = template.render(replace(prompt, messages=messages, variables=variables))
-        originals = {stand_in: original for original, stand_in in found.items()}
-        marked = self._special.sub(lambda match: self._aliases[match[0]], text)
-        return ChatText(_restored(text, originals), _restored(marked, originals), template.is_plain)
+        protected, originals = self._protected_prompt(prompt)
+        return self._text(template.render(protected), originals, template)
+
+    def render_cuts(
+        self, template: ChatTemplate, prompts: Sequence[ChatPrompt], cuts: Sequence[Sequence[Cut]]
+    ) -> list[list[ChatText] | ValueError]:
+        """Return each conversation at its cuts, see `ChatTemplate.render_cuts`."""
+        protected = [self._protected_prompt(prompt) for prompt in prompts]
+        found = template.render_cuts([prompt for prompt, _ in protected], cuts)
+        return [
+            texts
+            if isinstance(texts, ValueError)
+            else [self._text(text, originals, template) for text in texts]
+            for (_, originals), texts in zip(protected, found, strict=True)
+        ]
 
     def encode(self, text: ChatText) -> list[int]:
         """Return the token ids of a conversation."""
-        [encoding] = self._backend.encode_batch_fast([text.marked], add_special_tokens=text.bos)
-        return [self._ids.get(id, id) for id in encoding.ids]
+        [tokens] = self.encode_marked([text.marked], add_special_tokens=text.bos)
+        return tokens.ids
+
+    def encode_marked(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[ChatTokens]:
+        """Return the tokens of texts that are those of `ChatText.marked`, or parts of them."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [
+            ChatTokens(
+                [self._ids.get(id, id) for id in encoding.ids],
+                [place for place, id in enumerate(encoding.ids) if id in self._ids],
+            )
+            for encoding in encodings
+        ]
+
+    def specials(self, marked: str) -> list[tuple[int, int]]:
+        """Return where the special tokens that the template wrote stand in a `ChatText.marked`: begins and ends."""
+        return [match.span() for match in self._aliased.finditer(marked)]
+
+    def unmarked(self, marked: str) -> str:
+        """Return a part of a `ChatText.marked` as its template wrote it."""
+        return self._aliased.sub(lambda match: self._names[match[0]], marked)
+
+    def _text(self, text: str, originals: Mapping[str, str], template: ChatTemplate) -> ChatText:
+        marked = self._special.sub(lambda match: self._aliases[match[0]], text)
+        return ChatText(_restored(text, originals), _restored(marked, originals), template.is_plain)
+
+    def _protected_prompt(self, prompt: ChatPrompt) -> tuple[ChatPrompt, dict[str, str]]:
+        """Return the prompt with stand-ins in its texts, and stand-in -> what it stands for."""
+        found: dict[str, str] = {}
+        messages = [self._protect(message, found) for message in prompt.messages]
+        variables = self._protect(prompt.variables, found)
+        originals = {stand_in: original for original, stand_in in found.items()}
+        return replace(prompt, messages=messages, variables=variables), originals
 
     def _protect(self, value: Any, found: dict[str, str]) -> Any:
         """Return `value` with a stand-in for each special token in its texts; `found` has those that are in use."""

@@ -14,15 +14,22 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llama_ray.data.chat.rendering import MARKS
+
 
 class Environment(ImmutableSandboxedEnvironment):
-    """Compiles and renders chat templates; `now` is the time that `strftime_now` formats, None the current one."""
+    """Compiles and renders chat templates.
+
+    `now` is the time that `strftime_now` formats, None the current one; with `marks`, what `{% generation %}` encloses
+    is put between MARKS.
+    """
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         self.now: datetime | None = None
+        self.marks = False
         self.filters["tojson"] = _tojson
         self.globals |= {
             "raise_exception": _raise_exception,
@@ -49,7 +56,9 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
+        assert isinstance(self.environment, Environment)
+        text = caller()
+        return f"{MARKS[0]}{text}{MARKS[1]}" if self.environment.marks else text
 
 
 class _Dict:

@@ -20,6 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llama_ray.data.chat.rendering import Cut, Rendering
+
 CPU_S, ELAPSED_S = 2.0, 60
 """Limits of one rendering; the second is for a machine that is busy or was suspended."""
 MEMORY_BYTES = 512 * 2**20
@@ -50,16 +52,26 @@ class TemplateProcess:
 
         Raises ValueError, with the reason in one line, if the template does, or exceeds a limit.
         """
-        request = [name, variables, None if now is None else now.isoformat()]
+        [found] = self.render_all([Rendering(name, variables, None if now is None else now.isoformat())])
+        if isinstance(found, ValueError):
+            raise found
+        [text] = found
+        return text
+
+    def render_all(self, renderings: Sequence[Rendering]) -> list[list[str] | ValueError]:
+        """Return the texts of each rendering, or what is wrong with it; one exchange with the process for all."""
+        request = json.dumps(renderings).encode()
         with self._lock:
-            answer = self._ask(json.dumps(request).encode())
-        match answer:
-            case ["text", str(text)]:
-                return text
-            case _:
-                raise ValueError(answer[1])
+            answers = self._ask(request)
+        if not isinstance(answers, str):
+            return [_result(answer) for answer in answers]
+        if len(renderings) == 1:
+            return [ValueError(answers)]
+        # One of them has ended the process: each for itself.
+        return [found for rendering in renderings for found in self.render_all([rendering])]
 
     def _ask(self, request: bytes) -> Any:
+        """Return the answers to a request, or why they have ended the process."""
         # A fork has the same pipes as its parent, which would get each other's answers.
         if self._process is None or self._owner != os.getpid():
             self._process, self._owner = self._start(), os.getpid()
@@ -76,7 +88,7 @@ class TemplateProcess:
             return json.loads(answer)
         self._process = None
         _end(os.getpid(), process)
-        return ["error", self._death(process.returncode)]
+        return self._death(process.returncode)
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -98,6 +110,15 @@ class TemplateProcess:
         if exit_code == -signal.SIGALRM:
             return f"it was not rendered within {ELAPSED_S} s; try again"
         return f"it ended its process (exit code {exit_code})"
+
+
+def _result(answer: Any) -> list[str] | ValueError:
+    match answer:
+        case ["texts", [*texts]]:
+            return texts
+        case [_, reason]:
+            return ValueError(reason)
+    raise AssertionError(answer)
 
 
 def _environment() -> dict[str, str]:
@@ -139,18 +160,32 @@ class _Templates:
         self._sources, self._cpu_s = sources, cpu_s
         self._environment = Environment()
 
-    def answer(self, line: bytes) -> Sequence[str]:
-        """Return ["text", TEXT] or ["error", REASON]."""
+    def answer(self, line: bytes) -> Sequence[Any]:
+        """Return ["texts", TEXTS] or ["error", REASON] for each rendering of a request."""
+        return [self._render(Rendering(*rendering)) for rendering in json.loads(line)]
+
+    def _render(self, rendering: Rendering) -> Sequence[Any]:
         try:
-            name, variables, now = json.loads(line)
-            self._environment.now = None if now is None else datetime.fromisoformat(now)
+            self._environment.now = None if rendering.now is None else datetime.fromisoformat(rendering.now)
             with _limited(self._cpu_s):
-                return ["text", "".join(self._pieces(name, variables))]
+                return ["texts", [self._text(rendering, cut) for cut in rendering.cuts or (None,)]]
         except MemoryError:
             return ["error", f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"]
         except Exception as error:
             # What failed is code of strangers: whatever it raised is the reason.
             return ["error", " ".join(str(error).split()) or type(error).__name__]
+
+    def _text(self, rendering: Rendering, cut: Cut | None) -> str:
+        variables = rendering.variables
+        self._environment.marks = False
+        if cut is not None:
+            messages, begin, self._environment.marks = Cut(*cut)
+            variables = {
+                **variables,
+                "messages": variables["messages"][:messages],
+                "add_generation_prompt": begin,
+            }
+        return "".join(self._pieces(rendering.name, variables))
 
     def _pieces(self, name: str, variables: Mapping[str, Any]) -> Iterator[str]:
         length = 0

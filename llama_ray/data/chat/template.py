@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from llama_ray.data.chat.process import TemplateProcess
+from llama_ray.data.chat.rendering import Cut, Rendering
 
 Message = Mapping[str, Any]
 """`role` and `content`, and whatever else the template reads."""
@@ -22,6 +24,7 @@ _PLAIN = (
 # As transformers does it, so that templates which look at the end of a message give the same text.
 _END_OF_PREFIX = "CONTINUE_FINAL_MESSAGE_TAG "
 _PROBE = "probe"
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,7 @@ class ChatTemplate:
         Messages of the role `developer` are those of `system` for a template that does not know it. Raises ValueError
         for messages that the template refuses, or that there is no template for.
         """
-        if not prompt.messages:
-            raise ValueError("messages is an empty list; give at least one message")
-        # null means the same as a field that is missing, which templates know.
-        messages = [{k: v for k, v in message.items() if v is not None} for message in prompt.messages]
-        source = self._source(prompt.template)
-        for message in messages:
-            if message.get("role") == "developer" and "developer" not in source:
-                message["role"] = "system"
+        messages = self._messages(prompt)
         if not prompt.continue_final_message:
             return self._render(prompt, messages)
         if prompt.add_generation_prompt:
@@ -91,6 +87,24 @@ class ChatTemplate:
                 "continue_final_message and add_generation_prompt are both true; set one of them to false"
             )
         return self._render_prefix(prompt, messages)
+
+    def render_cuts(
+        self, prompts: Sequence[ChatPrompt], cuts: Sequence[Sequence[Cut]]
+    ) -> list[list[str] | ValueError]:
+        """Return the texts of each conversation at its `cuts`, or why it has none, as `render` raises it.
+
+        All of them cost one exchange with the process of the templates.
+        """
+        renderings = [
+            Rendering(prompt.template, self._variables(prompt, self._messages(prompt)), prompt.now, of)
+            for prompt, of in zip(prompts, cuts, strict=True)
+        ]
+        found = self._process.render_all(renderings)
+        return [_refusal(each) if isinstance(each, ValueError) else each for each in found]
+
+    def marks_answers(self, name: str = DEFAULT) -> bool:
+        """Return whether the template says itself, by `{% generation %}`, what the model writes."""
+        return _GENERATION.search(self._source(name)) is not None
 
     def end_of_turn(self) -> str:
         """Return what the template writes after an answer; "" if it cannot tell."""
@@ -108,8 +122,20 @@ class ChatTemplate:
             )
         return self.templates[name]
 
-    def _render(self, prompt: ChatPrompt, messages: Sequence[Message]) -> str:
-        variables = {
+    def _messages(self, prompt: ChatPrompt) -> list[dict[str, Any]]:
+        """Return the messages as the template knows them."""
+        if not prompt.messages:
+            raise ValueError("messages is an empty list; give at least one message")
+        # null means the same as a field that is missing, which templates know.
+        messages = [{k: v for k, v in message.items() if v is not None} for message in prompt.messages]
+        source = self._source(prompt.template)
+        for message in messages:
+            if message.get("role") == "developer" and "developer" not in source:
+                message["role"] = "system"
+        return messages
+
+    def _variables(self, prompt: ChatPrompt, messages: Sequence[Message]) -> dict[str, Any]:
+        return {
             "tools": None,
             "documents": None,
             **self.special_tokens,
@@ -117,13 +143,13 @@ class ChatTemplate:
             "messages": messages,
             "add_generation_prompt": prompt.add_generation_prompt,
         }
+
+    def _render(self, prompt: ChatPrompt, messages: Sequence[Message]) -> str:
         now = None if prompt.now is None else datetime.fromisoformat(prompt.now)
         try:
-            return self._process.render(prompt.template, variables, now)
+            return self._process.render(prompt.template, self._variables(prompt, messages), now)
         except ValueError as error:
-            raise ValueError(
-                f"messages cannot be rendered with the model's chat template: {error}"
-            ) from error
+            raise _refusal(error) from error
 
     def _render_prefix(self, prompt: ChatPrompt, messages: list[dict[str, Any]]) -> str:
         """Return the text up to the end of the last message's content."""
@@ -142,3 +168,7 @@ class ChatTemplate:
         kept = text.startswith(_END_OF_PREFIX, end)
         # A template that trims the mark would have trimmed the message.
         return text[:end] if kept else text[:end].rstrip()
+
+
+def _refusal(error: ValueError) -> ValueError:
+    return ValueError(f"messages cannot be rendered with the model's chat template: {error}")

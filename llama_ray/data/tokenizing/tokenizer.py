@@ -160,7 +160,7 @@ class Tokenizer:
 
         Raises ValueError for messages that the template refuses.
         """
-        return self._chat_encoder.render(self.chat_template or self._transcript, prompt)
+        return self.chat_encoder.render(self.chat_template or self._transcript, prompt)
 
     def encode_chat(self, text: ChatText) -> list[int]:
         """Return the token ids of a conversation: special tokens where its template wrote them.
@@ -169,7 +169,7 @@ class Tokenizer:
         special token in a message is characters. Raises TokenizerError for a lone surrogate.
         """
         check_characters(text.text)
-        return self._chat_encoder.encode(text)
+        return self.chat_encoder.encode(text)
 
     def end_of_turn_ids(self) -> frozenset[int]:
         """Return the special tokens that end an answer: what the chat template writes there, and well-known names."""
@@ -199,6 +199,12 @@ class Tokenizer:
             single=[bos, "$A", eos] if ends else [bos, "$A"], special_tokens=[(bos, bos_id), (eos, eos_id)]
         )
         return Tokenizer(backend, self._config)
+
+    def with_chat_template(self, text: str) -> Tokenizer:
+        """Return the tokenizer with this chat template in place of its own ones."""
+        return Tokenizer(
+            tokenizers.Tokenizer.from_str(self.to_json()), self._config | {"chat_template": text}
+        )
 
     def border_ids(self) -> tuple[int, int]:
         """Return bos and eos, between which a document stands. Raises TokenizerError for a tokenizer without them."""
@@ -232,7 +238,8 @@ class Tokenizer:
         return max((id for id in ids if id not in added), default=-1) + 1
 
     @cached_property
-    def _chat_encoder(self) -> ChatEncoder:
+    def chat_encoder(self) -> ChatEncoder:
+        """What renders and encodes conversations."""
         # Made for the first conversation: it has read the vocabulary again.
         return ChatEncoder(self.to_json())
 

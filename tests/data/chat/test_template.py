@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from llama_ray.data.chat.process import TemplateProcess
@@ -19,19 +18,10 @@ from llama_ray.data.chat.template import ChatPrompt, ChatTemplate
 from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.pretrained import load_pretrained, save_pretrained
-from tests.data.chat_templates import CHATML, LLAMA_3_1, MISTRAL, TEMPLATES
+from tests.data.chat_templates import CHATML, LLAMA_3_1, MISTRAL, TEMPLATES, tokenizer_with
 from tests.data.helpers import KINDS
 from tests.small_models import random_model, small_config
 
-SPECIAL = [
-    "<s>",
-    "</s>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-]
 QUESTION = [{"role": "user", "content": "  Who are you, é? "}]
 CONVERSATIONS: Mapping[str, list[dict[str, Any]]] = {
     "question": QUESTION,
@@ -42,21 +32,6 @@ CONVERSATIONS: Mapping[str, list[dict[str, Any]]] = {
         {"role": "user", "content": "a\n\nb"},
     ],
 }
-
-
-def tokenizer_with(
-    directory: Path, template: Any, kind: str = "byte_level", normalized: bool = False, **config: Any
-) -> Tokenizer:
-    """Save a tokenizer with special tokens and a chat template, and load it."""
-    backend = tokenizers.Tokenizer.from_str(KINDS[kind].to_json())
-    backend.add_tokens([AddedToken(name, special=True, normalized=normalized) for name in SPECIAL])
-    directory.mkdir(exist_ok=True)
-    backend.save(str(directory / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template, **config}
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config})
-    )
-    return Tokenizer.load(directory)
 
 
 def rendered(template: str, *messages: Mapping[str, Any], **options: Any) -> str:

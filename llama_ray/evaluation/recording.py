@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from llama_ray.evaluation.comparison import Comparison
+from llama_ray.evaluation.figures import comparison_figure
 from llama_ray.evaluation.results import Evaluation, EvaluationError
 from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking.measurements import (
@@ -65,6 +67,13 @@ def record(
     return run
 
 
+def record_comparison(run: Run, comparison: Comparison) -> None:
+    """Store the table and the picture of `comparison` as artifacts of `run`. Raises TrackingError."""
+    log_table(run, comparison.columns(), "comparison_scores.json")
+    run.log_text(comparison.markdown(), "comparison.md")
+    run.log_figure(comparison_figure(comparison), "comparison.png")
+
+
 def recorded(version: Version, settings_fingerprint: str, uri: str | None = None) -> Evaluation | None:
     """Return the last evaluation of `version` if it was made with these settings and can still be read, else None."""
     if version.tags.get(f"{_GROUP}.fingerprint") != settings_fingerprint:
@@ -87,7 +96,7 @@ def describe(evaluation: Evaluation) -> str:
     lines = [
         f"Scores of `{evaluation.model}`.",
         "",
-        "| task | metric | score | ± | samples |",
+        "| task | metric | score | standard error | samples |",
         "|---|---|---|---|---|",
     ]
     lines += [

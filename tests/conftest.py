@@ -35,6 +35,7 @@ import pytest
 import torch
 
 from tests.mlflow_server import MlflowServer
+from tests.smollm2 import smollm2 as smollm2
 from tests.warm_workers import forked_workers
 
 CLUSTERS = {"ray_cluster", "nodes"}

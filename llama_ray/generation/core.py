@@ -240,7 +240,7 @@ class Core:
         pool, digests = self._scheduler.pool, sequence.digests
         size = pool.block_size
         while (end := (len(digests) + 1) * size) <= computed:
-            parent = digests[-1] if digests else b""
+            parent = digests[-1] if digests else sequence.cache_seed
             digests.append(
                 pool.publish(sequence.blocks[len(digests)], parent, sequence.tokens[end - size : end])
             )

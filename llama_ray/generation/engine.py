@@ -6,14 +6,16 @@ import itertools
 import random
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.generation.adapters.store import Adapters, Base, LoadedAdapter
 from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.backends.prepare import as_backend
 from llama_ray.generation.backends.runner import RunnerError
@@ -36,6 +38,7 @@ from llama_ray.generation.speculation.proposer import Proposer
 from llama_ray.generation.stats import EngineStats
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
+from llama_ray.utils.errors import printable
 from llama_ray.utils.panics import panics_as_errors
 
 
@@ -45,9 +48,10 @@ class Engine:
     Sequences join and leave the batch at every step. `options`, or their fields as keywords (`max_num_seqs=8`), are
     `RunOptions`. `proposer` drafts tokens, which changes no output. Requests without a seed draw theirs from `seed` in
     order of arrival; with None each process draws others. `eos_ids` end a completion beside the tokenizer's own
-    end-of-text token. `sharded` is given if `model` is rank 0's shard of a model on several ranks; the processes of the
-    other ranks end with `close`, with a `with` block, and when the engine is garbage-collected. Raises ValueError for
-    options and ids that do not fit the model or the free memory.
+    end-of-text token. `files` are those of the model, which adapters are held against. `sharded` is given if `model` is
+    rank 0's shard of a model on several ranks; the processes of the other ranks end with `close`, with a `with` block,
+    and when the engine is garbage-collected. Raises ValueError for options and ids that do not fit the model or the
+    free memory.
 
     `submit` and `abort` may be called from any thread; `step` and `generate` from one thread at a time.
     """
@@ -61,6 +65,7 @@ class Engine:
         proposer: Proposer | None = None,
         seed: int | None = 0,
         eos_ids: Collection[int] = (),
+        files: Path | None = None,
         sharded: ShardedModel | None = None,
         **fields: Any,
     ) -> None:
@@ -80,6 +85,12 @@ class Engine:
             BlockPool(caches.num_blocks, backend.block_size, caching=options.enable_prefix_caching),
             options.max_num_seqs,
             options.batch_tokens(backend.device),
+            options.max_loras,
+        )
+        self._adapters = Adapters(
+            Base(self.config, tokenizer, self.eos_ids, files),
+            partial(backend.adapter_kernels, options.max_loras),
+            options.max_lora_rank,
         )
         # Held over the scheduler and the counters, never during a forward pass.
         self._lock = threading.Lock()
@@ -110,26 +121,32 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         seed: int | None = 0,
+        adapters: Mapping[str, str | Path] | None = None,
         **fields: Any,
     ) -> Self:
         """Return an engine for `ref`: a directory, `models:/name/version` or `models:/name@alias`.
 
         `dtype` None keeps the stored one; `device` None takes CUDA if there is a GPU. `options`, or their fields as
-        keywords (`quantization="int8"`), are `EngineOptions`; for `seed` see `Engine`. Raises ValueError for a
-        checkpoint that cannot be read or divided, and for options that do not fit.
+        keywords (`quantization="int8"`), are `EngineOptions`; for `seed` see `Engine`. `adapters` are references by
+        name, for `add_adapter`. Raises ValueError for a checkpoint that cannot be read or divided, and for options that
+        do not fit.
         """
         options = replace(options or EngineOptions(), **fields)
         loaded = load(ref, dtype, device, options)
         try:
-            return cls(
+            engine = cls(
                 loaded.backend,
                 loaded.tokenizer,
                 options,
                 proposer=loaded.proposer,
                 seed=seed,
                 eos_ids=loaded.eos_ids,
+                files=loaded.files,
                 sharded=loaded.sharded,
             )
+            for name, adapter in (adapters or {}).items():
+                engine.add_adapter(name, adapter)
+            return engine
         except BaseException:
             if loaded.sharded is not None:
                 loaded.sharded.close()
@@ -147,24 +164,50 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def add_adapter(self, name: str, ref: str | Path) -> LoadedAdapter:
+        """Read an adapter, which requests then can name; may be called from any thread, while steps go on.
+
+        `ref` is a directory in PEFT's layout, or any other reference to one that `pretrained.resolve` knows. The
+        adapter is kept in host memory. If it comes with a tokenizer, which must have the ids of the model's, its chat
+        template is that of requests with the adapter. Raises ValueError for a name that is taken, an adapter that
+        cannot be read, was trained on other weights, or has a rank above `max_lora_rank`, and with tensor parallelism.
+        """
+        if self._sharded is not None:
+            raise ValueError(
+                f"adapter {printable(name)}: adapters need tensor_parallel 1; set it, or merge the adapter into its "
+                "base model and load the result"
+            )
+        return self._adapters.add(name, ref)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that have it go on with it. Raises ValueError for an unknown name."""
+        self._adapters.remove(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that requests can have."""
+        return self._adapters.names
+
     def generate(
         self,
         prompts: str | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str | None] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
         """Complete every prompt (text or token ids); return `n` completions for each, in the order of the prompts.
 
-        `sampling_params` are one for all prompts, or one for each. `progress` shows a bar on stderr. All prompts are
-        checked before any is run. Raises ValueError for a bad prompt or while other requests are in progress (their
-        deltas would be lost), and GenerationError if the model's numbers overflow or the engine has ended.
+        `sampling_params` and `adapter`, a name of `add_adapter`, are one for all prompts, or one for each. `progress`
+        shows a bar on stderr. All prompts are checked before any is run. Raises ValueError for a bad prompt or while
+        other requests are in progress (their deltas would be lost), and GenerationError if the model's numbers overflow
+        or the engine has ended.
         """
         if self.has_work:
             raise ValueError(
                 "the engine has other requests in progress; wait for them, or use submit and step"
             )
-        requests = self._requests_for(prompts, sampling_params)
+        requests = self._requests_for(prompts, sampling_params, adapter)
         request_ids: list[int] = []
         deltas: defaultdict[tuple[int, int], list[Delta]] = defaultdict(list)
         try:
@@ -192,45 +235,82 @@ class Engine:
         self,
         prompts: str | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | Sequence[str | None] | None,
     ) -> list[Request]:
         """Return the checked request for each prompt."""
-        encoded = [self.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(encoded)
-        if len(sampling_params) != len(encoded):
-            raise ValueError(
-                f"sampling_params has {len(sampling_params)} entries and prompts {len(encoded)}; give one for each "
-                "prompt, or one SamplingParams for all"
-            )
-        return [self.prepare(ids, params) for ids, params in zip(encoded, sampling_params, strict=True)]
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else adapter
+        for name, given, kind in (
+            ("sampling_params", sampling_params, "SamplingParams"),
+            ("adapter", adapters, "name"),
+        ):
+            if len(given) != len(prompts):
+                raise ValueError(
+                    f"{name} has {len(given)} entries and prompts {len(prompts)}; give one for each prompt, or one "
+                    f"{kind} for all"
+                )
+        encoded = [self.encode(prompt, adapter=name) for prompt, name in zip(prompts, adapters, strict=True)]
+        return [
+            self.prepare(ids, params, adapter=name)
+            for ids, params, name in zip(encoded, sampling_params, adapters, strict=True)
+        ]
+
+    def _adapter(self, adapter: str | LoadedAdapter | None) -> LoadedAdapter | None:
+        return self._adapters.find(adapter) if isinstance(adapter, str) else adapter
 
     @panics_as_errors()
     def encode(
-        self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = False
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str | LoadedAdapter | None = None,
+        add_special_tokens: bool = True,
+        parse_special: bool = False,
     ) -> list[int]:
         """Return a prompt's token ids: text is encoded as `Tokenizer.encode_prompt` does it, ids stay as they are.
 
-        Raises ValueError for text without a tokenizer, and for a prompt that is neither text nor ids.
+        A conversation is rendered by the chat template of `adapter`, if that has one. Raises ValueError for text
+        without a tokenizer, for a prompt that is neither text nor ids, and for an unknown adapter.
         """
-        return self._maker.encode(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special)
+        return self._maker.encode(
+            prompt,
+            self._adapter(adapter),
+            add_special_tokens=add_special_tokens,
+            parse_special=parse_special,
+        )
 
-    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | LoadedAdapter | None = None,
+    ) -> int:
         """Queue a request; return its id, which its deltas carry. Raises ValueError if it cannot be served."""
-        return self.add(self.prepare(prompt, sampling_params))
+        return self.add(self.prepare(prompt, sampling_params, adapter=adapter))
 
     @panics_as_errors()
     def prepare(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, done: Done | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        done: Done | None = None,
+        *,
+        adapter: str | LoadedAdapter | None = None,
     ) -> Request:
         """Return a request that has been checked, for `add`.
 
-        `done` makes it the rest of a request that another engine, of the same model, has begun: for each candidate the
-        tokens that were reported, or None if it is complete; a candidate that is not named begins now. The deltas go
-        on exactly where those of the other engine ended. Takes no lock: text is encoded and a grammar compiled while
-        steps and other submissions go on. Raises ValueError if it cannot be served, and GenerationError if it has a
-        grammar and the engine is closed.
+        `adapter` is what `add_adapter` returned, or its name. `done` makes it the rest of a request that another
+        engine, of the same model, has begun: for each candidate the tokens that were reported, or None if it is
+        complete; a candidate that is not named begins now. The deltas go on exactly where those of the other engine
+        ended. Takes no lock: text is encoded and a grammar compiled while steps and other submissions go on. Raises
+        ValueError if it cannot be served, and GenerationError if it has a grammar and the engine is closed.
         """
-        return self._maker.make(prompt, sampling_params or SamplingParams(), done or {})
+        return self._maker.make(
+            prompt, sampling_params or SamplingParams(), done or {}, self._adapter(adapter)
+        )
 
     def add(self, request: Request) -> int:
         """Queue a request that this engine has prepared; return its id. Never waits for long."""
@@ -249,7 +329,7 @@ class Engine:
 
     @panics_as_errors()
     @torch.inference_mode()
-    def embed(self, prompt: Prompt) -> list[float]:
+    def embed(self, prompt: Prompt, *, adapter: str | LoadedAdapter | None = None) -> list[float]:
         """Return the mean of the hidden states after the last norm over a prompt, as `hidden_size` floats.
 
         Takes one forward pass over the whole prompt, without the cache; like `step`, from one thread at a time. Raises
@@ -257,10 +337,11 @@ class Engine:
         """
         if self._sharded is not None:
             raise ValueError("embeddings need tensor_parallel 1, because other ranks only take part in steps")
-        ids = self.prepare(prompt, SamplingParams(max_tokens=1)).sequences[0].prompt
-        model = self._backend.model
-        tokens = torch.tensor([ids], device=self._backend.device)
-        mean: list[float] = model.hidden(tokens)[0].float().mean(dim=0).tolist()
+        sequence = self.prepare(prompt, SamplingParams(max_tokens=1), adapter=adapter).sequences[0]
+        backend, ids = self._backend, sequence.prompt
+        tokens = torch.tensor([ids], device=backend.device)
+        with backend.adapters.rows([(sequence.adapter, len(ids))]):
+            mean: list[float] = backend.model.hidden(tokens)[0].float().mean(dim=0).tolist()
         return mean
 
     def abort(self, request_id: int) -> None:

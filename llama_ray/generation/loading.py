@@ -16,8 +16,7 @@ from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer
-from llama_ray.model.stored_config import load_config
-from llama_ray.pretrained import load_pretrained, resolve
+from llama_ray.pretrained import load_pretrained, load_shape, resolve
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Loaded:
     tokenizer: Tokenizer | None
     proposer: Proposer | None
     eos_ids: list[int]
+    files: Path
     sharded: ShardedModel | None
 
 
@@ -37,15 +37,15 @@ def load(
     """See `Engine.from_pretrained`."""
     directory = resolve(ref)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    eos_ids = stored_eos_ids(directory, load_config(directory).vocab_size)
+    eos_ids = stored_eos_ids(directory, load_shape(directory).vocab_size)
     proposer = _load_proposer(options, dtype, device)
     quantization, batch_invariant = options.quantization, options.batch_invariant
     if options.tensor_parallel == 1:
         model, tokenizer = load_pretrained(directory, dtype=dtype, device=device)
         backend = prepare(model, quantization, batch_invariant=batch_invariant)
-        return Loaded(backend, tokenizer, proposer, eos_ids, None)
+        return Loaded(backend, tokenizer, proposer, eos_ids, directory, None)
     sharded = ShardedModel(directory, dtype, device, quantization, batch_invariant, options.tensor_parallel)
-    return Loaded(sharded.backend, sharded.tokenizer, proposer, eos_ids, sharded)
+    return Loaded(sharded.backend, sharded.tokenizer, proposer, eos_ids, directory, sharded)
 
 
 def _load_proposer(

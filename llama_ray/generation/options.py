@@ -27,6 +27,8 @@ class RunOptions:
             takes what is free of 90% of a GPU's memory, and on a CPU up to 4 GiB or half of what is free.
         enable_prefix_caching: Reuse the keys and values of prompts that begin with the same tokens.
         num_draft_tokens: Draft tokens of a sequence in one step, if there is a draft model or prompt lookup.
+        max_loras: Adapters of the sequences that run at once; requests for further ones wait.
+        max_lora_rank: The largest rank of an adapter.
     """
 
     max_num_seqs: int = field(default=64, metadata=limits(1))
@@ -35,6 +37,8 @@ class RunOptions:
     kv_cache_memory_bytes: int | None = field(default=None, metadata=limits(1, 2**63 - 1))
     enable_prefix_caching: bool = True
     num_draft_tokens: int = field(default=4, metadata=limits(1))
+    max_loras: int = field(default=8, metadata=limits(1))
+    max_lora_rank: int = field(default=64, metadata=limits(1))
 
     def __post_init__(self) -> None:
         check_fields(self)

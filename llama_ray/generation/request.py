@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from llama_ray.data.chat.encoding import ChatText
 from llama_ray.data.chat.template import ChatPrompt
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.generation.adapters.store import LoadedAdapter
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.constraints.grammar import Constraint
 from llama_ray.generation.constraints.grammars import Grammars
@@ -42,16 +43,22 @@ class RequestMaker:
         self._tokenizer, self._limits, self._grammars, self._eos_ids = tokenizer, limits, grammars, eos_ids
 
     def encode(
-        self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = False
+        self,
+        prompt: Prompt,
+        adapter: LoadedAdapter | None = None,
+        *,
+        add_special_tokens: bool = True,
+        parse_special: bool = False,
     ) -> list[int]:
         """See `Engine.encode`."""
         if isinstance(prompt, (str, ChatPrompt, ChatText)):
-            if self._tokenizer is None:
+            tokenizer = adapter.tokenizer if adapter else self._tokenizer
+            if tokenizer is None:
                 raise ValueError(
                     "this model has no tokenizer to encode text with; give the prompt as token ids"
                 )
             return self._encode_text(
-                self._tokenizer, prompt, add_special_tokens=add_special_tokens, parse_special=parse_special
+                tokenizer, prompt, add_special_tokens=add_special_tokens, parse_special=parse_special
             )
         try:
             return [operator.index(token) for token in prompt]
@@ -70,9 +77,11 @@ class RequestMaker:
             return tokenizer.encode_chat(prompt)
         return tokenizer.encode_prompt(prompt, **options)
 
-    def make(self, prompt: Prompt, params: SamplingParams, done: Done) -> Request:
+    def make(
+        self, prompt: Prompt, params: SamplingParams, done: Done, adapter: LoadedAdapter | None = None
+    ) -> Request:
         """See `Engine.prepare`."""
-        ids = self.encode(prompt)
+        ids = self.encode(prompt, adapter)
         self._limits.check(ids, params)
         self._limits.check_done(done, params)
         indices = [index for index in range(params.n) if done.get(index, ()) is not None]
@@ -83,7 +92,7 @@ class RequestMaker:
             output = done.get(index) or ()
             # Candidates that begin now share the prompt of the first of them; others have more than it to compute.
             of = None if output else leader
-            sequence = self._sequence(index, ids, params, constraint, of, bad_words)
+            sequence = self._sequence(index, ids, params, constraint, of, bad_words, adapter)
             if output:
                 sequence.resume(output)
             elif leader is None:
@@ -112,10 +121,12 @@ class RequestMaker:
         constraint: Constraint | None,
         leader: SequenceState | None,
         bad_words: BadWords | None,
+        adapter: LoadedAdapter | None,
     ) -> SequenceState:
         # What a grammar allows is the text itself: none of it is dropped at the start.
         at_start = constraint is None
         stream = self._tokenizer.stream(prompt, at_start) if self._tokenizer else None
         include = params.include_stop_str_in_output
         text = TextOutput(stream, params.stop_strings, params.min_tokens, include_stop=include)
-        return SequenceState(index, prompt, params, text, self._eos_ids, constraint, leader, bad_words)
+        eos_ids, weights = (adapter.eos_ids, adapter.adapter) if adapter else (self._eos_ids, None)
+        return SequenceState(index, prompt, params, text, eos_ids, constraint, leader, bad_words, weights)

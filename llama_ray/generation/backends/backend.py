@@ -7,6 +7,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from llama_ray.generation.adapters.active import ActiveAdapters, AdapterKernels
+from llama_ray.generation.adapters.plain import PLAIN_PRODUCTS, AdaptedProduct, TorchKernels
 from llama_ray.generation.backends.kv_cache import KVCache, TorchCache
 from llama_ray.generation.backends.runner import Runner
 from llama_ray.generation.sampling.draw import TORCH_OPS, SamplerOps
@@ -39,8 +41,10 @@ class Backend:
         *,
         sampler_ops: SamplerOps = TORCH_OPS,
         block_size: int = BLOCK_SIZE,
+        adapters: ActiveAdapters | None = None,
     ) -> None:
         self.model, self.block_size = model, block_size
+        self.adapters = adapters or ActiveAdapters()
         self.cache_config = cache_config or model.config
         self.sampler_ops = sampler_ops
         self.device, self.dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
@@ -61,11 +65,26 @@ class Backend:
 
     def make_runner(self, num_blocks: int, max_num_seqs: int, max_seq_len: int) -> Runner:
         """Return a runner with an empty cache, for up to `max_num_seqs` sequences of up to `max_seq_len` tokens."""
-        return Runner(self.model, self.make_cache(num_blocks))
+        return Runner(self.model, self.make_cache(num_blocks), self.adapters)
 
     def make_sampler(self) -> Sampler:
         """Return a sampler for the model's logits."""
         return Sampler(self.sampler_ops)
+
+    def adapter_kernels(self, max_loras: int) -> AdapterKernels:
+        """Return how adapters are computed, at most `max_loras` in a step; from then on the products add them."""
+        if self.adapters.kernels is None:
+            self.adapters.kernels = self.allow_adapters(max_loras)
+        return self.adapters.kernels
+
+    def allow_adapters(self, max_loras: int) -> AdapterKernels:
+        """Have the products add adapters; see `adapter_kernels`."""
+        for layer, block in enumerate(self._blocks()):
+            for parent in (block.self_attn, block.mlp):
+                for name in PLAIN_PRODUCTS:
+                    if isinstance(product := getattr(parent, name, None), nn.Module):
+                        parent.register_module(name, AdaptedProduct(product, self.adapters, layer, name))
+        return TorchKernels(self.model.config, PLAIN_PRODUCTS, self.dtype, self.device, max_loras)
 
     def join_ranks(self, sum_parts: PostProduct, gather_logits: PostProduct) -> None:
         """Complete the products of one rank's share of a model, in place; call this once.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama_ray.generation.adapters.active import ActiveAdapters
 from llama_ray.generation.backends.batch import StepBatch
 from llama_ray.generation.backends.kv_cache import KVCache
 from llama_ray.generation.scheduling.sequence import SequenceState
@@ -47,10 +48,10 @@ class StepLogits:
 
 
 class Runner:
-    """Runs a model on a cache of keys and values."""
+    """Runs a model on a cache of keys and values, with the adapters of sequences that have one."""
 
-    def __init__(self, model: Llama, cache: KVCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: Llama, cache: KVCache, adapters: ActiveAdapters | None = None) -> None:
+        self.model, self.cache, self.adapters = model, cache, adapters or ActiveAdapters()
         self.device = model.embed_tokens.weight.device
 
     @torch.inference_mode()
@@ -60,7 +61,11 @@ class Runner:
             self.cache.copy_block(source, target)
         spans = [_span(chunk) for chunk in plan.chunks]
         rows, reported = _reported(plan.chunks)
-        logits = self.forward(self.batch(spans, rows))
+        adapters = [
+            (chunk.sequence.adapter, len(span.tokens)) for chunk, span in zip(plan.chunks, spans, strict=True)
+        ]
+        with self.adapters.rows(adapters):
+            logits = self.forward(self.batch(spans, rows))
         split = len(logits) - len(reported)
         return StepLogits(logits[:split], logits[split:], reported)
 

@@ -86,7 +86,8 @@ class BlockPool:
     def publish(self, block: int, parent: bytes, tokens: Sequence[int]) -> bytes:
         """Cache a full block under its content; return its digest, the `parent` of the next block.
 
-        `parent` is b"" for a sequence's first block. Content that another block holds already is not cached twice.
+        `parent` is the seed of `match` for a sequence's first block. Content that another block holds already is not
+        cached twice.
         """
         digest = _digest(parent, tokens)
         if self._caching and digest not in self._by_digest and self._digest[block] is None:
@@ -94,17 +95,18 @@ class BlockPool:
             self._tokens[block] = tuple(tokens)
         return digest
 
-    def match(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
+    def match(self, tokens: Sequence[int], seed: bytes = b"") -> tuple[list[int], list[bytes]]:
         """Return the cached blocks that hold a prefix of `tokens`, and their digests.
 
-        At least one token is left to compute. Tokens are compared as well as digests, so collisions do no harm. The
-        blocks have no new user until `share` is called.
+        `seed` is what keys and values depend on beside tokens: the digest of an adapter, b"" for none. At least one
+        token is left to compute. Tokens are compared as well as digests, so collisions do no harm. The blocks have no
+        new user until `share` is called.
         """
         blocks: list[int] = []
         digests: list[bytes] = []
         if not self._by_digest:
             return blocks, digests
-        parent, size = b"", self.block_size
+        parent, size = seed, self.block_size
         for start in range(0, len(tokens) - size, size):
             part = tokens[start : start + size]
             parent = _digest(parent, part)

@@ -21,11 +21,16 @@ class Scheduler:
     in chunks, so that a long prompt delays no stream by more than a step (Agrawal et al. 2024, arXiv:2403.02310).
     While other sequences wait, a prompt gets at most half of what is left, so that short prompts pass a long one.
     A prompt starts when blocks for all of its tokens are free. When no block is left for a sequence that generates,
-    the sequence that arrived last is preempted: it gives up its blocks, waits again, and is recomputed later.
+    the sequence that arrived last is preempted: it gives up its blocks, waits again, and is recomputed later. Sequences
+    that run have at most `max_loras` different adapters; one that would add another waits until one is no longer in
+    use, and of those that arrived later only sequences without an adapter pass it.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_loras: int = 1
+    ) -> None:
         self.pool, self.max_num_seqs, self.max_num_batched_tokens = pool, max_num_seqs, max_num_batched_tokens
+        self.max_loras = max_loras
         # The limits in force: `shrink` lowers them below the configured ones.
         self.current_max_num_seqs, self.current_max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._steps_since_shrink = 0
@@ -154,11 +159,11 @@ class Scheduler:
                 self._fork(chunk)
 
     def _try_admit(self) -> SequenceState | None:
-        """Start the first waiting sequence, if `max_num_seqs` allows it and blocks for all of its tokens are free."""
-        if not self.waiting or len(self.running) >= self.current_max_num_seqs:
+        """Start a waiting sequence, if `max_num_seqs` allows it and blocks for all of its tokens are free."""
+        sequence = self._next_waiting()
+        if sequence is None or len(self.running) >= self.current_max_num_seqs:
             return None
-        sequence = next(iter(self.waiting.values()))
-        blocks, digests = self.pool.match(sequence.reusable)
+        blocks, digests = self.pool.match(sequence.reusable, sequence.cache_seed)
         self.pool.share(blocks)
         # One block more than it needs now, or its first new token might already preempt a sequence.
         needed = ceil_div(len(sequence.tokens), self.pool.block_size) - len(blocks) + bool(self.running)
@@ -170,6 +175,16 @@ class Scheduler:
         sequence.computed = sequence.reused = len(blocks) * self.pool.block_size
         self._start(sequence)
         return sequence
+
+    def _next_waiting(self) -> SequenceState | None:
+        """Return the first waiting sequence that `max_loras` allows to start."""
+        first = next(iter(self.waiting.values()), None)
+        if first is None or first.adapter is None:
+            return first
+        used = {sequence.adapter for sequence in self.running if sequence.adapter is not None}
+        if first.adapter in used or len(used) < self.max_loras:
+            return first
+        return next((sequence for sequence in self.waiting.values() if sequence.adapter is None), None)
 
     def _start(self, sequence: SequenceState) -> None:
         sequence.running = True

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llama_ray.generation.adapters.active import Adapter
 from llama_ray.generation.constraints.grammar import Constraint, Ending
 from llama_ray.generation.sampling.bad_words import BadWords
 from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
@@ -96,6 +97,7 @@ class SequenceState:
         constraint: Constraint | None = None,
         leader: SequenceState | None = None,
         bad_words: BadWords | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.index = index
         self.request_id = self.seed = 0
@@ -121,7 +123,7 @@ class SequenceState:
             else frozenset([*(() if params.ignore_eos else eos_ids), *params.stop_token_ids])
         )
         self.counts = TokenCounts.of(params, prompt)
-        self.constraint, self.bad_words = constraint, bad_words
+        self.constraint, self.bad_words, self.adapter = constraint, bad_words, adapter
         self._text = text
         self._eos_ids: Collection[int] = () if params.ignore_eos else eos_ids
         self._ended: FinishReason | None = None
@@ -159,6 +161,11 @@ class SequenceState:
     def end(self) -> Delta:
         """Return the last delta of a candidate that has `ended`."""
         return self._delta("", [], None if self.params.logprobs is None else [], self._ended)
+
+    @property
+    def cache_seed(self) -> bytes:
+        """What its keys and values depend on beside its tokens: the parent of its first block's digest."""
+        return b"" if self.adapter is None else self.adapter.digest
 
     @property
     def remaining(self) -> int:

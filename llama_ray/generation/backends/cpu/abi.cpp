@@ -45,6 +45,21 @@ std::string describe() {
     FIELD(is_bf16);
   }
   {
+    using Described = AdapterPart;
+    layout.add("AdapterPart", sizeof(Described));
+    FIELD(b), FIELD(first_column), FIELD(rank), FIELD(first_output), FIELD(out_features), FIELD(scale);
+  }
+  {
+    using Described = AdapterProduct;
+    layout.add("AdapterProduct", sizeof(Described));
+    FIELD(a), FIELD(in_features), FIELD(columns), FIELD(parts), FIELD(num_parts);
+  }
+  {
+    using Described = AdapterStep;
+    layout.add("AdapterStep", sizeof(Described));
+    FIELD(rows), FIELD(segment_start), FIELD(adapters), FIELD(segments);
+  }
+  {
     using Described = DrawArguments;
     layout.add("DrawArguments", sizeof(Described));
     FIELD(width), FIELD(may_be_short), FIELD(temperature), FIELD(outside_top_k), FIELD(no_top_k), FIELD(top_p);

@@ -41,6 +41,32 @@ struct Block {
   int32_t is_bf16;
 };
 
+// One adapted matrix of a product, such as that of the queries: B [rank, outputs] in panels of 64 outputs.
+struct AdapterPart {
+  const void* b;                // [panels, rank, 64]
+  int64_t first_column;         // of the columns of A
+  int64_t rank;
+  int64_t first_output, out_features;
+  float scale;
+};
+
+// What an adapter adds to one product of a block; without parts, nothing.
+struct AdapterProduct {
+  const void* a;                // [in_features / values in a unit, columns] in units of 32 bits, the A of all parts
+  int64_t in_features;          // even for bfloat16
+  int64_t columns;              // a multiple of the lanes of a vector
+  const AdapterPart* parts;
+  int64_t num_parts;
+};
+
+// The adapters of a step: segment s has the rows from rows[segment_start[s]] up to rows[segment_start[s + 1]].
+struct AdapterStep {
+  const int64_t* rows;
+  const int64_t* segment_start;            // [segments + 1]
+  const AdapterProduct* const* adapters;   // [segments]: the products of all blocks, 4 each: qkv, o, gate_up, down
+  int64_t segments;
+};
+
 // The SamplingTensors of the rows to draw from; without a comment: [rows].
 struct DrawArguments {
   int64_t width;                 // candidates per row; 0: the whole vocabulary, without top-k and top-p
@@ -55,6 +81,16 @@ struct DrawArguments {
 
 // x [rows, in_features] -> y [rows, out_features].
 void linear(const Linear* layer, const void* x, int64_t rows, void* y, int threads);
+
+// The same for a gated layer without its activation: y [rows, 2 * out_features], gates before ups.
+void linear_apart(const Linear* layer, const void* x, int64_t rows, void* y, int threads);
+
+// gate_up [rows, 2 * size] -> y [rows, size]: silu(gate) * up, rounded as by a gated layer.
+void silu_product(int is_bf16, const void* gate_up, void* y, int64_t rows, int64_t size, int threads);
+
+// Adds to y [rows, width] what the adapters of a step add to a product of x, which is number `product` of all blocks.
+void add_adapters(const AdapterStep* step, int64_t product, int is_bf16, const void* x, void* y, int64_t width,
+                  int threads);
 
 // x and y [rows, size].
 void rms_norm(int is_bf16, const void* x, const void* weight, void* y, int64_t rows, int64_t size, float eps, int threads);
@@ -71,10 +107,10 @@ void paged_attention(const Cache* cache, const Step* step, void* keys, void* val
                      void* out, float scale, int threads);
 
 // All blocks of a model: x [rows, hidden_size] -> out, which must not overlap x. `keys` and `values` hold a pointer for
-// each layer; cos, sin and positions are as in rope.
+// each layer; cos, sin and positions are as in rope. `adapters` is null for a step without any.
 void blocks(const Block* const* all, int64_t count, const Cache* cache, const Step* step, void* const* keys,
             void* const* values, const void* x, void* out, int64_t rows, const float* cos, const float* sin,
-            int64_t positions, float scale, int threads);
+            int64_t positions, float scale, const AdapterStep* adapters, int threads);
 
 // logits [rows, size] -> the `width` <= size largest of each row: values and ids [rows, width].
 void top_candidates(const float* logits, int64_t rows, int64_t size, int64_t width, float* values, int64_t* ids,

@@ -66,6 +66,42 @@ class Block(ctypes.Structure):
     )
 
 
+class AdapterPart(ctypes.Structure):
+    """One adapted matrix of a product."""
+
+    _fields_ = (
+        ("b", c_void_p),
+        ("first_column", c_int64),
+        ("rank", c_int64),
+        ("first_output", c_int64),
+        ("out_features", c_int64),
+        ("scale", c_float),
+    )
+
+
+class AdapterProduct(ctypes.Structure):
+    """What an adapter adds to one product of a block."""
+
+    _fields_ = (
+        ("a", c_void_p),
+        ("in_features", c_int64),
+        ("columns", c_int64),
+        ("parts", c_void_p),
+        ("num_parts", c_int64),
+    )
+
+
+class AdapterStep(ctypes.Structure):
+    """The adapters of a step, and the rows of each."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("segment_start", c_void_p),
+        ("adapters", c_void_p),
+        ("segments", c_int64),
+    )
+
+
 class DrawArguments(ctypes.Structure):
     """The `SamplingTensors` of the rows to draw from."""
 
@@ -81,10 +117,16 @@ class DrawArguments(ctypes.Structure):
     )
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Cache, Step, Linear, Block, DrawArguments)
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(Cache, Step, Linear, Block),
+    *(AdapterPart, AdapterProduct, AdapterStep, DrawArguments),
+)
 
 _FUNCTIONS: dict[str, list[type]] = {
     "linear": [c_void_p, c_void_p, c_int64, c_void_p, c_int],
+    "linear_apart": [c_void_p, c_void_p, c_int64, c_void_p, c_int],
+    "silu_product": [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int],
+    "add_adapters": [c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int64, c_int],
     "rms_norm": [c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int],
     "rope": [c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int],
     "paged_attention": [
@@ -93,7 +135,7 @@ _FUNCTIONS: dict[str, list[type]] = {
     ],
     "blocks": [
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
-        *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_int),
+        *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_void_p, c_int),
     ],
     "top_candidates": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int],
     "draw": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Self
 
+from llama_ray.generation.adapters.active import ActiveAdapters
 from llama_ray.generation.backends.backend import Backend, PostProduct, append_post_product
+from llama_ray.generation.backends.cpu.adapters import CpuKernels
 from llama_ray.generation.backends.cpu.cache import CpuCache
 from llama_ray.generation.backends.cpu.linear import Format, PackedLinear
 from llama_ray.generation.backends.cpu.modules import PackedBlocks, accelerate
@@ -27,7 +29,13 @@ class CpuBackend(Backend):
         sampler_ops: SamplerOps,
     ) -> Self:
         """Pack the weights of `model` in place; see `accelerate`."""
-        return cls(accelerate(model, format), cache_config, sampler_ops=sampler_ops)
+        adapters = ActiveAdapters()
+        model = accelerate(model, format, adapters)
+        return cls(model, cache_config, sampler_ops=sampler_ops, adapters=adapters)
+
+    def allow_adapters(self, max_loras: int) -> CpuKernels:
+        """See `Backend`."""
+        return CpuKernels(self.model.config, self.dtype)
 
     @property
     def weight_bytes(self) -> int:

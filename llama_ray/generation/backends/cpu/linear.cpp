@@ -159,10 +159,21 @@ void store_gated(const Linear& l, int64_t panel, const float* sums, Y* y) {
   }
 }
 
+// Gates in the first half of a row of y, ups in the second.
+template <class Y>
+void store_apart(const Linear& l, int64_t panel, const float* sums, Y* y) {
+  const int64_t half = kPanel / 2, first = panel * half;
+  for (int c = 0; c < half && first + c < l.out_features; c += kLanes) {
+    const int64_t left = l.out_features - first - c;
+    store_f32(y + first + c, load<F32>(sums + c), left);
+    store_f32(y + l.out_features + first + c, load<F32>(sums + half + c), left);
+  }
+}
+
 // A work item is a tile: up to kMostRows rows times one panel. A thread's items are adjacent, so that all rows use a panel
 // while it is in the cache.
 template <class F, class X, class Y>
-void multiply(const Linear& l, const X* x, int64_t rows, Y* y, int threads) {
+void multiply(const Linear& l, const X* x, int64_t rows, Y* y, bool apart, int threads) {
   constexpr bool quantised = std::is_same_v<typename F::Row, Group>;
   const int64_t per_panel = l.is_gated ? kPanel / 2 : kPanel;
   const int64_t panels = (l.out_features + per_panel - 1) / per_panel, tiles = (rows + kMostRows - 1) / kMostRows;
@@ -190,8 +201,10 @@ void multiply(const Linear& l, const X* x, int64_t rows, Y* y, int threads) {
       alignas(64) Sums sums;
       F::tile(l, panel, row, int(count), sums);
       for (int64_t r = 0; r < count; ++r) {
-        Y* to = y + (first + r) * l.out_features;
-        if (l.is_gated)
+        Y* to = y + (first + r) * l.out_features * (apart ? 2 : 1);
+        if (apart)
+          store_apart(l, panel, sums[r], to);
+        else if (l.is_gated)
           store_gated(l, panel, sums[r], to);
         else
           store_columns(l, panel, sums[r], to);
@@ -201,22 +214,30 @@ void multiply(const Linear& l, const X* x, int64_t rows, Y* y, int threads) {
 }
 
 template <class W>
-void multiply_quantised(const Linear& l, const void* x, int64_t rows, void* y, int threads) {
+void multiply_quantised(const Linear& l, const void* x, int64_t rows, void* y, bool apart, int threads) {
   using F = Quantised<W>;
-  if (!l.x_is_bf16) return multiply<F>(l, (const float*)x, rows, (float*)y, threads);
-  if (!l.y_is_bf16) return multiply<F>(l, (const bf16*)x, rows, (float*)y, threads);
-  multiply<F>(l, (const bf16*)x, rows, (bf16*)y, threads);
+  if (!l.x_is_bf16) return multiply<F>(l, (const float*)x, rows, (float*)y, apart, threads);
+  if (!l.y_is_bf16) return multiply<F>(l, (const bf16*)x, rows, (float*)y, apart, threads);
+  multiply<F>(l, (const bf16*)x, rows, (bf16*)y, apart, threads);
+}
+
+void multiply_any(const Linear& l, const void* x, int64_t rows, void* y, bool apart, int threads) {
+  switch (l.format) {
+    case kFloat32: return multiply<Plain<Float32>>(l, (const float*)x, rows, (float*)y, apart, threads);
+    case kBFloat16:
+      if (!l.y_is_bf16) return multiply<Plain<BFloat16>>(l, (const bf16*)x, rows, (float*)y, apart, threads);
+      return multiply<Plain<BFloat16>>(l, (const bf16*)x, rows, (bf16*)y, apart, threads);
+    case kInt8: return multiply_quantised<Int8>(l, x, rows, y, apart, threads);
+    case kInt4: return multiply_quantised<Int4>(l, x, rows, y, apart, threads);
+  }
 }
 
 }  // namespace
 
 extern "C" void linear(const Linear* l, const void* x, int64_t rows, void* y, int threads) {
-  switch (l->format) {
-    case kFloat32: return multiply<Plain<Float32>>(*l, (const float*)x, rows, (float*)y, threads);
-    case kBFloat16:
-      if (!l->y_is_bf16) return multiply<Plain<BFloat16>>(*l, (const bf16*)x, rows, (float*)y, threads);
-      return multiply<Plain<BFloat16>>(*l, (const bf16*)x, rows, (bf16*)y, threads);
-    case kInt8: return multiply_quantised<Int8>(*l, x, rows, y, threads);
-    case kInt4: return multiply_quantised<Int4>(*l, x, rows, y, threads);
-  }
+  multiply_any(*l, x, rows, y, false, threads);
+}
+
+extern "C" void linear_apart(const Linear* l, const void* x, int64_t rows, void* y, int threads) {
+  multiply_any(*l, x, rows, y, true, threads);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -71,6 +72,7 @@ class PackedLinear(nn.Module):
         )
         self.address = ctypes.addressof(self._argument)
         self._run = kernels().linear
+        self._run_apart = kernels().linear_apart if gated else None
 
     @property
     def nbytes(self) -> int:
@@ -79,15 +81,23 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]; gradients are not supported."""
+        return self._multiplied(x, self._run, self.out_features)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """Return what silu(gate) * up is computed of: [..., in] -> [..., 2 out], gates before ups."""
+        assert self._run_apart is not None, "only of a gated weight"
+        return self._multiplied(x, self._run_apart, 2 * self.out_features)
+
+    def _multiplied(self, x: Tensor, run: Callable[..., None], width: int) -> Tensor:
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"the input is {x.dtype} of size {x.shape[-1]}; the weight takes {self.dtype} of size "
                 f"{self.in_features}"
             )
         x = F.pad(x, (0, 1)) if self.pad else x.contiguous()
-        y = x.new_empty((*x.shape[:-1], self.out_features), dtype=self.out_dtype)
+        y = x.new_empty((*x.shape[:-1], width), dtype=self.out_dtype)
         rows = x.numel() // x.shape[-1]
-        self._run(self.address, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        run(self.address, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
         return y
 
     def extra_repr(self) -> str:

@@ -7,8 +7,10 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
+from llama_ray.generation.adapters.active import ActiveAdapters
 from llama_ray.generation.backends.backend import PostProduct, append_post_product
 from llama_ray.generation.backends.cpu import abi, ops
+from llama_ray.generation.backends.cpu.adapters import CpuAdapters
 from llama_ray.generation.backends.cpu.cache import CpuAttend
 from llama_ray.generation.backends.cpu.linear import Format, PackedLinear, check_format
 from llama_ray.generation.backends.huge_pages import Arena
@@ -19,27 +21,27 @@ from llama_ray.model.loss import Head
 from llama_ray.utils.memory import trim_heap
 
 
-def accelerate(model: Llama, format: Format | None = None) -> Llama:
+def accelerate(model: Llama, format: Format | None = None, adapters: ActiveAdapters | None = None) -> Llama:
     """Replace the layers of `model` by packed ones, in place, with weights in `format` (None: the model's dtype).
 
     One layer is replaced at a time and its old weights are freed, so there is never a second copy of the model. Results
     are rounded where the plain layers round them, except that logits are fp32 and that int8 and int4 are less precise
-    (see `PackedLinear`). With int4 the head is int8, because int4 costs it the most quality. Afterwards the model
-    cannot be trained. Raises ValueError for a dtype that the kernels do not support, and RuntimeError if the kernels
-    could not be compiled.
+    (see `PackedLinear`). With int4 the head is int8, because int4 costs it the most quality. The products add the
+    adapters that are active in `adapters`. Afterwards the model cannot be trained. Raises ValueError for a dtype that
+    the kernels do not support, and RuntimeError if the kernels could not be compiled.
     """
     dtype = model.embed_tokens.weight.dtype
     weights: Format = format or ("bfloat16" if dtype == torch.bfloat16 else "float32")
     check_format(weights, dtype)
     ops.kernels()
-    arena, blocks = Arena(), list[PackedBlock]()
+    arena, blocks, adapters = Arena(), list[PackedBlock](), adapters or ActiveAdapters()
     for i, block in enumerate(model.layers):
         assert isinstance(block, Block)
-        blocks.append(PackedBlock(block, weights, arena))
+        blocks.append(PackedBlock(block, weights, arena, adapters))
         model.layers[i] = nn.Identity()
         # Or the old weights would stay in memory until all of them are packed.
         trim_heap()
-    model.layers = nn.ModuleList([PackedBlocks(blocks)])
+    model.layers = nn.ModuleList([PackedBlocks(blocks, adapters)])
     model.register_module("norm", PackedRMSNorm(model.norm))
     # A tied head gets its own packed copy; the embedding remains a lookup table.
     model.register_module(
@@ -55,8 +57,9 @@ class PackedBlocks(nn.Module):
     The single call is not possible if a product pads its input or has a post-product.
     """
 
-    def __init__(self, blocks: list[PackedBlock]) -> None:
+    def __init__(self, blocks: list[PackedBlock], adapters: ActiveAdapters) -> None:
         super().__init__()
+        self._adapters = adapters
         self.blocks = nn.ModuleList(blocks)
         self._arguments = [block.argument() for block in blocks]
         self._addresses = (ctypes.c_void_p * len(blocks))(*(ctypes.addressof(a) for a in self._arguments))
@@ -86,11 +89,13 @@ class PackedBlocks(nn.Module):
                 f"{attend.tokens} tokens of {attend.dtype}"
             )
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        step = self._adapters.step
+        assert step is None or isinstance(step, CpuAdapters)
         out = torch.empty_like(x)
         self._run(
             *(self._addresses, len(self._addresses), attend.cache, attend.step, attend.keys, attend.values),
             *(x.data_ptr(), out.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), positions),
-            *(attend.scale, attend.threads),
+            *(attend.scale, step and step.address, attend.threads),
         )
         return out
 
@@ -98,10 +103,10 @@ class PackedBlocks(nn.Module):
 class PackedBlock(nn.Module):
     """A block of packed layers."""
 
-    def __init__(self, block: Block, format: Format, arena: Arena) -> None:
+    def __init__(self, block: Block, format: Format, arena: Arena, adapters: ActiveAdapters) -> None:
         super().__init__()
-        self.self_attn = PackedAttention(block.self_attn, format, arena)
-        self.mlp = PackedSwiGLU(block.mlp, format, arena)
+        self.self_attn = PackedAttention(block.self_attn, format, arena, adapters)
+        self.mlp = PackedSwiGLU(block.mlp, format, arena, adapters, block.self_attn.layer)
         self.input_layernorm = PackedRMSNorm(block.input_layernorm)
         self.post_attention_layernorm = PackedRMSNorm(block.post_attention_layernorm)
 
@@ -150,9 +155,9 @@ class PackedRMSNorm(nn.Module):
 class PackedAttention(nn.Module):
     """Attention with one product for queries, keys and values."""
 
-    def __init__(self, attention: Attention, format: Format, arena: Arena) -> None:
+    def __init__(self, attention: Attention, format: Format, arena: Arena, adapters: ActiveAdapters) -> None:
         super().__init__()
-        self.layer, self.head_dim = attention.layer, attention.head_dim
+        self.layer, self.head_dim, self._adapters = attention.layer, attention.head_dim, adapters
         weights = [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.heads = [len(w) // self.head_dim for w in weights]
         self.qkv_proj = PackedLinear(torch.cat(weights), format, arena=arena)
@@ -160,19 +165,27 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
+        step = self._adapters.step
         qkv = self.qkv_proj(x)
+        if step is not None:
+            qkv = step.add(self.layer, "qkv_proj", x, qkv)
         ops.rope_(qkv, self.heads[0] + self.heads[1], self.head_dim, *rope)
         # Views of one tensor, [batch, heads, seq, head_dim]: the kernel reads them without a copy.
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(self.heads, 1)
         out = causal_attention(q, k, v) if attend is None else attend(self.layer, q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        out = out.transpose(1, 2).flatten(2)
+        y: Tensor = self.o_proj(out)
+        return y if step is None else step.add(self.layer, "o_proj", out, y)
 
 
 class PackedSwiGLU(nn.Module):
     """SwiGLU in two products; the first computes silu(gate) * up."""
 
-    def __init__(self, mlp: SwiGLU, format: Format, arena: Arena) -> None:
+    def __init__(
+        self, mlp: SwiGLU, format: Format, arena: Arena, adapters: ActiveAdapters, layer: int
+    ) -> None:
         super().__init__()
+        self._adapters, self._layer = adapters, layer
         self.gate_up_proj = PackedLinear(
             torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), format, gated=True, arena=arena
         )
@@ -180,7 +193,11 @@ class PackedSwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
-        return self.down_proj(self.gate_up_proj(x))  # type: ignore[no-any-return]
+        step = self._adapters.step
+        if step is None:
+            return self.down_proj(self.gate_up_proj(x))  # type: ignore[no-any-return]
+        hidden = ops.silu_product(step.add(self._layer, "gate_up_proj", x, self.gate_up_proj.apart(x)))
+        return step.add(self._layer, "down_proj", hidden, self.down_proj(hidden))
 
 
 class PackedHead(PackedLinear):

@@ -61,6 +61,19 @@ def rope_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> Non
     )
 
 
+def silu_product(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up [..., size] of `gate_up` [..., 2 size], rounded as a gated `PackedLinear` rounds."""
+    gate_up = gate_up.contiguous()
+    size = gate_up.shape[-1] // 2
+    y = gate_up.new_empty((*gate_up.shape[:-1], size))
+    kernels().silu_product(
+        gate_up.dtype == torch.bfloat16,
+        *(gate_up.data_ptr(), y.data_ptr(), y.numel() // size, size),
+        torch.get_num_threads(),
+    )
+    return y
+
+
 def top_candidates(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Return the `width` largest logits of each row: values and int64 ids [rows, min(width, size)].
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Self
 
+from llama_ray.generation.adapters.active import ActiveAdapters, AdapterKernels
+from llama_ray.generation.adapters.plain import FUSED_PRODUCTS, TorchKernels
 from llama_ray.generation.backends.backend import BLOCK_SIZE, Backend
 from llama_ray.generation.backends.cuda.cache import PagedCache
 from llama_ray.generation.backends.cuda.drawing import TRITON_OPS
 from llama_ray.generation.backends.cuda.graphs import GraphRunner
-from llama_ray.generation.backends.cuda.modules import accelerate
+from llama_ray.generation.backends.cuda.modules import FusedBlock, accelerate
 from llama_ray.generation.backends.quantize import Quantization
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
@@ -24,8 +26,11 @@ class CudaBackend(Backend):
         *,
         batch_invariant: bool = False,
         block_size: int = BLOCK_SIZE,
+        adapters: ActiveAdapters | None = None,
     ) -> None:
-        super().__init__(model, cache_config, block_size=block_size, sampler_ops=TRITON_OPS)
+        super().__init__(
+            model, cache_config, block_size=block_size, sampler_ops=TRITON_OPS, adapters=adapters
+        )
         self.batch_invariant = batch_invariant
 
     @classmethod
@@ -37,8 +42,15 @@ class CudaBackend(Backend):
         cache_config: LlamaConfig | None = None,
     ) -> Self:
         """Fuse the layers of `model` in place; see `accelerate`."""
-        model = accelerate(model, quantization, batch_invariant)
-        return cls(model, cache_config, batch_invariant=batch_invariant)
+        adapters = ActiveAdapters()
+        model = accelerate(model, quantization, batch_invariant, adapters)
+        return cls(model, cache_config, batch_invariant=batch_invariant, adapters=adapters)
+
+    def allow_adapters(self, max_loras: int) -> AdapterKernels:
+        """See `Backend`."""
+        if not any(isinstance(layer, FusedBlock) for layer in self.model.layers):
+            return super().allow_adapters(max_loras)
+        return TorchKernels(self.model.config, FUSED_PRODUCTS, self.dtype, self.device, max_loras)
 
     def make_cache(self, num_blocks: int) -> PagedCache:
         """See `Backend`."""
@@ -53,4 +65,5 @@ class CudaBackend(Backend):
 
     def make_runner(self, num_blocks: int, max_num_seqs: int, max_seq_len: int) -> GraphRunner:
         """See `Backend`."""
-        return GraphRunner(self.model, self.make_cache(num_blocks), max_num_seqs, max_seq_len)
+        cache = self.make_cache(num_blocks)
+        return GraphRunner(self.model, cache, max_num_seqs, max_seq_len, adapters=self.adapters)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llama_ray.generation.adapters.active import ActiveAdapters
 from llama_ray.generation.backends.batch import StepBatch, to_device
 from llama_ray.generation.backends.kv_cache import KVCache
 from llama_ray.generation.backends.runner import Runner
@@ -94,8 +95,9 @@ class GraphRunner(Runner):
         max_num_seqs: int,
         max_seq_len: int,
         capture: Capture | None = None,
+        adapters: ActiveAdapters | None = None,
     ) -> None:
-        super().__init__(model, cache)
+        super().__init__(model, cache, adapters)
         self.batch_sizes = batch_sizes(max_num_seqs)
         self._width = ceil_div(max_seq_len, cache.block_size)
         self._capture = capture or CudaCapture()
@@ -105,7 +107,9 @@ class GraphRunner(Runner):
     def forward(self, batch: StepBatch) -> Tensor:
         """See `Runner`."""
         sequences = len(batch.context_len)
-        if len(batch.tokens) != sequences or sequences > self.batch_sizes[-1]:
+        # Graphs are recorded without adapters.
+        recorded = self.adapters.step is None and len(batch.tokens) == sequences
+        if not recorded or sequences > self.batch_sizes[-1]:
             return super().forward(batch)
         size = self.batch_sizes[bisect_left(self.batch_sizes, sequences)]
         graph = self.graphs.get(size)

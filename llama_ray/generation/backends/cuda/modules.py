@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from llama_ray.generation.adapters.active import ActiveAdapters, StepAdapters
 from llama_ray.generation.backends.cuda.cache import PagedAttend
 from llama_ray.generation.backends.cuda.elementwise import rms_norm, swiglu
 from llama_ray.generation.backends.cuda.one_row import RowProduct
@@ -50,9 +51,17 @@ class FusedAttention(nn.Module):
         """[batch, seq, hidden] -> [batch, seq, hidden]; on a paged cache the batch size is 1."""
         return self.o_proj(self.attended(x, rope, attend))  # type: ignore[no-any-return]
 
-    def attended(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None) -> Tensor:
+    def attended(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend | None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:
         """Return the input of the output projection, [batch, seq, heads * head_dim]."""
         qkv = self.qkv_proj(x)
+        if adapters is not None:
+            qkv = adapters.add(self.layer, "qkv_proj", x, qkv)
         if isinstance(attend, PagedAttend):
             return attend.projected(self.layer, qkv[0], rope).flatten(1)[None]
         q, k, v = (
@@ -83,8 +92,15 @@ class FusedSwiGLU(nn.Module):
 class FusedBlock(nn.Module):
     """A layer whose products add to the residual stream themselves, and that is six launches for a single row."""
 
-    def __init__(self, block: Block, quantization: Quantization | None, batch_invariant: bool) -> None:
+    def __init__(
+        self,
+        block: Block,
+        quantization: Quantization | None,
+        batch_invariant: bool,
+        adapters: ActiveAdapters,
+    ) -> None:
         super().__init__()
+        self._adapters = adapters
         self.input_layernorm = FusedNorm(block.input_layernorm)
         self.self_attn = FusedAttention(block.self_attn, quantization, batch_invariant)
         self.post_attention_layernorm = FusedNorm(block.post_attention_layernorm)
@@ -93,6 +109,8 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]; x may be overwritten."""
         attention, mlp = self.self_attn, self.mlp
+        if self._adapters.step is not None:
+            return self._adapted(x, rope, attend, self._adapters.step)
         if not (isinstance(attention.o_proj, RowProduct) and isinstance(mlp.down_proj, RowProduct)):
             # Under tensor parallelism the ranks' parts are summed before they are added.
             x = x + attention(self.input_layernorm(x), rope, attend)
@@ -101,6 +119,18 @@ class FusedBlock(nn.Module):
             return self._one_row(x[0], rope, attend)[None]
         x = attention.o_proj.add_to(x, attention.attended(self.input_layernorm(x), rope, attend))
         return mlp.down_proj.add_to(x, mlp.gated(self.post_attention_layernorm(x)))
+
+    def _adapted(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None, adapters: StepAdapters
+    ) -> Tensor:
+        """Compute a step in which some rows have adapters, without what is fused for those that have none."""
+        attention, mlp = self.self_attn, self.mlp
+        attended = attention.attended(self.input_layernorm(x), rope, attend, adapters)
+        x = x + adapters.add(attention.layer, "o_proj", attended, attention.o_proj(attended))
+        hidden = self.post_attention_layernorm(x)
+        gate_up = adapters.add(attention.layer, "gate_up_proj", hidden, mlp.gate_up_proj(hidden))
+        gated = swiglu(gate_up)
+        return x + adapters.add(attention.layer, "down_proj", gated, mlp.down_proj(gated))
 
     def _one_row(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: PagedAttend) -> Tensor:
         """[1, hidden] -> [1, hidden]."""
@@ -112,16 +142,23 @@ class FusedBlock(nn.Module):
 
 
 @torch.no_grad()
-def accelerate(model: Llama, quantization: Quantization | None, batch_invariant: bool) -> Llama:
+def accelerate(
+    model: Llama,
+    quantization: Quantization | None,
+    batch_invariant: bool,
+    adapters: ActiveAdapters | None = None,
+) -> Llama:
     """Replace the layers of a model in place, one block at a time, so that only one block is in memory twice.
 
     `quantization` rounds the weights of all products; with int4 the head is int8, because int4 costs it the most
-    quality. Embeddings and norms keep their dtype. With `batch_invariant` all products are computed in fixed tiles.
-    Raises ValueError for a shape that the format does not support.
+    quality. Embeddings and norms keep their dtype. With `batch_invariant` all products are computed in fixed tiles. The
+    products add the adapters that are active in `adapters`. Raises ValueError for a shape that the format does not
+    support.
     """
     model.requires_grad_(False)
+    adapters = adapters or ActiveAdapters()
     for i, layer in enumerate(model.layers):
-        model.layers[i] = FusedBlock(cast(Block, layer), quantization, batch_invariant)
+        model.layers[i] = FusedBlock(cast(Block, layer), quantization, batch_invariant, adapters)
     model.norm = FusedNorm(model.norm)  # type: ignore[assignment]
     head_quantization: Quantization | None = "int8" if quantization == "int4" else quantization
     model.lm_head = RowProduct(model.lm_head.weight, head_quantization, batch_invariant)  # type: ignore[assignment]

@@ -1,0 +1,1 @@
+"""Low-rank adapters (LoRA): several over one base model, each for some of the requests in a step."""

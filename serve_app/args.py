@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama_ray.generation.options import EngineOptions
-from llama_ray.storage.paths import existing_ref, is_model_ref
+from llama_ray.storage.paths import existing_ref, is_model_ref, model_name
 from llama_ray.tracking.registry import parse_ref
 from llama_ray.tracking.uri import tracking_uri
 from llama_ray.utils.fields import shown
@@ -146,7 +145,7 @@ class ModelArgs(BaseModel):
     @property
     def name(self) -> str:
         """What clients ask for: the registered name, or that of the directory."""
-        return parse_ref(self.model).name if is_model_ref(self.model) else Path(self.model).name
+        return parse_ref(self.model).name if is_model_ref(self.model) else model_name(self.model)
 
     @property
     def spec(self) -> ModelSpec:

@@ -14,6 +14,7 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.utils.errors import UserError
 from llama_ray.utils.redact import RedactedRepr
 
+_CHECKPOINT_FILES = (".json", ".safetensors", ".model", ".jinja", ".gguf")
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -79,13 +80,16 @@ class BatchConfig(RedactedRepr):
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
 
-def checkpoint_fingerprint(directory: Path) -> str:
-    """Return a digest of the names, sizes and samples of a checkpoint's files; its location does not matter.
+def checkpoint_fingerprint(checkpoint: Path) -> str:
+    """Return a digest of the names, sizes and samples of the files of a checkpoint, which may be one file.
+
+    Its location does not matter.
 
     Samples, because reading all of a large model takes minutes; a training step changes every one of them.
     """
     digest = hashlib.sha256()
-    for file in sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors")):
+    files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.iterdir())
+    for file in (file for file in files if file.suffix in _CHECKPOINT_FILES):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\n".encode())
         with file.open("rb") as stream:

@@ -23,10 +23,9 @@ from llama_ray.batch_inference.partitions import Partition, partition_input
 from llama_ray.batch_inference.pool import PoolSize, answer_partitions
 from llama_ray.batch_inference.replica import ReplicaConfig
 from llama_ray.orchestration.resources import nodes
-from llama_ray.pretrained import resolve
+from llama_ray.pretrained import fixed, resolve
 from llama_ray.storage.paths import is_model_ref
 from llama_ray.tracking.environment import open_variables, secret_variables
-from llama_ray.tracking.versions import resolve_version
 from llama_ray.utils.integers import ceil_div
 from llama_ray.utils.redact import redact
 
@@ -44,7 +43,7 @@ class BatchJob:
         self.config = config
         ref = config.checkpoint
         # An alias may move while the job runs, or before it is started again.
-        self._ref = resolve_version(ref).uri if is_model_ref(ref) else ref
+        self._ref = fixed(ref)
         self.output = Output(config.output)
         size, earlier = self.output.size(), None if config.overwrite else self.output.record()
         if size is not None and earlier is None and not config.overwrite:

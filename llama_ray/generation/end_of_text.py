@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.storage.gguf import read_gguf
+
+# What ends a text, an answer, and a message that calls a tool, in the words of llama.cpp.
+_GGUF_ENDS = ("eos", "eot", "eom")
 
 
 def stored_eos_ids(directory: Path, vocab_size: int) -> list[int]:
     """Return `eos_token_id` (one or several) of generation_config.json or, if that names none, of config.json.
 
-    Raises ValueError for a file that is not a JSON object, and for anything but ids below `vocab_size`.
+    A GGUF file names them in its metadata. Raises ValueError for a file that is not a JSON object, and for anything but
+    ids below `vocab_size`.
     """
+    if directory.is_file():
+        metadata = read_gguf(directory).metadata
+        keys = [key for end in _GGUF_ENDS if (key := f"tokenizer.ggml.{end}_token_id") in metadata]
+        for key in keys:
+            check_eos_ids([metadata[key]], vocab_size, f"{directory}: {key}", "convert the model again")
+        return [int(str(metadata[key])) for key in keys]
     for name in ("generation_config.json", "config.json"):
         file = directory / name
         stored = _read_object(file).get("eos_token_id")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from llama_ray.data.tokenizing.files import TOKENIZER_FILES
 from llama_ray.generation.backends.backend import BLOCK_SIZE
 from llama_ray.generation.backends.cpu.cache import CpuCache
 from llama_ray.generation.backends.kv_cache import CPU_CACHE_SHARE, GPU_MEMORY_SHARE
@@ -17,9 +18,9 @@ from llama_ray.generation.backends.quantize import GROUP_SIZE, Quantization
 from llama_ray.generation.options import EngineOptions
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.stored_config import load_config
-from llama_ray.model.weight_files import open_weights
+from llama_ray.model.stored_model import open_model
 from llama_ray.pretrained import resolve
+from llama_ray.storage.gguf import read_gguf
 from llama_ray.utils.integers import ceil_div
 
 _PADDING = 64
@@ -50,38 +51,35 @@ def required_bytes(
 
     That is the worst moment while weights are read and packed, or weights, cache and a step's tensors, whichever is
     more. The cache is `kv_cache_memory_bytes`, or as much as the default takes to hold one sequence. With
-    `tensor_parallel` it is what one GPU needs, or on a CPU all ranks together. Reads `config.json` and the headers of
-    the weights. Raises CheckpointError as `load_config` and `open_weights` do.
+    `tensor_parallel` it is what one GPU needs, or on a CPU all ranks together. Reads what stands before
+    the weights. Raises CheckpointError as `open_model` does.
     """
     device, quantization = torch.device(device), options.quantization
     ranks = options.tensor_parallel if device.type == "cuda" else 1
-    config = load_config(directory)
-    own = _footprint(Path(directory), config, dtype, device, quantization, ranks)
+    path = resolve(directory)
+    config, own = _footprint(path, dtype, device, quantization, ranks)
     draft = _Footprint(0, 0, 0)
     if options.draft_model is not None:
-        path = resolve(options.draft_model)
-        draft = _footprint(path, load_config(path), dtype, device, quantization, 1)
+        _, draft = _footprint(resolve(options.draft_model), dtype, device, quantization, 1)
     cache = _cache_bytes(own.block + draft.block, config, device, options)
     step = _step_bytes(config, options, device)
     processes = _WORKER_BYTES * (options.tensor_parallel - 1) if device.type == "cpu" else 0
     needed = max(draft.peak, draft.weights + max(own.peak, own.weights + cache + step))
-    return int(_MARGIN * needed) + _OVERHEAD_BYTES + processes + _tokenizer_bytes(Path(directory))
+    return int(_MARGIN * needed) + _OVERHEAD_BYTES + processes + _tokenizer_bytes(path)
 
 
 def _footprint(
-    directory: Path,
-    config: LlamaConfig,
+    path: Path,
     dtype: torch.dtype | None,
     device: torch.device,
     quantization: Quantization | None,
     ranks: int,
-) -> _Footprint:
+) -> tuple[LlamaConfig, _Footprint]:
+    """Return the shape of the model at `path`, and what it needs."""
     with ExitStack() as stack:
-        stored = open_weights(directory, stack)
-        names = ("model.embed_tokens.weight", "lm_head.weight")
-        dtype = dtype or next(stored[name].dtype for name in names if name in stored)
-        tied = config.tie_embeddings and not all(name in stored for name in names)
-        largest = max(math.prod(tensor.shape) for tensor in stored.values()) * 4
+        stored = open_model(path, stack)
+        config, dtype = stored.config, dtype or stored.dtype
+        largest = max(math.prod(tensor.shape) for tensor in stored.tensors.values()) * 4
     size = dtype.itemsize
     model = Llama(config, device="meta")
     block = _joined(model.layers[0].named_parameters(), ranks)
@@ -95,13 +93,13 @@ def _footprint(
     packed_blocks = config.num_layers * packed_block
     # With int4 the head is int8.
     packed_head = _packed_bytes(head, size, quantization and "int8")
-    old_head = 0 if tied else math.prod(head) * size
+    old_head = 0 if config.tie_embeddings else math.prod(head) * size
 
     plain, packed = embedding + plain_blocks + old_head, embedding + packed_blocks + packed_head
     largest_product = max(map(math.prod, products))
     packing_block = plain + packed_block + largest_product * _packing_bytes(size, quantization, joined=True)
     packing_head = packed + old_head + math.prod(head) * _packing_bytes(size, quantization, joined=False)
-    return _Footprint(
+    return config, _Footprint(
         peak=max(plain + largest, packing_block, packing_head),
         weights=packed,
         block=CpuCache.block_bytes(config, BLOCK_SIZE, dtype) // ranks,
@@ -156,6 +154,11 @@ def _step_bytes(config: LlamaConfig, options: EngineOptions, device: torch.devic
     return 4 * (tokens * width + 4 * options.max_num_seqs * config.vocab_size)
 
 
-def _tokenizer_bytes(directory: Path) -> int:
-    path = directory / "tokenizer.json"
-    return path.stat().st_size * _TOKENIZER_FACTOR if path.is_file() else 0
+def _tokenizer_bytes(path: Path) -> int:
+    """Return the bytes of the tokenizer in memory, by the size of its file, or of what has it in a GGUF file."""
+    if path.is_file():
+        size = min(tensor.offset for tensor in read_gguf(path).tensors.values())
+    else:
+        files = (path / name for name in TOKENIZER_FILES)
+        size = next((file.stat().st_size for file in files if file.is_file()), 0)
+    return size * _TOKENIZER_FACTOR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def is_model_ref(ref: str) -> bool:
 def existing_ref(ref: str) -> str:
     """Return a reference to the model registry unchanged, and any other `ref` as `existing` does."""
     return ref if is_model_ref(ref) else existing(ref)
+
+
+def model_name(ref: str) -> str:
+    """Return the name of the model that a path or URI leads to: its last part, without the rest of a URI."""
+    path = re.split("[@?]", ref, maxsplit=1)[0] if is_uri(ref) else ref
+    return Path(path).name.removesuffix(".gguf")
 
 
 def is_uri(path: str) -> bool:

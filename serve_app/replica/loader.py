@@ -100,8 +100,9 @@ class EngineLoader:
         """Return what is known of an engine that passes the gate. Raises GateError."""
         loss = gate.check(engine, self.gate_timeout_s)
         template = None if engine.tokenizer is None else engine.tokenizer.chat_template
+        written = files.model if files.model.is_file() else files.model / "config.json"
         return EngineInfo(
-            created=int((files.model / "config.json").stat().st_mtime),
+            created=int(written.stat().st_mtime),
             max_model_len=engine.max_seq_len,
             parameters=engine.config.num_parameters(),
             device=self.device,

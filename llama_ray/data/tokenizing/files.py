@@ -11,10 +11,12 @@ import tokenizers
 from tokenizers import AddedToken
 
 from llama_ray.data.tokenizing.errors import TokenizerError
-from llama_ray.data.tokenizing.foreign.read import NAMES, read_foreign
+from llama_ray.data.tokenizing.foreign.read import NAMES, holds_tokenizer, read_foreign
 from llama_ray.utils.errors import printable
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER_FILE, *NAMES)
+"""What holds a tokenizer in a model's directory; the first that is there counts."""
 CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 MORE_CHAT_TEMPLATES = "additional_chat_templates"
@@ -58,15 +60,17 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Whether `path` is a file, or a directory that holds a tokenizer in a form that `read_tokenizer` knows."""
-    return path.is_file() or any((path / name).is_file() for name in (TOKENIZER_FILE, *NAMES))
+    """Whether `path` is a file with a tokenizer, or a directory with one in a form that `read_tokenizer` knows."""
+    if path.is_file():
+        return holds_tokenizer(path)
+    return any((path / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _tokenizer_file(path: Path) -> Path:
     """Return the file of a tokenizer that `path` is or holds. Raises TokenizerError if there is none, or a choice."""
     file = path
     if path.is_dir():
-        names = (name for name in (TOKENIZER_FILE, *NAMES) if (path / name).is_file())
+        names = (name for name in TOKENIZER_FILES if (path / name).is_file())
         models = sorted(path.glob("*.gguf"))
         if (name := next(names, None)) is not None or not models:
             file = path / (name or TOKENIZER_FILE)

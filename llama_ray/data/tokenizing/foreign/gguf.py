@@ -44,6 +44,14 @@ _LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
 _WHOLE_WORDS_FIRST = (*_LLAMA_3, "tekken")
 
 
+def has_gguf_tokenizer(file: Path) -> bool:
+    """Whether a GGUF file has a tokenizer beside its model. Raises TokenizerError for a damaged file."""
+    try:
+        return read_gguf(file).metadata.get(f"{_PREFIX}model", "no_vocab") != "no_vocab"
+    except GgufError as error:
+        raise TokenizerError(str(error)) from error
+
+
 def read_gguf_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Return the tokenizer of a GGUF file, and its configuration with the chat template.
 

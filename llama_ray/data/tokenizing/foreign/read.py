@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from llama_ray.data.tokenizing.errors import TokenizerError
-from llama_ray.data.tokenizing.foreign.gguf import read_gguf_tokenizer
+from llama_ray.data.tokenizing.foreign.gguf import has_gguf_tokenizer, read_gguf_tokenizer
 from llama_ray.data.tokenizing.foreign.sentencepiece import read_sentencepiece
 from llama_ray.data.tokenizing.foreign.tekken import read_tekken
 from llama_ray.data.tokenizing.foreign.tiktoken import FIRST_LINE, read_tiktoken
@@ -20,6 +20,13 @@ NAMES = ("tokenizer.model", "tekken.json")
 
 _FIRST_FIELD = b"\x0a"
 """SentencePiece's file begins with a piece: field 1 of protobuf's wire type 2."""
+
+
+def holds_tokenizer(file: Path) -> bool:
+    """Whether `file` holds a tokenizer, as all files do that are not of a GGUF model without one."""
+    with file.open("rb") as opened:
+        is_gguf = opened.read(len(MAGIC)) == MAGIC
+    return not is_gguf or has_gguf_tokenizer(file)
 
 
 def read_foreign(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]] | None:

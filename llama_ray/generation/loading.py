@@ -10,12 +10,12 @@ import torch
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.backends.prepare import prepare
-from llama_ray.generation.end_of_text import stored_eos_ids
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer
+from llama_ray.model.end_of_text import stored_eos_ids
 from llama_ray.pretrained import load_pretrained, load_shape, resolve
 
 

@@ -7,9 +7,9 @@ import pytest
 from transformers import GenerationConfig
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.generation.end_of_text import stored_eos_ids
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.model.end_of_text import stored_eos_ids
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained, save_pretrained
 from tests.small_models import random_model, small_config

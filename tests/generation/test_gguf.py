@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from llama_ray.generation.end_of_text import stored_eos_ids
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.memory import required_bytes
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.model.end_of_text import stored_eos_ids
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
 from tests.model.gguf.helpers import write_model

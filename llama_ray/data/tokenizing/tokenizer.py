@@ -126,6 +126,11 @@ class Tokenizer:
         content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
         return json.dumps(content)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that no text makes and that the text of an answer does not have."""
+        return self._special
+
     def max_token_bytes(self) -> int | None:
         """Return a bound of the bytes of text that one token can stand for, in UTF-8; None if there is none."""
         return max_token_bytes(self.to_json())

@@ -14,9 +14,10 @@ from llama_ray.data.tokenizing.files import has_tokenizer
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.adapters.active import Adapter, AdapterKernels
 from llama_ray.generation.adapters.weights import AdapterWeights
-from llama_ray.generation.end_of_text import all_eos_ids, stored_eos_ids
+from llama_ray.generation.end_of_text import all_eos_ids
 from llama_ray.model.adapter_files import is_adapter
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.end_of_text import stored_eos_ids
 from llama_ray.model.weights_hash import weights_hash
 from llama_ray.pretrained import open_pretrained, resolve
 from llama_ray.utils.errors import printable

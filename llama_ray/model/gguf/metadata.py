@@ -8,7 +8,7 @@ from torch import Tensor
 from llama_ray.model.config import LlamaConfig, RopeScaling
 from llama_ray.model.gguf.names import ROPE_FACTORS
 from llama_ray.model.gguf.rope import scaling_of
-from llama_ray.storage.gguf import Gguf
+from llama_ray.storage.gguf import Gguf, Value
 
 ARCHITECTURE = "llama"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -50,6 +50,32 @@ def read_config(gguf: Gguf, rope: Tensor | None) -> LlamaConfig:
         norm_eps=_float(gguf, "llama.attention.layer_norm_rms_epsilon", None),
         tie_embeddings=_HEAD not in gguf.tensors,
     )
+
+
+def to_metadata(config: LlamaConfig) -> dict[str, Value]:
+    """Return the metadata from which `read_config` makes `config`, with the tensor of `rope_factors`."""
+    metadata: dict[str, Value] = {
+        "general.architecture": ARCHITECTURE,
+        "llama.vocab_size": config.vocab_size,
+        "llama.context_length": config.max_seq_len,
+        "llama.embedding_length": config.hidden_size,
+        "llama.block_count": config.num_layers,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_heads,
+        "llama.attention.head_count_kv": config.num_kv_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": float(config.rope_theta),
+    }
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.rope_type == "linear":
+        metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
+    elif scaling is not None:
+        # llama.cpp takes the factors of the tensor; this tells for which length they are.
+        metadata["llama.rope.scaling.original_context_length"] = scaling.original_max_seq_len
+    return metadata
 
 
 def _head_dim(gguf: Gguf, default: int) -> int:

@@ -11,37 +11,13 @@ from tokenizers import AddedToken
 
 from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.foreign.byte_level import byte_level
+from llama_ray.data.tokenizing.foreign.gguf_splits import LLAMA_3_NAMES, SPLITS, WHOLE_WORDS_FIRST
 from llama_ray.data.tokenizing.foreign.pieces import Kind, Piece, Spaces, bpe
 from llama_ray.data.tokenizing.foreign.prompts import begin_with
-from llama_ray.data.tokenizing.splits import DIGIT, GPT_2, LLAMA_3, QWEN_2, TEKKEN
 from llama_ray.storage.gguf import Gguf, GgufError, read_gguf
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
-# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp; in its own words where those of the original
-# tokenizer, which split in the same way, are not known.
-_SPLITS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"),
-    "gpt-2": (GPT_2,),
-    "phi-2": (GPT_2,),
-    "mpt": (GPT_2,),
-    "olmo": (GPT_2,),
-    "smollm": (DIGIT, GPT_2),
-    "starcoder": (DIGIT, GPT_2),
-    "refact": (DIGIT, GPT_2),
-    "command-r": (DIGIT, GPT_2),
-    "llama-bpe": (LLAMA_3,),
-    "llama3": (LLAMA_3,),
-    "llama-v3": (LLAMA_3,),
-    "dbrx": (LLAMA_3,),
-    "smaug-bpe": (LLAMA_3,),
-    "qwen2": (QWEN_2,),
-    "deepseek-r1-qwen": (QWEN_2,),
-    "stablelm2": (QWEN_2,),
-    "tekken": (TEKKEN,),
-}
-_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
-_WHOLE_WORDS_FIRST = (*_LLAMA_3, "tekken")
 
 
 def has_gguf_tokenizer(file: Path) -> bool:
@@ -94,16 +70,16 @@ def _spaces(gguf: Gguf) -> Spaces:
 
 def _byte_level(gguf: Gguf, pieces: list[Piece]) -> tokenizers.Tokenizer:
     pre = gguf.get(f"{_PREFIX}pre", str, "default")
-    if pre not in _SPLITS:
+    if pre not in SPLITS:
         raise TokenizerError(
-            f"its tokenizer.ggml.pre is {pre!r:.40}; it must be one of {', '.join(_SPLITS)}; give the model's "
+            f"its tokenizer.ggml.pre is {pre!r:.40}; it must be one of {', '.join(SPLITS)}; give the model's "
             "tokenizer.json"
         )
     vocabulary = {piece.text: id for id, piece in enumerate(pieces)}
     merges = [tuple(merge.split(" ", 1)) for merge in gguf.get(f"{_PREFIX}merges", list)]
     if not all(len(merge) == 2 and {*merge, "".join(merge)} <= vocabulary.keys() for merge in merges):
         raise TokenizerError("one of its merges makes no token; convert the model again")
-    backend = byte_level(vocabulary, merges, _SPLITS[pre], whole_words_first=pre in _WHOLE_WORDS_FIRST)
+    backend = byte_level(vocabulary, merges, SPLITS[pre], whole_words_first=pre in WHOLE_WORDS_FIRST)
     backend.add_tokens(
         [
             AddedToken(piece.text, special=piece.kind == Kind.CONTROL, normalized=False)
@@ -117,7 +93,7 @@ def _byte_level(gguf: Gguf, pieces: list[Piece]) -> tokenizers.Tokenizer:
 def _configured(gguf: Gguf, backend: tokenizers.Tokenizer, pieces: list[Piece], spm: bool) -> dict[str, Any]:
     """Let prompts begin and end as llama.cpp's do, and return the configuration."""
     bos, eos = (_named(gguf, pieces, name) for name in ("bos", "eos"))
-    adds_bos = spm or gguf.metadata.get(f"{_PREFIX}pre") in _LLAMA_3
+    adds_bos = spm or gguf.metadata.get(f"{_PREFIX}pre") in LLAMA_3_NAMES
     begin_with(
         backend,
         bos if gguf.get(f"{_PREFIX}add_bos_token", bool, adds_bos) else None,

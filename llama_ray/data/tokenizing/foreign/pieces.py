@@ -46,7 +46,11 @@ def bpe(pieces: Sequence[Piece], spaces: Spaces) -> tokenizers.Tokenizer:
     """Return SentencePiece's BPE: of all neighbours that make a piece, those with the highest score merge first."""
     ids = _ids(pieces)
     model = models.BPE(
-        ids, _merges(pieces, ids), unk_token=_unknown(pieces), fuse_unk=True, byte_fallback=_has_bytes(pieces)
+        ids,
+        merges_of(pieces, ids),
+        unk_token=_unknown(pieces),
+        fuse_unk=True,
+        byte_fallback=_has_bytes(pieces),
     )
     return _finished(tokenizers.Tokenizer(model), pieces, spaces)
 
@@ -85,7 +89,7 @@ def _ids(pieces: Sequence[Piece]) -> dict[str, int]:
     return ids
 
 
-def _merges(pieces: Sequence[Piece], ids: dict[str, int]) -> list[tuple[str, str]]:
+def merges_of(pieces: Sequence[Piece], ids: dict[str, int]) -> list[tuple[str, str]]:
     """Return each pair of pieces that makes a piece, in the order in which they merge.
 
     Of pairs with the same score, as the runs of spaces have it, SentencePiece merges the leftmost; the merged piece

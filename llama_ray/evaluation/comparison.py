@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from llama_ray.evaluation.results import Evaluation, EvaluationError, Score
+from llama_ray.evaluation.results import Evaluation, EvaluationError, Score, comparable
 
 CONFIDENCE = 0.95
 _LEAST_DOCUMENTS = 6
@@ -54,10 +54,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All scores of several models, by rows. `labels` are short names, each another."""
+    """The scores that several models have in common, by rows. `labels` are short names, each another."""
 
     labels: tuple[str, ...]
     rows: tuple[Row, ...]
+    left_out: tuple[str, ...] = ()
+    """Names of scores that were not made for all models in the same way."""
 
     def markdown(self) -> str:
         """Return the table in Markdown, with the best of a row in bold."""
@@ -102,26 +104,33 @@ class Comparison:
     def _note(self, mark: str) -> str:
         paired = any(difference(row.scores[0], other).paired for row in self.rows for other in row.scores[1:])
         by_document = ", document by document where the same ones were scored" if paired else ""
-        return (
+        note = (
             f"± is half of the {CONFIDENCE:.0%} confidence interval; {mark} is better than each other model at that "
             f"level{by_document}"
         )
+        if self.left_out:
+            note += f"; not compared, because not made in the same way for all: {', '.join(self.left_out)}"
+        return note
 
 
 def compare(evaluations: Sequence[Evaluation]) -> Comparison:
-    """Put evaluations with the same settings side by side.
+    """Put the scores side by side that all `evaluations` have, made in the same way from the same documents.
 
-    Raises EvaluationError where a score is missing in one of them, or was made from other documents or in another way.
+    Raises EvaluationError if there is none.
     """
-    first, *others = evaluations
-    for other in others:
-        _check_comparable(first, other)
+    models = [evaluation.model for evaluation in evaluations]
+    names = comparable(evaluations)
+    if not names:
+        raise EvaluationError(
+            f"{' and '.join(models)} have no score that was made in the same way from the same documents; evaluate "
+            "them in one call"
+        )
     rows = []
-    for score in first.scores:
-        found = [other.score(score.name) for other in others]
-        scores = (score, *(each for each in found if each is not None))
+    for name in names:
+        scores = tuple(score for evaluation in evaluations if (score := evaluation.score(name)))
         rows.append(Row(scores, _best(scores)))
-    return Comparison(_labels([evaluation.model for evaluation in evaluations]), tuple(rows))
+    left_out = {score.name: None for evaluation in evaluations for score in evaluation.scores}
+    return Comparison(_labels(models), tuple(rows), tuple(name for name in left_out if name not in names))
 
 
 def difference(score: Score, other: Score) -> Difference:
@@ -170,21 +179,6 @@ def _best(scores: Sequence[Score]) -> int | None:
         ):
             return number
     return None
-
-
-def _check_comparable(first: Evaluation, other: Evaluation) -> None:
-    for one, two in ((first, other), (other, first)):
-        for score in one.scores:
-            found = two.score(score.name)
-            if found is None:
-                raise EvaluationError(
-                    f"{score.name} was measured for {one.model} but not for {two.model}; evaluate both in one call"
-                )
-            if not score.comparable_to(found):
-                raise EvaluationError(
-                    f"{score.name} of {first.model} and of {other.model} were measured in different ways or on other "
-                    "documents, so they do not compare; evaluate both in one call"
-                )
 
 
 def _labels(models: Sequence[str]) -> tuple[str, ...]:

@@ -103,6 +103,11 @@ class Rule:
         """Whether the champion must be evaluated, too."""
         return any(condition.to_champion for condition in self.conditions)
 
+    def can_compare(self, new: Evaluation, champion: Evaluation) -> bool:
+        """Whether `champion` has all that `new` is compared with, measured in the same way."""
+        wanted = [find_score(new, one.metric) for one in self.conditions if one.to_champion]
+        return all((found := champion.score(one.name)) and one.comparable_to(found) for one in wanted)
+
     def decide(self, new: Evaluation, champion: Evaluation | None) -> PromotionDecision:
         """Return whether all conditions hold, and the numbers: of all, or of the first one that does not hold."""
         words = []
@@ -135,8 +140,8 @@ def promote_if(
 ) -> PromotionDecision:
     """Move the alias `champion` to `version` if `rule` holds for its evaluation `new`; record the decision in its tags.
 
-    Unless its last evaluation has the same settings, the champion is evaluated with `evaluate`, in the same way as
-    `new`; if another version becomes champion meanwhile, that one is. A champion that cannot be evaluated keeps the
+    Unless its last evaluation was made in the same way, the champion is evaluated with `evaluate`, as `new`
+    was; if another version becomes champion meanwhile, that one is. A champion that cannot be evaluated keeps the
     alias. Raises TrackingError, and EvaluationError for a rule that names what was not measured.
     """
     for condition in rule.conditions:
@@ -156,7 +161,9 @@ def _attempt(
     measured = None
     if champion and champion.version != version.version and rule.needs_champion:
         try:
-            measured = recorded(champion, new.settings_fingerprint, uri) or evaluate(champion)
+            measured = recorded(champion, uri)
+            if measured is None or not rule.can_compare(new, measured):
+                measured = evaluate(champion)
         except ValueError as error:
             return PromotionDecision(
                 False,

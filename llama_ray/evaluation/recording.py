@@ -74,16 +74,13 @@ def record_comparison(run: Run, comparison: Comparison) -> None:
     run.log_figure(comparison_figure(comparison), "comparison.png")
 
 
-def recorded(version: Version, settings_fingerprint: str, uri: str | None = None) -> Evaluation | None:
-    """Return the last evaluation of `version` if it was made with these settings and can still be read, else None."""
-    if version.tags.get(f"{_GROUP}.fingerprint") != settings_fingerprint:
-        return None
+def recorded(version: Version, uri: str | None = None) -> Evaluation | None:
+    """Return the last evaluation of `version`; None without one that can still be read."""
     text = read_artifact(version.tags.get(f"{_GROUP}.run_id", ""), _FILE, uri)
     try:
-        found = Evaluation.from_json(text) if text else None
+        return Evaluation.from_json(text) if text else None
     except EvaluationError:
         return None
-    return found if found and found.settings_fingerprint == settings_fingerprint else None
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:

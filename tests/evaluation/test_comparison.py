@@ -97,11 +97,15 @@ def test_the_lower_bits_per_byte_is_the_better_one_and_a_few_documents_prove_not
 
 
 def test_only_like_is_compared_with_like() -> None:
-    one = evaluation("models:/demo/1", accuracy([0.0, 1.0]))
-    with pytest.raises(EvaluationError, match="different ways or on other documents"):
-        compare([one, evaluation("models:/demo/2", replace(one.scores[0], fingerprint="other"))])
-    with pytest.raises(EvaluationError, match="was measured for models:/demo/2 but not for models:/demo/1"):
-        compare([one, evaluation("models:/demo/2", *one.scores, accuracy([0.0, 1.0], "more"))])
+    one = evaluation("models:/demo/1", accuracy([0.0, 1.0]), accuracy([0.0, 1.0], "mine"))
+    other = replace(one.scores[0], fingerprint="other")
+    with pytest.raises(
+        EvaluationError, match="models:/demo/1 and models:/demo/2 have no score that was made in the"
+    ):
+        compare([one, evaluation("models:/demo/2", other)])
+    both = compare([one, evaluation("models:/demo/2", other, one.scores[1])])
+    assert [row.name for row in both.rows] == ["mine/acc"]
+    assert both.text().endswith("; not compared, because not made in the same way for all: next_line/acc")
 
 
 def test_models_are_named_as_shortly_as_tells_them_apart() -> None:

@@ -57,19 +57,18 @@ def test_another_evaluation_replaces_the_first_one_of_a_version(store: str) -> N
     assert after.tags["evaluation.bits_per_byte"] == "1.25"
     assert "evaluation.next_line.acc" not in after.tags
     assert after.tags["step"] == "0"
-    assert recorded(after, second.settings_fingerprint, store) == second
+    assert recorded(after, store) == second
 
 
-def test_only_an_evaluation_with_the_same_settings_that_is_still_there_is_taken_again(store: str) -> None:
+def test_an_evaluation_is_read_back_while_its_run_is_there(store: str) -> None:
     version = add_version(store, "kept")
+    assert recorded(version, store) is None
     found = evaluation(version.uri, 1.5)
-    assert recorded(version, found.settings_fingerprint, store) is None
     run = record(found, uri=store)
     version = resolve_version(version.uri, store)
-    assert recorded(version, found.settings_fingerprint, store) == found
-    assert recorded(version, evaluation("", 1.5, fingerprint="b").settings_fingerprint, store) is None
+    assert recorded(version, store) == found
     MlflowClient(store).delete_run(run.run_id)
-    assert recorded(version, found.settings_fingerprint, store) is None
+    assert recorded(version, store) is None
 
 
 def test_a_directory_is_recorded_in_the_experiment_that_is_asked_for(store: str) -> None:

@@ -1,0 +1,123 @@
+"""Bits per byte and perplexity of documents, with their standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.evaluation.results import EvaluationError, Score, fingerprint
+from llama_ray.evaluation.scoring import Report, Scorer, Scoring, no_report
+from llama_ray.evaluation.texts import Corpus
+
+DEFAULT_CONTEXT = 2048
+"""Tokens that a window holds at most, if the model can read so many."""
+
+
+def measure(
+    scorer: Scorer, corpus: Corpus, context: int, stride: int, report: Report = no_report
+) -> list[Score]:
+    """Return `bits_per_byte` and `perplexity` of a corpus.
+
+    Each document is read on its own, after bos (or eos, for a tokenizer without bos). A token is predicted from all
+    that is before it in its document, up to `context` tokens and at least `context - stride`; every token counts once.
+    Bits per byte are the bits of all tokens divided by the bytes of the text in UTF-8, so that they compare models of
+    different tokenizers (Gao et al. 2020, arXiv:2101.00027); the perplexity is that of a token. Standard errors are
+    those of a ratio of sums over documents (Cochran 1977, section 6.4). Raises EvaluationError if the model cannot be
+    asked.
+    """
+    check_windows(context, stride, scorer.max_seq_len)
+    documents = [_encode(scorer.tokenizer, document) for document in corpus.documents]
+    owners, requests = [], []
+    for number, ids in enumerate(documents):
+        for window in windows(ids, context, stride):
+            owners.append(number)
+            requests.append(window)
+    nats = [0.0] * len(documents)
+    for number, scored in zip(owners, scorer.score(requests, report), strict=True):
+        nats[number] -= math.fsum(scored.logprobs)
+    sizes = [float(len(document.encode())) for document in corpus.documents]
+    tokens = [float(len(ids) - 1) for ids in documents]
+    made_from = {"documents": corpus.fingerprint, "context": context, "stride": stride}
+    bits = [value / math.log(2) for value in nats]
+    bits_per_byte, bits_error = ratio(bits, sizes)
+    loss, loss_error = ratio(nats, tokens)
+    perplexity = _exp(loss, corpus.name)
+    return [
+        Score(
+            corpus.name,
+            "bits_per_byte",
+            bits_per_byte,
+            bits_error,
+            len(documents),
+            higher_is_better=False,
+            fingerprint=fingerprint(made_from),
+            values=tuple(bits),
+            weights=tuple(sizes),
+        ),
+        Score(
+            corpus.name,
+            "perplexity",
+            perplexity,
+            # The delta method: the derivative of exp is exp.
+            None if loss_error is None else perplexity * loss_error,
+            len(documents),
+            higher_is_better=False,
+            fingerprint=fingerprint({**made_from, "tokenizer": scorer.tokenizer.fingerprint}),
+        ),
+    ]
+
+
+def windows(ids: Sequence[int], context: int, stride: int) -> Iterator[Scoring]:
+    """Yield requests that together ask for each of `ids` but the first one once.
+
+    A request has up to `context` tokens and the one that follows them. The first asks for all of its tokens, each later
+    one for up to `stride` new ones at its end.
+    """
+    asked = 1
+    while asked < len(ids):
+        end = min(asked + (context if asked == 1 else stride), len(ids))
+        begin = max(end - 1 - context, 0)
+        yield Scoring(tuple(ids[begin:end]), asked - begin)
+        asked = end
+
+
+def ratio(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float | None]:
+    """Return the sum of `values` by that of `weights`, and its standard error; None for a single document."""
+    count, total = len(values), math.fsum(weights)
+    mean = math.fsum(values) / total
+    if count < 2:
+        return mean, None
+    squares = math.fsum((value - mean * weight) ** 2 for value, weight in zip(values, weights, strict=True))
+    return mean, math.sqrt(squares * count / (count - 1)) / total
+
+
+def check_windows(context: int, stride: int, max_seq_len: int) -> None:
+    """Raise EvaluationError for windows that the model cannot read, or that leave tokens out."""
+    if not 1 <= context <= max_seq_len:
+        raise EvaluationError(
+            f"context is {context}; it must be from 1 to {max_seq_len}, the model's limit; leave it out for the longest"
+        )
+    if not 1 <= stride <= context:
+        raise EvaluationError(f"stride is {stride}; it must be from 1 to context, {context}")
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a document after the one that a document begins with."""
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    if first is None:
+        raise EvaluationError(
+            "the tokenizer has neither bos nor eos, so that the first token of a text has nothing before it; name one "
+            "of them in its tokenizer_config.json"
+        )
+    return [first, *tokenizer.encode(text)]
+
+
+def _exp(loss: float, name: str) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise EvaluationError(
+            f"the perplexity of {name} is exp({loss:.0f}), which no number holds; the model gives its tokens no "
+            "probability at all; look at its weights"
+        ) from None

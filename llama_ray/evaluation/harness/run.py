@@ -1,0 +1,229 @@
+"""Run tasks of lm-evaluation-harness by name, and return their scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from llama_ray.evaluation.results import EvaluationError, Score, fingerprint
+from llama_ray.evaluation.scoring import Report, Scorer, no_report
+from llama_ray.utils.errors import one_line
+from llama_ray.utils.fields import shown
+
+BUNDLED = Path(__file__).parent.parent / "tasks"
+"""The tasks that ship with the project and need no network."""
+
+_ANSWERS_WITHIN_S = 3.0
+_BOOTSTRAP_ITERS = 1000
+"""For the standard errors of metrics that have no formula; lm_eval's 100,000 take longer than the model."""
+# What decides a task's numbers beside its documents, the model and the versions of software.
+_SETTINGS = (
+    "description",
+    "doc_to_choice",
+    "doc_to_target",
+    "doc_to_text",
+    "fewshot_delimiter",
+    "filter_list",
+    "generation_kwargs",
+    "metric_list",
+    "num_fewshot",
+    "output_type",
+    "repeats",
+    "target_delimiter",
+)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How tasks are presented; the fields are those of `EvaluationConfig`."""
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    include_path: tuple[str, ...] = ()
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    system_instruction: str | None = None
+    seed: int = 1234
+
+
+def run_tasks(
+    scorer: Scorer, tasks: Sequence[str], settings: TaskSettings, report: Report = no_report
+) -> list[Score]:
+    """Return the scores of tasks, groups or tags of lm_eval, in their order.
+
+    Names are looked for in `settings.include_path`, then among the bundled tasks, then among those of lm_eval, which
+    need the Hugging Face hub. Raises EvaluationError for an unknown name, for a task whose data cannot be had, and for
+    one that the model cannot answer.
+    """
+    missing = _unknown([BUNDLED, *map(Path, settings.include_path)], tasks)
+    _set_network(needed=bool(missing))
+    _import_quietly()
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from llama_ray.evaluation.harness.model import HarnessModel
+
+    manager = TaskManager(include_path=[str(BUNDLED), *settings.include_path], include_defaults=bool(missing))
+    if unknown := [name for name in tasks if name not in manager.all_tasks and not Path(name).is_file()]:
+        raise EvaluationError(
+            f"tasks has {shown(unknown[0])}, which is no task; choose among the bundled ones "
+            f"({', '.join(bundled_tasks())}), lm_eval's (`lm-eval ls tasks`) or your own (--include_path)"
+        )
+    try:
+        # What lm_eval prints is no result.
+        with redirect_stdout(sys.stderr):
+            found = simple_evaluate(
+                model=HarnessModel(scorer, report),
+                tasks=list(tasks),
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                bootstrap_iters=_BOOTSTRAP_ITERS,
+                system_instruction=settings.system_instruction,
+                apply_chat_template=settings.apply_chat_template,
+                fewshot_as_multiturn=settings.fewshot_as_multiturn and settings.apply_chat_template,
+                task_manager=manager,
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
+                fewshot_random_seed=settings.seed,
+            )
+    except EvaluationError:
+        raise
+    except Exception as error:
+        # lm_eval, datasets and the user's own task files raise anything.
+        raise EvaluationError(_why(error, missing)) from error
+    return _scores(dict(found or {}), settings)
+
+
+def bundled_tasks() -> list[str]:
+    """Return the names of the tasks that ship with the project."""
+    return sorted(file.stem for file in BUNDLED.glob("*.yaml"))
+
+
+def _scores(found: Mapping[str, Any], settings: TaskSettings) -> list[Score]:
+    scores = []
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{kind}")
+            values = _values(found, task, metric, kind, float(value))
+            scores.append(
+                Score(
+                    task,
+                    metric if kind == "none" else key,
+                    float(value),
+                    float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
+                    _samples(found, task),
+                    higher_is_better=bool(found["higher_is_better"].get(task, {}).get(metric, True)),
+                    fingerprint=_fingerprint(found, task, settings),
+                    values=values,
+                )
+            )
+    return scores
+
+
+def _values(found: Mapping[str, Any], task: str, metric: str, kind: str, mean: float) -> tuple[float, ...]:
+    """Return what each document adds to a metric that is a mean; nothing for other metrics."""
+    values = [
+        sample[metric]
+        for sample in found["samples"].get(task, ())
+        if sample["filter"] == kind and metric in sample
+    ]
+    if not values or not all(isinstance(value, int | float) for value in values):
+        return ()
+    return tuple(map(float, values)) if math.isclose(math.fsum(values) / len(values), mean) else ()
+
+
+def _samples(found: Mapping[str, Any], task: str) -> int:
+    if task in found["n-samples"]:
+        return int(found["n-samples"][task]["effective"])
+    return sum(_samples(found, each) for each in found["group_subtasks"].get(task, ()))
+
+
+def _fingerprint(found: Mapping[str, Any], task: str, settings: TaskSettings) -> str:
+    """Return a digest of a task's documents and of how they are presented; of a group, those of its tasks."""
+    if task not in found["n-samples"]:
+        return fingerprint(
+            [_fingerprint(found, each, settings) for each in found["group_subtasks"].get(task, ())]
+        )
+    config = found["configs"][task]
+    documents = sorted({(s["doc_id"], s["doc_hash"], s["target_hash"]) for s in found["samples"][task]})
+    return fingerprint(
+        {
+            "version": str(found["versions"].get(task)),
+            "documents": documents,
+            # Functions come as their source, as far as lm_eval can read it.
+            "config": json.loads(json.dumps({name: config.get(name) for name in _SETTINGS}, default=str)),
+            "chat": settings.apply_chat_template and settings.fewshot_as_multiturn + 1,
+            "system": settings.system_instruction,
+            "seed": settings.seed,
+        }
+    )
+
+
+def _unknown(folders: Sequence[Path], tasks: Sequence[str]) -> list[str]:
+    """Return those of `tasks` that no file in `folders` seems to define: lm_eval's own must be looked through."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise EvaluationError(f"include_path is {shown(str(folder))}; it must be a folder of task files")
+    texts = [file.read_text() for folder in folders for file in folder.rglob("*.yaml")]
+    return [name for name in tasks if not Path(name).is_file() and not any(name in text for text in texts)]
+
+
+def _set_network(*, needed: bool) -> None:
+    """Tell Hugging Face's libraries not to look for a network that is not there: they would wait for it."""
+    if needed and _hub_answers():
+        return
+    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    # It reads the variable when it is imported.
+    if (datasets := sys.modules.get("datasets")) is not None:
+        datasets.config.HF_DATASETS_OFFLINE = True
+
+
+def _hub_answers() -> bool:
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        # A proxy knows names that this machine cannot look up.
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.create_connection((host.hostname or "", host.port or 443), _ANSWERS_WITHIN_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _import_quietly() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise EvaluationError(
+            f"tasks need lm-eval ({one_line(error)}); install it with `pip install 'llama-ray[eval]'`, or measure "
+            "--text and --data, which need nothing"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _why(error: Exception, missing: Sequence[str]) -> str:
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    if missing and os.environ.get("HF_DATASETS_OFFLINE") == "1":
+        return (
+            f"the data of {', '.join(missing)} are on the Hugging Face hub, which this machine does not reach, and not "
+            f"in its cache ({shown(reason)}); give bundled tasks ({', '.join(bundled_tasks())}), or unset "
+            "HF_HUB_OFFLINE where there is a network"
+        )
+    return f"lm_eval cannot run the tasks: {reason}"

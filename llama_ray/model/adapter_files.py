@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,26 +97,28 @@ def open_adapter(directory: Path, stack: ExitStack) -> StoredAdapter:
     content = _read_json(directory / ADAPTER_CONFIG)
     _check_supported(directory, content)
     factors = _factors(directory, _open_files(directory, stack))
-    targets = {name.split(".")[-2] for name in factors}
-    try:
-        config = LoraConfig(
-            rank=content.get("r", 8),
-            alpha=content.get("lora_alpha", 8),
-            dropout=content.get("lora_dropout") or 0.0,
-            targets=tuple(target for target in TARGETS if target in targets),
-            rslora=content.get("use_rslora") or False,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{directory / ADAPTER_CONFIG}: {error}") from error
+    config = _lora_config(directory, content, {name.split(".")[-2] for name in factors})
     for name, (a, b) in factors.items():
         if a.shape[:1] != (config.rank,) or b.shape[1:] != (config.rank,):
             raise CheckpointError(
                 f"{directory}: the factors of {name} are {list(a.shape)} and {list(b.shape)}; {ADAPTER_CONFIG} says "
                 f"rank {config.rank}; give weights and configuration of the same adapter"
             )
-    base_file = directory / ADAPTER_BASE
-    base_weights = _read_json(base_file).get("weights_hash") if base_file.is_file() else None
-    return StoredAdapter(config, _base_reference(directory, content), base_weights, factors)
+    base = _base_reference(directory, content)
+    return StoredAdapter(config, base, stored_base_weights(directory), factors)
+
+
+def load_lora_config(directory: Path) -> LoraConfig:
+    """Read what `adapter_config.json` says of an adapter that was saved here, without its weights."""
+    content = _read_json(directory / ADAPTER_CONFIG)
+    return _lora_config(directory, content, content.get("target_modules") or ())
+
+
+def stored_base_weights(directory: Path) -> str | None:
+    """Return the `weights_hash` of the model that the adapter in `directory` was trained on; None if unknown."""
+    file = directory / ADAPTER_BASE
+    value = _read_json(file).get("weights_hash") if file.is_file() else None
+    return value if isinstance(value, str) else None
 
 
 def adapter_texts(config: LoraConfig, base: str, base_weights: str) -> dict[str, str]:
@@ -169,6 +171,19 @@ def save_adapter(
         for name, text in {**beside, **adapter_texts(config, base, base_weights)}.items():
             new.write(name, text)
         new.commit(superseded=[])
+
+
+def _lora_config(directory: Path, content: Mapping[str, Any], targets: Collection[str]) -> LoraConfig:
+    try:
+        return LoraConfig(
+            rank=content.get("r", 8),
+            alpha=content.get("lora_alpha", 8),
+            dropout=content.get("lora_dropout") or 0.0,
+            targets=tuple(target for target in TARGETS if target in targets),
+            rslora=content.get("use_rslora") or False,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{directory / ADAPTER_CONFIG}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -118,15 +118,16 @@ class LlamaConfig:
         norms = (2 * self.num_layers + 1) * self.hidden_size
         return self._matmul_parameters() + norms + (0 if self.tie_embeddings else embeddings)
 
-    def flops_per_token(self, seq_len: int) -> int:
+    def flops_per_token(self, seq_len: int, *, frozen: bool = False) -> int:
         """Floating point operations a token in training, forward and backward, in sequences of `seq_len` tokens.
 
         6 N + 12 num_layers num_heads head_dim seq_len, where N counts the weights of matrix products, that is all but
         norms and the embedding table. Attention is counted in full, not halved for causality. This is the convention of
-        PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), which published MFU figures follow.
+        PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), which published MFU figures follow. Of `frozen`
+        weights no gradient is computed: 4 N instead of 6 N.
         """
         attention = 12 * self.num_layers * self.num_heads * self.head_dim * seq_len
-        return 6 * self._matmul_parameters() + attention
+        return (4 if frozen else 6) * self._matmul_parameters() + attention
 
     def _matmul_parameters(self) -> int:
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)

@@ -55,9 +55,11 @@ class _RMSNorm(torch.autograd.Function):
             product = g * h
             # - r^3 mean(x weight g), one number a row.
             correction = torch.mv(product, w).unsqueeze(1).mul_(r**3).mul_(-1 / size)
-            grad_weight = torch.mv(product.T, r.squeeze(1))
+            grad_weight = None
+            if ctx.needs_input_grad[1]:
+                grad_weight = torch.mv(product.T, r.squeeze(1)).to(weight.dtype)
             grad_x = torch.mul(g, w, out=product).mul_(r).addcmul_(h, correction)
-            return grad_x.view(x.shape).to(x.dtype), grad_weight.to(weight.dtype), None, None
+            return grad_x.view(x.shape).to(x.dtype), grad_weight, None, None
 
 
 class _Rotate(torch.autograd.Function):

@@ -58,6 +58,13 @@ class LoraConfig:
         sizes = linear_sizes(model)
         return model.num_layers * self.rank * sum(sum(sizes[name]) for name in set(self.targets))
 
+    def flops_per_token(self, model: LlamaConfig, seq_len: int) -> int:
+        """Floating point operations a token in training adapters of `model`: 4 N + 12 L h d s + 6 n.
+
+        N and the term of attention are those of `LlamaConfig.flops_per_token`; n counts the weights of the adapters.
+        """
+        return model.flops_per_token(seq_len, frozen=True) + 6 * self.num_parameters(model)
+
 
 def linear_sizes(model: LlamaConfig) -> dict[str, tuple[int, int]]:
     """Return (inputs, outputs) of each linear layer of a block, by its name in TARGETS."""

@@ -125,14 +125,17 @@ class _HeadLoss(torch.autograd.Function):
                     sums[2:] += nll @ groups[tokens]
                 if grad_hidden is not None and grad is not None:
                     grad_hidden[tokens] = grad @ matrix
+                    if not weight.requires_grad:
+                        continue
                     product = grad.T @ states
                     grad_weight = product.to(grad_dtype) if grad_weight is None else grad_weight.add_(product)
             ctx.scale = scale
             if grad_hidden is not None:
-                # Without tokens no chunk has set it.
-                grad_weight = (
-                    torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-                )
+                if weight.requires_grad:
+                    # Without tokens no chunk has set it.
+                    grad_weight = (
+                        torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+                    )
                 ctx.save_for_backward(grad_hidden, grad_weight)
         return sums
 
@@ -141,7 +144,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         ratio = grads[0][0] / ctx.scale
         # In place, because they may be large. Autograd refuses a second backward pass through the same graph.
-        return grad_hidden.mul_(ratio), grad_weight.mul_(ratio), *(None,) * 7
+        of_weight = None if grad_weight is None else grad_weight.mul_(ratio)
+        return grad_hidden.mul_(ratio), of_weight, *(None,) * 7
 
 
 def _chunk_loss(

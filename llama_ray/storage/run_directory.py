@@ -25,8 +25,8 @@ _SET_ASIDE = f"{MARKER}.damaged"
 
 _OWN_FILE = re.compile(
     # What a checkpoint is written as, and the temporary names under which a killed run may have left it.
-    r"(?P<name>(?:model|optimizer)-rank[0-9]{5,}\.safetensors|model\.safetensors\.index\.json"
-    r"|(?:config|generation_config|tokenizer|tokenizer_config|training)\.json|training\.json\.damaged)"
+    r"(?P<name>(?:model|adapter|optimizer)-rank[0-9]{5,}\.safetensors|model\.safetensors\.index\.json"
+    r"|(?:config|generation_config|tokenizer|tokenizer_config|adapter_config|adapter_base|training)\.json|training\.json\.damaged)"
     r"|\.(?P<partial>[\w.-]+)\.[0-9a-f]{8}"
 )
 

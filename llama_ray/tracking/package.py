@@ -1,4 +1,4 @@
-"""A Hugging Face directory as an MLflow model that `mlflow.pyfunc.load_model` opens."""
+"""A Hugging Face directory, or an adapter, as an MLflow model that `mlflow.pyfunc.load_model` opens."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ _REQUIRED = ("llama-ray", "torch", "numpy", "tokenizers", "safetensors", "mlflow
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Raise ValueError unless `directory` holds a Hugging Face model with safetensors and a tokenizer."""
+    """Raise ValueError unless `directory` holds a model, or an adapter, with safetensors and a tokenizer."""
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give a directory that save_pretrained wrote")
-    missing = [name for name in ("config.json", "tokenizer.json") if not (directory / name).is_file()]
+    config = "adapter_config.json" if (directory / "adapter_config.json").is_file() else "config.json"
+    missing = [name for name in (config, "tokenizer.json") if not (directory / name).is_file()]
     if not any(directory.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:

@@ -9,7 +9,9 @@ from llama_ray.data.dataset.info import Task
 from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES
 from llama_ray.data.mixtures.stages import Stage
 from llama_ray.data.mixtures.timetable import Timetable
-from llama_ray.utils.fields import check_fields, limits
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.lora import TARGETS, LoraConfig
+from llama_ray.utils.fields import check_fields, limits, shown
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 Parallelism = Literal["auto", "ddp", "fsdp", "hsdp"]
@@ -146,14 +148,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.lora_rank and self.init_from is None:
-            raise ValueError(
-                f"lora_rank is {self.lora_rank}; adapters need a model to adapt; give it with --init_from REF"
-            )
         if self.resize_vocab and self.init_from is None:
             raise ValueError(
                 "resize_vocab is true; only the vocabulary of a model can grow; give it with --init_from REF"
             )
+        self._check_lora()
         if self.task == "dpo" and self.init_from is None:
             raise ValueError(
                 "task is dpo; it needs a tuned model to begin with; give it with --init_from REF"
@@ -167,6 +166,48 @@ class TrainConfig:
             raise ValueError(
                 f"tensor_parallel is {self.tensor_parallel}; it must be 1 with precision fp8; use bf16, or fsdp alone"
             )
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters to train, or None to train the weights themselves."""
+        if not self.lora_rank:
+            return None
+        return LoraConfig(
+            rank=self.lora_rank,
+            alpha=2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,
+            dropout=self.lora_dropout,
+            targets=self.lora_targets or TARGETS,
+            rslora=self.lora_rslora,
+        )
+
+    def flops_per_token(self, model: LlamaConfig, seq_len: int) -> int:
+        """Floating point operations a token in training `model`, see `LlamaConfig` and `LoraConfig`."""
+        lora = self.lora
+        return lora.flops_per_token(model, seq_len) if lora else model.flops_per_token(seq_len)
+
+    def _check_lora(self) -> None:
+        """Raise ValueError for adapters that cannot be trained so, and for their settings without any."""
+        if not self.lora_rank:
+            # The names and defaults of fields are the class' own attributes.
+            for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora"):
+                value = getattr(self, name)
+                if value != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} is {shown(value)}; it is a setting of adapters; give --lora_rank, or leave it out"
+                    )
+            return
+        if self.init_from is None:
+            raise ValueError(
+                f"lora_rank is {self.lora_rank}; adapters need a model to adapt; give it with --init_from REF"
+            )
+        others = {"tensor_parallel": 1, "optimizer": "adamw", "resize_vocab": False}
+        for name, value in others.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} is {getattr(self, name)}; with lora_rank it must be {value}")
+        if self.precision == "fp8":
+            raise ValueError("precision is fp8; with lora_rank it must be bf16, fp16 or fp32")
+        # It checks the rest.
+        _ = self.lora
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values only, as YAML and MLflow hold them."""

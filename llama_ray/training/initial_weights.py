@@ -17,8 +17,8 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.grown_vocabulary import with_vocabulary
 from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
-from llama_ray.model.stored_model import StoredModel, open_model
-from llama_ray.pretrained import load_shape, load_tokenizer, resolve
+from llama_ray.model.stored_model import StoredModel
+from llama_ray.pretrained import load_shape, load_tokenizer, open_pretrained
 from llama_ray.training.checkpointing.state import plain_parameters
 from llama_ray.training.config import TrainConfig
 from llama_ray.utils.errors import printable
@@ -78,7 +78,7 @@ def check_initial_weights(model: LlamaConfig, config: TrainConfig, tokenizer: To
 def read_initial_weights(model: Llama, ref: str) -> None:
     """Fill `model`, which may be sharded, with the weights of `ref`; see `fill`. Every worker must call it."""
     with ExitStack() as stack:
-        stored = with_vocabulary(open_model(resolve(ref), stack), model.config.vocab_size)
+        stored = with_vocabulary(open_pretrained(ref, stack), model.config.vocab_size)
         fill(((hf_name(name), parameter) for name, parameter in plain_parameters(model)), stored)
 
 

@@ -12,6 +12,7 @@ from llama_ray.data.mixtures.validation import validation_batches
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.stored_config import load_config
+from llama_ray.training.adapter_base import check_base, check_same_adapters
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.initial_weights import check_initial_weights
@@ -40,6 +41,8 @@ def check_run(
     tokenizer = common_tokenizer(sources, infos)
     if config.init_from is not None and resume_from is None:
         check_initial_weights(model, config, tokenizer, str(sources[0]))
+        if config.lora is not None:
+            check_base(model, config)
     vocab_size = infos[sources[0].name].vocab_size
     if vocab_size > model.vocab_size:
         larger = "--resize_vocab" if config.init_from else f"--vocab_size {vocab_size} or more"
@@ -60,6 +63,7 @@ def check_run(
     validation_batches(open_mixture(sources, "validation"), seq_len, config.batch_size)
     if resume_from is not None:
         _check_resume(model, tokenizer, sources, resume_from)
+        check_same_adapters(config, resume_from)
         progress = load_progress(resume_from)
         position = progress.loader
         if position is None or not loader.load_state_dict(position, allow_other_data=config.allow_other_data):

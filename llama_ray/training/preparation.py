@@ -12,8 +12,9 @@ from llama_ray.data.mixtures.loader import Loader
 from llama_ray.data.mixtures.mixture import Mixture
 from llama_ray.data.mixtures.opening import open_mixture
 from llama_ray.data.mixtures.sources import DataSource
+from llama_ray.model.adapter_files import adapter_texts
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.llama import Llama
+from llama_ray.training.adapter_base import read_base
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
 from llama_ray.training.checkpointing.progress import Progress, load_progress
 from llama_ray.training.checkpointing.state import load_state
@@ -25,7 +26,7 @@ from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.compilation import should_compile
 from llama_ray.training.parallel.float8 import check_float8
 from llama_ray.training.parallel.layout import Layout, choose_layout, memory_per_worker
-from llama_ray.training.parallel.parallelize import parallelize
+from llama_ray.training.parallel.parallelize import parallelize, unallocated_model
 from llama_ray.training.parallel.process_group import local_world_size, rank, world_size
 from llama_ray.training.reporting.metrics import Throughput, peak_flops
 from llama_ray.training.reporting.observer import Observer
@@ -67,27 +68,36 @@ def prepare_run(
         batch_change = _go_to(progress, loader, config)
     schedule = Schedule.of(config, loader.timetable, loader.windows_per_epoch)
     compile_blocks, compile_reason = _compilation(
-        config, device, schedule.total_steps, _flops_per_step(model_config, loader, schedule.total_steps)
+        config,
+        device,
+        schedule.total_steps,
+        _flops_per_step(model_config, config, loader, schedule.total_steps),
     )
 
-    llama = Llama(model_config, device="meta")
-    starts_at_random = resume_from is None and config.init_from is None
+    llama = unallocated_model(model_config, config)
+    starts_at_random = resume_from is None and (config.init_from is None or config.lora is not None)
     model = parallelize(
         llama, config, layout, device, compile_blocks=compile_blocks, init_weights=starts_at_random
     )
     optimizer = build_optimizer(model, config)
     num_sources = len(sources) if len(sources) > 1 else 0
     stepper = Stepper(model, optimizer, config, device=device, layout=layout, num_sources=num_sources)
+    adapter_files: dict[str, str] = {}
+    if config.lora is not None:
+        base = read_base(llama, config, progress, resume_from)
+        adapter_files = adapter_texts(config.lora, base.reference, base.weights_hash)
+        progress.parent = base.reference
+    elif resume_from is None and config.init_from is not None:
+        read_initial_weights(llama, config.init_from)
     if resume_from is not None:
         load_state(resume_from, llama, optimizer, rank(), world_size())
         stepper.scaler.load_state_dict(progress.scaler)
-    elif config.init_from is not None:
-        read_initial_weights(llama, config.init_from)
 
     throughput = Throughput(peak_flops(device, config.precision), world_size())
     checkpointer: Checkpointer | NoCheckpointer = NoCheckpointer()
     if output_dir:
-        checkpointer = Checkpointer(output_dir, llama, optimizer, load_tokenizer(sources[0].location), config)
+        tokenizer = load_tokenizer(sources[0].location)
+        checkpointer = Checkpointer(output_dir, llama, optimizer, tokenizer, config, adapter_files)
     return TrainingRun(
         model_config=model_config,
         config=config,
@@ -151,7 +161,7 @@ def _go_to(progress: Progress, loader: Loader, config: TrainConfig) -> str:
     )
 
 
-def _flops_per_step(model_config: LlamaConfig, loader: Loader, steps: int) -> float:
+def _flops_per_step(model_config: LlamaConfig, config: TrainConfig, loader: Loader, steps: int) -> float:
     """Return the operations of one worker in a step, on average over the `steps` of the run, see `flops_per_token`.
 
     Not those of the next step: a run that resumes in another stage must compile, or not, as it did before.
@@ -162,7 +172,7 @@ def _flops_per_step(model_config: LlamaConfig, loader: Loader, steps: int) -> fl
         max(end + 1 - segment.from_step, 0)
         * segment.sequences(loader.seq_len)
         * segment.seq_len
-        * model_config.flops_per_token(segment.seq_len)
+        * config.flops_per_token(model_config, segment.seq_len)
         for segment, end in zip(segments, ends, strict=True)
     ) / (steps * world_size())
 

@@ -15,6 +15,7 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule, TrainConfig
+from llama_ray.training.dropout import seed_dropout
 from llama_ray.training.errors import TrainingError, out_of_memory_at
 from llama_ray.training.hosts.interrupt import Interrupt, InterruptAgreement, Stopped
 from llama_ray.training.optimizers.build import learning_rate, set_learning_rate
@@ -65,6 +66,8 @@ class TrainingRun:
     def take_step(self, step: int) -> StepResult:
         """Train on the next global batch. Raises OutOfMemory."""
         set_learning_rate(self.stepper.optimizer, self._learning_rate(step))
+        if self.config.lora_dropout:
+            seed_dropout(self.config.seed, step, self.stepper.layout.data_rank)
         with out_of_memory_at(step):
             result = self.stepper.step(self.loader.next_global_batch())
         segment = self.loader.timetable.segment(step)
@@ -72,7 +75,7 @@ class TrainingRun:
         self.skipped_steps.count(result.skipped)
         self.progress.step = step
         self.progress.tokens += tokens
-        self.throughput.count(tokens, self.model_config.flops_per_token(segment.seq_len))
+        self.throughput.count(tokens, self.config.flops_per_token(self.model_config, segment.seq_len))
         return result
 
     def stop_if_diverged(self, step: int) -> None:

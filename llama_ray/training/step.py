@@ -99,11 +99,13 @@ class Stepper:
         """Return the mean losses over the batches of all workers, which may have unequal numbers."""
         # Without gradients DDP's forward pass is not needed; FSDP's is, because it gathers the weights.
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        model.eval()
         total = torch.zeros(2, 1 + self.num_sources, dtype=torch.float64, device=self.device)
         for given in self._in_lockstep(batches) if self.layout.sharded else batches:
             attend, batch = self._attend(given), given.to(self.device)
             total[0] += self._loss(model, batch, attend)[1:]
             total[1] += self._targets(batch)
+        model.train()
         self.layout.sum(total)
         loss, *of_sources = (total[0] / total[1]).tolist()
         return Validation(loss, tuple(of_sources))

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -191,6 +191,7 @@ def test_the_hash_depends_on_the_weights_and_not_on_their_files(base: Path, tmp_
     assert hash_of(tmp_path / "changed") != hash_of(base)
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     rows=st.tuples(st.integers(0, 32), st.integers(0, 32)),
     columns=st.tuples(st.integers(0, 64), st.integers(0, 64)),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
@@ -85,9 +86,12 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         tokenizer: Tokenizer,
         config: TrainConfig,
+        adapter_files: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """`adapter_files` are those that make a checkpoint of adapters an adapter, by name; see `adapter_texts`."""
         self.run, self.keep = run, config.keep_checkpoints
         self._model, self._optimizer, self._tokenizer = model, optimizer, tokenizer
+        self._adapter_files = adapter_files
         self._group = HostGroup(config.collective_timeout_s)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._on_gpu = next(model.parameters()).is_cuda
@@ -217,7 +221,7 @@ class Checkpointer:
         dtype = next(self._model.parameters()).dtype
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         config = config_files(self._model.config, dtype, bos_id=bos, eos_id=eos)
-        return self._tokenizer.files() | config
+        return self._tokenizer.files() | config | dict(self._adapter_files)
 
     def _complete(self, directory: str, progress: Progress, reports: list[_Report]) -> None:
         """Write the marker, which makes the directory a checkpoint, and delete old checkpoints; on rank 0."""

@@ -2,7 +2,8 @@
 
 A checkpoint is a directory of safetensors files, `model-rank*` and `optimizer-rank*`, in the layout of
 torch.distributed.checkpoint's safetensors storage, with `config.json`, the tokenizer and, last, `training.json`. So
-`dcp.load` reshards it onto any mesh, `load_pretrained` opens it as a model, and nothing in it is a pickle.
+`dcp.load` reshards it onto any mesh, `load_pretrained` opens it as a model, and nothing in it is a pickle. Of a model
+with adapters it holds these alone, as `adapter-rank*` by PEFT's names, beside the files of an adapter.
 
 Each worker writes its own shard of a sharded tensor, and a share of the replicated tensors as a whole. DCP's own writer
 is not used for that: for each checkpoint it gathers a plan over all workers and then holds every file in memory.
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, Replicate
 
+from llama_ray.model.adapter_files import peft_name
 from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
 from llama_ray.model.weight_files import CheckpointError
@@ -46,7 +48,8 @@ _Stored = dict[str, TensorStorageMetadata]
 
 def rank_files(model: Llama, optimizer: torch.optim.Optimizer, rank: int, world_size: int) -> RankFiles:
     """Return what this worker writes: the live tensors of the model and the optimizer, which training will change."""
-    model_file, optimizer_file = f"model-rank{rank:05d}.safetensors", f"optimizer-rank{rank:05d}.safetensors"
+    kind = "model" if model.lora is None else "adapter"
+    model_file, optimizer_file = f"{kind}-rank{rank:05d}.safetensors", f"optimizer-rank{rank:05d}.safetensors"
     files: RankFiles = {model_file: {}, optimizer_file: {}}
     assigned_bytes = [0] * world_size
     for in_model, name, tensor in _tensors(model, optimizer):
@@ -54,7 +57,7 @@ def rank_files(model: Llama, optimizer: torch.optim.Optimizer, rank: int, world_
         if shard is not None:
             files[model_file if in_model else optimizer_file][name] = shard
     on_gpu = any(shard.tensor.is_cuda for shards in files.values() for shard in shards.values())
-    # Nothing in training draws random numbers today; the state is kept so that it may.
+    # Dropout is seeded in each step; the state is kept for what else may draw numbers.
     files[optimizer_file][_rng_name("cpu", rank)] = _whole(torch.get_rng_state())
     if on_gpu:
         files[optimizer_file][_rng_name("cuda", rank)] = _whole(torch.cuda.get_rng_state())
@@ -105,6 +108,13 @@ def _recorded_files(directory: Path) -> Iterator[Path]:
         yield Path(links)
 
 
+def trained_parameters(model: Llama) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield what `plain_parameters` does, but for frozen parameters: what a checkpoint holds."""
+    for name, parameter in plain_parameters(model):
+        if parameter.requires_grad:
+            yield name, parameter
+
+
 def plain_parameters(model: Llama) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield names and parameters, the names without what wrappers put into them."""
     for name, parameter in model.named_parameters():
@@ -115,8 +125,8 @@ def plain_parameters(model: Llama) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> Iterator[tuple[bool, str, Tensor]]:
     """Yield (part of the model?, name in the checkpoint, tensor) in an order that is the same on every worker."""
-    for name, parameter in plain_parameters(model):
-        yield True, hf_name(name), parameter.detach()
+    for name, parameter in trained_parameters(model):
+        yield True, _stored_name(model, name), parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 yield False, _optimizer_name(key, name), value.detach()
@@ -155,9 +165,9 @@ def _whole(tensor: Tensor) -> TensorShard:
 def _tensors_to_fill(model: Llama, stored: _Stored, rank: int) -> dict[str, Tensor]:
     """Return the model's parameters, and empty tensors for this worker's shards of the rest, by name."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in plain_parameters(model):
+    for name, parameter in trained_parameters(model):
         weight = parameter.detach()
-        tensors[hf_name(name)] = weight
+        tensors[_stored_name(model, name)] = weight
         for key in _optimizer_keys(stored, name):
             entry = stored[_optimizer_name(key, name)]
             tensors[_optimizer_name(key, name)] = (
@@ -174,7 +184,7 @@ def _tensors_to_fill(model: Llama, stored: _Stored, rank: int) -> dict[str, Tens
 def _restore_optimizer(
     optimizer: torch.optim.Optimizer, model: Llama, stored: _Stored, tensors: dict[str, Tensor]
 ) -> None:
-    for name, parameter in plain_parameters(model):
+    for name, parameter in trained_parameters(model):
         values = {key: tensors[_optimizer_name(key, name)] for key in _optimizer_keys(stored, name)}
         if values:
             optimizer.state[parameter] = {
@@ -187,6 +197,11 @@ def _restore_generators(tensors: dict[str, Tensor], rank: int) -> None:
         torch.set_rng_state(state)
     if (state := tensors.get(_rng_name("cuda", rank))) is not None:
         torch.cuda.set_rng_state(state)
+
+
+def _stored_name(model: Llama, name: str) -> str:
+    """Return the name that the files of weights have for a parameter."""
+    return hf_name(name) if model.lora is None else peft_name(hf_name(name))
 
 
 def _optimizer_name(key: str, parameter: str) -> str:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from llama_ray.model.config import LlamaConfig
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.parallel.process_group import rank
+from llama_ray.training.precision import DTYPES
 
 GIB = 1024**3
 
@@ -143,9 +144,15 @@ def check_tensor_parallel(model: LlamaConfig, config: TrainConfig, world_size: i
             raise ValueError(f"tensor_parallel is {tensor}; it must divide {name}, which is {size}")
 
 
-def state_bytes(model: LlamaConfig) -> int:
-    """Return the bytes of parameters, gradients and AdamW's two averages, all in fp32."""
-    return 16 * model.num_parameters()
+def state_bytes(model: LlamaConfig, config: TrainConfig) -> int:
+    """Return the bytes of parameters, gradients and AdamW's two averages, all in fp32.
+
+    With adapters only they have these, beside the frozen weights in the dtype of matrix products.
+    """
+    lora = config.lora
+    if lora is None:
+        return 16 * model.num_parameters()
+    return DTYPES[config.precision].itemsize * model.num_parameters() + 16 * lora.num_parameters(model)
 
 
 def activation_bytes(model: LlamaConfig, config: TrainConfig) -> int:
@@ -198,7 +205,7 @@ def _pick(
     model: LlamaConfig, config: TrainConfig, world_size: int, memory_bytes: int | None, node_size: int
 ) -> Layout:
     """Pick the layout that communicates least among those that fit."""
-    memory = _MemoryEstimate(state_bytes(model), activation_bytes(model, config), memory_bytes)
+    memory = _MemoryEstimate(state_bytes(model, config), activation_bytes(model, config), memory_bytes)
     if world_size == 1:
         return replace(SINGLE_WORKER, reason=f"auto: one worker holds everything, {memory.describe(1, 1)}")
     tensor = config.tensor_parallel
@@ -245,7 +252,8 @@ def _pick_tensor_parallel(
 
 
 def _divides(model: LlamaConfig, config: TrainConfig, tensor: int) -> bool:
-    return all(size % tensor == 0 for size in _divided_sizes(model, config).values())
+    # Adapters are not trained with tensor parallelism.
+    return config.lora is None and all(size % tensor == 0 for size in _divided_sizes(model, config).values())
 
 
 def _divided_sizes(model: LlamaConfig, config: TrainConfig) -> dict[str, int]:

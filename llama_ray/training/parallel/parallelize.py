@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from llama_ray.model.adapters import add_adapters, merged_model
+from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.training.config import Precision, TrainConfig
 from llama_ray.training.parallel.float8 import use_float8
@@ -27,6 +29,18 @@ GATHER_LIMIT_BYTES = 1024**3
 """Default size of the largest sharded model that `gather_model` gathers on one worker."""
 
 
+def unallocated_model(model_config: LlamaConfig, config: TrainConfig) -> Llama:
+    """Return the model that is trained, on the meta device.
+
+    With adapters its other weights are frozen, in the dtype of matrix products.
+    """
+    model = Llama(model_config, device="meta")
+    if config.lora is not None:
+        model.to(DTYPES[config.precision])
+        add_adapters(model, config.lora)
+    return model
+
+
 def parallelize(
     model: Llama,
     config: TrainConfig,
@@ -39,7 +53,8 @@ def parallelize(
     """Spread `model` over the workers as `layout` (with its mesh, see `Layout.with_mesh`) says.
 
     A model on the meta device gets its memory here, on each worker only for its share. It also gets the initial
-    weights of `config.seed`, which are the same for every layout; `init_weights=False` leaves them out, for planning.
+    weights of `config.seed`, which are the same for every layout; `init_weights=False` leaves them out, where they come
+    from elsewhere. Those of a frozen weight always do.
     A model that already has its weights must not be sharded (ValueError).
 
     The order matters, as each stage needs the ones before it: tensor parallelism, activation checkpointing,
@@ -57,7 +72,7 @@ def parallelize(
         assert layout.mesh is not None
         apply_tensor_parallel(model, layout.mesh["tensor"])
     for block in model.layers:
-        checkpoint_block(block, config.activation_checkpointing)
+        checkpoint_block(block, config.activation_checkpointing, random=config.lora_dropout > 0)
         if compile_blocks:
             # Only the forward function: FSDP's hooks stay outside of the graph, and no name changes.
             block.forward = torch.compile(block.forward)
@@ -109,13 +124,19 @@ def gather_model(model: nn.Module, *, limit_bytes: int = GATHER_LIMIT_BYTES) -> 
     """Return a plain model with the weights of `model`, which `parallelize` returned. Every worker must call it.
 
     If the model is not sharded, every worker gets one that shares its weights. If it is sharded, the first worker gets
-    a copy in host memory and the others None; above `limit_bytes` in fp32 the first one gets None as well.
+    a copy in host memory and the others None; above `limit_bytes` the first one gets None as well. Adapters are merged,
+    into weights of which the first worker alone gets a copy.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     assert isinstance(inner, Llama)
+    sharded = any(isinstance(p, DTensor) for p in inner.parameters())
+    if inner.lora is not None and not sharded and rank() != 0:
+        return None
     plain = Llama(inner.config, device="meta")
-    if any(isinstance(p, DTensor) for p in inner.parameters()):
-        if 4 * inner.config.num_parameters() > limit_bytes:
+    if inner.lora is not None:
+        add_adapters(plain, inner.lora)
+    if sharded:
+        if sum(p.nbytes for p in inner.parameters()) > limit_bytes:
             return None
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(inner, options=options)
@@ -128,7 +149,7 @@ def gather_model(model: nn.Module, *, limit_bytes: int = GATHER_LIMIT_BYTES) -> 
         plain.rotary = inner.rotary
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
-    return plain.requires_grad_(False)
+    return plain.requires_grad_(False) if inner.lora is None else merged_model(plain)
 
 
 def _fully_shard(model: Llama, precision: Precision, layout: Layout) -> None:
@@ -161,6 +182,8 @@ def _init_weights(model: Llama, seed: int) -> None:
     Each worker generates all of a sharded parameter and keeps its shard, so one whole parameter at a time is in memory.
     """
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if not isinstance(parameter, DTensor):
             model.init_parameter(name, parameter, seed)
             continue

@@ -26,19 +26,18 @@ _ATTENTION = {
 _COMMUNICATION = {reduce_scatter_op()}
 
 
-def checkpoint_block(block: nn.Module, mode: ActivationCheckpointing) -> None:
+def checkpoint_block(block: nn.Module, mode: ActivationCheckpointing, *, random: bool = False) -> None:
     """Let `block` keep less of its forward pass (Chen et al. 2016, arXiv:1604.06174).
 
     `full` keeps only the block's input. `selective` also keeps what is expensive to recompute: the output of
     attention, what came over the network, and every second matrix product. That saves about half of the memory for a
-    small part of the time. Names of parameters do not change.
+    small part of the time. Names of parameters do not change. `random` says that the block draws random numbers.
     """
     if mode == "none":
         return
     options: dict[str, Any] = {"context_fn": _save_expensive_ops} if mode == "selective" else {}
-    # A block draws no random numbers, so no generator state has to be kept.
     block.forward = partial(
-        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
+        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=random, **options
     )
 
 

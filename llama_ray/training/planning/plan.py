@@ -22,8 +22,8 @@ FRAGMENTATION = 0.05
 ASSUMED_MFU = 0.4
 """Model FLOPs utilisation of computing alone: torchtitan reports 0.39 for Llama 3.1 8B on 8 H100s."""
 
-_RECOMPUTATION: dict[ActivationCheckpointing, float] = {"none": 1.0, "selective": 7 / 6, "full": 4 / 3}
-"""Operations of a step relative to one without activation checkpointing: a forward pass is a third of a step."""
+_RECOMPUTED: dict[ActivationCheckpointing, float] = {"none": 0.0, "selective": 0.5, "full": 1.0}
+"""The share of a forward pass that activation checkpointing repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,11 @@ class Plan:
     @property
     def compute_s(self) -> float:
         """Seconds of a step that a GPU computes at the assumed MFU, recomputed activations included."""
-        flops = self.tokens_per_step * self.model.flops_per_token(self.seq_len)
-        recomputation = _RECOMPUTATION[self.config.activation_checkpointing]
-        return flops * recomputation / (self.cluster.gpus * self.cluster.gpu_flops * self.mfu)
+        flops = self.tokens_per_step * self.config.flops_per_token(self.model, self.seq_len)
+        # Without gradients of the weights a step is two passes and not three.
+        forward = 1 / 2 if self.config.lora else 1 / 3
+        repeated = 1 + forward * _RECOMPUTED[self.config.activation_checkpointing]
+        return flops * repeated / (self.cluster.gpus * self.cluster.gpu_flops * self.mfu)
 
     @property
     def overlapped_s(self) -> float:

@@ -47,13 +47,15 @@ def nearest_that_fits(plan: Plan, *, max_traces: int = MAX_TRACES) -> Plan | Non
 def _alternatives(plan: Plan) -> list[TrainConfig]:
     """Return the configurations that the plan's cluster may run instead, from the least changed to the most."""
     asked = plan.config
+    # Adapters are not trained with tensor parallelism.
+    tensor_doublings = 0 if asked.lora else _MAX_TENSOR_DOUBLINGS
     least_checkpointing = _CHECKPOINTING.index(asked.activation_checkpointing)
     costs: dict[TrainConfig, int] = {}
     for checkpointing, halvings, parallelism, doublings in product(
         range(least_checkpointing, len(_CHECKPOINTING)),
         range(_MAX_HALVINGS + 1),
         (asked.parallelism, "fsdp"),
-        range(_MAX_TENSOR_DOUBLINGS + 1),
+        range(tensor_doublings + 1),
     ):
         batch_size = asked.batch_size >> halvings
         tensor_parallel = asked.tensor_parallel << doublings
@@ -110,4 +112,4 @@ def _may_fit(model: LlamaConfig, config: TrainConfig, cluster: Cluster) -> bool:
         layout = cluster.layout(model, config)
     except ValueError:
         return False
-    return state_bytes(model) <= cluster.gpu_memory_bytes * layout.shards * layout.tensor
+    return state_bytes(model, config) <= cluster.gpu_memory_bytes * layout.shards * layout.tensor

@@ -25,7 +25,7 @@ from llama_ray.model.llama import Llama
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout
-from llama_ray.training.parallel.parallelize import parallelize
+from llama_ray.training.parallel.parallelize import parallelize, unallocated_model
 from llama_ray.training.planning.memory_trace import Memory, MemoryTrace
 from llama_ray.training.planning.traffic import Collective, Traffic, TrafficTrace
 from llama_ray.training.precision import DTYPES
@@ -106,7 +106,7 @@ def _trace(model_config: LlamaConfig, config: TrainConfig, layout: Layout) -> St
     replicated = not layout.sharded and layout.world_size > 1
     # The CPU stands for the GPU, because FSDP would ask a CUDA device for streams.
     device = torch.device("cpu")
-    model = Llama(model_config, device="meta")
+    model = unallocated_model(model_config, config)
     model.forward = partial(  # type: ignore[method-assign]
         _forward_as_on_gpu, DTYPES[config.precision], model.forward
     )
@@ -122,7 +122,7 @@ def _trace(model_config: LlamaConfig, config: TrainConfig, layout: Layout) -> St
                 parallel, build_optimizer(parallel, config), config, device=device, layout=traced
             )
             trace = _trace_second_step(stepper, model)
-    return _with_ddp(trace, model_config, layout) if replicated else trace
+    return _with_ddp(trace, model, layout) if replicated else trace
 
 
 def _trace_second_step(stepper: Stepper, model: Llama) -> StepTrace:
@@ -161,9 +161,9 @@ def _flash_attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tens
     return flash_attention(query, key, value)
 
 
-def _with_ddp(trace: StepTrace, model: LlamaConfig, layout: Layout) -> StepTrace:
+def _with_ddp(trace: StepTrace, model: Llama, layout: Layout) -> StepTrace:
     """Add to the trace of a single worker what DDP adds: buckets that hold all gradients, and their all-reduce."""
-    gradients = 4 * model.num_parameters()
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return replace(
         trace,
         peaks={part: {**memory, "gradients": gradients} for part, memory in trace.peaks.items()},

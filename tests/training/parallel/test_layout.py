@@ -52,7 +52,7 @@ def test_auto_warns_if_no_layout_fits() -> None:
 
 
 def test_training_state_takes_16_bytes_per_parameter() -> None:
-    assert state_bytes(LlamaConfig.preset("llama-7b")) == 16 * 6_738_415_616
+    assert state_bytes(LlamaConfig.preset("llama-7b"), TrainConfig()) == 16 * 6_738_415_616
 
 
 @pytest.mark.parametrize(

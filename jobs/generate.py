@@ -21,8 +21,7 @@ from llama_ray.batch_inference.config import BatchConfig
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.model.stored_config import load_config
-from llama_ray.pretrained import resolve
+from llama_ray.pretrained import load_shape, resolve
 from llama_ray.storage.paths import absolute, existing, existing_ref
 from llama_ray.utils.redact import redact
 
@@ -165,7 +164,7 @@ def _stream(engine: Engine, prompt: str, params: SamplingParams) -> None:
 
 
 def _check_shape(flags: Namespace, directory: Path) -> None:
-    config = load_config(directory)
+    config = load_shape(directory)
     for name in SHAPE:
         asked, stored = flags[name], getattr(config, name)
         # In training, 0 means as many as num_heads.

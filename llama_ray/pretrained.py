@@ -10,9 +10,10 @@ import torch
 
 from llama_ray.data.tokenizing.files import has_tokenizer, superseded_files
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.model.adapter_files import base_of, is_adapter, open_adapter
+from llama_ray.model.adapter_files import base_of, is_adapter, open_adapter, save_adapter
 from llama_ray.model.checkpoint import WeightSlicer, read_model
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.config_files import GENERATION_FILE
 from llama_ray.model.llama import Llama
 from llama_ray.model.merging import check_base, merged
 from llama_ray.model.saving import save_model
@@ -137,6 +138,26 @@ def _local(ref: str, path: Path) -> Path:
         f"{printable(ref)} is not a directory or a .gguf file; give one, hf://ORG/NAME, models:/name/version, or "
         "models:/name@alias"
     )
+
+
+def export_adapter(source: Path, directory: Path) -> None:
+    """Write the adapter in `source`, such as a training checkpoint, to `directory` in the layout of PEFT.
+
+    Its tokenizer and `generation_config.json` come with it.
+    """
+    with ExitStack() as stack:
+        adapter = open_adapter(source, stack)
+        beside = Tokenizer.load(source).files() if has_tokenizer(source) else {}
+        if (generation := source / GENERATION_FILE).is_file():
+            beside[GENERATION_FILE] = generation.read_text(encoding="utf-8")
+        save_adapter(
+            directory,
+            adapter.config,
+            {name: (a.read(), b.read()) for name, (a, b) in adapter.factors.items()},
+            base=adapter.base,
+            base_weights=adapter.base_weights,
+            beside=beside,
+        )
 
 
 def save_pretrained(model: Llama, tokenizer: Tokenizer | None, directory: str | Path) -> None:

@@ -15,6 +15,7 @@ from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.speculation.draft_model import DraftModel
 from llama_ray.generation.speculation.prompt_lookup import PromptLookup
 from llama_ray.generation.speculation.proposer import Proposer
+from llama_ray.model.adapter_files import base_of, is_adapter
 from llama_ray.model.end_of_text import stored_eos_ids
 from llama_ray.pretrained import load_pretrained, load_shape, resolve
 
@@ -37,7 +38,7 @@ def load(
     """See `Engine.from_pretrained`."""
     directory = resolve(ref)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    eos_ids = stored_eos_ids(directory, load_shape(directory).vocab_size)
+    eos_ids = _stored_eos_ids(directory, load_shape(directory).vocab_size)
     proposer = _load_proposer(options, dtype, device)
     quantization, batch_invariant = options.quantization, options.batch_invariant
     if options.tensor_parallel == 1:
@@ -46,6 +47,14 @@ def load(
         return Loaded(backend, tokenizer, proposer, eos_ids, directory, None)
     sharded = ShardedModel(directory, dtype, device, quantization, batch_invariant, options.tensor_parallel)
     return Loaded(sharded.backend, sharded.tokenizer, proposer, eos_ids, directory, sharded)
+
+
+def _stored_eos_ids(directory: Path, vocab_size: int) -> list[int]:
+    """Return `stored_eos_ids`; where an adapter names none, those of its base."""
+    found = stored_eos_ids(directory, vocab_size)
+    if found or not is_adapter(directory):
+        return found
+    return _stored_eos_ids(resolve(base_of(directory), weights=False), vocab_size)
 
 
 def _load_proposer(

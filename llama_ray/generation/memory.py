@@ -18,8 +18,7 @@ from llama_ray.generation.backends.quantize import GROUP_SIZE, Quantization
 from llama_ray.generation.options import EngineOptions
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.stored_model import open_model
-from llama_ray.pretrained import resolve
+from llama_ray.pretrained import open_pretrained, resolve
 from llama_ray.storage.gguf import read_gguf
 from llama_ray.utils.integers import ceil_div
 
@@ -77,7 +76,7 @@ def _footprint(
 ) -> tuple[LlamaConfig, _Footprint]:
     """Return the shape of the model at `path`, and what it needs."""
     with ExitStack() as stack:
-        stored = open_model(path, stack)
+        stored = open_pretrained(path, stack, check_weights=False)
         config, dtype = stored.config, dtype or stored.dtype
         largest = max(math.prod(tensor.shape) for tensor in stored.tensors.values()) * 4
     size = dtype.itemsize

@@ -121,8 +121,11 @@ def stored_base_weights(directory: Path) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def adapter_texts(config: LoraConfig, base: str, base_weights: str) -> dict[str, str]:
-    """Return the texts of `adapter_config.json` and `adapter_base.json`, by name; `base` is a reference."""
+def adapter_texts(config: LoraConfig, base: str, base_weights: str | None) -> dict[str, str]:
+    """Return the texts of `adapter_config.json` and `adapter_base.json`, by name; `base` is a reference.
+
+    The second is left out where the `weights_hash` of the base is not known.
+    """
     name, revision = base, None
     if base.startswith("hf://"):
         # PEFT knows the hub by plain names.
@@ -144,7 +147,8 @@ def adapter_texts(config: LoraConfig, base: str, base_weights: str) -> dict[str,
         "modules_to_save": None,
         "inference_mode": True,
     }
-    return {ADAPTER_CONFIG: to_text(content), ADAPTER_BASE: to_text({"weights_hash": base_weights})}
+    texts = {ADAPTER_CONFIG: to_text(content)}
+    return texts if base_weights is None else {ADAPTER_BASE: to_text({"weights_hash": base_weights}), **texts}
 
 
 def save_adapter(
@@ -153,7 +157,7 @@ def save_adapter(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     *,
     base: str,
-    base_weights: str,
+    base_weights: str | None,
     beside: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write an adapter that PEFT reads as it is.

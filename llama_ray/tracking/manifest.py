@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypedDict
 
+from llama_ray.model.adapter_files import is_adapter, open_adapter
 from llama_ray.model.weight_files import CheckpointError, open_weights
 
 
@@ -59,7 +60,10 @@ def unreadable_weights(directory: Path) -> str | None:
     """Return why the weights in `directory` cannot be read, as their index and headers tell; None if they can."""
     try:
         with ExitStack() as stack:
-            open_weights(directory, stack)
+            if is_adapter(directory):
+                open_adapter(directory, stack)
+            else:
+                open_weights(directory, stack)
     except CheckpointError as error:
         return str(error)
     return None

@@ -18,8 +18,7 @@ from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import TensorParallelRunner
 from llama_ray.generation.parallel.worker import prepare_share
 from llama_ray.generation.parallel.workers import Workers
-from llama_ray.model.stored_config import load_config
-from llama_ray.pretrained import load_pretrained
+from llama_ray.pretrained import load_pretrained, load_shape
 
 
 class ShardedModel:
@@ -39,7 +38,7 @@ class ShardedModel:
         size: int,
     ) -> None:
         device_type = torch.device(device).type
-        check_ranks(load_config(directory), size, torch.device(device))
+        check_ranks(load_shape(directory), size, torch.device(device))
         self.backend: Backend
         self.tokenizer: Tokenizer | None
         self.size = size

@@ -21,8 +21,8 @@ from llama_ray.generation.parallel.calls import Call, Connect, CountBlocks, Fail
 from llama_ray.generation.parallel.division import cut_tied_head, rank_config, rank_device, rank_slicer
 from llama_ray.generation.parallel.ranks import Ranks
 from llama_ray.generation.parallel.runner import RankRunner
-from llama_ray.model.checkpoint import load_model
 from llama_ray.model.llama import Llama
+from llama_ray.pretrained import load_pretrained
 from llama_ray.utils.errors import first_line
 from llama_ray.utils.memory import is_out_of_memory
 from llama_ray.utils.panics import panics_as_errors
@@ -72,7 +72,7 @@ class Worker:
         device = rank_device(call.device_type, self.rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        model = load_model(call.directory, call.dtype, device, rank_slicer(self.rank, self.size))
+        model, _ = load_pretrained(call.directory, call.dtype, device, rank_slicer(self.rank, self.size))
         self.backend = prepare_share(model, call.quantization, call.batch_invariant, self.rank, self.size)
         return self.backend.weight_bytes
 

@@ -65,6 +65,7 @@ SLOW_CLIENT_S = 5
 REGISTRY = (
     "tests/evaluation/test_promotion.py",
     "tests/evaluation/test_recording.py",
+    "tests/orchestration/test_importing.py",
     "tests/tracking/",
     "tests/serve_app/registry/",
     "tests/serve_app/api/clients/test_mlflow_gateway.py",

@@ -51,7 +51,7 @@ def required_bytes(
     That is the worst moment while weights are read and packed, or weights, cache and a step's tensors, whichever is
     more. The cache is `kv_cache_memory_bytes`, or as much as the default takes to hold one sequence. With
     `tensor_parallel` it is what one GPU needs, or on a CPU all ranks together. Reads what stands before
-    the weights. Raises CheckpointError as `open_model` does.
+    the weights. Raises CheckpointError as `open_pretrained` does.
     """
     device, quantization = torch.device(device), options.quantization
     ranks = options.tensor_parallel if device.type == "cuda" else 1

@@ -60,6 +60,20 @@ def describe_version(model: LlamaConfig, data: RunData, progress: Progress) -> s
     )
 
 
+def describe_import(model: LlamaConfig, source: str, check: str, *, has_template: bool) -> str:
+    """Return where an imported version came from, and what was checked."""
+    return _sentence_and_list(
+        f"Imported from `{source}`.",
+        {
+            "Model": _shape(model),
+            "Check": check,
+            "Chat template": "that of the model"
+            if has_template
+            else "none; a plain transcript takes its place",
+        },
+    )
+
+
 def short_count(n: int) -> str:
     """Return a count in short form: 158k, 34m, 6.7b."""
     for unit, size in (("b", 10**9), ("m", 10**6)):

@@ -9,6 +9,7 @@ from _sources import located, tokenizer_path
 from jsonargparse import ArgumentParser
 
 from llama_ray.data.cleaning.config import CleanConfig
+from llama_ray.data.conversations.config import ConversationConfig
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.prepare import prepare
 from llama_ray.data.tokenizing.training import TrainingOptions
@@ -17,7 +18,7 @@ from llama_ray.storage.paths import absolute, existing
 
 _COMMAS = ("clean", "language", "tokenizer_weights", "special_tokens")
 """Flags whose values may be separated by commas, too."""
-_PARTS = {"cleaning": CleanConfig, "training": TrainingOptions}
+_PARTS = {"cleaning": CleanConfig, "training": TrainingOptions, "conversations": ConversationConfig}
 """Fields of the configuration that are configurations, whose fields are flags, too."""
 
 
@@ -34,6 +35,7 @@ def _config() -> PrepareConfig:
     split_commas(flags, _COMMAS)
     given = {name: tuple(flags[name] or ()) for kind in _PARTS.values() for name in list_fields(kind)}
     given["decontaminate"] = tuple(map(existing, given["decontaminate"]))
+    flags.chat_template = flags.chat_template and existing(flags.chat_template)
     parts = {
         name: from_flags(kind, flags, **{field: given[field] for field in list_fields(kind)})
         for name, kind in _PARTS.items()

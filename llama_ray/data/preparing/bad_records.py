@@ -66,9 +66,9 @@ class BadRecords:
         self._open.close()
 
 
-def bad_file(work: Path, part: int) -> Path:
-    """Return the file for the bad records of a part."""
-    return work / f"bad-{part:05d}.jsonl"
+def bad_file(work: Path, stage: str, part: int) -> Path:
+    """Return the file for the bad records that a stage finds in a part."""
+    return work / f"bad-{stage}-{part:05d}.jsonl"
 
 
 def join(files: Iterable[Path], whole: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama_ray.data.cleaning.config import CleanConfig
-from llama_ray.data.records.fields import TextFields
+from llama_ray.data.conversations.config import ConversationConfig
+from llama_ray.data.conversations.fields import ConversationFields
+from llama_ray.data.records.fields import Fields, TextFields
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.data.tokenizing.training import TrainingOptions
@@ -18,6 +21,13 @@ from llama_ray.utils.errors import printable
 from llama_ray.utils.fields import check_fields, limits
 from llama_ray.utils.redact import RedactedRepr
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+FOR_TEXT = ("text_field", "template", "vocab_size", "tokenizer_weights", "compare_tokenizer")
+"""Settings that have no effect on conversations."""
+CLEANS_TEXT = ("clean", "unicode", "language", "language_threshold", "decontaminate", "decontaminate_words")
+"""Settings of `CleanConfig` that have none."""
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]+")
 
@@ -37,6 +47,7 @@ class PrepareConfig(RedactedRepr):
         source: 'builtin' (source code of the standard library), a file, a folder, a glob or a URI; NAME=WHERE names it.
             Several sources make one dataset whose shards are labelled with their names.
         output: Directory for the dataset, on storage that all nodes of the cluster share.
+        task: What the data are for: pretrain takes texts, sft (supervised fine-tuning) conversations.
         text_field: Field of a record that holds its text; dots lead into nested fields.
         template: Text with names of fields in braces, such as '{title}\n\n{body}', in place of one field.
         max_bad_records: Maximum number of broken records, which are left out; one more is an error.
@@ -54,10 +65,12 @@ class PrepareConfig(RedactedRepr):
         overwrite: Replace a dataset in `output`.
         cleaning: Which texts to take, and in which form.
         training: What the vocabulary of a trained tokenizer is like; unused with `tokenizer`.
+        conversations: How conversations become rows of tokens; for another task than pretrain.
     """
 
     source: list[str]
     output: str
+    task: Literal["pretrain", "sft"] = "pretrain"
     text_field: str = "text"
     template: str | None = None
     max_bad_records: int = field(default=0, metadata=limits(0, 2**63 - 1))
@@ -73,6 +86,7 @@ class PrepareConfig(RedactedRepr):
     overwrite: bool = False
     cleaning: CleanConfig = field(default_factory=CleanConfig)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    conversations: ConversationConfig = field(default_factory=ConversationConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,10 +98,46 @@ class PrepareConfig(RedactedRepr):
             raise ValueError(f"output is '{printable(self.output)}'; it must be text in UTF-8 on one line")
         self.weights()
         self.fields()
+        self._check_task()
 
-    def fields(self) -> TextFields:
+    @property
+    def row_tokens(self) -> int | None:
+        """Tokens of the rows that conversations are packed into; None where texts are prepared."""
+        return None if self.task == "pretrain" else self.conversations.seq_len
+
+    @property
+    def unit(self) -> str:
+        """What a dataset is made of."""
+        return "text" if self.task == "pretrain" else "conversation"
+
+    def fields(self) -> Fields:
         """Return what makes the text of a record. Raises ValueError for a template that is none."""
+        if self.task == "sft":
+            return ConversationFields(self.conversations.conversation_format)
         return TextFields(self.text_field, self.template)
+
+    def _check_task(self) -> None:
+        """Raise ValueError for what the task needs, and for what it makes no use of."""
+        tuning = self.task != "pretrain"
+        needed = {"tokenizer": self.tokenizer, "seq_len": self.conversations.seq_len}
+        if tuning and (missing := [name for name, value in needed.items() if value is None]):
+            raise ValueError(
+                f"{missing[0]} is missing; task {self.task} needs "
+                + (
+                    "the tokenizer of the model to tune"
+                    if missing[0] == "tokenizer"
+                    else "the length of its rows"
+                )
+                + f"; give --{missing[0]}"
+            )
+        unused = (
+            _given(self, FOR_TEXT) + _given(self.cleaning, CLEANS_TEXT)
+            if tuning
+            else _given(self.conversations)
+        )
+        if unused:
+            kind = "texts (task pretrain)" if tuning else "conversations (task sft)"
+            raise ValueError(f"{unused[0]} is given; it has an effect on {kind} only; leave it out")
 
     def sources(self) -> list[NamedSource]:
         """Return the sources with their names. Raises SourceError for a name that is given twice."""
@@ -96,6 +146,15 @@ class PrepareConfig(RedactedRepr):
     def weights(self) -> dict[str, float] | None:
         """Return source -> its share of the tokenizer's text, which sum to 1; None if its bytes decide."""
         return shares("tokenizer_weights", self.tokenizer_weights, self.sources())
+
+
+def _given(config: DataclassInstance, names: Collection[str] | None = None) -> list[str]:
+    """Return the fields of a configuration, or those of these `names`, that have another value than by default."""
+    return [
+        field.name
+        for field in dataclasses.fields(config)
+        if (names is None or field.name in names) and getattr(config, field.name) != field.default
+    ]
 
 
 def named_sources(given: Sequence[str]) -> list[NamedSource]:

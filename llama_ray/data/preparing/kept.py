@@ -14,15 +14,21 @@ from llama_ray.storage.atomic import replacing
 
 _BATCH_CHARACTERS = 1024 * 1024
 # A path that is not UTF-8 may be part of an id.
-_SCHEMA = pa.schema([("id", pa.binary()), ("text", pa.large_string()), ("language", pa.string())])
+_SCHEMA = pa.schema(
+    [("id", pa.binary()), ("text", pa.large_string()), ("language", pa.string()), ("place", pa.string())]
+)
 
 
 class Taken(NamedTuple):
-    """A text that a dataset takes, unless it repeats another one; its id, and its language if that was asked for."""
+    """A text that a dataset takes, unless it repeats another one; its id, and its language if that was asked for.
+
+    `place` is that of `Text`.
+    """
 
     id: str
     text: str
     language: str = ""
+    place: str = ""
 
 
 class KeptWriter:
@@ -46,6 +52,7 @@ class KeptWriter:
             [text.id.encode(errors="surrogateescape") for text in self._waiting],
             [text.text for text in self._waiting],
             [text.language for text in self._waiting],
+            [text.place for text in self._waiting],
         ]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
         self._writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
@@ -69,6 +76,5 @@ def read_kept(path: Path) -> Iterator[Taken]:
     """Yield the texts of a file of `KeptWriter`, a batch of which is in memory."""
     with path.open("rb") as file, ipc.open_stream(file) as reader:
         for batch in reader:
-            ids, texts, languages = (column.to_pylist() for column in batch.columns)
-            for id, text, language in zip(ids, texts, languages, strict=True):
-                yield Taken(id.decode(errors="surrogateescape"), text, language)
+            for id, *rest in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield Taken(id.decode(errors="surrogateescape"), *rest)

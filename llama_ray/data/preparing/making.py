@@ -10,7 +10,7 @@ from pathlib import Path
 from llama_ray.data.cleaning.contamination import write_evaluations
 from llama_ray.data.dataset.info import SPLITS, DatasetInfo
 from llama_ray.data.dataset.shards import token_bytes
-from llama_ray.data.preparing.bad_records import BAD_RECORDS_FILE, bad_file, join
+from llama_ray.data.preparing.bad_records import BAD_RECORDS_FILE, join
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.corpus import Corpus, reasons
 from llama_ray.data.preparing.deduplicating import find_duplicates
@@ -18,7 +18,7 @@ from llama_ray.data.preparing.output_directory import WORK, publish, remove
 from llama_ray.data.preparing.part_record import any_done, read_record
 from llama_ray.data.preparing.part_task import Job, tokenise_part
 from llama_ray.data.preparing.parts import Part, divide
-from llama_ray.data.preparing.passes import run_pass
+from llama_ray.data.preparing.passes import bad_files, run_pass
 from llama_ray.data.preparing.progress import Log
 from llama_ray.data.preparing.reading import Reading
 from llama_ray.data.preparing.splits import changes_split, limit_for
@@ -47,7 +47,7 @@ def make_dataset(
         job, tokenizer = _plan(config, corpus, given, staging, log)
         parts = divide(corpus, config.shard_bytes)
         summary = _run(config, corpus, parts, job, log)
-        join((bad_file(staging / WORK, part.index) for part in parts), staging / BAD_RECORDS_FILE)
+        join(bad_files(staging, parts), staging / BAD_RECORDS_FILE)
         info = DatasetInfo(
             fingerprint=fingerprint,
             seed=config.seed,
@@ -57,6 +57,9 @@ def make_dataset(
             splits={split: tuple(summary.shards[split]) for split in SPLITS},
             settings=settings(config),
             versions=versions(),
+            task=config.task,
+            row_tokens=config.row_tokens,
+            end_of_turn_ids=tuple(sorted(tokenizer.end_of_turn_ids())) if config.row_tokens else (),
         )
         for line in summary.lines(info):
             log(line)
@@ -87,6 +90,7 @@ def _plan(
         tokenizer=tokenizer.fingerprint,
         encoder=encoder,
         compared=given.compared.fingerprint if given.compared else "",
+        conversations=None if config.row_tokens is None else config.conversations,
     )
     return job, tokenizer
 
@@ -130,8 +134,8 @@ def _run(config: PrepareConfig, corpus: Corpus, parts: Sequence[Part], job: Job,
     except ValueError as error:
         texts = sum(summary.documents(split) for split in SPLITS)
         raise SourceError(
-            f"{printable(', '.join(config.source))!r} has {'1 text' if texts else 'no text'}"
-            f"{reasons(summary.left_out)}; training and validation need one each; give more text"
+            f"{printable(', '.join(config.source))!r} has {'1' if texts else 'no'} {config.unit}"
+            f"{reasons(summary.left_out)}; training and validation need one each; give more"
         ) from error
     if limit == job.limit:
         return summary

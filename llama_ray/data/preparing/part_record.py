@@ -19,6 +19,7 @@ from llama_ray.utils.typed_json import from_json
 
 Stage = Literal["cleaned", "tokenised"]
 """What was done to a part: it is cleaned first only where duplicates are looked for."""
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass
@@ -97,7 +98,7 @@ def done_before(staging: Path, stage: Stage, part: int, limit: float) -> bool:
 
 def any_done(staging: Path) -> bool:
     """Whether a part was finished."""
-    return any(any((staging / WORK).glob(f"{stage}-*.json")) for stage in get_args(Stage))
+    return any(any((staging / WORK).glob(f"{stage}-*.json")) for stage in STAGES)
 
 
 def _file(staging: Path, stage: Stage, part: int) -> Path:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from llama_ray.data.cleaning.drops import Drop
 from llama_ray.data.cleaning.duplicates.groups import Duplicates
 from llama_ray.data.cleaning.duplicates.keys import keys_of, write_keys
+from llama_ray.data.conversations.config import ConversationConfig
 from llama_ray.data.dataset.info import SPLITS
 from llama_ray.data.dataset.shards import DatasetError, ShardWriter, shard_name, token_bytes
 from llama_ray.data.preparing.bad_records import BadRecords, TooManyBadRecordsError, bad_file
+from llama_ray.data.preparing.encoding import ConversationEncoder
 from llama_ray.data.preparing.kept import KeptWriter, Taken, read_kept
 from llama_ray.data.preparing.output_directory import WORK
 from llama_ray.data.preparing.part_record import PartRecord, Stage, read_record
 from llama_ray.data.preparing.parts import Part
 from llama_ray.data.preparing.reading import Reading, read_documents
+from llama_ray.data.preparing.row_writer import RowWriter
 from llama_ray.data.preparing.split_writer import SplitWriter
 from llama_ray.data.preparing.splits import Range, number_of, split_of
+from llama_ray.data.report.statistics import Statistics
 from llama_ray.data.tokenizing.encoder import DocumentEncoder, EncoderChoice
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 
@@ -30,11 +34,37 @@ COMPARED = "compared"
 """Folder of the second tokenizer in the staging directory."""
 
 
+class Identified(Protocol):
+    """What has an identifier within the dataset."""
+
+    @property
+    def id(self) -> str:
+        """The identifier."""
+
+
+D = TypeVar("D", bound=Identified)
+D_contra = TypeVar("D_contra", contravariant=True)
+
+
+class Writer(Protocol[D_contra]):
+    """Writes the documents of one split of a part as a shard."""
+
+    statistics: Statistics
+    compared_tokens: int
+
+    def add(self, document: D_contra, /) -> None:
+        """Append a document."""
+
+    def flush(self) -> None:
+        """Write what waits; call it at the end."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What all tasks of a preparation need: its settings, and the directory that holds its tokenizers.
 
-    `compared` is the fingerprint of the second tokenizer, or empty.
+    `compared` is the fingerprint of the second tokenizer, or empty. `conversations` says how those become rows; None
+    where texts are prepared.
     """
 
     directory: str
@@ -44,6 +74,7 @@ class Job:
     tokenizer: str
     encoder: EncoderChoice
     compared: str = ""
+    conversations: ConversationConfig | None = None
 
 
 class TaskResult(NamedTuple):
@@ -109,7 +140,7 @@ def _run(
     staging = Path(job.directory)
     bad_records, given_up, message = 0, False, ""
     try:
-        with BadRecords(bad_file(staging / WORK, part.index), job.max_bad_records) as bad:
+        with BadRecords(bad_file(staging / WORK, stage, part.index), job.max_bad_records) as bad:
             try:
                 record = work(part, job, PartRecord(job.limit), bad)
             except TooManyBadRecordsError:
@@ -139,36 +170,63 @@ def _clean(part: Part, job: Job, record: PartRecord, bad: BadRecords) -> PartRec
 
 def _tokenise(part: Part, job: Job, record: PartRecord, bad: BadRecords) -> PartRecord:
     directory = Path(job.directory)
-    tokenizer, encoder = _load_encoder(job.directory, job.tokenizer, job.encoder)
-    compare = _load_encoder(str(directory / COMPARED), job.compared)[1] if job.compared else None
     if job.reading.cleaning.dedup == "none":
         documents = read_documents(part.source, part.pieces, job.reading, record, bad)
     else:
         record = replace(read_record(directory, "cleaned", part.index), limit=job.limit)
         documents = _without_duplicates(part, job, record)
+    tokenizer = _load_tokenizer(job.directory, job.tokenizer)
     width = token_bytes(tokenizer.vocab_size)
     with ExitStack() as open:
         shards = {
-            split: ShardWriter(directory / shard_name(split, part.index), width, source=part.source)
+            split: ShardWriter(
+                directory / shard_name(split, part.index),
+                width,
+                source=part.source,
+                masks=job.conversations is not None,
+            )
             for split in SPLITS
         }
-        writers = {
-            split: SplitWriter(
-                open.enter_context(shard), part.source, encoder, compare if split == "validation" else None
-            )
-            for split, shard in shards.items()
-        }
-        for taken in documents:
-            number = number_of(job.reading.seed, taken.id)
-            record.numbers = (record.numbers or Range()) | Range(number, number)
-            writers[split_of(number, job.limit)].add(taken)
-        for writer in writers.values():
-            writer.flush()
+        for shard in shards.values():
+            open.enter_context(shard)
+        if job.conversations is None:
+            _write(documents, _text_writers(part, job, shards), job, record)
+        else:
+            encoder = ConversationEncoder(part, tokenizer, job.conversations, record, bad)
+            _write(encoder.encode(documents), _row_writers(part, encoder, shards), job, record)
     record.shards = {split: shard.shard for split, shard in shards.items() if shard.shard is not None}
-    record.statistics = {split: writer.statistics for split, writer in writers.items()}
-    record.compared_tokens = writers["validation"].compared_tokens
     record.bad_records += bad.count
     return record
+
+
+def _write(documents: Iterable[D], writers: Mapping[str, Writer[D]], job: Job, record: PartRecord) -> None:
+    """Give each document to the writer of its split, and count them into `record`."""
+    for document in documents:
+        number = number_of(job.reading.seed, document.id)
+        record.numbers = (record.numbers or Range()) | Range(number, number)
+        writers[split_of(number, job.limit)].add(document)
+    for split, writer in writers.items():
+        writer.flush()
+        record.statistics[split] = writer.statistics
+    record.compared_tokens = writers["validation"].compared_tokens
+
+
+def _text_writers(part: Part, job: Job, shards: Mapping[str, ShardWriter]) -> dict[str, SplitWriter]:
+    encoder = _load_encoder(job.directory, job.tokenizer, job.encoder)
+    compared = _load_encoder(str(Path(job.directory) / COMPARED), job.compared) if job.compared else None
+    return {
+        split: SplitWriter(shard, part.source, encoder, compared if split == "validation" else None)
+        for split, shard in shards.items()
+    }
+
+
+def _row_writers(
+    part: Part, encoder: ConversationEncoder, shards: Mapping[str, ShardWriter]
+) -> dict[str, RowWriter]:
+    return {
+        split: RowWriter(shard, part.source, encoder.row_tokens, encoder.padding)
+        for split, shard in shards.items()
+    }
 
 
 def _without_duplicates(part: Part, job: Job, record: PartRecord) -> Iterator[Taken]:
@@ -184,13 +242,17 @@ def _without_duplicates(part: Part, job: Job, record: PartRecord) -> Iterator[Ta
 
 
 @functools.lru_cache(maxsize=2)
-def _load_encoder(
-    directory: str, fingerprint: str, choice: EncoderChoice | None = None
-) -> tuple[Tokenizer, DocumentEncoder]:
+def _load_encoder(directory: str, fingerprint: str, choice: EncoderChoice | None = None) -> DocumentEncoder:
+    # The ids are the same without the fast library, of which a node may have another version, or none.
+    fast = choice is not None and choice.fast and choice.is_installed
+    return DocumentEncoder(_load_tokenizer(directory, fingerprint), fast)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_tokenizer(directory: str, fingerprint: str) -> Tokenizer:
     tokenizer = Tokenizer.load(directory)
     if tokenizer.fingerprint != fingerprint:
         raise DatasetError(
             f"{directory} holds another tokenizer on a worker; give an --output on storage that all nodes share"
         )
-    # The ids are the same without the fast library, of which a node may have another version, or none.
-    return tokenizer, DocumentEncoder(tokenizer, choice is not None and choice.fast and choice.is_installed)
+    return tokenizer

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from llama_ray.data.preparing.bad_records import bad_file, too_many
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.output_directory import WORK
-from llama_ray.data.preparing.part_record import Stage, done_before, read_record
+from llama_ray.data.preparing.part_record import STAGES, Stage, done_before, read_record
 from llama_ray.data.preparing.part_task import Job, TaskResult, task_row
 from llama_ray.data.preparing.parts import Part
 from llama_ray.data.preparing.progress import Log, Progress
@@ -63,7 +63,13 @@ def run_pass(
         progress.add(sizes[result.part], f", {tokens:,} tokens" if tokens else "")
 
 
+def bad_files(staging: Path, parts: Sequence[Part]) -> Iterator[Path]:
+    """Yield the files that may hold the bad records of some parts."""
+    for part in parts:
+        for stage in STAGES:
+            yield bad_file(staging / WORK, stage, part.index)
+
+
 def _check_bad(bad: int, config: PrepareConfig, parts: Sequence[Part], staging: Path) -> None:
     if bad > config.max_bad_records:
-        files = (bad_file(staging / WORK, part.index) for part in parts)
-        raise too_many(bad, config.max_bad_records, files, Path(config.output))
+        raise too_many(bad, config.max_bad_records, bad_files(staging, parts), Path(config.output))

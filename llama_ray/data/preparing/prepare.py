@@ -93,6 +93,8 @@ def _fingerprint(config: PrepareConfig, corpus: Corpus, given: GivenTokenizers) 
     # The same files under another path are the same corpus, and these settings do not change what is made of it.
     for name in ("source", "output", "overwrite", "workers", "max_bad_records"):
         del settings[name]
+    # The template is part of the tokenizer.
+    del settings["conversations"]["chat_template"]
     if given.tokenizer is not None:
         del settings["vocab_size"], settings["training"]
     settings["tokenizer"], settings["compare_tokenizer"] = given.identities()

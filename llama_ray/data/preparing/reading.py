@@ -44,14 +44,14 @@ def read_documents(
         bad.add(source, piece)
 
     for piece in pieces:
-        for text, offset in read(piece, reading.fields, leave_out):
+        for text, offset, place in read(piece, reading.fields, leave_out):
             record.texts += 1
             id = f"{source}/{piece.file.name}:{offset}"
             cleaned = cleaner(text)
             for drop in cleaned.drops:
                 record.drops.add(source, id, drop)
             if cleaned.text:
-                yield Taken(id, cleaned.text, cleaned.language)
+                yield Taken(id, cleaned.text, cleaned.language, place)
 
 
 # A process works for one preparation after the other, each of which has many parts.

@@ -47,8 +47,8 @@ class SplitWriter:
         self.statistics.add(
             self._source,
             (
-                Document(id, text, length, language)
-                for (id, text, language), length in zip(self._waiting, lengths.tolist(), strict=True)
+                Document(taken.id, taken.text, length, taken.language)
+                for taken, length in zip(self._waiting, lengths.tolist(), strict=True)
             ),
         )
         if self._compare is not None:

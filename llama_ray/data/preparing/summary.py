@@ -11,7 +11,7 @@ from llama_ray.data.cleaning.drops import Drops
 from llama_ray.data.dataset.info import SPLITS, Counted, DatasetInfo, Setting, SourceInfo, TokenizerInfo
 from llama_ray.data.dataset.shards import Shard
 from llama_ray.data.preparing.bad_records import is_bad
-from llama_ray.data.preparing.config import PrepareConfig
+from llama_ray.data.preparing.config import CLEANS_TEXT, FOR_TEXT, PrepareConfig
 from llama_ray.data.preparing.corpus import Corpus, SourcePieces
 from llama_ray.data.preparing.part_record import PartRecord
 from llama_ray.data.preparing.parts import Part
@@ -83,7 +83,8 @@ class Summary:
     def tokenizer(self, config: PrepareConfig, tokenizer: Tokenizer, encoder: EncoderChoice) -> TokenizerInfo:
         """Return what `dataset.json` tells of the tokenizer."""
         validation = self._sums("validation")
-        tokens = validation.tokens - BORDERS * validation.documents
+        # Those of conversations are not only text.
+        tokens = validation.tokens - BORDERS * validation.documents if config.row_tokens is None else 0
         return TokenizerInfo(
             fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
@@ -100,9 +101,17 @@ class Summary:
 
     def lines(self, info: DatasetInfo) -> Iterator[str]:
         """Yield what a user wants to read at the end."""
+        unit = "texts" if info.row_tokens is None else "conversations"
         yield (
-            f"took {info.documents('train'):,} texts for training and {info.documents('validation'):,} for validation"
+            f"took {self.documents('train'):,} {unit} for training and {self.documents('validation'):,} for validation"
         )
+        if info.row_tokens is not None:
+            trained, tokens = info.trained("train"), self._sums("train").tokens
+            yield (
+                f"{trained:,} of {tokens:,} training tokens are learned ({trained / tokens:.1%}); they fill "
+                f"{tokens / info.tokens('train'):.1%} of {info.tokens('train') // info.row_tokens:,} rows of "
+                f"{info.row_tokens:,}"
+            )
         yield from self.left_out.lines()
         for row in self.drops.rows():
             yield f"{row.rule} dropped {row.count:,} {row.unit}{'' if row.count == 1 else 's'} of {row.source}"
@@ -158,7 +167,11 @@ def versions() -> dict[str, str]:
 def settings(config: PrepareConfig) -> dict[str, Setting]:
     """Return the flags that decide what a dataset holds, for people."""
     values = {**asdict(config), **asdict(config.cleaning), **asdict(config.training)}
-    for name in ("cleaning", "training", "source", "output", "overwrite", "workers"):
+    unused = ["cleaning", "training", "conversations", "source", "output", "overwrite", "workers"]
+    if config.row_tokens is not None:
+        values |= asdict(config.conversations)
+        unused += [*FOR_TEXT, *CLEANS_TEXT, *asdict(config.training)]
+    for name in unused:
         del values[name]
     return {
         name: printable(", ".join(value) if isinstance(value, (list, tuple)) else value, limit=4096)

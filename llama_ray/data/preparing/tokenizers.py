@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from llama_ray.data.conversations.examples import ExampleEncoder
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.output_directory import WORK
 from llama_ray.data.preparing.part_task import COMPARED
@@ -29,7 +30,15 @@ class GivenTokenizers:
 
     @classmethod
     def load(cls, config: PrepareConfig) -> GivenTokenizers:
-        """Read those that `config` names. Raises TokenizerError for one that cannot be used for documents."""
+        """Read those that `config` names. Raises TokenizerError for one that cannot be used for documents.
+
+        That of conversations is the model's own, with its chat template or the given one.
+        """
+        if config.row_tokens is not None:
+            of_model = config.conversations.apply(Tokenizer.load(config.tokenizer or ""))
+            # Says what is wrong with its template.
+            ExampleEncoder(of_model, config.conversations.now)
+            return cls(of_model, None)
         tokenizer, compared = (
             None if path is None else Tokenizer.load(path).for_documents()
             for path in (config.tokenizer, config.compare_tokenizer)
@@ -38,11 +47,14 @@ class GivenTokenizers:
 
     def identities(self) -> tuple[object, object]:
         """Return what the dataset depends on."""
-        first, second = (
-            tokenizer and (tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id)
-            for tokenizer in (self.tokenizer, self.compared)
-        )
-        return first, second
+        return _identity(self.tokenizer), _identity(self.compared)
+
+
+def _identity(tokenizer: Tokenizer | None) -> object:
+    if tokenizer is None:
+        return None
+    template = tokenizer.chat_template
+    return tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id, template and template.templates
 
 
 def make_tokenizer(
@@ -65,7 +77,10 @@ def make_tokenizer(
         tokenizer.save(staging)
     if given.compared is not None:
         given.compared.save(staging / COMPARED)
-    choice = choose_encoder(tokenizer, sample)
+    if config.row_tokens is None:
+        choice = choose_encoder(tokenizer, sample)
+    else:
+        choice = EncoderChoice(False, "tokenizers", "it tells special tokens of the chat template from text")
     log(f"encoding with {choice.name}: {choice.reason}")
     write_text(chosen, json.dumps(asdict(choice)))
     return tokenizer, choice

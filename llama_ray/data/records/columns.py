@@ -71,7 +71,7 @@ def texts_of_batch(reading: Reading, batch: pyarrow.RecordBatch, first: int) -> 
     rows = _values_of(reading.fields, batch) if reading.fields.required else _records_of(batch)
     for number, row in enumerate(rows, first):
         try:
-            yield Text(_text(reading, row), number)
+            yield Text(_text(reading, row), number, row_place(number))
         except NotTextError as error:
             reading.bad(error.reason, row_place(number), detail=error.detail)
 

@@ -43,7 +43,7 @@ def csv_rows(reading: Reading, blocks: Iterator[bytes], delimiter: str) -> Itera
             if not row:
                 continue
             number += 1
-            yield Text(_text(row, header, reading), number - 1)
+            yield Text(_text(row, header, reading), number - 1, f":{line}")
         except NotTextError as error:
             reading.bad(error.reason, f":{line}", detail=error.detail)
         except _LongLineError:

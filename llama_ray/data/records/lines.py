@@ -85,7 +85,7 @@ def json_lines(reading: Reading, blocks: Iterator[bytes], start: int, stop: int 
             if not line or line.isspace():
                 continue
             try:
-                yield Text(text_of_line(line, reading.fields), position)
+                yield Text(text_of_line(line, reading.fields), position, place)
             except NotTextError as error:
                 reading.bad(error.reason, place or position, detail=error.detail)
     except DamagedError as error:

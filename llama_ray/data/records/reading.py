@@ -17,11 +17,13 @@ class Text(NamedTuple):
     """One text, and where it is in its file.
 
     `offset` is the byte of the (decompressed) content where it begins in files of text and JSON Lines, and the number
-    of its record, from 0, in others.
+    of its record, from 0, in others. `place` is how a message names it, such as ':17' for a line, where the offset does
+    not tell.
     """
 
     text: str
     offset: int
+    place: str = ""
 
 
 @dataclass(frozen=True)

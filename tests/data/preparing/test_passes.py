@@ -24,7 +24,7 @@ def test_a_smaller_limit_holds_for_bad_records_of_parts_that_were_done_before(tm
     (tmp_path / WORK).mkdir()
     config = PrepareConfig([str(tmp_path / "a.jsonl")], str(tmp_path / "out"))
     parts = divide(find_corpus(config.sources(), config.fields()), config.shard_bytes)
-    with BadRecords(bad_file(tmp_path / WORK, 0), most=1) as bad:
+    with BadRecords(bad_file(tmp_path / WORK, "tokenised", 0), most=1) as bad:
         bad.add("a", LeftOut("record", NOT_JSON, "a.jsonl", place=":1"))
     PartRecord(0.01, bad_records=1).write(tmp_path, "tokenised", 0)
     job = Job(

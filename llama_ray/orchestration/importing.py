@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.generation.end_of_text import all_eos_ids, stored_eos_ids
+from llama_ray.generation.end_of_text import all_eos_ids
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.config_files import GENERATION_FILE, to_text
+from llama_ray.model.end_of_text import stored_eos_ids
 from llama_ray.model.saving import save_stored
 from llama_ray.model.stored_model import StoredModel
 from llama_ray.model.weight_files import INDEX, SINGLE, CheckpointError

@@ -7,7 +7,7 @@ import sys
 from argparse import SUPPRESS, Action
 from typing import Any
 
-from _cli import add_config, main, parse
+from _cli import add_config, add_fields, list_fields, main, parse
 from _data import SOURCES, sources_of, stages_of
 from _shape import add_shape, shape_of, with_vocabulary
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -35,7 +35,8 @@ def run() -> None:
     if flags.init_from is not None:
         flags.init_from = fixed(existing_ref(flags.init_from))
     config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": stages_of(flags.stages)})
-    launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
+    lists = {name: tuple(flags[name] or ()) for name in list_fields(LaunchConfig)}
+    launch = LaunchConfig(**_fields_of(LaunchConfig, flags) | lists)
     shape = shape_of(flags)
     if flags.data:
         data = sources_of(flags.data)
@@ -106,7 +107,7 @@ def _parser() -> ArgumentParser:
     )
     add_shape(parser)
     parser.add_class_arguments(TrainConfig)
-    parser.add_class_arguments(LaunchConfig, skip={"resume"})
+    add_fields(parser, LaunchConfig, skip={"resume"})
     return parser
 
 

@@ -83,7 +83,8 @@ class Rule:
     def parse(cls, text: str) -> Rule:
         """Read a rule: `METRIC <|<=|>|>= champion [+|- NUMBER]` or `... NUMBER`, several joined by `and`.
 
-        METRIC is `TASK/METRIC`, or the metric alone where one task has it. Raises EvaluationError for anything else.
+        METRIC is `TASK/METRIC`; the metric alone is that of the first text or task that has it. Raises
+        EvaluationError for anything else.
         """
         conditions = []
         for part in re.split(r"\s+and\s+", text.strip()):
@@ -120,15 +121,14 @@ class Rule:
 
 
 def find_score(evaluation: Evaluation, name: str) -> Score:
-    """Return the score named `task/metric`, or the only one of this metric. Raises EvaluationError."""
+    """Return the score named `task/metric`, or the first one of this metric. Raises EvaluationError."""
     if (exact := evaluation.score(name)) is not None:
         return exact
-    found = [score for score in evaluation.scores if score.metric == name]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(score.name for score in found or evaluation.scores)
-    problem = "several scores are" if found else "no score is"
-    raise EvaluationError(f"{problem} called {shown(name)}; name one of: {names}")
+    found = next((score for score in evaluation.scores if score.metric == name), None)
+    if found is None:
+        names = ", ".join(score.name for score in evaluation.scores)
+        raise EvaluationError(f"no score is called {shown(name)}; name one of: {names}")
+    return found
 
 
 def promote_if(

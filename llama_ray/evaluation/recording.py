@@ -21,8 +21,9 @@ from llama_ray.tracking.tags import standard_tags
 from llama_ray.tracking.versions import Version, resolve_version
 
 DEFAULT_EXPERIMENT = "llama-ray"
-_GROUP = "evaluation"
-"""The first part of the names of metrics and tags."""
+_TAGS, _METRICS = "evaluation.", "scores/"
+"""Before the names of a version's tags, and before those of metrics: MLflow sorts groups of charts by name, and losses
+come first."""
 _FILE, _TABLE = "evaluation.json", "scores.json"
 
 Table = Mapping[str, Sequence[object]]
@@ -63,7 +64,7 @@ def record(
         raise
     run.finish("FINISHED")
     if version:
-        replace_tags(version, f"{_GROUP}.", _tags(evaluation, run), uri)
+        replace_tags(version, _TAGS, _tags(evaluation, run), uri)
     return run
 
 
@@ -76,7 +77,7 @@ def record_comparison(run: Run, comparison: Comparison) -> None:
 
 def recorded(version: Version, uri: str | None = None) -> Evaluation | None:
     """Return the last evaluation of `version`; None without one that can still be read."""
-    text = read_artifact(version.tags.get(f"{_GROUP}.run_id", ""), _FILE, uri)
+    text = read_artifact(version.tags.get(f"{_TAGS}run_id", ""), _FILE, uri)
     try:
         return Evaluation.from_json(text) if text else None
     except EvaluationError:
@@ -84,7 +85,7 @@ def recorded(version: Version, uri: str | None = None) -> Evaluation | None:
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Return what a run shows of the scores: `evaluation/TASK/METRIC` -> value, and `..._stderr` where one is known."""
+    """Return what a run shows of the scores: `scores/TASK/METRIC` -> value, and `..._stderr` where one is known."""
     return {one.metric: one.value for one in _measurements(evaluation)}
 
 
@@ -116,7 +117,7 @@ def _log(run: Run, evaluation: Evaluation, version: Version | None, tables: Mapp
 def _measurements(evaluation: Evaluation) -> list[Measurement]:
     found = []
     for score in evaluation.scores:
-        name = f"{_GROUP}/{score.name}"
+        name = _METRICS + score.name
         found.append(Measurement(name, score.value, score.task, score.fingerprint))
         if score.stderr is not None:
             found.append(Measurement(f"{name}_stderr", score.stderr, score.task, score.fingerprint))
@@ -137,12 +138,10 @@ def _scores_table(evaluation: Evaluation) -> Table:
 
 
 def _tags(evaluation: Evaluation, run: Run) -> dict[str, str]:
-    """Return the tags of a version: a metric that only one task has, such as bits per byte, without its task, too."""
-    names = [score.metric for score in evaluation.scores]
-    scores = {f"{score.task}.{score.metric}": repr(score.value) for score in evaluation.scores}
-    alone = {score.metric: repr(score.value) for score in evaluation.scores if names.count(score.metric) == 1}
-    own = {"fingerprint": evaluation.settings_fingerprint, "run_id": run.run_id}
-    return alone | scores | own
+    """Return the tags of a version: of each metric also the first score without its task, such as `bits_per_byte`."""
+    first = {score.metric: repr(float(score.value)) for score in reversed(evaluation.scores)}
+    scores = {f"{score.task}.{score.metric}": repr(float(score.value)) for score in evaluation.scores}
+    return first | scores | {"fingerprint": evaluation.settings_fingerprint, "run_id": run.run_id}
 
 
 def _short(model: str) -> str:

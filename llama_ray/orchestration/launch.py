@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from llama_ray.evaluation.promotion import Rule
 from llama_ray.tracking.registry import Policy, check_name
 from llama_ray.utils.fields import Limits, check_fields, limits, shown
 from llama_ray.utils.redact import RedactedRepr
@@ -33,6 +34,16 @@ class LaunchConfig(RedactedRepr):
         register_as: Name to register the finished model under; an empty name registers nothing.
         promote: When the alias 'champion' moves to the new version. if_better compares validation losses on the same
             data.
+        promote_if: A rule such as "bits_per_byte < champion" that takes the place of `promote`: the new version and the
+            champion are evaluated in the same way, and the alias moves where it holds. METRIC <, <=, > or >= champion,
+            champion + or - NUMBER, or NUMBER; several joined by `and`.
+        evaluate_every: Steps between two evaluations of checkpoints, made beside the training, each at the first
+            checkpoint from there on; the last checkpoint is always evaluated. By default none is.
+        evaluate_tasks: What evaluations ask: tasks of lm-evaluation-harness, or none; by default the bundled ones, if
+            lm_eval is installed.
+        evaluate_text: Texts whose bits per byte evaluations measure, as NAME=SOURCE or SOURCE; by default the
+            validation documents of the data.
+        evaluate_limit: Documents of each task and text that an evaluation takes.
         max_failures: Restarts from the last checkpoint before the run counts as failed.
         resize_interval_s: Seconds between two checks whether a range of workers can grow or must shrink.
     """
@@ -44,6 +55,11 @@ class LaunchConfig(RedactedRepr):
     experiment: str = "llama-ray"
     register_as: str = "llama-ray"
     promote: Policy = "if_better"
+    promote_if: str | None = None
+    evaluate_every: int | None = field(default=None, metadata=limits(1))
+    evaluate_tasks: tuple[str, ...] = ()
+    evaluate_text: tuple[str, ...] = ()
+    evaluate_limit: int = field(default=100, metadata=limits(1))
     max_failures: int = field(default=3, metadata=limits(0))
     resize_interval_s: float = field(default=60.0, metadata=limits(above=0, most=10**9))
 
@@ -55,6 +71,12 @@ class LaunchConfig(RedactedRepr):
         Limits(most=_MAX_WORKERS).check("world_size", most, int)
         if self.register_as:
             check_name(self.register_as)
+        if self.promote_if is not None:
+            Rule.parse(self.promote_if)
+            if not self.register_as:
+                raise ValueError(
+                    "promote_if is given without a version to promote; give --register_as NAME, or leave it out"
+                )
         for flag, name in (("run_name", self.run_name), ("resume", self.resume)):
             if name is not None:
                 _check_run_name(flag, name)

@@ -14,6 +14,7 @@ import torch
 
 from llama_ray.data.mixtures.loader import Loader
 from llama_ray.data.mixtures.sources import Given, parse_sources
+from llama_ray.evaluation.evaluate import EvaluationConfig
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
 from llama_ray.orchestration.launch import LATEST, LaunchConfig
@@ -21,6 +22,7 @@ from llama_ray.orchestration.publish import publish
 from llama_ray.orchestration.report import describe_run, describe_version, short_count
 from llama_ray.orchestration.resources import check_workers, uses_gpu
 from llama_ray.orchestration.run_data import RunData, same_for_workers
+from llama_ray.orchestration.run_evaluations import checkpoints_evaluated, evaluation_config, promote_by_rule
 from llama_ray.orchestration.worker import Ending, WorkerPlan
 from llama_ray.orchestration.worker_group import run_workers
 from llama_ray.pretrained import fixed
@@ -73,9 +75,10 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
     with claimed(job.directory), _mlflow_run(job) as run:
         where = f"checkpoints in {job.directory}, MLflow run {run.run_id} at {run.url or run.uri}"
         print(f"run {job.name}: {redact(where)}", flush=True)
-        ending = _train(job, run)
-        if ending.stopped_at is not None:
-            raise Stopped(ending.stopped_at)
+        with checkpoints_evaluated(job.directory, job.launch, job.evaluation, run, gpu=job.gpu):
+            ending = _train(job, run)
+            if ending.stopped_at is not None:
+                raise Stopped(ending.stopped_at)
         checkpoint = store.join(job.directory, run_directory.checkpoint_name(ending.step))
         try:
             return _register(job, run, checkpoint)
@@ -95,6 +98,8 @@ class _Job:
     loader: Loader
     """At the position from which the run goes on."""
     gpu: bool
+    evaluation: EvaluationConfig | None
+    """What is measured of checkpoints and of the version."""
 
     @property
     def directory(self) -> str:
@@ -123,7 +128,8 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
     # Of the stages that are not over.
     ahead = loader.timetable.ahead(sys.maxsize)
     check_segments(ahead, config.seq_len or model.max_seq_len, least, most, config.tensor_parallel)
-    return _Job(name, model, config, launch, RunData.of(sources, loader), loader, gpu)
+    run_data = RunData.of(sources, loader)
+    return _Job(name, model, config, launch, run_data, loader, gpu, evaluation_config(launch, run_data))
 
 
 def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:
@@ -240,13 +246,15 @@ def _register(job: _Job, run: Run, checkpoint: str) -> Outcome:
                 local,
                 name=job.launch.register_as,
                 precision=job.config.precision,
-                policy=job.launch.promote,
+                policy="never" if job.launch.promote_if else job.launch.promote,
                 validation_loss=progress.validation_loss,
                 data_fingerprint=job.data.fingerprint,
                 tags={"step": str(progress.step), "tokens": str(progress.tokens)}
                 | parent_tags(progress.parent),
                 description=describe_version(job.model, job.data, progress),
             )
+    if version and job.launch.promote_if and job.evaluation:
+        decision = promote_by_rule(version, job.launch.promote_if, job.evaluation, run, gpu=job.gpu)
     assert progress.loader is not None
     epochs = job.loader.epochs_by_source(progress.loader["position"])
     return Outcome(run.run_id, checkpoint, progress.validation_loss, epochs, version, decision)

@@ -51,9 +51,16 @@ def trained(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Train
     launch = LaunchConfig(
         world_size=2, output_dir=str(directory / "checkpoints"), register_as="tiny", run_name="first"
     )
+    evaluated = replace(
+        launch,
+        evaluate_every=20,
+        evaluate_tasks=("none",),
+        evaluate_limit=3,
+        promote_if="bits_per_byte < champion",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
-        outcome = train_on_ray(MODEL, CONFIG, launch, str(data))
+        outcome = train_on_ray(MODEL, CONFIG, evaluated, str(data))
     return Trained(data, uri, replace(launch, run_name=None), outcome)
 
 

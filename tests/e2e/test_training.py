@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_ray.evaluation.recording import recorded
+from llama_ray.evaluation.results import Evaluation
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
@@ -58,6 +61,34 @@ def test_the_version_is_the_champion_and_predicts(trained: Trained, tracking: st
     assert loaded.lm_head.weight.dtype == torch.bfloat16
 
 
+def test_checkpoints_are_evaluated_beside_the_training(trained: Trained, tracking: str) -> None:
+    client = MlflowClient(tracking)
+    bits = curve(client, trained.outcome.run_id, "scores/validation/bits_per_byte")
+    # A run as short as this one may be over before the first evaluation, but not without one.
+    assert max(bits) == 60
+    assert set(bits) <= {27, 36, 45, 54, 60}
+    directory = Path(trained.launch.output_dir) / "first" / "evaluations"
+    kept = Evaluation.from_json((directory / "step_00000060.json").read_text())
+    assert kept.scores[0].value == pytest.approx(bits[60])
+    perplexity = kept.score("validation/perplexity")
+    assert perplexity is not None
+    assert math.log(perplexity.value) == pytest.approx(trained.outcome.validation_loss, abs=0.5)
+
+
+def test_a_rule_promotes_the_version_by_its_evaluation(trained: Trained, tracking: str) -> None:
+    assert trained.outcome.decision is not None
+    assert trained.outcome.decision.promoted
+    version = resolve_version("models:/tiny@champion")
+    assert version.tags["promotion.rule"] == "bits_per_byte < champion"
+    assert version.tags["promotion.decision"].startswith("promoted: validation/bits_per_byte is ")
+    evaluated = recorded(version)
+    assert evaluated is not None
+    assert evaluated.model == version.uri
+    # The version has the weights of the last checkpoint in bf16.
+    last = curve(MlflowClient(tracking), trained.outcome.run_id, "scores/validation/bits_per_byte")[60]
+    assert evaluated.scores[0].value == pytest.approx(last, rel=0.02)
+
+
 def test_the_last_checkpoint_opens_in_transformers(trained: Trained) -> None:
     peer = AutoModelForCausalLM.from_pretrained(trained.outcome.checkpoint)
     ids = AutoTokenizer.from_pretrained(trained.outcome.checkpoint)(
@@ -91,9 +122,19 @@ def test_bad_launches_are_refused_before_a_worker_starts(
     launch("holds no checkpoint of run 'none'", resume="none")
     launch("holds no run to resume", output_dir=str(tmp_path / "empty"), resume="latest")
     launch("num_layers 2 there, 3 here", model=replace(MODEL, num_layers=3), resume="first")
+    launch(
+        "promote_if names news/bits_per_byte, but what is measured is validation",
+        promote_if="news/bits_per_byte < 1",
+        evaluate_tasks=("none",),
+    )
+    launch("no-such-text", evaluate_every=1, evaluate_text=("no-such-text",))
     assert len(MlflowClient(tracking).search_runs(["1"])) == runs
     with pytest.raises(ValueError, match="cannot name a registered model"):
         LaunchConfig(register_as="a/b")
+    with pytest.raises(ValueError, match="promote_if is 'bits_per_byte'"):
+        LaunchConfig(promote_if="bits_per_byte")
+    with pytest.raises(ValueError, match="give --register_as NAME"):
+        LaunchConfig(promote_if="bits_per_byte < champion", register_as="")
 
 
 def test_a_run_whose_artifacts_cannot_be_stored_is_refused_and_marked_failed(

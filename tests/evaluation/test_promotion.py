@@ -83,9 +83,13 @@ def test_what_was_not_measured_in_the_same_way_is_not_compared() -> None:
         EvaluationError, match="no score is called 'speed'; name one of: licence/bits_per_byte"
     ):
         Rule.parse("speed < 1").decide(other, OLD)
-    twice = replace(other, scores=(*other.scores, replace(other.scores[0], task="poem")))
-    with pytest.raises(EvaluationError, match="name one of: licence/bits_per_byte, poem/bits_per_byte"):
-        Rule.parse("bits_per_byte < 1").decide(twice, None)
+
+
+def test_a_metric_alone_is_that_of_the_first_text_or_task() -> None:
+    one = evaluation("models:/m/2", 1.4)
+    two = replace(one, scores=(*one.scores, replace(one.scores[0], task="poem", value=9.0)))
+    assert Rule.parse("bits_per_byte < 1.5").decide(two, None).promoted
+    assert not Rule.parse("poem/bits_per_byte < 1.5").decide(two, None).promoted
 
 
 def never(version: Version) -> Evaluation:

@@ -25,8 +25,8 @@ def test_an_evaluation_is_a_run_with_its_table_and_belongs_to_the_version(
     assert logged.info.status == "FINISHED"
     assert logged.info.run_name == "evaluation of measured/1"
     assert client.get_experiment(logged.info.experiment_id).name == "trained"
-    assert logged.data.metrics["evaluation/licence/bits_per_byte"] == 1.25
-    assert logged.data.metrics["evaluation/next_line/acc_stderr"] == 0.05
+    assert logged.data.metrics["scores/licence/bits_per_byte"] == 1.25
+    assert logged.data.metrics["scores/next_line/acc_stderr"] == 0.05
     assert logged.data.params["dtype"] == "float32"
     assert {data.dataset.name for data in logged.inputs.dataset_inputs} == {"licence", "next_line"}
     # What the UI looks for to show a table.
@@ -38,9 +38,9 @@ def test_an_evaluation_is_a_run_with_its_table_and_belongs_to_the_version(
 
     [model] = [one.model_id for one in logged.inputs.model_inputs]
     of_model = {metric.key: metric for metric in client.get_logged_model(model).metrics}
-    assert of_model["evaluation/licence/bits_per_byte"].value == 1.25
-    assert of_model["evaluation/licence/bits_per_byte"].step == 400
-    assert of_model["evaluation/licence/bits_per_byte"].dataset_name == "licence"
+    assert of_model["scores/licence/bits_per_byte"].value == 1.25
+    assert of_model["scores/licence/bits_per_byte"].step == 400
+    assert of_model["scores/licence/bits_per_byte"].dataset_name == "licence"
     tags = resolve_version(version.uri, uri).tags
     assert tags["evaluation.bits_per_byte"] == tags["evaluation.licence.bits_per_byte"] == "1.25"
     assert tags["evaluation.fingerprint"] == found.settings_fingerprint

@@ -21,6 +21,7 @@ from llama_ray.orchestration.cluster import connect
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.pretrained import fixed, load_tokenizer, resolve
+from llama_ray.storage.attempts import Superseded
 from llama_ray.storage.paths import absolute, existing_ref
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
@@ -57,7 +58,7 @@ def run() -> None:
     except Stopped as stopped:
         print(stopped, flush=True)
         return
-    except TrainingError as error:
+    except (TrainingError, Superseded) as error:
         sys.exit(f"error: {redact(str(error))}")
     if len(outcome.epochs) > 1:
         epochs = (f"{number:.2f} of {name}" for name, number in outcome.epochs.items())
@@ -66,8 +67,9 @@ def run() -> None:
         f"validation loss {outcome.validation_loss:.4f}; last checkpoint {redact(outcome.checkpoint)}",
         flush=True,
     )
-    if outcome.version and outcome.decision:
-        print(f"registered {outcome.version.uri}; {outcome.decision.reason}", flush=True)
+    if outcome.version:
+        why = f"; {outcome.decision.reason}" if outcome.decision else ""
+        print(f"registered {outcome.version.uri}{why}", flush=True)
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -103,7 +105,8 @@ def _parser() -> ArgumentParser:
         const="latest",
         type=str | None,
         metavar="NAME",
-        help="Continue the run of this name in output_dir; without a name, the run that saved last.",
+        help="Continue the run of this name in output_dir; without a name, the run that saved last. if_there, with "
+        "--run_name: continue that run if output_dir has it, else start it.",
     )
     add_shape(parser)
     parser.add_class_arguments(TrainConfig)

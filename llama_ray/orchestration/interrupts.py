@@ -6,19 +6,21 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
 import ray.train
 
 from llama_ray.storage import store
+from llama_ray.storage.attempts import Attempt
 from llama_ray.training.hosts.interrupt import Interrupt
 from llama_ray.training.parallel.process_group import rank
 
 T = TypeVar("T")
 
 STOP_FILE = "stop"
-_STOP_POLL_S = (0.5, 5.0)
+_DIRECTORY_POLL_S = (0.5, 5.0)
 """Seconds between two looks, on a mounted path and on an object store."""
 _PREEMPTION_POLL_S = 5.0
 
@@ -26,27 +28,32 @@ _PREEMPTION_POLL_S = 5.0
 class InterruptWatcher:
     """Watches for interrupts from threads, so that the training loop can call `poll` at every step."""
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._stop = self._preempted = False
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._stop = self._preempted = self._superseded = False
         watchers = [self._watch_preemption]
         if rank() == 0:
-            watchers.append(self._watch_stop_file)
+            watchers.append(self._watch_directory)
         for watch in watchers:
             threading.Thread(target=watch, daemon=True).start()
 
     def poll(self) -> Interrupt:
         """Return the most urgent interrupt."""
+        if self._superseded:
+            return Interrupt.SUPERSEDED
         if self._stop:
             return Interrupt.STOP
         return Interrupt.CHECKPOINT if self._preempted else Interrupt.NONE
 
-    def _watch_stop_file(self) -> None:
+    def _watch_directory(self) -> None:
         pause = threading.Event()
-        interval = _STOP_POLL_S[0 if store.is_local(self._directory) else 1]
-        while not self._stop:
+        interval = _DIRECTORY_POLL_S[0 if store.is_local(self._attempt.run) else 1]
+        while not self._superseded:
             pause.wait(interval)
-            self._stop = stop_requested(self._directory)
+            self._stop = self._stop or stop_requested(self._attempt.run)
+            # A store that does not answer now will later.
+            with suppress(OSError):
+                self._superseded = not self._attempt.is_newest()
 
     def _watch_preemption(self) -> None:
         # The call is a barrier of all workers. Each has one such thread, so all make the same number of calls.

@@ -14,6 +14,8 @@ _MAX_WORKERS = 2**17
 """More GPUs than any cluster has."""
 LATEST = "latest"
 """What `resume` says for the run that saved last."""
+IF_THERE = "if_there"
+"""What `resume` says for the run of `run_name`, whether it has begun or not."""
 _MAX_NAME_BYTES = 128
 """A file system has room for 255, and Ray Train and MLflow append to the name."""
 
@@ -29,7 +31,8 @@ class LaunchConfig(RedactedRepr):
         output_dir: Directory or URI that every node can reach; each run has a directory of its own in it.
         run_name: Name of that directory and of the MLflow run: letters, digits, '-', '_' and '.'; by default the
             model's size, the time and a random number.
-        resume: Name of a run in output_dir to continue; 'latest' is the one that saved last.
+        resume: Name of a run in output_dir to continue; 'latest' is the one that saved last. if_there continues the run
+            of run_name where output_dir has it, and starts it where not, so that the same command may be tried again.
         experiment: MLflow experiment that the run belongs to.
         register_as: Name to register the finished model under; an empty name registers nothing.
         promote: When the alias 'champion' moves to the new version. if_better compares validation losses on the same
@@ -80,9 +83,13 @@ class LaunchConfig(RedactedRepr):
         for flag, name in (("run_name", self.run_name), ("resume", self.resume)):
             if name is not None:
                 _check_run_name(flag, name)
-        if self.run_name == LATEST:
-            raise ValueError(f"run_name is {LATEST}, which means another run to --resume; give another name")
-        if self.run_name and self.resume:
+        if self.run_name in (LATEST, IF_THERE):
+            raise ValueError(
+                f"run_name is {self.run_name}, which means another run to --resume; give another name"
+            )
+        if self.resume == IF_THERE and not self.run_name:
+            raise ValueError("resume is if_there; the run needs a name; give it with --run_name NAME")
+        if self.run_name and self.resume not in (None, IF_THERE):
             raise ValueError("run_name and resume are both given; --resume NAME already names the run")
 
     @property

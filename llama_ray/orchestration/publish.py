@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llama_ray.model.adapter_files import base_of, is_adapter, stored_base_weights
@@ -32,12 +32,14 @@ def publish(
     data_fingerprint: str,
     tags: Mapping[str, str],
     description: str,
+    confirm: Callable[[], None] = lambda: None,
 ) -> tuple[Version, PromotionDecision]:
     """Register the model of a training checkpoint under `name`, and promote it to champion if `policy` allows it.
 
     The version has the weights in the precision of training (bf16 and fp16 take half the bytes of the checkpoint's
     fp32) and no optimizer state. That of an adapter has the adapter alone, in PEFT's layout, and names its
-    base. If a version of `name` has these weights already, nothing is registered a second time.
+    base. If a version of `name` has these weights already, nothing is registered a second time. `confirm` is called
+    right before the registry changes, and may raise.
     """
     weights = _fingerprint(checkpoint, precision)
     version = version_with_tag(name, _WEIGHTS_TAG, weights, uri=run.uri)
@@ -51,7 +53,9 @@ def publish(
             data_fingerprint=data_fingerprint,
             tags={**tags, **_base_tags(checkpoint), _WEIGHTS_TAG: weights},
             description=description,
+            confirm=confirm,
         )
+    confirm()
     return version, promote(name, version.version, policy=policy, uri=run.uri)
 
 
@@ -65,6 +69,7 @@ def _register(
     data_fingerprint: str,
     tags: Mapping[str, str],
     description: str,
+    confirm: Callable[[], None],
 ) -> Version:
     with tempfile.TemporaryDirectory() as staging:
         exported = Path(staging, "model")
@@ -81,6 +86,7 @@ def _register(
             data_fingerprint=data_fingerprint,
             tags=tags,
             description=description,
+            confirm=confirm,
         )
 
 

@@ -16,6 +16,7 @@ from llama_ray.orchestration.checkpoint_evaluations import CheckpointEvaluations
 from llama_ray.orchestration.evaluation_tasks import Room, evaluate_on_cluster, start_newest
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.run_data import RunData
+from llama_ray.storage.attempts import Attempt
 from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
@@ -72,7 +73,7 @@ def _check_names(rule: Rule, measured: list[str]) -> None:
 
 @contextmanager
 def checkpoints_evaluated(
-    directory: str, launch: LaunchConfig, config: EvaluationConfig | None, run: Run, *, gpu: bool
+    attempt: Attempt, launch: LaunchConfig, config: EvaluationConfig | None, run: Run, *, gpu: bool
 ) -> Iterator[None]:
     """Evaluate checkpoints during the block, into `run`; at its end what is due, unless the block raises."""
     if launch.evaluate_every is None or config is None:
@@ -86,11 +87,11 @@ def checkpoints_evaluated(
             "ended; for earlier evaluations add nodes or give a lower --world_size",
             flush=True,
         )
-    curves = BufferedRun(run.run_id, run.uri)
+    curves = BufferedRun(run.run_id, run.uri, may_send=attempt.is_newest)
     evaluations = CheckpointEvaluations(
-        directory,
+        attempt.run,
         launch.evaluate_every,
-        partial(start_newest, directory, launch.evaluate_every, config, workers, gpu),
+        partial(start_newest, attempt.run, launch.evaluate_every, config, workers, gpu),
         lambda step, found: curves.log_metrics(metrics(found), step),
         has_room=has_room,
     )

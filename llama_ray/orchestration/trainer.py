@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import sys
 import time
@@ -17,34 +16,34 @@ from llama_ray.data.mixtures.sources import Given, parse_sources
 from llama_ray.evaluation.evaluate import EvaluationConfig
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
-from llama_ray.orchestration.launch import LATEST, LaunchConfig
+from llama_ray.orchestration.launch import IF_THERE, LATEST, LaunchConfig
 from llama_ray.orchestration.publish import publish
 from llama_ray.orchestration.report import describe_run, describe_version, short_count
 from llama_ray.orchestration.resources import check_workers, uses_gpu
 from llama_ray.orchestration.run_data import RunData, same_for_workers
 from llama_ray.orchestration.run_evaluations import checkpoints_evaluated, evaluation_config, promote_by_rule
+from llama_ray.orchestration.run_record import Finished, RunRecord
 from llama_ray.orchestration.worker import Ending, WorkerPlan
 from llama_ray.orchestration.worker_group import run_workers
 from llama_ray.pretrained import fixed
-from llama_ray.storage import run_directory, store
+from llama_ray.storage import attempts, run_directory, store
+from llama_ray.storage.attempts import Attempt
 from llama_ray.storage.claim import claimed
 from llama_ray.storage.paths import absolute
 from llama_ray.tracking.environment import secret_variables
 from llama_ray.tracking.errors import TrackingError
-from llama_ray.tracking.registry import PromotionDecision, Version
-from llama_ray.tracking.runs import Run
+from llama_ray.tracking.registry import PromotionDecision, Version, resolve_version
+from llama_ray.tracking.runs import Run, Status
 from llama_ray.tracking.tags import parent_tags, standard_tags
+from llama_ray.tracking.versions import NotRegistered
 from llama_ray.training.checkpointing.files import local_copy, local_description
 from llama_ray.training.checkpointing.progress import load_progress
-from llama_ray.training.config import TrainConfig
+from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.elastic import check_range, check_segments
 from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.parallel.float8 import check_float8
 from llama_ray.training.preflight import check_run
 from llama_ray.utils.redact import redact
-
-_RUN_FILE = "run.json"
-"""The MLflow run of a run's directory."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +69,29 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
     checked without a worker, before one starts; TrainingError if the run failed and a restart would not help, or was
     the last one allowed; Stopped if SIGINT or SIGTERM made the workers save and end; TrackingError, which is a
     ValueError, if MLflow refuses the finished model. The MLflow run is then marked FAILED, or KILLED if it was stopped.
+    Raises Superseded, and leaves the MLflow run alone, once a newer attempt goes on with the run.
     """
     job = _check(model, config, launch, data)
-    with claimed(job.directory), _mlflow_run(job) as run:
-        where = f"checkpoints in {job.directory}, MLflow run {run.run_id} at {run.url or run.uri}"
-        print(f"run {job.name}: {redact(where)}", flush=True)
-        with checkpoints_evaluated(job.directory, job.launch, job.evaluation, run, gpu=job.gpu):
-            ending = _train(job, run)
-            if ending.stopped_at is not None:
-                raise Stopped(ending.stopped_at)
-        checkpoint = store.join(job.directory, run_directory.checkpoint_name(ending.step))
-        try:
-            return _register(job, run, checkpoint)
-        except TrackingError as error:
-            raise TrackingError(f"{error}; the trained model is kept in {checkpoint}") from error
+    if launch.resume == IF_THERE and (outcome := _finished(job)):
+        print(f"run {job.name} has finished already; nothing is left to do", flush=True)
+        return outcome
+    # A launch that nobody here can end is fenced off; one on this machine is more likely a mistake.
+    take_over = launch.resume == IF_THERE and not attempts.lives_here(job.directory)
+    with claimed(job.directory, take_over=take_over), attempts.attempt(job.directory) as attempt:
+        with _mlflow_run(job, attempt) as run:
+            where = f"checkpoints in {job.directory}, MLflow run {run.run_id} at {run.url or run.uri}"
+            print(f"run {job.name}: {redact(where)}", flush=True)
+            with checkpoints_evaluated(attempt, job.launch, job.evaluation, run, gpu=job.gpu):
+                ending = _train(job, run, attempt)
+                if ending.stopped_at is not None:
+                    raise Stopped(ending.stopped_at)
+            checkpoint = _checkpoint_of(job.directory, ending.step)
+            try:
+                outcome = _register(job, run, checkpoint, attempt)
+            except TrackingError as error:
+                raise TrackingError(f"{error}; the trained model is kept in {checkpoint}") from error
+        _record_end(job, run, ending.step, outcome, attempt)
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,11 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
 
 def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:
     """Return the run's name, and the checkpoint that it resumes from."""
+    if launch.resume == IF_THERE:
+        assert launch.run_name is not None
+        return launch.run_name, run_directory.latest_checkpoint(
+            store.join(launch.output_dir, launch.run_name)
+        )
     if launch.resume:
         name = run_directory.latest_run(launch.output_dir) if launch.resume == LATEST else launch.resume
         checkpoint = run_directory.latest_checkpoint(store.join(launch.output_dir, name))
@@ -162,27 +175,42 @@ def _refuse_trained(launch: LaunchConfig, name: str) -> None:
 
 
 @contextmanager
-def _mlflow_run(job: _Job) -> Iterator[Run]:
-    """Open the MLflow run of `job`, and mark at the end how it ended."""
+def _mlflow_run(job: _Job, attempt: Attempt) -> Iterator[Run]:
+    """Open the MLflow run of `job`, and mark at the end how it ended, unless a newer attempt goes on with it."""
     if not job.launch.resume:
         # A launch of this name may have ended since it was checked.
         _refuse_trained(job.launch, job.name)
     run = _resumed_run(job) or _new_run(job)
     try:
+        attempt.check()
         _describe(run, job)
         run.log_config(_settings(job) | {"launch": vars(job.launch)})
         yield run
     except BaseException as error:
-        run.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit | Stopped) else "FAILED")
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
+        _finish(run, "KILLED" if stopped else "FAILED", attempt)
         raise
-    run.finish("FINISHED")
+    _finish(run, "FINISHED", attempt)
+
+
+def _finish(run: Run, status: Status, attempt: Attempt) -> None:
+    if _may_change(attempt):
+        run.finish(status)
+
+
+def _may_change(attempt: Attempt) -> bool:
+    """Return whether no newer attempt is known of; storage that does not answer tells of none."""
+    try:
+        return attempt.is_newest()
+    except OSError:
+        return True
 
 
 def _resumed_run(job: _Job) -> Run | None:
-    record = store.read_text(store.join(job.directory, _RUN_FILE)) if job.launch.resume else None
+    record = RunRecord.read(job.directory) if job.launch.resume else None
     if not record:
         return None
-    run = Run.attach(json.loads(record)["run_id"])
+    run = Run.attach(record.run_id)
     run.reopen()
     return run
 
@@ -204,8 +232,7 @@ def _new_run(job: _Job) -> Run:
 def _describe(run: Run, job: _Job) -> None:
     """Tie the run to its data, or to more data if it resumes with other ones, and to its directory."""
     job.data.log_to(run)
-    record = {"run_id": run.run_id, "tracking_uri": redact(run.uri)}
-    store.write_text(store.join(job.directory, _RUN_FILE), json.dumps(record))
+    RunRecord.of(run).write(job.directory)
 
 
 def _settings(job: _Job) -> dict[str, dict[str, object]]:
@@ -216,24 +243,32 @@ def _settings(job: _Job) -> dict[str, dict[str, object]]:
     }
 
 
-def _train(job: _Job, run: Run) -> Ending:
+def _train(job: _Job, run: Run, attempt: Attempt) -> Ending:
     """Run the workers, restarted after failures, until they end."""
     # An earlier launch of the same run may have left it.
     withdraw_stop(job.directory)
     most = job.launch.workers[1]
     plan = WorkerPlan(
-        job.model, job.config, job.data.sources, job.directory, most, run.run_id, run.uri, secret_variables()
+        job.model, job.config, job.data.sources, attempt, most, run.run_id, run.uri, secret_variables()
     )
 
     def stop() -> None:
-        request_stop(job.directory)
-        # Mark the run at once: `ray job stop` kills the driver after three seconds.
-        run.finish("KILLED")
+        # A request of an older attempt would stop the newer one.
+        if _may_change(attempt):
+            request_stop(job.directory)
+            # Mark the run at once: `ray job stop` kills the driver after three seconds.
+            run.finish("KILLED")
 
     return until_signal(lambda: run_workers(plan, job.launch, gpu=job.gpu), stop)
 
 
-def _register(job: _Job, run: Run, checkpoint: str) -> Outcome:
+def _checkpoint_of(directory: str, step: int) -> str:
+    """Return the newest attempt's checkpoint of `step`."""
+    found = run_directory.list_checkpoints(directory)
+    return next(c for c in found if run_directory.checkpoint_step(store.name_of(c)) == step)
+
+
+def _register(job: _Job, run: Run, checkpoint: str, attempt: Attempt) -> Outcome:
     """Register the model of the last checkpoint, if the launch asks for that."""
     with local_copy(checkpoint) as local:
         progress = load_progress(local)
@@ -252,9 +287,42 @@ def _register(job: _Job, run: Run, checkpoint: str) -> Outcome:
                 tags={"step": str(progress.step), "tokens": str(progress.tokens)}
                 | parent_tags(progress.parent),
                 description=describe_version(job.model, job.data, progress),
+                confirm=attempt.check,
             )
     if version and job.launch.promote_if and job.evaluation:
+        attempt.check()
         decision = promote_by_rule(version, job.launch.promote_if, job.evaluation, run, gpu=job.gpu)
     assert progress.loader is not None
     epochs = job.loader.epochs_by_source(progress.loader["position"])
     return Outcome(run.run_id, checkpoint, progress.validation_loss, epochs, version, decision)
+
+
+def _record_end(job: _Job, run: Run, step: int, outcome: Outcome, attempt: Attempt) -> None:
+    """Note that nothing is left to do, for a launch of the same command."""
+    attempt.check()
+    finished = Finished(
+        step=step,
+        checkpoint=store.name_of(outcome.checkpoint),
+        validation_loss=outcome.validation_loss,
+        epochs=outcome.epochs,
+        register_as=job.launch.register_as,
+        version=outcome.version.uri if outcome.version else None,
+    )
+    RunRecord.of(run, finished).write(job.directory)
+
+
+def _finished(job: _Job) -> Outcome | None:
+    """Return what came of the run of `job`, if it has taken all steps and is registered as the launch asks."""
+    record = RunRecord.read(job.directory)
+    if record is None or record.finished is None:
+        return None
+    finished = record.finished
+    schedule = Schedule.of(job.config, job.loader.timetable, job.loader.windows_per_epoch)
+    if finished.step < schedule.total_steps or finished.register_as != job.launch.register_as:
+        return None
+    try:
+        version = resolve_version(finished.version) if finished.version else None
+    except NotRegistered:
+        return None
+    checkpoint = store.join(job.directory, finished.checkpoint)
+    return Outcome(record.run_id, checkpoint, finished.validation_loss, finished.epochs, version, None)

@@ -17,6 +17,7 @@ from llama_ray.orchestration.failures import may_pass
 from llama_ray.orchestration.interrupts import InterruptWatcher
 from llama_ray.orchestration.mlflow_observer import MLflowObserver
 from llama_ray.orchestration.resources import cpu_threads
+from llama_ray.storage.attempts import Attempt, Superseded
 from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint
 from llama_ray.training.checkpointing.files import local_copy
@@ -41,7 +42,7 @@ class WorkerPlan(RedactedRepr):
     model: LlamaConfig
     config: TrainConfig
     data: Sequence[DataSource]
-    directory: str
+    attempt: Attempt
     planned_workers: int
     run_id: str
     tracking_uri: str
@@ -50,10 +51,11 @@ class WorkerPlan(RedactedRepr):
 
 @dataclass(frozen=True)
 class Ending:
-    """How the workers ended together: after the last step, stopped, or because training cannot continue."""
+    """How the workers ended together: after the last step, stopped, superseded, or because training cannot continue."""
 
     step: int = 0
     stopped_at: int | None = None
+    superseded: bool = False
     error: str = ""
 
 
@@ -67,6 +69,8 @@ def run_worker(plan: WorkerPlan) -> Ending:
         return Ending(_train(plan).step)
     except Stopped as error:
         return Ending(stopped_at=error.step)
+    except Superseded:
+        return Ending(superseded=True)
     except TrainingError as error:
         # All workers raise it together. Those that end first wait until rank 0 has delivered the metrics.
         return Ending(error=str(error))
@@ -82,20 +86,25 @@ def _train(plan: WorkerPlan) -> Progress:
         torch.set_num_threads(cpu_threads(ray.train.get_context().get_local_world_size()))
     group_size = plan.config.tensor_parallel
     config = for_workers(plan.config, world_size() // group_size, plan.planned_workers // group_size)
-    run = BufferedRun(plan.run_id, plan.tracking_uri, system_metrics=True) if rank() == 0 else None
+    run = None
+    if rank() == 0:
+        run = BufferedRun(
+            plan.run_id, plan.tracking_uri, system_metrics=True, may_send=plan.attempt.is_newest
+        )
+    directory = plan.attempt.run
     try:
-        checkpoint = latest_valid_checkpoint(plan.directory, config.collective_timeout_s)
+        checkpoint = latest_valid_checkpoint(directory, config.collective_timeout_s)
         with local_copy(checkpoint) if checkpoint else nullcontext() as resume_from:
             return train(
                 plan.model,
                 config,
                 plan.data,
                 device=device,
-                observer=MLflowObserver(run, plan.data, plan.directory, config.data_cache_bytes),
-                output_dir=plan.directory,
+                observer=MLflowObserver(run, plan.data, directory, config.data_cache_bytes),
+                output_dir=plan.attempt,
                 resume_from=resume_from,
                 run_id=plan.run_id,
-                poll_interrupt=InterruptWatcher(plan.directory).poll,
+                poll_interrupt=InterruptWatcher(plan.attempt).poll,
             )
     finally:
         if run:

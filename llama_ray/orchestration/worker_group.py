@@ -36,18 +36,22 @@ from llama_ray.utils.redact import redact
 def run_workers(plan: WorkerPlan, launch: LaunchConfig, *, gpu: bool) -> Ending:
     """Run the workers until they have ended; after a failure, start them again from the newest checkpoint.
 
-    Raises TrainingError for an error that would come again, and when `launch.max_failures` restarts were not enough.
+    Raises TrainingError for an error that would come again, and when `launch.max_failures` restarts were not enough;
+    Superseded once a newer attempt at the run has begun.
     """
     restarts = _Restarts(launch.max_failures)
     while True:
+        plan.attempt.check()
         try:
             # The annotation of `fit` names the first version's result.
             ending: Ending = _trainer(plan, launch, gpu).fit().return_value  # type: ignore[attr-defined]
         except FAILURES as error:
-            if stop_requested(plan.directory):
-                return Ending(stopped_at=_newest_step(plan.directory))
+            if stop_requested(plan.attempt.run):
+                return Ending(stopped_at=_newest_step(plan.attempt.run))
             print(restarts.answer(error), flush=True)
         else:
+            if ending.superseded:
+                plan.attempt.check()
             if ending.error:
                 raise TrainingError(ending.error)
             return ending
@@ -103,7 +107,7 @@ def _trainer(plan: WorkerPlan, launch: LaunchConfig, gpu: bool) -> TorchTrainer:
             elastic_resize_monitor_interval_s=launch.resize_interval_s,
         ),
         run_config=RunConfig(
-            name=store.name_of(plan.directory),
+            name=store.name_of(plan.attempt.run),
             # Not the URI, which may hold a key: Ray's dashboard shows it.
             storage_path=path,
             storage_filesystem=filesystem,

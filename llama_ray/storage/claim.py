@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from llama_ray.storage import store
+from llama_ray.storage import atomic, store
 from llama_ray.storage.store import StorageError
 from llama_ray.utils.errors import first_line
 from llama_ray.utils.redact import redact
@@ -24,16 +25,19 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def claimed(directory: str, *, renew_s: float = 5.0, stale_s: float = 20.0) -> Iterator[None]:
+def claimed(
+    directory: str, *, take_over: bool = False, renew_s: float = 5.0, stale_s: float = 20.0
+) -> Iterator[None]:
     """Hold `directory`, which is created if it is new, until the exit. Raises StorageError if another launch holds it.
 
     On a file system this is a lock, which ends with the process. An object store has no locks: there an object says who
     holds the directory. Its owner writes it again every `renew_s`; after `stale_s` without that, its owner is dead.
+    With `take_over` the directory is held from now on whoever else holds it: `attempts` then fences the other one off.
     """
     try:
         store.make_directory(directory)
         filesystem, path = store.open_storage(directory)
-        lock = (Path(path) / _LOCK_FILE).open("w") if filesystem.type_name == "local" else None
+        lock = _lock_file(Path(path), take_over) if filesystem.type_name == "local" else None
     except OSError as error:
         raise StorageError(
             f"{directory} cannot be written ({first_line(error)}); give another --output_dir"
@@ -44,8 +48,15 @@ def claimed(directory: str, *, renew_s: float = 5.0, stale_s: float = 20.0) -> I
                 yield
                 return
     # Not all mounted storage has locks.
-    with _held_object(directory, renew_s, stale_s):
+    with _held_object(directory, renew_s, stale_s, take_over):
         yield
+
+
+def _lock_file(directory: Path, take_over: bool) -> IO[bytes]:
+    """Open the file to lock; a new one that takes the place of the old one, which stays locked, for `take_over`."""
+    if take_over:
+        atomic.write_text(directory / _LOCK_FILE, "")
+    return (directory / _LOCK_FILE).open("wb")
 
 
 def _lock(file: int, directory: str) -> bool:
@@ -64,7 +75,7 @@ def _lock(file: int, directory: str) -> bool:
 
 
 @contextmanager
-def _held_object(directory: str, renew_s: float, stale_s: float) -> Iterator[None]:
+def _held_object(directory: str, renew_s: float, stale_s: float, take_over: bool) -> Iterator[None]:
     token = secrets.token_hex(8)
     wanted, held = (store.join(directory, prefix + token) for prefix in (_WANTED, _HELD))
     ended = threading.Event()
@@ -76,7 +87,8 @@ def _held_object(directory: str, renew_s: float, stale_s: float) -> Iterator[Non
 
     store.write_text(wanted, "")
     try:
-        _wait_for_others(directory, token, stale_s)
+        if not take_over:
+            _wait_for_others(directory, token, stale_s)
         store.write_text(held, "")
     finally:
         store.delete(wanted)

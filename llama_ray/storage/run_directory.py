@@ -31,16 +31,15 @@ _OWN_FILE = re.compile(
 )
 
 
-def checkpoint_name(step: int) -> str:
-    """Return the directory name of a step's checkpoint."""
-    return f"step_{step:08d}"
+def checkpoint_name(step: int, attempt: int | None = None) -> str:
+    """Return the directory name of a step's checkpoint: `step_00000100`, or `step_00000100-2` apart for attempt 2."""
+    return f"step_{step:08d}" if attempt is None else f"step_{step:08d}-{attempt}"
 
 
 def checkpoint_step(name: str) -> int | None:
     """Return the step whose `checkpoint_name` is `name`; None for any other name."""
-    match = re.fullmatch(r"step_([0-9]{8,})", name)
-    step = int(match[1]) if match else -1
-    return step if checkpoint_name(step) == name else None
+    parsed = _parse(name)
+    return None if parsed is None else parsed[0]
 
 
 def check_writable(output_dir: str) -> None:
@@ -83,19 +82,22 @@ def latest_checkpoint(run: str) -> str | None:
 
 
 def list_checkpoints(run: str) -> list[str]:
-    """Return the directories in `run` that have a marker, newest first, without further checks.
+    """Return the directories in `run` that have a marker, without further checks: newest step, newest attempt first.
 
-    One whose marker tells of another step is a copy that the user made, and not listed.
+    One whose marker tells of another step, or another attempt than its name, is a copy that the user made, and not
+    listed.
     """
-    steps = {
-        step: name for name in store.list_directories(run) if (step := checkpoint_step(name)) is not None
-    }
-    checkpoints = {step: store.join(run, steps[step]) for step in sorted(steps, reverse=True)}
+    named = {parsed: name for name in store.list_directories(run) if (parsed := _parse(name))}
     return [
         checkpoint
-        for step, checkpoint in checkpoints.items()
-        if _has_marker(checkpoint) and (read_marker(checkpoint) or {}).get("step", step) == step
+        for parsed in sorted(named, key=lambda parsed: (parsed[0], parsed[1] or 0), reverse=True)
+        if _has_marker(checkpoint := store.join(run, named[parsed])) and _is_original(checkpoint, *parsed)
     ]
+
+
+def checkpoints_of(run: str, step: int) -> list[str]:
+    """Return the directories in `run` that are named as checkpoints of `step`, by any attempt, complete or not."""
+    return [store.join(run, name) for name in store.list_directories(run) if checkpoint_step(name) == step]
 
 
 def read_marker(checkpoint: str) -> dict[str, Any] | None:
@@ -161,6 +163,20 @@ def remove_checkpoint(checkpoint: str) -> None:
     is_empty = not store.list_files(checkpoint) and not store.list_directories(checkpoint)
     if is_empty and filesystem.get_file_info(path).type.name == "Directory":
         filesystem.delete_dir(path)
+
+
+def _parse(name: str) -> tuple[int, int | None] | None:
+    """Return (step, attempt) whose `checkpoint_name` is `name`; None for any other name."""
+    match = re.fullmatch(r"step_([0-9]{8,})(?:-([1-9][0-9]*))?", name)
+    if match is None:
+        return None
+    parsed = int(match[1]), int(match[2]) if match[2] else None
+    return parsed if checkpoint_name(*parsed) == name else None
+
+
+def _is_original(checkpoint: str, step: int, attempt: int | None) -> bool:
+    marker = read_marker(checkpoint) or {}
+    return marker.get("step", step) == step and attempt in (None, marker.get("attempt", attempt))
 
 
 def _damaged(checkpoint: str, reason: str) -> str:

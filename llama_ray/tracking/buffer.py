@@ -38,6 +38,8 @@ class BufferedRun:
     restart training repeats some steps. Metrics that the run has at these steps are not sent again.
 
     Args:
+        may_send: Asked before each request; once it says no, everything is dropped, because another process logs to the
+            run now.
         retry_s: The first pause before a retry and the longest one, in seconds; each pause is twice the one before.
     """
 
@@ -47,9 +49,11 @@ class BufferedRun:
         uri: str,
         *,
         system_metrics: bool = False,
+        may_send: Callable[[], bool] = lambda: True,
         retry_s: tuple[float, float] = (1.0, 30.0),
     ) -> None:
         self.run_id, self._uri, self._system_metrics = run_id, uri, system_metrics
+        self._may_send = may_send
         self._first_pause_s, self._longest_pause_s = retry_s
         self._points: deque[Point] = deque()
         self._actions: dict[str, Action] = {}
@@ -113,7 +117,7 @@ class BufferedRun:
             left = len(self._points)
         if left:
             _log.warning("MLflow stayed unreachable; %d points of run %s are lost", left, self.run_id)
-        if self._num_refused:
+        if self._refusal:
             _log.warning(
                 "MLflow refused %d points and artifacts of run %s (%s); they are lost",
                 self._num_refused,
@@ -128,6 +132,9 @@ class BufferedRun:
             run: Run | None = None
             while piece := self._wait_for_work():
                 try:
+                    if not self._may_send():
+                        self._drop_everything()
+                        continue
                     run = run or self._attach(until_closed)
                     self._send(run, piece)
                     pause_s = self._first_pause_s
@@ -144,17 +151,20 @@ class BufferedRun:
         """Drop what the server has refused with `error`: everything, if the run itself does not exist any more."""
         self._refusal = self._refusal or first_line(error)
         if run is None or self._is_gone():
-            with self._changed:
-                self._lost = True
-                self._num_refused += len(self._points) + len(self._actions)
-                self._points.clear()
-                self._actions.clear()
+            self._drop_everything()
         elif len(piece.points) > 1:
             # One of them may be to blame for all.
             self._points_per_request = 1
         else:
             self._num_refused += 1
             self._drop(piece)
+
+    def _drop_everything(self) -> None:
+        with self._changed:
+            self._lost = True
+            self._num_refused += len(self._points) + len(self._actions)
+            self._points.clear()
+            self._actions.clear()
 
     def _is_gone(self) -> bool:
         try:

@@ -80,13 +80,15 @@ def register(
     data_fingerprint: str,
     tags: Mapping[str, str],
     description: str,
+    confirm: Callable[[], None] = lambda: None,
 ) -> Version:
     """Register the Hugging Face directory `checkpoint` as the next version of the model `name`.
 
     `python_model` is a file that defines an `mlflow.pyfunc.PythonModel` and calls `mlflow.models.set_model`. MLflow
     stores its source, so nothing is pickled, and runs it once here as a check. The model finds the checkpoint at
     `context.artifacts["checkpoint"]`; if its `predict` declares `model_input: list[str]`, it receives a list, whether
-    the caller passed strings or a data frame. The status of the run does not change. Raises ValueError for an invalid
+    the caller passed strings or a data frame. The status of the run does not change. `confirm` is called when all is
+    uploaded; what it raises leaves the registry without a new version. Raises ValueError for an invalid
     name or directory, before anything is uploaded, and TrackingError for whatever MLflow or its stores refuse.
     """
     check_name(name)
@@ -107,6 +109,7 @@ def register(
         with _default_uri(run.uri):
             # The UI links a version to its model by a source of this form. With a database URI, MLflow looks it up at
             # the default tracking URI, which set_tracking_uri may have pointed elsewhere.
+            confirm()
             linkable = run.uri.startswith("http") or mlflow.get_tracking_uri() == run.uri
             created = client.create_model_version(
                 name,

@@ -10,6 +10,7 @@ import torch
 
 from llama_ray.data.mixtures.sources import Given, parse_sources
 from llama_ray.model.config import LlamaConfig
+from llama_ray.storage.attempts import Attempt
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.hosts.interrupt import Interrupt
@@ -27,20 +28,21 @@ def train(
     *,
     device: torch.device,
     observer: Observer,
-    output_dir: str | None = None,
+    output_dir: str | Attempt | None = None,
     resume_from: Path | None = None,
     run_id: str | None = None,
     poll_interrupt: Callable[[], Interrupt] = lambda: Interrupt.NONE,
 ) -> Progress:
     """Train a model on the prepared `data`, see `parse_sources`, on every worker of the current process group.
 
-    Call it in each worker; without a process group it trains alone. Checkpoints go to `output_dir`, an absolute
-    path or a URI that all workers can write to; None writes none. Training continues from the checkpoint directory
-    `resume_from`. `run_id` is kept in every checkpoint. `poll_interrupt` is called at each step; an interrupt of any
-    worker makes all workers act at the same step.
+    Call it in each worker; without a process group it trains alone. Checkpoints go to `output_dir`: an absolute path
+    or a URI that all workers can write to, or the run of an attempt, as long as that is the newest one; None writes
+    none. Training continues from the checkpoint directory `resume_from`. `run_id` is kept in every checkpoint.
+    `poll_interrupt` is called at each step; an interrupt of any worker makes all workers act at the same step.
 
     Returns how far the run got. Raises ValueError if data, model and configuration do not fit together,
-    CheckpointError if `resume_from` is damaged, Stopped after an interrupt that asks for it, OutOfMemory, and
+    CheckpointError if `resume_from` is damaged, Stopped after an interrupt that asks for it, Superseded once a newer
+    attempt has begun, OutOfMemory, and
     TrainingError if training cannot continue, or has led to nothing: the loss is not finite, or checkpoints cannot be
     stored. If no steps are left, the weights of `resume_from` are validated, unless they were.
     """

@@ -14,6 +14,7 @@ from llama_ray.data.mixtures.opening import open_mixture
 from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.model.adapter_files import adapter_texts
 from llama_ray.model.config import LlamaConfig
+from llama_ray.storage.attempts import Attempt, current
 from llama_ray.training.adapter_base import read_base
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
 from llama_ray.training.checkpointing.progress import Progress, load_progress
@@ -45,7 +46,7 @@ def prepare_run(
     *,
     device: torch.device,
     observer: Observer,
-    output_dir: str | None,
+    output_dir: str | Attempt | None,
     resume_from: Path | None,
     run_id: str | None,
     poll_interrupt: Callable[[], Interrupt],
@@ -96,8 +97,9 @@ def prepare_run(
     throughput = Throughput(peak_flops(device, config.precision), world_size())
     checkpointer: Checkpointer | NoCheckpointer = NoCheckpointer()
     if output_dir:
+        attempt = current(output_dir) if isinstance(output_dir, str) else output_dir
         tokenizer = load_tokenizer(sources[0].location)
-        checkpointer = Checkpointer(output_dir, llama, optimizer, tokenizer, config, adapter_files)
+        checkpointer = Checkpointer(attempt, llama, optimizer, tokenizer, config, adapter_files)
     return TrainingRun(
         model_config=model_config,
         config=config,

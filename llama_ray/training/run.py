@@ -12,6 +12,7 @@ from llama_ray.data.mixtures.loader import Loader
 from llama_ray.data.mixtures.mixture import Mixture
 from llama_ray.data.mixtures.validation import validation_batches
 from llama_ray.model.config import LlamaConfig
+from llama_ray.storage.attempts import Superseded
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
 from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule, TrainConfig
@@ -120,8 +121,11 @@ class TrainingRun:
         self.throughput.resume()
 
     def answer_interrupt(self, step: int) -> None:
-        """Save, and raise Stopped where asked to, if any worker was interrupted a step ago."""
+        """Save, and raise Stopped or Superseded where asked to, if any worker was interrupted a step ago."""
         interrupt = self.interrupts.next_interrupt()
+        if interrupt is Interrupt.SUPERSEDED:
+            self.checkpointer.wait()
+            raise Superseded("a newer attempt goes on with this run")
         if interrupt and not self.schedule.saves(step):
             self._count_skipped_steps(step)
             self._save()

@@ -11,6 +11,7 @@ import ray
 
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
+from llama_ray.storage.attempts import Superseded
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.hosts.interrupt import Stopped
 from tests.e2e.conftest import CONFIG, MODEL
@@ -27,5 +28,5 @@ if __name__ == "__main__":
             settings["data"],
         )
         print("finished", outcome.run_id, flush=True)
-    except (Stopped, TrainingError) as error:
+    except (Stopped, Superseded, TrainingError) as error:
         print(error, flush=True)

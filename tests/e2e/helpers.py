@@ -73,15 +73,13 @@ def run_id_of(run: Path) -> str:
     return str(json.loads((run / "run.json").read_text())["run_id"])
 
 
-def checkpoint_steps(run: Path) -> Iterable[int]:
+def checkpoint_steps(run: Path | str) -> Iterable[int]:
     """The steps that have a checkpoint, newest first."""
-    return (
-        int(store.name_of(checkpoint).rpartition("_")[2])
-        for checkpoint in run_directory.list_checkpoints(str(run))
-    )
+    names = map(store.name_of, run_directory.list_checkpoints(str(run)))
+    return (run_directory.checkpoint_step(name) or 0 for name in names)
 
 
-def newest_step(run: Path) -> int:
+def newest_step(run: Path | str) -> int:
     return next(iter(checkpoint_steps(run)))
 
 

@@ -6,10 +6,13 @@ import json
 import os
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
@@ -21,6 +24,7 @@ from tests.e2e.helpers import (
     curve,
     has_checkpoint,
     has_restarted,
+    newest_step,
     run_id_of,
     start_driver,
     train_workers,
@@ -71,27 +75,53 @@ def test_killed_workers_a_hung_worker_and_a_lost_node_cost_nothing(
     assert all(tags[f"restart.{n}"].endswith(", 2 workers") for n in (1, 2, 3))
 
 
-def test_a_killed_driver_costs_nothing_on_an_object_store(
+def test_attempts_elsewhere_that_hang_or_are_killed_cost_nothing_on_an_object_store(
     trained: Trained, tracking: str, ray_cluster: str
 ) -> None:
+    """The first one hangs, as on a node out of reach, and comes back when the third one has finished the run."""
+    client = MlflowClient(tracking)
     with s3_server() as port:
         place = uri(port, "checkpoints")
-        run = store.join(place, "driver-killed")
-        driver = start_driver(trained, ray_cluster, "driver-killed", output_dir=place)
-        wait_for(has_checkpoint(run, 9), driver)
-        driver.kill()
-        driver.wait()
-        run_id = json.loads(store.read_text(store.join(run, "run.json")) or "")["run_id"]
-        outcome = trained.again(resume="latest", register_as="resumed", output_dir=place)
-        assert outcome.run_id == run_id
+        run = store.join(place, "tried")
+        again: dict[str, Any] = {"resume": "if_there", "register_as": "tried", "output_dir": place}
+        hung = start_driver(trained, ray_cluster, "tried", **again)
+        wait_for(has_checkpoint(run, 9), hung)
+        workers = train_workers(ray.get_runtime_context().get_session_dir())
+        for process in (psutil.Process(hung.pid), *workers):
+            process.suspend()
+        seem_elsewhere(run)
+        killed = start_driver(trained, ray_cluster, "tried", **again)
+        wait_for(lambda: newest_step(run) > 9, killed)
+        killed.kill()
+        killed.wait()
+        seem_elsewhere(run)
+
+        outcome = trained.again(run_name="tried", **again)
         assert outcome.version is not None
+        for process in (*workers, psutil.Process(hung.pid)):
+            process.resume()
+        said, _ = hung.communicate(timeout=100)
+        assert "attempt 1 at run tried ends, because attempt 3 on " in said
         assert_same_state(outcome.checkpoint, trained.outcome.checkpoint)
-    client = MlflowClient(tracking)
+
+        once_more = trained.again(run_name="tried", **again)
+        assert once_more == replace(outcome, decision=None)
+        assert len(store.list_files(store.join(run, "attempts"))) == 3
+    assert client.get_run(outcome.run_id).info.status == "FINISHED"
     first = curve(client, trained.outcome.run_id, "loss/train")
     assert curve(client, outcome.run_id, "loss/train") == first
+    assert len(client.search_model_versions("name = 'tried'")) == 1
     tags = client.get_run(outcome.run_id).data.tags
-    assert tags["restarts"] == "1"
+    assert tags["restarts"] == "2"
     assert "2 workers" in tags["restart.1"]
+
+
+def seem_elsewhere(run: str) -> None:
+    """Let the attempts at `run` seem to have begun on another machine."""
+    directory = store.join(run, "attempts")
+    for name in store.list_files(directory):
+        file = store.join(directory, name)
+        store.write_text(file, json.dumps(json.loads(store.read_text(file) or "") | {"host": "elsewhere"}))
 
 
 def test_memory_that_is_missing_at_the_same_step_again_ends_the_run(

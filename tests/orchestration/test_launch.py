@@ -30,9 +30,20 @@ def test_other_names_are_taken(name: str) -> None:
     assert LaunchConfig(resume=name).resume == name
 
 
-def test_no_run_is_called_what_resume_takes_for_another_one() -> None:
-    with pytest.raises(ValueError, match="run_name is latest, which means another run to --resume"):
-        LaunchConfig(run_name="latest")
+@pytest.mark.parametrize("name", ["latest", "if_there"])
+def test_no_run_is_called_what_resume_takes_for_another_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"run_name is {name}, which means another run to --resume"):
+        LaunchConfig(run_name=name)
+
+
+def test_a_run_to_resume_if_it_is_there_needs_a_name() -> None:
+    assert LaunchConfig(resume="if_there", run_name="first").resume == "if_there"
+    with pytest.raises(
+        ValueError, match="resume is if_there; the run needs a name; give it with --run_name NAME"
+    ):
+        LaunchConfig(resume="if_there")
+    with pytest.raises(ValueError, match="run_name and resume are both given"):
+        LaunchConfig(resume="first", run_name="first")
 
 
 def test_a_launch_is_shown_without_the_keys_of_its_storage() -> None:

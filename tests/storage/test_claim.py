@@ -109,3 +109,13 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     ):
         pytest.fail("held")
     assert "\n" not in str(refused.value)
+
+
+def test_a_launch_that_takes_over_holds_the_directory_beside_the_other(directory: str) -> None:
+    with (
+        claim(directory),
+        claimed(directory, take_over=True),
+        pytest.raises(StorageError, match="in use"),
+        claim(directory),
+    ):
+        pytest.fail("held thrice")

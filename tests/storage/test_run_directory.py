@@ -150,8 +150,31 @@ def test_what_a_killed_run_left_of_a_checkpoint_is_removed(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("step", [0, 1, 12_345_678, 123_456_789])
-def test_a_name_gives_back_its_step(step: int) -> None:
-    assert run_directory.checkpoint_step(run_directory.checkpoint_name(step)) == step
+@pytest.mark.parametrize("attempt", [None, 2, 10])
+def test_a_name_gives_back_its_step(step: int, attempt: int | None) -> None:
+    assert run_directory.checkpoint_step(run_directory.checkpoint_name(step, attempt)) == step
+
+
+@pytest.mark.parametrize(
+    "name", ["step_00000001-", "step_00000001-0", "step_00000001-02", "step_00000001-2-3"]
+)
+def test_no_other_name_is_one_of_an_attempt(name: str) -> None:
+    assert run_directory.checkpoint_step(name) is None
+
+
+def test_of_one_step_the_newest_attempt_counts_and_copies_do_not(tmp_path: Path) -> None:
+    for name, attempt in (
+        ("step_00000001", 1),
+        ("step_00000001-2", 2),
+        ("step_00000001-10", 10),
+        ("step_00000001-11", 2),
+    ):
+        marker = write_checkpoint(tmp_path / "written", 1) / MARKER
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"step": 1, "attempt": attempt}))
+        marker.parent.rename(tmp_path / name)
+    assert [Path(c).name for c in run_directory.list_checkpoints(str(tmp_path))] == [
+        "step_00000001-10", "step_00000001-2", "step_00000001"
+    ]  # fmt: skip
 
 
 def test_a_copy_of_a_run_is_not_the_latest_run(tmp_path: Path) -> None:

@@ -118,3 +118,21 @@ def test_a_run_that_was_deleted_is_not_asked_for_ever(
     assert not buffered.close(timeout_s=30)
     [message] = said()
     assert f"MLflow refused 2 points and artifacts of run {run.run_id}" in message
+
+
+def test_whoever_may_not_send_any_more_drops_everything_in_silence(
+    new_run: Callable[..., Run], said: Callable[[], list[str]]
+) -> None:
+    run = new_run()
+    allowed = [True]
+    buffered = BufferedRun(run.run_id, run.uri, may_send=lambda: allowed[0])
+    buffered.log_metrics({"loss": 1.0}, 1)
+    while buffered.unsent():
+        time.sleep(0.01)
+    allowed[0] = False
+    buffered.log_metrics({"loss": 2.0}, 2)
+    buffered.do("curve", lambda r: r.log_text("", "curve"))
+    buffered.close()
+    assert points(run) == [(1, 1.0)]
+    assert not MlflowClient(run.uri).list_artifacts(run.run_id)
+    assert said() == []

@@ -25,6 +25,7 @@ from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
 from llama_ray.storage import run_directory, store
 from llama_ray.storage.atomic import write_text
+from llama_ray.storage.attempts import Attempt, Superseded
 from llama_ray.training.checkpointing.catalog import prune
 from llama_ray.training.checkpointing.files import commit, make_empty, staging
 from llama_ray.training.checkpointing.host_copy import HostCopies
@@ -77,11 +78,14 @@ class NoCheckpointer:
 
 
 class Checkpointer:
-    """Saves the state of a run below the directory `run`, one checkpoint at a time; every worker has one."""
+    """Saves the state of a run in the directory of `attempt`, one checkpoint at a time; every worker has one.
+
+    Once a newer attempt has begun, no marker is written, nothing is deleted, and the next call raises Superseded.
+    """
 
     def __init__(
         self,
-        run: str,
+        attempt: Attempt,
         model: Llama,
         optimizer: torch.optim.Optimizer,
         tokenizer: Tokenizer,
@@ -89,7 +93,8 @@ class Checkpointer:
         adapter_files: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """`adapter_files` are those that make a checkpoint of adapters an adapter, by name; see `adapter_texts`."""
-        self.run, self.keep = run, config.keep_checkpoints
+        self.run, self.keep = attempt.run, config.keep_checkpoints
+        self._attempt = attempt
         self._model, self._optimizer, self._tokenizer = model, optimizer, tokenizer
         self._adapter_files = adapter_files
         self._group = HostGroup(config.collective_timeout_s)
@@ -103,15 +108,17 @@ class Checkpointer:
         # Counted in `wait`, so the same on every worker at the same step.
         self._consecutive_failures = 0
         self._last_step = 0
+        self._superseded: str | None = None
 
     def save(self, progress: Progress) -> None:
         """Start a checkpoint of the current state; every worker must call it.
 
         Waits until the previous one is written and this one is copied to host memory. Raises TrainingError if the
-        last MAX_CONSECUTIVE_FAILURES checkpoints could not be stored.
+        last MAX_CONSECUTIVE_FAILURES checkpoints could not be stored, and Superseded.
         """
         start = time.monotonic()
         self.wait()
+        self._end_if_superseded()
         files = rank_files(self._model, self._optimizer, rank(), world_size())
         self._copies.begin()
         self._last_step = progress.step
@@ -134,13 +141,13 @@ class Checkpointer:
         Only the marker of that checkpoint is replaced: until it is, the old one stands. Without the checkpoint in this
         run's directory the state is saved.
         """
-        checkpoint = store.join(self.run, run_directory.checkpoint_name(progress.step))
+        checkpoint = self._directory(progress.step)
         marker = self._group.broadcast(run_directory.read_marker(checkpoint))
         if marker is None:
             self.save(progress)
         elif rank() == 0:
-            run_name, files = store.name_of(self.run), marker["files"]
-            store.write_text(store.join(checkpoint, run_directory.MARKER), progress.marker(run_name, files))
+            self._attempt.check()
+            self._write_marker(checkpoint, progress, marker["files"])
 
     def take_results(self) -> list[CheckpointResult]:
         """Return the results since the last call. Workers may learn of one at different steps."""
@@ -157,26 +164,39 @@ class Checkpointer:
             self._results.append(result)
 
     def close(self) -> None:
-        """End the thread; call `wait` before. Raises TrainingError if the last checkpoint could not be stored."""
+        """End the thread; call `wait` before. Raises as `save` does, if the last checkpoint could not be stored."""
         self._thread.shutdown(wait=False)
+        self._end_if_superseded()
         if self._consecutive_failures:
             raise TrainingError(
                 f"the checkpoint of step {self._last_step} could not be stored in {self.run}; make room or correct "
                 "the permissions, and --resume to go on from the one before"
             )
 
+    def _end_if_superseded(self) -> None:
+        if self._superseded:
+            raise Superseded(self._superseded)
+
+    def _directory(self, step: int) -> str:
+        number = self._attempt.number if self._attempt.apart else None
+        return store.join(self.run, run_directory.checkpoint_name(step, number))
+
     def _write(self, files: RankFiles, progress: Progress, start: float) -> CheckpointResult:
         """Write one checkpoint, in the thread of each worker; all workers come to the same result."""
-        directory = store.join(self.run, run_directory.checkpoint_name(progress.step))
+        directory = self._directory(progress.step)
         reports = self._group.gather(self._write_own_files(directory, files))
         error = next((report.error for report in reports if report.error), None)
+        superseded: str | None = None
         if rank() == 0:
-            if error is None:
-                error = _failure(lambda: self._complete(directory, progress, reports))
-            if error is not None:
-                # A full disk needs the room.
-                _failure(lambda: run_directory.remove_checkpoint(directory))
-        error = self._group.broadcast(error)
+            try:
+                if error is None:
+                    error = _failure(lambda: self._complete(directory, progress, reports))
+                if error is not None:
+                    # A full disk needs the room.
+                    _failure(lambda: self._remove(directory))
+            except Superseded as newer:
+                error = superseded = str(newer)
+        error, self._superseded = self._group.broadcast((error, superseded))
         return CheckpointResult(progress.step, directory, 0.0, time.monotonic() - start, error)
 
     def _write_own_files(self, directory: str, files: RankFiles) -> _Report:
@@ -234,9 +254,25 @@ class Checkpointer:
                 content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
                 write_json(local / _INDEX, content)
                 records[_INDEX] = commit(local / _INDEX, store.join(directory, _INDEX))
-        marker = progress.marker(store.name_of(self.run), dict(sorted(records.items())))
+        self._attempt.check()
+        self._write_marker(directory, progress, dict(sorted(records.items())))
+        _failure(lambda: self._remove_what_is_old(directory, progress.step))
+
+    def _write_marker(self, directory: str, progress: Progress, files: Mapping[str, FileRecord]) -> None:
+        marker = progress.marker(store.name_of(self.run), self._attempt.number, files)
         store.write_text(store.join(directory, run_directory.MARKER), marker)
-        _failure(lambda: prune(self.run, progress.step, self.keep))
+
+    def _remove_what_is_old(self, directory: str, step: int) -> None:
+        """Delete what earlier attempts wrote of the checkpoint `directory` of `step`, and the checkpoints before it."""
+        self._attempt.check()
+        for other in run_directory.checkpoints_of(self.run, step):
+            if other != directory:
+                run_directory.remove_checkpoint(other)
+        prune(self.run, step, self.keep)
+
+    def _remove(self, directory: str) -> None:
+        self._attempt.check()
+        run_directory.remove_checkpoint(directory)
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,12 @@ class Progress:
     unsent: list[Any] = field(default_factory=list)
     """Metrics that MLflow had not accepted when the checkpoint was made, see `Observer.unsent`."""
 
-    def marker(self, run: str, files: Mapping[str, FileRecord]) -> str:
-        """Return the content of `training.json`: this, the name of the run's directory, the records of other files."""
-        return json.dumps(asdict(self) | {"run": run, "files": files}, indent=2) + "\n"
+    def marker(self, run: str, attempt: int, files: Mapping[str, FileRecord]) -> str:
+        """Return the content of `training.json`: this, who wrote it, and the records of other files.
+
+        `run` is the name of the run's directory, `attempt` the number of the attempt.
+        """
+        return json.dumps(asdict(self) | {"run": run, "attempt": attempt, "files": files}, indent=2) + "\n"
 
 
 def load_progress(directory: str | Path) -> Progress:

@@ -19,6 +19,8 @@ class Interrupt(IntEnum):
     """Save now and continue: a machine is about to be taken away."""
     STOP = 2
     """Save and end."""
+    SUPERSEDED = 3
+    """End without saving: a newer attempt goes on with the run."""
 
 
 class Stopped(Exception):

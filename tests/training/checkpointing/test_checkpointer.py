@@ -17,6 +17,7 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import load_pretrained
 from llama_ray.storage import run_directory
+from llama_ray.storage.attempts import current
 from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint
 from llama_ray.training.checkpointing.checkpointer import Checkpointer
 from llama_ray.training.checkpointing.progress import Progress, load_progress
@@ -136,7 +137,7 @@ def _save_twice(run: Path, data: Path, copies_mib: int) -> tuple[int, int]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    checkpointer = Checkpointer(str(run), model, optimizer, Tokenizer.load(data), config)
+    checkpointer = Checkpointer(current(str(run)), model, optimizer, Tokenizer.load(data), config)
 
     def save() -> None:
         for step in (1, 2):

@@ -86,7 +86,7 @@ def test_attempts_elsewhere_that_hang_or_are_killed_cost_nothing_on_an_object_st
         again: dict[str, Any] = {"resume": "if_there", "register_as": "tried", "output_dir": place}
         hung = start_driver(trained, ray_cluster, "tried", **again)
         wait_for(has_checkpoint(run, 9), hung)
-        workers = train_workers(ray.get_runtime_context().get_session_dir())
+        workers = train_workers(ray._private.worker._global_node.get_session_dir_path())
         for process in (psutil.Process(hung.pid), *workers):
             process.suspend()
         seem_elsewhere(run)

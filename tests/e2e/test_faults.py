@@ -93,7 +93,7 @@ def test_attempts_elsewhere_that_hang_or_are_killed_cost_nothing_on_an_object_st
         killed = start_driver(trained, ray_cluster, "tried", **again)
         wait_for(lambda: newest_step(run) > 9, killed)
         killed.kill()
-        killed.wait()
+        killed.communicate()
         seem_elsewhere(run)
 
         outcome = trained.again(run_name="tried", **again)

@@ -18,7 +18,7 @@ from llama_ray.evaluation.evaluate import EvaluationConfig, Questions, evaluate
 from llama_ray.evaluation.results import Evaluation, EvaluationError
 from llama_ray.generation.engine import Engine
 from llama_ray.orchestration.checkpoint_evaluations import Measured, Running, due, saved_steps
-from llama_ray.storage import run_directory, store
+from llama_ray.storage import run_directory
 from llama_ray.tracking.environment import open_variables, secret_variables
 from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.utils.errors import one_line, printable
@@ -120,7 +120,7 @@ def _measure_newest(
         step = due(saved_steps(directory), every, before, ended)
         if step is None:
             break
-        checkpoint = store.join(directory, run_directory.checkpoint_name(step))
+        checkpoint = run_directory.checkpoint_of(directory, step)
         try:
             with local_copy(checkpoint) as local:
                 return Measured(step, measure(checkpoint, str(local), plan.config, plan.room.device))

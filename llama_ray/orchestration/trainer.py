@@ -85,7 +85,7 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
                 ending = _train(job, run, attempt)
                 if ending.stopped_at is not None:
                     raise Stopped(ending.stopped_at)
-            checkpoint = _checkpoint_of(job.directory, ending.step)
+            checkpoint = run_directory.checkpoint_of(job.directory, ending.step)
             try:
                 outcome = _register(job, run, checkpoint, attempt)
             except TrackingError as error:
@@ -260,12 +260,6 @@ def _train(job: _Job, run: Run, attempt: Attempt) -> Ending:
             run.finish("KILLED")
 
     return until_signal(lambda: run_workers(plan, job.launch, gpu=job.gpu), stop)
-
-
-def _checkpoint_of(directory: str, step: int) -> str:
-    """Return the newest attempt's checkpoint of `step`."""
-    found = run_directory.list_checkpoints(directory)
-    return next(c for c in found if run_directory.checkpoint_step(store.name_of(c)) == step)
 
 
 def _register(job: _Job, run: Run, checkpoint: str, attempt: Attempt) -> Outcome:

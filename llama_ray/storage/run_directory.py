@@ -95,6 +95,12 @@ def list_checkpoints(run: str) -> list[str]:
     ]
 
 
+def checkpoint_of(run: str, step: int) -> str:
+    """Return the complete checkpoint of `step` in `run`, that of the newest attempt; where it would be, without one."""
+    found = [c for c in list_checkpoints(run) if checkpoint_step(store.name_of(c)) == step]
+    return found[0] if found else store.join(run, checkpoint_name(step))
+
+
 def checkpoints_of(run: str, step: int) -> list[str]:
     """Return the directories in `run` that are named as checkpoints of `step`, by any attempt, complete or not."""
     return [store.join(run, name) for name in store.list_directories(run) if checkpoint_step(name) == step]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from llama_ray.data.chat.template import DEFAULT
+from llama_ray.data.chat.template import DEFAULT, ChatPrompt
 from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.foreign.to_gguf import PREFIX, to_gguf
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
@@ -42,11 +42,16 @@ def tokenizer_metadata(
             f"its tokenizer puts {len(added)} tokens around a prompt; for llama.cpp they must be bos before it, eos "
             "behind it, or none"
         )
+    adds_bos = added[:1] == [bos] and (bos != eos or added == [bos])
+    if adds_bos and not _writes(tokenizer, names[bos]):
+        notes.append(
+            f"llama.cpp begins conversations with {names[bos]}, which the chat template does not write"
+        )
     metadata: dict[str, Value] = {
         **vocabulary,
         f"{PREFIX}bos_token_id": bos,
         f"{PREFIX}eos_token_id": eos,
-        f"{PREFIX}add_bos_token": added[:1] == [bos] and (bos != eos or added == [bos]),
+        f"{PREFIX}add_bos_token": adds_bos,
         f"{PREFIX}add_eos_token": added[-1:] == [eos] and bos != eos,
     }
     # Two of them can be given; others end answers by their names.
@@ -57,6 +62,17 @@ def tokenizer_metadata(
         f"llama.cpp does not end answers at {names[id]}" for id in others[2:] if names[id] not in _KNOWN_ENDS
     ]
     return metadata | _templates(tokenizer), notes
+
+
+def _writes(tokenizer: Tokenizer, bos: str) -> bool:
+    """Return whether conversations begin with `bos` as the chat template writes them, as far as there is one."""
+    if tokenizer.chat_template is None or DEFAULT not in tokenizer.chat_template.templates:
+        return True
+    try:
+        return tokenizer.render_chat(ChatPrompt([{"role": "user", "content": "a"}])).text.startswith(bos)
+    except ValueError:
+        # It wants other messages than these.
+        return True
 
 
 def _templates(tokenizer: Tokenizer) -> dict[str, Value]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from llama_ray.model.stored_model import UnreadTensor
 from llama_ray.model.weight_files import CheckpointError
 
-_VALUES = 2**20
+_VALUES = 2**18
 """Weights in a part."""
 
 

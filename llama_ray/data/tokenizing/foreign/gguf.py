@@ -58,7 +58,11 @@ def _pieces(gguf: Gguf) -> list[Piece]:
         raise TokenizerError(
             "its tokens, scores and token types are not equally many; convert the model again"
         )
-    return [Piece(*piece) for piece in zip(texts, scores, map(int, kinds), strict=True)]
+    pieces = [Piece(*piece) for piece in zip(texts, scores, map(int, kinds), strict=True)]
+    # Where a model has more rows than tokens, converters give names to the others.
+    while pieces and pieces[-1].kind == Kind.UNUSED and pieces[-1].text == f"[PAD{len(pieces) - 1}]":
+        pieces.pop()
+    return pieces
 
 
 def _spaces(gguf: Gguf) -> Spaces:

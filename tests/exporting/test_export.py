@@ -1,0 +1,160 @@
+"""Models for other programs: what transformers and peft load gives the same logits, from any reference."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.exporting.export import ExportConfig, export
+from llama_ray.model.checkpoint import load_model
+from llama_ray.model.config import LlamaConfig
+from llama_ray.model.config_files import config_files
+from llama_ray.model.llama import Llama
+from llama_ray.model.lora import LoraConfig
+from llama_ray.model.parameter_names import hf_name
+from llama_ray.model.saving import save_model
+from llama_ray.model.weight_files import CheckpointError
+from llama_ray.pretrained import load_pretrained, save_pretrained
+from tests.model.test_adapters import adapted_model, save
+from tests.small_models import random_model, small_config, small_tokenizer
+
+TOKENS = torch.arange(60).view(2, 30)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tokenizer = small_tokenizer()
+    directory = tmp_path / "model"
+    save_pretrained(random_model(small_config(tokenizer.vocab_size)), tokenizer, directory)
+    file = directory / "generation_config.json"
+    file.write_text(
+        json.dumps({"bos_token_id": 0, "eos_token_id": [1, 7], "temperature": 0.6, "do_sample": True})
+    )
+    return directory
+
+
+def write(ref: Path, to: Path, **options: object) -> Path:
+    export(ExportConfig(ref=str(ref), to=str(to), **options))  # type: ignore[arg-type]
+    return to
+
+
+def assert_same_logits(directory: Path, reference: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        expected = load_model(reference).float()(TOKENS)
+        torch.testing.assert_close(theirs(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_loads_shards_with_tokenizer_and_ends_of_answers(tmp_path: Path, model: Path) -> None:
+    new = write(model, tmp_path / "new", max_shard_bytes=20_000)
+    assert_same_logits(new, model)
+    assert len(list(new.glob("model-*.safetensors"))) > 2
+    text = "a brown 漢字 fox"
+    assert AutoTokenizer.from_pretrained(new).encode(text) == Tokenizer.load(model).encode_prompt(text)
+    settings = GenerationConfig.from_pretrained(new)
+    assert (settings.eos_token_id, settings.temperature) == ([1, 7], 0.6)
+    assert json.loads((new / "config.json").read_text())["eos_token_id"] == [1, 7]
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_a_directory_comes_back_from_gguf(tmp_path: Path, model: Path, dtype: str) -> None:
+    file = write(model, tmp_path / "model.gguf", dtype=dtype)
+    new = write(file, tmp_path / "new")
+    assert_same_logits(new, file)
+    kind = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    for ours, old in zip(load_model(new).parameters(), load_model(model).parameters(), strict=True):
+        assert torch.equal(ours, old.to(kind))
+    assert GenerationConfig.from_pretrained(new).eos_token_id == [1, 7]
+    assert Tokenizer.load(new).fingerprint == Tokenizer.load(model).fingerprint
+
+
+def test_weights_are_rounded_as_ggufs_own_writer_rounds_them(tmp_path: Path) -> None:
+    import gguf
+
+    size = {"hidden_size": 64, "intermediate_size": 96}
+    save_model(random_model(small_config(300, **size)), tmp_path / "model")
+    weight = load_model(tmp_path / "model").layers[1].mlp.up_proj.weight.detach().numpy()
+    for dtype in ("q8_0", "f16", "bf16"):
+        reader = gguf.GGUFReader(write(tmp_path / "model", tmp_path / f"{dtype}.gguf", dtype=dtype))
+        [stored] = (tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_up.weight")
+        expected = gguf.quantize(weight, stored.tensor_type)
+        assert stored.data.tobytes() == expected.tobytes()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    save_model(random_model(small_config(131)), tmp_path / "base")
+    return save(adapted_model(LoraConfig(rank=4, alpha=8.0)), tmp_path / "base", tmp_path / "adapter")
+
+
+def test_an_adapter_is_merged_or_written_as_it_is(tmp_path: Path, adapter: Path) -> None:
+    expected, _ = load_pretrained(adapter)
+    merged = write(adapter, tmp_path / "merged", merge=True)
+    for ours, weight in zip(load_model(merged).parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, weight)
+    copy, _ = load_pretrained(write(adapter, tmp_path / "copy"))
+    for ours, weight in zip(copy.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, weight)
+    with pytest.raises(CheckpointError, match="is an adapter; add --merge, or give --to DIR"):
+        write(adapter, tmp_path / "adapter.gguf")
+
+
+@contextmanager
+def anonymous_memory() -> Iterator[list[int]]:
+    """Append to the list that is yielded how many bytes of memory, without pages of files, were used at the most."""
+
+    def used() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+    peak, done = [used()], threading.Event()
+    first = peak[0]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak.append(used())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result: list[int] = []
+    try:
+        yield result
+    finally:
+        done.set()
+        thread.join()
+        result.append(max(peak) - first)
+
+
+def save_zeros(config: LlamaConfig, directory: Path) -> None:
+    """Save a model of float32 zeros, which take no space on the disk."""
+    directory.mkdir()
+    shapes = {hf_name(n): list(p.shape) for n, p in Llama(config, device="meta").named_parameters()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * 4
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (directory / "config.json").write_text(config_files(config, torch.float32)["config.json"])
+
+
+@pytest.mark.parametrize(("name", "options"), [("model.gguf", {"dtype": "q8_0"}), ("new", {"dtype": "bf16"})])
+def test_memory_is_less_than_the_largest_tensor(tmp_path: Path, name: str, options: dict[str, str]) -> None:
+    # Two tensors of 64 MiB.
+    config = small_config(2**17, hidden_size=128, num_layers=1)
+    size = config.vocab_size * config.hidden_size * 4
+    save_zeros(config, tmp_path / "model")
+    with anonymous_memory() as used:
+        write(tmp_path / "model", tmp_path / name, **options)
+    assert used[0] < size / 4

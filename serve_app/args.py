@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -37,6 +37,14 @@ class ModelArgs(BaseModel):
     engine: EngineOptions = Field(
         DEFAULT_OPTIONS,
         description="Options of each replica's engine; given flat, beside the other arguments.",
+    )
+    adapters: dict[str, str] = Field(
+        {},
+        description="Adapters that clients may ask for, as MODEL:NAME: a directory, models:/name/7 or "
+        "models:/name@alias for each name.",
+    )
+    adapters_from: Literal["registry"] | None = Field(
+        None, description="registry: also those that are registered for the version that serves."
     )
     num_cpus: float = Field(
         1, ge=0, le=_MOST, description="CPUs per replica, and its threads if it computes on the CPU."
@@ -116,6 +124,21 @@ class ModelArgs(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        for name in self.adapters:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(
+                    f"adapters has the name {shown(name)}; it must be of letters, digits, -, _ and .; rename it"
+                )
+        self.adapters = {name: existing_ref(ref) for name, ref in self.adapters.items()}
+        if (self.adapters or self.adapters_from) and self.engine.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel is {self.engine.tensor_parallel}; it must be 1 for adapters; set it, or merge "
+                "them into their model"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _options_fit(self) -> Self:
         shards = self.engine.tensor_parallel
         if self.num_gpus and shards > 1 and self.num_gpus != shards:
@@ -156,6 +179,8 @@ class ModelArgs(BaseModel):
             canary_alias=self.canary,
             canary_share=self.canary_share,
             keep_previous_s=self.keep_previous_s,
+            adapters=tuple(self.adapters.items()),
+            finds_adapters=self.adapters_from == "registry",
         )
 
 

@@ -47,6 +47,7 @@ RAY = (
     "tests/jobs/test_generate.py",
     "tests/jobs/test_prepare_data.py",
     "tests/orchestration/test_placement_groups.py",
+    "tests/serve_app/test_adapters.py",
     "tests/serve_app/test_draining.py",
     "tests/serve_app/test_following.py",
     "tests/serve_app/test_front.py",

@@ -72,7 +72,7 @@ class Engine:
         options = replace(options or RunOptions(), **fields)
         backend = as_backend(model)
         self.tokenizer, self.config = tokenizer, backend.model.config
-        self.max_num_seqs = options.max_num_seqs
+        self.max_num_seqs, self.max_loras = options.max_num_seqs, options.max_loras
         self.max_seq_len = _max_seq_len(options, self.config)
         self.eos_ids = all_eos_ids(tokenizer, eos_ids, self.config.vocab_size)
         self._sharded, self._backend = sharded, backend

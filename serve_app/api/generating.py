@@ -74,7 +74,9 @@ async def _answer(
 def _notes(request: Request, generation: GenerationRequest, accepted: Accepted) -> dict[str, str]:
     """Return the header that says whether a conversation became a prompt by the model's own template."""
     table = models_of(request).known
-    if table is None or not any(isinstance(prompt, ChatPrompt) for prompt in generation.prompts):
+    is_chat = any(isinstance(prompt, ChatPrompt) for prompt in generation.prompts)
+    # An adapter may have a template of its own.
+    if table is None or not is_chat or accepted.with_adapter:
         return {}
     known = (model.status(accepted.ref) for model in table.models)
     info = next((status.info for status in known if status is not None), None)

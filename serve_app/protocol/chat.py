@@ -19,7 +19,9 @@ MaxTokens = Annotated[int, Field(ge=1)]
 class ChatRequest(SamplingFields):
     """The body of `POST /v1/chat/completions`; `chat_template_kwargs` and the two fields before it are vLLM's."""
 
-    model: str = Field(description="A name that GET /v1/models lists: NAME, NAME@ALIAS or models:/NAME/7.")
+    model: str = Field(
+        description="A name of GET /v1/models: NAME, NAME@ALIAS, models:/NAME/7 or NAME:ADAPTER."
+    )
     messages: Messages = Field(description="The conversation that the model is to answer.")
     max_completion_tokens: MaxTokens | None = Field(
         None,

@@ -34,7 +34,9 @@ def as_prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[str
 class CompletionRequest(SamplingFields):
     """The body of `POST /v1/completions`. OpenAI has the fields before `top_k`; vLLM has those from there on, too."""
 
-    model: str = Field(description="A name that GET /v1/models lists: NAME, NAME@ALIAS or models:/NAME/7.")
+    model: str = Field(
+        description="A name of GET /v1/models: NAME, NAME@ALIAS, models:/NAME/7 or NAME:ADAPTER."
+    )
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="Text or token ids to continue; a list of them is completed in one batch."
     )

@@ -17,7 +17,9 @@ from serve_app.protocol.sampling import MAX_CHOICES, Texts, TokenIds, WithoutEff
 class EmbeddingRequest(WithoutEffect):
     """The body of `POST /v1/embeddings`."""
 
-    model: str = Field(description="A name that GET /v1/models lists: NAME, NAME@ALIAS or models:/NAME/7.")
+    model: str = Field(
+        description="A name of GET /v1/models: NAME, NAME@ALIAS, models:/NAME/7 or NAME:ADAPTER."
+    )
     input: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="Text or token ids; a list of them gets an embedding each."
     )

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import BaseModel
 
 from serve_app.errors import ApiError
-from serve_app.registry.messages import ServedModel, Table, VersionStatus
+from serve_app.registry.messages import AdapterVersion, ServedModel, Table, VersionStatus
 
 SCHEME = "models:/"
 """What the exact reference of a registered version begins with; clients may leave it out."""
@@ -50,6 +50,14 @@ class ModelCard(BaseModel):
                 "replicas": sum(status.ready.values()),
                 "notice": notice,
             },
+        )
+
+    @classmethod
+    def of_adapter(cls, model: ServedModel, adapter: AdapterVersion, base: VersionStatus) -> Self:
+        """Return the card of an adapter of the version `base`; `root` is what is loaded, `parent` the version."""
+        name, parent = f"{model.spec.name}:{adapter.name}", base.version.ref
+        return cls.of(name, base, model.notice).model_copy(
+            update={"root": adapter.location, "parent": parent}
         )
 
 
@@ -101,6 +109,23 @@ def names(model: ServedModel) -> dict[str, VersionStatus]:
     return {key: by_ref[ref] for key, ref in found.items() if ref in by_ref} | by_ref
 
 
+def adapter_base(model: ServedModel, adapter: AdapterVersion) -> VersionStatus | None:
+    """Return the version that answers MODEL:ADAPTER: the one that it was trained on, or the current one if that is not
+    known. None if neither can.
+    """
+    for ref in (adapter.base, model.current):
+        status = None if ref is None else model.status(ref)
+        if status is not None and status.answers and fits(model, adapter, status.version.ref):
+            return status
+    return None
+
+
+def fits(model: ServedModel, adapter: AdapterVersion, ref: str) -> bool:
+    """Return whether an adapter may be of the version `ref`; what its tag does not tell, its weights will."""
+    is_of_a_version = adapter.base is not None and adapter.base.startswith(f"{SCHEME}{model.spec.name}/")
+    return not is_of_a_version or adapter.base == ref
+
+
 def _holder(model: ServedModel, alias: str) -> str | None:
     """Return the version that has `alias` in the registry."""
     return next((status.version.ref for status in model.versions if alias in status.aliases), None)
@@ -113,6 +138,11 @@ def cards(table: Table) -> list[ModelCard]:
         for name, status in names(model).items():
             if status.answers or name == status.version.ref:
                 found.setdefault(name, ModelCard.of(name, status, model.notice))
+        for adapter in model.adapters:
+            base = adapter_base(model, adapter)
+            if base is not None and adapter.missing is None:
+                card = ModelCard.of_adapter(model, adapter, base)
+                found.setdefault(card.id, card)
     return list(found.values())
 
 

@@ -63,7 +63,9 @@ class TextOptions(StrictBody):
 class ResponsesRequest(SamplingFields):
     """The body of `POST /v1/responses`. It is translated to a chat completion; nothing is stored."""
 
-    model: str = Field(description="A name that GET /v1/models lists: NAME, NAME@ALIAS or models:/NAME/7.")
+    model: str = Field(
+        description="A name of GET /v1/models: NAME, NAME@ALIAS, models:/NAME/7 or NAME:ADAPTER."
+    )
     input: str | Annotated[list[InputMessage], Field(fail_fast=True, min_length=1)] = Field(
         description="What the user says, or the messages of a conversation."
     )

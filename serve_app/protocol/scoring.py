@@ -15,7 +15,9 @@ from serve_app.streams.questions import TextScore
 class ScoreRequest(StrictBody):
     """The body of `POST /v1/score`."""
 
-    model: str = Field(description="A name that GET /v1/models lists: NAME, NAME@ALIAS or models:/NAME/7.")
+    model: str = Field(
+        description="A name of GET /v1/models: NAME, NAME@ALIAS, models:/NAME/7 or NAME:ADAPTER."
+    )
     input: str | Texts = Field(description="A text or several, each scored by itself.")
     context: str = Field("", description="Comes before each text, and is not scored.")
 

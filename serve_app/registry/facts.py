@@ -6,20 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from serve_app.registry.messages import ModelVersion
+from serve_app.registry.messages import AdapterVersion, ModelVersion
 
 
 @dataclass(frozen=True)
 class Look:
     """What the registry says about a model: the version that its reference means, and that of its canary alias.
 
-    `aliases` maps the `ref` of both to all their aliases. `missing` says why there is no `target`.
+    `aliases` maps the `ref` of both to all their aliases. `missing` says why there is no `target`. `adapters` are those
+    that clients can ask for.
     """
 
     target: ModelVersion | None = None
     canary: ModelVersion | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     missing: str | None = None
+    adapters: tuple[AdapterVersion, ...] = ()
 
 
 @dataclass(frozen=True)

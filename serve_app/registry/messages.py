@@ -25,7 +25,8 @@ class ModelSpec:
     `name` is what clients ask for, `deployment` the name of its replicas in Serve. `ref` is a directory,
     `models:/name/7`, or `models:/name@alias`, which is followed. The version that `canary_alias` points to, if any,
     answers `canary_share` (0 to 1) of the requests. A version that no longer serves stays loaded for `keep_previous_s`
-    seconds, and at least while requests use it. A model that follows an alias has a `standby`.
+    seconds, and at least while requests use it. A model that follows an alias has a `standby`. `adapters` are names and
+    references; with `finds_adapters`, so are the registered adapters of the version that serves.
     """
 
     name: str
@@ -35,6 +36,22 @@ class ModelSpec:
     canary_share: float = 0.1
     keep_previous_s: float = 0.0
     standby: Standby | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
+    finds_adapters: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """An adapter that clients can ask for, as MODEL:NAME.
+
+    `location` is what a replica loads: `models:/name/3`, or an absolute path. `base` is the version that it was trained
+    on, if it is registered and says so. `missing` says why there is none.
+    """
+
+    name: str
+    location: str
+    base: str | None = None
+    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,8 +173,8 @@ class VersionStatus:
 @dataclass(frozen=True)
 class ServedModel:
     """A model of the application: which version answers (`current`, None before the first is loaded), which one a
-    share of the requests (`canary`), and all versions that are known. `notice` says what operators should know, such as
-    a registry that is out of reach.
+    share of the requests (`canary`), all versions that are known, and the adapters. `notice` says what operators should
+    know, such as a registry that is out of reach.
     """
 
     spec: ModelSpec
@@ -165,6 +182,7 @@ class ServedModel:
     canary: str | None
     versions: tuple[VersionStatus, ...]
     notice: str | None = None
+    adapters: tuple[AdapterVersion, ...] = ()
 
     def status(self, ref: str) -> VersionStatus | None:
         """Return what is known about the version `ref`."""

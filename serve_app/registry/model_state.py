@@ -126,7 +126,8 @@ class ModelState:
     def served(self) -> ServedModel:
         """Return the model's part of the table."""
         current, canary = (version.ref if version else None for version in (self.current, self.canary))
-        return ServedModel(self.spec, current, canary, tuple(self._statuses()), self._notice())
+        adapters = self._look.adapters if self._look else ()
+        return ServedModel(self.spec, current, canary, tuple(self._statuses()), self._notice(), adapters)
 
     def _pointed_to(self) -> tuple[ModelVersion | None, ModelVersion | None]:
         """Return the versions that the registry points to, for all requests and for a share, unless rejected."""

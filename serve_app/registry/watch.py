@@ -14,8 +14,9 @@ from llama_ray.tracking.errors import TrackingError, reported
 from llama_ray.tracking.uri import check_answers, connect
 from llama_ray.tracking.versions import NotRegistered, Version, alias_holder, find, parse_ref
 from llama_ray.utils.errors import first_line
+from serve_app.registry import adapters
 from serve_app.registry.facts import Look, OutOfReach
-from serve_app.registry.messages import ModelSpec, ModelVersion
+from serve_app.registry.messages import AdapterVersion, ModelSpec, ModelVersion
 
 SERVING_TAG = "llama_ray.serving"
 """The tag of a version that says whether it serves, or why it must not."""
@@ -38,7 +39,7 @@ class Watch:
     def look(self, spec: ModelSpec) -> Look | OutOfReach:
         """Return which versions a model's reference and its canary alias mean now; a directory needs no registry."""
         if not is_model_ref(spec.ref):
-            return Look(directory_version(spec))
+            return Look(directory_version(spec), adapters=self._adapters_of_directory(spec))
         try:
             name = parse_ref(spec.ref).name
         except TrackingError as error:
@@ -86,7 +87,15 @@ class Watch:
             None if canary is None else _model_version(spec, canary),
             {version.uri: version.aliases for version in (target, canary) if version},
             missing,
+            adapters.look_up(self._connected, spec, None if target is None else target.uri),
         )
+
+    def _adapters_of_directory(self, spec: ModelSpec) -> tuple[AdapterVersion, ...]:
+        try:
+            return adapters.look_up(self._connected, spec, None)
+        except Exception as error:
+            # The model itself needs no registry.
+            return adapters.unknown(spec, first_line(error))
 
     def _connected(self) -> MlflowClient:
         if self._client is None:

@@ -65,9 +65,10 @@ class EngineLoader:
     def fetch(self, version: ModelVersion) -> Files:
         """Download what is not on this machine yet. Raises TrackingError, or CheckpointError for no directory."""
         draft = self.options.draft_model
-        return Files(self._local(version.location), None if draft is None else self._local(draft))
+        return Files(self.local(version.location), None if draft is None else self.local(draft))
 
-    def _local(self, ref: str) -> Path:
+    def local(self, ref: str) -> Path:
+        """Return where a reference is on this machine, after a download if need be. Raises as `fetch` does."""
         return registry.download(ref, self.tracking_uri) if is_model_ref(ref) else resolve(ref)
 
     def check_room(self, files: Files) -> None:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.generation.adapters.store import LoadedAdapter
 from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 from llama_ray.utils.panics import panics_as_errors
 from serve_app.errors import INTERNAL_ERROR
-from serve_app.replica.served_engine import ServedEngine
+from serve_app.registry.messages import AdapterVersion
+from serve_app.replica.adapters import AdapterError
+from serve_app.replica.served_engine import ServedEngine, adapter_failure
 from serve_app.streams.messages import Encoding, Failure
 from serve_app.streams.questions import (
     Describe,
@@ -37,11 +40,14 @@ _log = logging.getLogger(__name__)
 _SCORING = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=1)
 
 
-async def reply(served: ServedEngine, question: Question) -> Reply:
-    """Return the answer, or why there is none. Raises GenerationError if the engine has ended."""
+async def reply(served: ServedEngine, question: Question, adapter: AdapterVersion | None = None) -> Reply:
+    """Return the answer, with an adapter if one is named, or why there is none.
+
+    Raises GenerationError if the engine has ended.
+    """
     try:
         with panics_as_errors():
-            return await _reply(served, question)
+            return await _reply(served, question, await served.adapter(adapter))
     except Exception as error:
         if served.ended is not None:
             raise GenerationError(served.ended) from error
@@ -51,18 +57,20 @@ async def reply(served: ServedEngine, question: Question) -> Reply:
 def _failure(error: Exception) -> Failure:
     if isinstance(error, GenerationError):
         return Failure(500, str(error), code="generation_failed")
+    if isinstance(error, AdapterError):
+        return adapter_failure(error)
     if isinstance(error, ValueError):
         return Failure(400, str(error))
     _log.error("a question fails", exc_info=error)
     return Failure(500, INTERNAL_ERROR)
 
 
-async def _reply(served: ServedEngine, question: Question) -> Reply:
-    tokenizer = served.tokenizer
+async def _reply(served: ServedEngine, question: Question, adapter: LoadedAdapter | None) -> Reply:
+    tokenizer = served.tokenizer_of(adapter)
     match question:
         case Tokenize():
             ids = await served.encode(
-                question.prompt, Encoding(question.add_special_tokens, parse_special=True)
+                question.prompt, Encoding(question.add_special_tokens, parse_special=True), adapter
             )
             texts = await served.aside(lambda: _texts(tokenizer, ids))
             return Tokenized(ids, texts, served.engine.max_seq_len)
@@ -78,9 +86,10 @@ async def _reply(served: ServedEngine, question: Question) -> Reply:
             pairs = zip(question.contexts, question.texts, strict=True)
             # One by one: all of them with their contexts may be gigabytes.
             prompts = [await _scored_prompt(served, context, text) for context, text in pairs]
-            return Scored(await asyncio.gather(*(_score(served, prompt) for prompt in prompts)))
+            scores = (_score(served, prompt, adapter) for prompt in prompts)
+            return Scored(await asyncio.gather(*scores))
         case Embed():
-            return await _embed(served, question.prompts)
+            return await _embed(served, question.prompts, adapter)
 
 
 def _texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
@@ -97,13 +106,15 @@ def _check_ids(ids: Sequence[int], vocab_size: int, limit: int) -> None:
             raise ValueError(f"tokens has {token}; a token id must be from 0 to {vocab_size - 1}")
 
 
-async def _embed(served: ServedEngine, prompts: Sequence[str | list[int]]) -> Embedded:
+async def _embed(
+    served: ServedEngine, prompts: Sequence[str | list[int]], adapter: LoadedAdapter | None
+) -> Embedded:
     embeddings, count = list[list[float]](), 0
     for prompt in prompts:
         ids = await served.encode(prompt)
         count += len(ids)
         # One at a time: streams go on between them.
-        embeddings.append(await served.call(partial(served.engine.embed, ids)))
+        embeddings.append(await served.call(partial(served.engine.embed, ids, adapter=adapter)))
     return Embedded(embeddings, count)
 
 
@@ -123,8 +134,8 @@ async def _scored_prompt(served: ServedEngine, context: str, text: str) -> _Scor
     return _ScoredPrompt(ids, begin, len(text.encode()))
 
 
-async def _score(served: ServedEngine, prompt: _ScoredPrompt) -> TextScore:
-    reported = (await served.complete(prompt.ids, _SCORING)).prompt_logprobs or []
+async def _score(served: ServedEngine, prompt: _ScoredPrompt, adapter: LoadedAdapter | None) -> TextScore:
+    reported = (await served.complete(prompt.ids, _SCORING, adapter)).prompt_logprobs or []
     return _text_score(served.tokenizer, prompt, [None, *reported])
 
 

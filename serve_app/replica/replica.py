@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from llama_ray.generation.completion import GenerationError
 from llama_ray.generation.options import EngineOptions
 from llama_ray.generation.stats import EngineStats
 from serve_app.registry.handle import FollowerHandle
-from serve_app.registry.messages import ModelSpec, ReplicaReport
+from serve_app.registry.messages import AdapterVersion, ModelSpec, ReplicaReport
 from serve_app.replica.engines import Engines
 from serve_app.replica.following import Following
 from serve_app.replica.health import Watchdog
@@ -54,7 +55,7 @@ class LlamaReplica:
             raise ValueError("torch sees no GPU here; install a CUDA build of torch, or set num_gpus to 0")
         torch.set_num_threads(max(1, min(threads, len(os.sched_getaffinity(0)))))
         loader = EngineLoader(tracking_uri, device, dtype, options, gate_timeout_s, memory_bytes)
-        self._engines = Engines(loader, ServedEngine)
+        self._engines = Engines(loader, partial(ServedEngine, fetch=loader.local))
         self._watchdog = Watchdog(lambda: self._engines.served, stuck_after_s)
         self._sender = Sender()
         following = Following(FollowerHandle(follower), self._engines, _identity(spec))
@@ -70,13 +71,16 @@ class LlamaReplica:
         served = self._engines.get(submission.ref)
         return "not_loaded" if served is None else await served.answer(submission, connection)
 
-    async def ask(self, ref: str, question: Question) -> Reply | None:
-        """Return the answer of the version `ref`; None if it is not loaded here, or its engine has ended."""
+    async def ask(self, ref: str, question: Question, adapter: AdapterVersion | None = None) -> Reply | None:
+        """Return the answer of the version `ref`, with an adapter if one is named.
+
+        None if the version is not loaded here, or its engine has ended.
+        """
         served = self._engines.get(ref)
         if served is None:
             return None
         try:
-            return await reply(served, question)
+            return await reply(served, question, adapter)
         except GenerationError:
             return None
 

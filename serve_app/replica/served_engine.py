@@ -11,19 +11,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from llama_ray.data.chat.encoding import ChatText
 from llama_ray.data.chat.template import PLAIN_STOP, ChatPrompt
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.generation.adapters.store import LoadedAdapter
 from llama_ray.generation.completion import Completion, GenerationError
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.engine_thread import EngineThread, Item
 from llama_ray.generation.request import Done, Request
 from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.pretrained import resolve
 from llama_ray.utils.panics import panics_as_errors
 from serve_app.errors import INTERNAL_ERROR
-from serve_app.registry.messages import ModelVersion
+from serve_app.registry.messages import AdapterVersion, ModelVersion
+from serve_app.replica.adapters import AdapterError, ServedAdapters
 from serve_app.replica.answers import Answer, Collector, Part, check_report
 from serve_app.streams.frames import Wire
 from serve_app.streams.messages import (
@@ -51,12 +55,14 @@ _MAX_COMPILING_REQUESTS = 256
 class ServedEngine:
     """An engine that answers requests. From now on it belongs to this object.
 
-    `answer` and what it sends run in the event loop in which the first request arrives, the engine in a thread.
+    `answer` and what it sends run in the event loop in which the first request arrives, the engine in a thread. `fetch`
+    returns where the files of an adapter are on this machine.
     """
 
-    def __init__(self, engine: Engine, version: ModelVersion) -> None:
+    def __init__(self, engine: Engine, version: ModelVersion, fetch: Callable[[str], Path] = resolve) -> None:
         assert engine.tokenizer is not None
         self.engine, self.version = engine, version
+        self._adapters = ServedAdapters(engine, fetch, engine.max_loras)
         self.tokenizer: Tokenizer = engine.tokenizer
         self.open_requests = 0
         # What the engine's thread has delivered and the event loop has not sent.
@@ -111,28 +117,42 @@ class ServedEngine:
             for request_id in answer.request_ids:
                 self._thread.abort(request_id)
 
-    async def encode(self, prompt: Prompt, encoding: Encoding = _ENCODING) -> list[int]:
+    async def adapter(self, wanted: AdapterVersion | None) -> LoadedAdapter | None:
+        """Return the adapter of a request, if it has one, loaded in a thread. Raises AdapterError."""
+        return None if wanted is None else await self._adapters.get(wanted)
+
+    def tokenizer_of(self, adapter: LoadedAdapter | None) -> Tokenizer:
+        """Return the tokenizer of requests with an adapter, or without one."""
+        return self.tokenizer if adapter is None or adapter.tokenizer is None else adapter.tokenizer
+
+    async def encode(
+        self, prompt: Prompt, encoding: Encoding = _ENCODING, adapter: LoadedAdapter | None = None
+    ) -> list[int]:
         """Return a prompt's token ids, in a thread: streams go on. Raises ValueError for a prompt that has none."""
         loop = asyncio.get_running_loop()
         text: str | list[int] | ChatText
         if isinstance(prompt, ChatPrompt):
-            text = await loop.run_in_executor(self._rendering, self.tokenizer.render_chat, prompt)
+            render = self.tokenizer_of(adapter).render_chat
+            text = await loop.run_in_executor(self._rendering, render, prompt)
         else:
             text = prompt
-        encode = partial(self.engine.encode, text, **asdict(encoding))
+        encode = partial(self.engine.encode, text, adapter=adapter, **asdict(encoding))
         return await loop.run_in_executor(self._lanes[len(text) > LONG_PROMPT], encode)
 
     async def aside(self, function: Callable[[], Result]) -> Result:
         """Return what `function` does, in the thread of long prompts: streams go on."""
         return await asyncio.get_running_loop().run_in_executor(self._lanes[True], function)
 
-    async def complete(self, ids: list[int], params: SamplingParams) -> Completion:
+    async def complete(
+        self, ids: list[int], params: SamplingParams, adapter: LoadedAdapter | None = None
+    ) -> Completion:
         """Return the completion of one prompt. Raises ValueError and GenerationError as `Engine.generate` does."""
         self._loop = loop = asyncio.get_running_loop()
         collector = Collector(loop.create_future())
         self.open_requests += 1
         try:
-            request_id = self._thread.add(self.engine.prepare(ids, params), collector)
+            request = self.engine.prepare(ids, params, adapter=adapter)
+            request_id = self._thread.add(request, collector)
             try:
                 return Completion.of(await collector.deltas, ids)
             finally:
@@ -155,12 +175,13 @@ class ServedEngine:
     async def _begin(self, answer: Answer) -> None:
         """Queue a request for each prompt that has choices to go on with."""
         submission = answer.submission
-        prompts = await self._encode(answer)
+        adapter = await self.adapter(submission.adapter)
+        prompts = await self._encode(answer, adapter)
         if answer.ended.done():
             return
         check_report(submission, sum(map(len, prompts)))
         done = [submission.done_of(number) for number in range(len(prompts))]
-        requests = await self._prepare(submission, prompts, done)
+        requests = await self._prepare(submission, prompts, done, adapter)
         if answer.ended.done():
             return
         echo = self._echo(submission, prompts) if submission.reporting.echo else None
@@ -175,27 +196,34 @@ class ServedEngine:
         # Now, not with the first token: a client that waits for its status sees that it was accepted.
         answer.connection.flush()
 
-    async def _encode(self, answer: Answer) -> list[list[int]]:
+    async def _encode(self, answer: Answer, adapter: LoadedAdapter | None) -> list[list[int]]:
         """Encode prompts one by one, so that a client that leaves ends it."""
         submission, prompts = answer.submission, list[list[int]]()
         for prompt in submission.prompts:
             if answer.ended.done():
                 break
             try:
-                prompts.append(await self.encode(prompt, submission.encoding))
+                prompts.append(await self.encode(prompt, submission.encoding, adapter))
             except ValueError as error:
                 param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
                 raise _BadPrompt(param, str(error)) from error
         return prompts
 
     async def _prepare(
-        self, submission: Submission, prompts: Sequence[list[int]], done: Sequence[Done]
+        self,
+        submission: Submission,
+        prompts: Sequence[list[int]],
+        done: Sequence[Done],
+        adapter: LoadedAdapter | None,
     ) -> list[Request]:
         """Return a checked request for each prompt."""
+        is_plain = self.tokenizer_of(adapter).chat_template is None
 
         def prepare() -> list[Request]:
             return [
-                self.engine.prepare(ids, self._params(submission, prompt, ids), of_prompt)
+                self.engine.prepare(
+                    ids, self._params(submission, prompt, ids, is_plain), of_prompt, adapter=adapter
+                )
                 for prompt, ids, of_prompt in zip(submission.prompts, prompts, done, strict=True)
             ]
 
@@ -204,9 +232,11 @@ class ServedEngine:
             return prepare()
         return await asyncio.get_running_loop().run_in_executor(self._compiling, prepare)
 
-    def _params(self, submission: Submission, prompt: Prompt, ids: list[int]) -> SamplingParams:
+    def _params(
+        self, submission: Submission, prompt: Prompt, ids: list[int], is_plain: bool
+    ) -> SamplingParams:
         params = submission.params
-        if isinstance(prompt, ChatPrompt) and self.tokenizer.chat_template is None:
+        if isinstance(prompt, ChatPrompt) and is_plain:
             params = replace(params, stop=(*params.stop_strings, *PLAIN_STOP))
         room = self.engine.max_seq_len - len(ids)
         if submission.fit and 0 < room < params.max_tokens:
@@ -270,12 +300,21 @@ def _started(submission: Submission, prompts: list[list[int]], echo: list[str] |
     return Started(submission.ref, sum(len(ids) for ids in prompts), echo, ids)
 
 
+def adapter_failure(error: AdapterError) -> Failure:
+    """Return what the client is told of an adapter that cannot be used."""
+    if error.passing:
+        return Failure(503, str(error), code="not_ready")
+    return Failure(404, str(error), code="model_not_found", param="model")
+
+
 def _failure(error: Exception, submission: Submission) -> Failure:
     """Return what the client is told of an error."""
     if isinstance(error, GenerationError):
         return Failure(500, str(error), code="generation_failed")
     if isinstance(error, _BadPrompt):
         return Failure(400, str(error), param=error.param)
+    if isinstance(error, AdapterError):
+        return adapter_failure(error)
     if isinstance(error, ValueError):
         # Where a single field is at fault, the message begins with its name.
         name = re.match(r"(?:the )?(\w*)", str(error))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from serve_app.errors import INTERNAL_ERROR, ApiError
 from serve_app.protocol.generation import GenerationRequest
-from serve_app.registry.messages import ServedModel, Table
+from serve_app.registry.messages import AdapterVersion, ServedModel, Table
 from serve_app.routing.admission import Admission, Place
 from serve_app.routing.answer import Answer
 from serve_app.routing.choice import choose
@@ -36,15 +36,16 @@ _REASONS: dict[Answered, str] = {
 
 @dataclass(frozen=True)
 class Accepted:
-    """A replica has taken a request for the version `ref` of `model`; its prompts have `prompt_tokens` in all.
+    """A replica has taken a request for the version `ref` of `model`, which is MODEL:ADAPTER `with_adapter`.
 
-    `prompt_ids` are the token ids of each, if the request asked for them.
+    Its prompts have `prompt_tokens` in all. `prompt_ids` are the token ids of each, if the request asked for them.
     """
 
     model: str
     ref: str
     prompt_tokens: int
     prompt_ids: list[list[int]] | None = None
+    with_adapter: bool = False
 
 
 Events = AsyncGenerator[Accepted | list[ChoiceDelta]]
@@ -102,13 +103,13 @@ class RoutedClient:
             # Another replica goes on with the same tokens.
             request = replace(request, params=replace(params, seed=secrets.randbits(63)))
         answer, losses = Answer(request), Losses(self._resume_timeout_s)
-        ref, place = "", None
+        ref, adapter, place = "", None, None
         with ExitStack() as held:
             while not answer.complete:
                 table = await self._tables.current()
                 if answer.started is None:
                     held.close()
-                    model, ref = choose(table, request.model, request.session, request_id)
+                    model, ref, adapter = choose(table, request.model, request.session, request_id)
                     place = held.enter_context(self._enter(model, ref, table))
                     held.enter_context(self._tables.using(ref))
                 assert place is not None
@@ -116,7 +117,7 @@ class RoutedClient:
                 try:
                     with ExitStack() as asking:
                         asking.enter_context(self._tables.asking(deployment))
-                        attempt = self._attempt(deployment, ref, answer, losses, place, asking)
+                        attempt = self._attempt(deployment, (ref, adapter), answer, losses, place, asking)
                         async with aclosing(attempt):
                             async for event in attempt:
                                 yield event
@@ -129,7 +130,7 @@ class RoutedClient:
         losses, request_id = Losses(self._resume_timeout_s), uuid.uuid4().hex
         while True:
             table = await self._tables.current()
-            served, ref = choose(table, model or table.models[0].spec.name, session, request_id)
+            served, ref, adapter = choose(table, model or table.models[0].spec.name, session, request_id)
             deployment = deployment_of(table, ref)
             with (
                 self._enter(served, ref, table),
@@ -138,7 +139,7 @@ class RoutedClient:
             ):
                 try:
                     async with asyncio.timeout_at(losses.deadline):
-                        reply = await self._replicas.ask(deployment, ref, question)
+                        reply = await self._replicas.ask(deployment, ref, question, adapter)
                 except TimeoutError:
                     loss = Lost("no replica answered")
                 except Lost as lost:
@@ -150,10 +151,18 @@ class RoutedClient:
             await losses.lost(loss, 0)
 
     async def _attempt(
-        self, deployment: str, ref: str, answer: Answer, losses: Losses, place: Place, asking: ExitStack
+        self,
+        deployment: str,
+        chosen: tuple[str, AdapterVersion | None],
+        answer: Answer,
+        losses: Losses,
+        place: Place,
+        asking: ExitStack,
     ) -> Events:
         """Have one replica answer what is missing; end `asking` when it begins. Raises Lost if it cannot."""
         request, stream, accepted = answer.request, self._receiver.open(), False
+        ref, adapter = chosen
+        model = place.model if adapter is None else f"{place.model}:{adapter.name}"
         submission = Submission(
             ref,
             request.prompts,
@@ -164,6 +173,7 @@ class RoutedClient:
             request.encoding,
             request.reporting,
             answer.done,
+            adapter,
         )
         call = self._call(deployment, submission, stream)
         try:
@@ -177,7 +187,8 @@ class RoutedClient:
                         asking.close()
                         losses.accepted()
                         if answer.started is None:
-                            yield Accepted(place.model, ref, event.prompt_tokens, event.prompt_ids)
+                            ids = event.prompt_ids
+                            yield Accepted(model, ref, event.prompt_tokens, ids, adapter is not None)
                         deltas += answer.start(event)
                     elif isinstance(event, Failure):
                         failure = event

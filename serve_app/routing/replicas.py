@@ -11,6 +11,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
+from serve_app.registry.messages import AdapterVersion
 from serve_app.routing.cancellation import raise_if_cancelled
 from serve_app.streams.messages import Answered, Submission
 from serve_app.streams.questions import Question, Reply
@@ -26,8 +27,10 @@ class Replicas(Protocol):
         Raises Lost if no replica could, or the one that did has gone. Cancelling ends the request.
         """
 
-    async def ask(self, deployment: str, ref: str, question: Question) -> Reply:
-        """Have a replica answer a question about the version `ref`. Raises Lost as `submit` does."""
+    async def ask(
+        self, deployment: str, ref: str, question: Question, adapter: AdapterVersion | None = None
+    ) -> Reply:
+        """Have a replica answer a question about the version `ref`, with an adapter. Raises Lost as `submit` does."""
 
 
 class ServeReplicas:
@@ -41,9 +44,11 @@ class ServeReplicas:
         answered: Answered = await _result(self._handles[deployment].generate.remote(submission))
         return answered
 
-    async def ask(self, deployment: str, ref: str, question: Question) -> Reply:
+    async def ask(
+        self, deployment: str, ref: str, question: Question, adapter: AdapterVersion | None = None
+    ) -> Reply:
         """See `Replicas`."""
-        reply: Reply | None = await _result(self._handles[deployment].ask.remote(ref, question))
+        reply: Reply | None = await _result(self._handles[deployment].ask.remote(ref, question, adapter))
         if reply is None:
             raise Lost("the replica does not have that version")
         return reply

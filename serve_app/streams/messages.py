@@ -8,6 +8,7 @@ from typing import Literal
 
 from llama_ray.data.chat.template import ChatPrompt
 from llama_ray.generation.sampling.params import SamplingParams
+from serve_app.registry.messages import AdapterVersion
 
 Prompt = str | list[int] | ChatPrompt
 """What is completed: text, token ids, or a conversation that the replica renders with its version's template."""
@@ -54,10 +55,11 @@ class Encoding:
 class Submission:
     """A request, or the rest of one that another replica has begun, for the version `ref`.
 
-    Each prompt is completed `params.n` times; choice i belongs to prompt i // n. `params.seed` is set, so that any
-    replica goes on with the same tokens. With `fit`, `params.max_tokens` is lowered to what the context leaves. The
-    events go to stream number `stream` at `reply_to`. `done` holds, for each choice, the tokens that the client has by
-    now, or None if the choice is complete; it is empty for a request that has not begun.
+    `adapter` is what it asked for, if anything. Each prompt is completed `params.n` times; choice i belongs to prompt i
+    // n. `params.seed` is set, so that any replica goes on with the same tokens. With `fit`, `params.max_tokens` is
+    lowered to what the context leaves. The events go to stream number `stream` at `reply_to`. `done` holds, for each
+    choice, the tokens that the client has by now, or None if the choice is complete; it is empty for a request that has
+    not begun.
     """
 
     ref: str
@@ -69,6 +71,7 @@ class Submission:
     encoding: Encoding = field(default_factory=Encoding)
     reporting: Reporting = field(default_factory=Reporting)
     done: Mapping[int, list[int] | None] = field(default_factory=dict)
+    adapter: AdapterVersion | None = None
 
     @property
     def echoes_logprobs(self) -> bool:

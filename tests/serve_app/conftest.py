@@ -10,9 +10,12 @@ from pathlib import Path
 import openai
 import pytest
 
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.stats import EngineStats
-from tests.serve_app.helpers import MAX_QUEUED, save_model
+from llama_ray.model.stored_config import load_config
+from tests.generation.adapters.helpers import save_random_adapter
+from tests.serve_app.helpers import ADAPTERS, LOUD_TEMPLATE, MAX_QUEUED, save_model
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +23,17 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save_model(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def adapter_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters of the model by name, `loud` with a chat template of its own, and one of another model."""
+    root, config = tmp_path_factory.mktemp("adapters"), load_config(model_dir)
+    directories = {name: save_random_adapter(root / name, config, seed) for seed, name in enumerate(ADAPTERS)}
+    Tokenizer.load(model_dir).save(directories["loud"])
+    (directories["loud"] / "chat_template.jinja").write_text(LOUD_TEMPLATE)
+    other = save_random_adapter(root / "other", config, 9, base_weights="0123456789abcdef")
+    return {**directories, "other": other}
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +56,7 @@ def serve_url(ray_cluster: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="package")
-def served(serve_url: str, model_dir: Path) -> str:
+def served(serve_url: str, model_dir: Path, adapter_dirs: dict[str, Path]) -> str:
     """The base URL of the application, which serves the directory."""
     from ray import serve
 
@@ -50,6 +64,7 @@ def served(serve_url: str, model_dir: Path) -> str:
 
     args = ServeArgs(
         model=str(model_dir),
+        adapters={name: str(directory) for name, directory in adapter_dirs.items()},
         num_cpus=0.5,
         max_replicas=1,
         max_num_seqs=8,

@@ -18,6 +18,7 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
 from llama_ray.pretrained import save_pretrained
 from serve_app.registry.messages import (
+    AdapterVersion,
     ApiReport,
     EngineInfo,
     ModelSpec,
@@ -46,6 +47,8 @@ TEXTS = [
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
 ]
 EMOJI = "🙂"
+ADAPTERS = ("quiet", "loud")
+LOUD_TEMPLATE = "{% for message in messages %}{{ message.content | upper }}!{% endfor %}"
 MAX_SEQ_LEN = 4096
 NO_LIMIT = QueueLimit(1, -1)
 MAX_QUEUED = 32
@@ -115,9 +118,11 @@ class LocalReplicas:
         finally:
             connection.close()
 
-    async def ask(self, deployment: str, ref: str, question: Question) -> Reply:
+    async def ask(
+        self, deployment: str, ref: str, question: Question, adapter: AdapterVersion | None = None
+    ) -> Reply:
         """See `Replicas`."""
-        return await reply(self.served[0], question)
+        return await reply(self.served[0], question, adapter)
 
     def lose(self) -> None:
         """End the connection of the last submission at once, whatever it has not sent."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llama_ray.generation.adapters.weights import AdapterWeights
-from llama_ray.model.adapter_files import save_adapter
+from llama_ray.model.adapter_files import ADAPTER_BASE, save_adapter
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.lora import TARGETS, LoraConfig, linear_sizes, merge
@@ -22,7 +22,7 @@ def save_random_adapter(
     *,
     rank: int = 4,
     targets: Sequence[str] = TARGETS,
-    base_weights: str = "",
+    base_weights: str | None = None,
     layers: Sequence[int] | None = None,
 ) -> Path:
     """Save an adapter that changes what the model says; return `directory`."""
@@ -37,7 +37,10 @@ def save_random_adapter(
                 torch.randn(rank, inputs, generator=generator) * inputs**-0.5,
                 torch.randn(outputs, rank, generator=generator) * 0.1,
             )
-    save_adapter(directory, lora, factors, base="base", base_weights=base_weights)
+    save_adapter(directory, lora, factors, base="base", base_weights=base_weights or "")
+    if base_weights is None:
+        # As peft leaves it.
+        (directory / ADAPTER_BASE).unlink()
     return directory
 
 

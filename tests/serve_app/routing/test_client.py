@@ -17,7 +17,7 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from serve_app.errors import ApiError
 from serve_app.protocol.generation import GenerationRequest
-from serve_app.registry.messages import ApiReport
+from serve_app.registry.messages import AdapterVersion, ApiReport
 from serve_app.routing.client import Accepted, RoutedClient
 from serve_app.streams.frames import to_wire
 from serve_app.streams.messages import Answered, ChoiceDelta, Encoding, Reporting, Started, Submission
@@ -188,7 +188,9 @@ class Poisoned:
     def __init__(self) -> None:
         self.lost = 0
 
-    async def ask(self, deployment: str, ref: str, question: Question) -> Reply:
+    async def ask(
+        self, deployment: str, ref: str, question: Question, adapter: AdapterVersion | None = None
+    ) -> Reply:
         raise Lost("no replica is there")
 
     async def submit(self, deployment: str, submission: Submission) -> Answered:
@@ -240,9 +242,11 @@ class Busy(LocalReplicas):
         await self.free.wait()
         return await super().submit(deployment, submission)
 
-    async def ask(self, deployment: str, ref: str, question: Question) -> Reply:
+    async def ask(
+        self, deployment: str, ref: str, question: Question, adapter: AdapterVersion | None = None
+    ) -> Reply:
         await self.free.wait()
-        return await super().ask(deployment, ref, question)
+        return await super().ask(deployment, ref, question, adapter)
 
 
 def test_the_follower_hears_where_requests_wait_and_which_version_they_use(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from _cli import SHAPE_FLAGS, from_flags, main, parse, read_bytes
+from _progress import ProgressLine
 from jsonargparse import ArgumentParser, Namespace
 
 from llama_ray.batch_inference.config import BatchConfig
@@ -98,33 +99,6 @@ def _batch(flags: Namespace, params: SamplingParams, options: EngineOptions) -> 
         connect(log_to_driver=False)
     line = ProgressLine()
     job.run(log=line.log, progress=line.show)
-
-
-class ProgressLine:
-    """One line that is overwritten on a terminal; in a log, a new line every few seconds."""
-
-    EVERY_S = 5.0
-
-    def __init__(self) -> None:
-        self._terminal = sys.stdout.isatty()
-        self._open = False
-        self._last = -self.EVERY_S
-
-    def show(self, text: str) -> None:
-        """Replace the line."""
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="", flush=True)
-            self._open = True
-        elif time.monotonic() - self._last >= self.EVERY_S:
-            print(text, flush=True)
-            self._last = time.monotonic()
-
-    def log(self, text: str) -> None:
-        """Print a line that stays."""
-        if self._open:
-            print()
-            self._open = False
-        print(text, flush=True)
 
 
 def _read_schema(text: str) -> dict[str, Any]:

@@ -116,7 +116,8 @@ class BatchJob:
             self.finished = earlier.counts
 
     def _pool_size(self, num_partitions: int) -> PoolSize:
-        size = PoolSize.of(self.config)
+        config = self.config
+        size = PoolSize.of(config.device, config.replicas, config.engine.tensor_parallel)
         return replace(size, replicas=min(size.replicas, num_partitions))
 
     def _answer(

@@ -10,7 +10,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from llama_ray.batch_inference.config import BatchConfig, BatchError
+from llama_ray.batch_inference.config import BatchError
 from llama_ray.batch_inference.partition_file import Counts
 from llama_ray.batch_inference.partitions import MIN_PARTITION_ROWS, Partition
 from llama_ray.batch_inference.replica import Replica, ReplicaConfig
@@ -32,15 +32,14 @@ class PoolSize:
     gpus_per_replica: int
 
     @classmethod
-    def of(cls, config: BatchConfig) -> PoolSize:
-        """Size the pool for this cluster. Raises ValueError if the cluster has too little for what `config` asks."""
-        gpu = config.device != "cpu" and uses_gpu()
-        if config.device == "cuda" and not gpu:
+    def of(cls, device: str | None, replicas: int | None, tensor_parallel: int) -> PoolSize:
+        """Size the pool for this cluster. Raises ValueError if the cluster has too little for what is asked."""
+        gpu = device != "cpu" and uses_gpu()
+        if device == "cuda" and not gpu:
             raise BatchError(
                 "device is cuda, but this cluster has no GPU; give --device cpu, or add GPU nodes"
             )
-        each = config.engine.tensor_parallel if gpu else 1
-        replicas = config.replicas
+        each = tensor_parallel if gpu else 1
         if replicas is None:
             replicas = max(1, gpus() // each if gpu else nodes())
         check_workers(replicas, gpu=gpu, flag="replicas", each=each)

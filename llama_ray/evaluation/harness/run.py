@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import os
+import random
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import numpy as np
 
 from llama_ray.evaluation.results import EvaluationError, Score, fingerprint
 from llama_ray.evaluation.scoring import Report, Scorer, no_report
@@ -68,34 +73,27 @@ def run_tasks(
     missing = _unknown([BUNDLED, *map(Path, settings.include_path)], tasks)
     _set_network(needed=bool(missing))
     _import_quietly()
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval.evaluator import evaluate
 
     from llama_ray.evaluation.harness.model import HarnessModel
 
-    manager = TaskManager(include_path=[str(BUNDLED), *settings.include_path], include_defaults=bool(missing))
+    manager = _manager(settings.include_path, bool(missing))
     if unknown := [name for name in tasks if name not in manager.all_tasks and not Path(name).is_file()]:
         raise EvaluationError(
             f"tasks has {shown(unknown[0])}, which is no task; choose among the bundled ones "
             f"({', '.join(bundled_tasks())}), lm_eval's (`lm-eval ls tasks`) or your own (--include_path)"
         )
     try:
-        # What lm_eval prints is no result.
-        with redirect_stdout(sys.stderr):
-            found = simple_evaluate(
-                model=HarnessModel(scorer, report),
-                tasks=list(tasks),
-                num_fewshot=settings.num_fewshot,
+        # Its progress bars and notes are no results.
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            found = evaluate(
+                lm=HarnessModel(scorer, report),
+                task_dict=_loaded(manager, tasks, settings),
                 limit=settings.limit,
                 bootstrap_iters=_BOOTSTRAP_ITERS,
                 system_instruction=settings.system_instruction,
                 apply_chat_template=settings.apply_chat_template,
                 fewshot_as_multiturn=settings.fewshot_as_multiturn and settings.apply_chat_template,
-                task_manager=manager,
-                random_seed=settings.seed,
-                numpy_random_seed=settings.seed,
-                torch_random_seed=settings.seed,
-                fewshot_random_seed=settings.seed,
             )
     except EvaluationError:
         raise
@@ -103,6 +101,30 @@ def run_tasks(
         # lm_eval, datasets and the user's own task files raise anything.
         raise EvaluationError(_why(error, missing)) from error
     return _scores(dict(found or {}), settings)
+
+
+# To read lm_eval's own task files takes seconds, and several models are asked the same.
+@functools.lru_cache(maxsize=2)
+def _manager(include_path: tuple[str, ...], defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[str(BUNDLED), *include_path], include_defaults=defaults)
+
+
+def _loaded(manager: Any, tasks: Sequence[str], settings: TaskSettings) -> Any:
+    """Load tasks and seed what draws, as `lm_eval.simple_evaluate` does it."""
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    loaded = manager.load(list(tasks))
+    for task in loaded["tasks"].values():
+        default = task.get_config("num_fewshot")
+        # A task that says 0 means it.
+        if settings.num_fewshot is not None and default != 0:
+            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        elif default is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=settings.seed)
+    return loaded
 
 
 def bundled_tasks() -> list[str]:

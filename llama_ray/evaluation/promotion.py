@@ -56,10 +56,7 @@ class Condition:
             ), f"{score.name} is {score.value:.4f}, and there is no {CHAMPION} yet"
         against = champion.score(score.name)
         if against is None or not score.comparable_to(against):
-            raise EvaluationError(
-                f"{score.name} of {new.model} and of {champion.model} were measured in different ways; "
-                "evaluate both with the same tasks, texts and limits"
-            )
+            raise EvaluationError(f"{score.name} of {champion.model} was not measured in the same way")
         bound = against.value + self.number
         margin = f" {'+' if self.number > 0 else '-'} {abs(self.number):g}" if self.number else ""
         return self._compare(score.value, bound), self._words(score, against.value, f"{margin} of {CHAMPION}")
@@ -160,15 +157,13 @@ def _attempt(
     champion = current_champion(version.name, uri)
     measured = None
     if champion and champion.version != version.version and rule.needs_champion:
+        label = f"the {CHAMPION}, version {champion.version},"
         try:
-            measured = recorded(champion, uri)
-            if measured is None or not rule.can_compare(new, measured):
-                measured = evaluate(champion)
+            measured = _measured_alike(rule, champion, new, evaluate, uri)
         except ValueError as error:
-            return PromotionDecision(
-                False,
-                f"the {CHAMPION}, version {champion.version}, cannot be evaluated ({first_line(error)})",
-            )
+            return PromotionDecision(False, f"{label} cannot be evaluated ({first_line(error)})")
+        if measured is None:
+            return PromotionDecision(False, f"{label} was measured in another way, so that nothing compares")
 
     def decide(candidate: Version, holder: Version | None) -> PromotionDecision:
         if holder is not None and holder.version == candidate.version:
@@ -178,3 +173,14 @@ def _attempt(
         return rule.decide(new, measured)
 
     return decide_alias(version.name, version.version, decide, uri)
+
+
+def _measured_alike(
+    rule: Rule, champion: Version, new: Evaluation, evaluate: Callable[[Version], Evaluation], uri: str | None
+) -> Evaluation | None:
+    """Return an evaluation of `champion` that `new` compares with: its last one, or another; None if that does not."""
+    last = recorded(champion, uri)
+    if last is not None and rule.can_compare(new, last):
+        return last
+    again = evaluate(champion)
+    return again if rule.can_compare(new, again) else None

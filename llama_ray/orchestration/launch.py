@@ -47,6 +47,7 @@ class LaunchConfig(RedactedRepr):
         evaluate_text: Texts whose bits per byte evaluations measure, as NAME=SOURCE or SOURCE; by default the
             validation documents of the data.
         evaluate_limit: Documents of each task and text that an evaluation takes.
+        evaluate_context: Tokens that a window of text holds; by default 2048 or, if that is less, the model's limit.
         max_failures: Restarts from the last checkpoint before the run counts as failed.
         resize_interval_s: Seconds between two checks whether a range of workers can grow or must shrink.
     """
@@ -63,6 +64,7 @@ class LaunchConfig(RedactedRepr):
     evaluate_tasks: tuple[str, ...] = ()
     evaluate_text: tuple[str, ...] = ()
     evaluate_limit: int = field(default=100, metadata=limits(1))
+    evaluate_context: int | None = field(default=None, metadata=limits(1))
     max_failures: int = field(default=3, metadata=limits(0))
     resize_interval_s: float = field(default=60.0, metadata=limits(above=0, most=10**9))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
+from llama_ray.data.sources.files import BUILTIN
 from llama_ray.evaluation.evaluate import EvaluationConfig, Questions
 from llama_ray.evaluation.harness.run import bundled_tasks
 from llama_ray.evaluation.promotion import Rule, promote_if
@@ -17,6 +19,7 @@ from llama_ray.orchestration.evaluation_tasks import Room, evaluate_on_cluster, 
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.run_data import RunData
 from llama_ray.storage.attempts import Attempt
+from llama_ray.storage.paths import existing
 from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
@@ -26,8 +29,8 @@ _HARNESS = "lm_eval"
 _NO_TASKS = "none"
 
 
-def evaluation_config(launch: LaunchConfig, data: RunData) -> EvaluationConfig | None:
-    """Return what the run measures; None if it evaluates nothing.
+def evaluation_config(launch: LaunchConfig, data: RunData, max_seq_len: int) -> EvaluationConfig | None:
+    """Return what the run of a model with `max_seq_len` measures; None if it evaluates nothing.
 
     By default these are the bundled tasks, if lm_eval is installed, and bits per byte of the validation documents.
     Raises ValueError for what cannot be measured.
@@ -35,18 +38,29 @@ def evaluation_config(launch: LaunchConfig, data: RunData) -> EvaluationConfig |
     if launch.evaluate_every is None and launch.promote_if is None:
         return None
     tasks = _tasks(launch.evaluate_tasks)
-    texts = launch.evaluate_text
+    texts = tuple(map(_located, launch.evaluate_text))
     data_texts = () if texts else _validation_texts(data)
     if not (tasks or texts or data_texts):
         raise EvaluationError(
             "there is nothing to evaluate: the data are no text, and evaluate_tasks is none, or lm_eval is not "
             "installed; give --evaluate_text FILE"
         )
-    config = EvaluationConfig(tasks=tasks, text=texts, data=data_texts, limit=launch.evaluate_limit)
+    config = EvaluationConfig(
+        tasks=tasks, text=texts, data=data_texts, limit=launch.evaluate_limit, context=launch.evaluate_context
+    )
+    # The champion is measured in the windows of this model.
+    context, stride = config.window(max_seq_len)
+    config = replace(config, context=context, stride=stride)
     names = [corpus.name for corpus in Questions.read(config).corpora]
     if launch.promote_if is not None and not set(tasks) - set(bundled_tasks()):
         _check_names(Rule.parse(launch.promote_if), [*names, *tasks])
     return config
+
+
+def _located(given: str) -> str:
+    """Return `SOURCE` or `NAME=SOURCE` with a path that leads to the same place from anywhere."""
+    name, equals, source = given.rpartition("=")
+    return f"{name}{equals}{source if source == BUILTIN else existing(source)}"
 
 
 def _tasks(given: tuple[str, ...]) -> tuple[str, ...]:

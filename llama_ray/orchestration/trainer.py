@@ -137,7 +137,8 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
     ahead = loader.timetable.ahead(sys.maxsize)
     check_segments(ahead, config.seq_len or model.max_seq_len, least, most, config.tensor_parallel)
     run_data = RunData.of(sources, loader)
-    return _Job(name, model, config, launch, run_data, loader, gpu, evaluation_config(launch, run_data))
+    evaluation = evaluation_config(launch, run_data, model.max_seq_len)
+    return _Job(name, model, config, launch, run_data, loader, gpu, evaluation)
 
 
 def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:

@@ -77,7 +77,7 @@ def test_nothing_that_is_not_a_number_is_ever_better() -> None:
 
 def test_what_was_not_measured_in_the_same_way_is_not_compared() -> None:
     other = evaluation("models:/m/2", 1.4, fingerprint="b")
-    with pytest.raises(EvaluationError, match="measured in different ways"):
+    with pytest.raises(EvaluationError, match="of models:/m/1 was not measured in the same way"):
         Rule.parse("bits_per_byte < champion").decide(other, OLD)
     with pytest.raises(
         EvaluationError, match="no score is called 'speed'; name one of: licence/bits_per_byte"
@@ -159,4 +159,13 @@ def test_a_champion_that_cannot_be_evaluated_stays(store: str) -> None:
     decision = promote_if(Rule.parse("acc > champion"), new, evaluation(new.uri, 1.0), measure, store)
     assert not decision.promoted
     assert decision.reason == "the champion, version 1, cannot be evaluated (its weights are gone)"
+    decision = promote_if(
+        Rule.parse("acc > champion"),
+        new,
+        evaluation(new.uri, 1.0),
+        lambda version: evaluation(version.uri, 2.0, fingerprint="b"),
+        store,
+    )
+    assert not decision.promoted
+    assert decision.reason == "the champion, version 1, was measured in another way, so that nothing compares"
     assert promote_if(Rule.parse("acc > 0.1"), new, evaluation(new.uri, 1.0), never, store).promoted

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_ray.data.tokenizing.files import has_tokenizer
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.exporting.generation_config import eos_ids_of, generation_config
+from llama_ray.exporting.hugging_face import eos_ids_of, generation_text
 from llama_ray.model.adapter_files import StoredAdapter, open_adapter, save_adapter
 from llama_ray.model.config_files import GENERATION_FILE
 from llama_ray.model.parts import cast
@@ -27,9 +27,8 @@ def write_adapter(directory: Path, source: Path, vocab_size: int, dtype: torch.d
         if has_tokenizer(source):
             tokenizer = Tokenizer.load(source)
             beside = tokenizer.files()
-            eos_ids = eos_ids_of([source], vocab_size)
-            if eos_ids:
-                beside[GENERATION_FILE] = generation_config([source], tokenizer.bos_id, eos_ids)
+            eos_ids = eos_ids_of(source, tokenizer, vocab_size)
+            beside[GENERATION_FILE] = generation_text(source, tokenizer.bos_id, eos_ids)
         save_adapter(
             directory,
             adapter.config,

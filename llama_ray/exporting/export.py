@@ -11,14 +11,12 @@ from typing import Literal
 
 import torch
 
-from llama_ray.data.tokenizing.files import superseded_files
 from llama_ray.exporting.adapter import write_adapter
-from llama_ray.exporting.generation_config import as_field, eos_ids_of, generation_config
 from llama_ray.exporting.gguf_file import write_gguf_model
 from llama_ray.exporting.gguf_tokenizer import tokenizer_metadata
-from llama_ray.model.adapter_files import base_of, is_adapter
-from llama_ray.model.config_files import GENERATION_FILE
-from llama_ray.model.saving import MAX_SHARD_BYTES, save_stored
+from llama_ray.exporting.hugging_face import eos_ids_of, write_directory
+from llama_ray.model.adapter_files import is_adapter
+from llama_ray.model.saving import MAX_SHARD_BYTES
 from llama_ray.model.stored_model import StoredModel
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_shape, load_tokenizer, open_pretrained, resolve
@@ -92,33 +90,10 @@ def export(config: ExportConfig) -> list[str]:
 
 
 def _write_directory(model: StoredModel, path: Path, config: ExportConfig) -> list[str]:
-    paths, rows = _described_in(path), model.config.vocab_size
     dtype = _DTYPES.get(config.dtype, model.dtype)
-    _check_space(
-        Path(config.to), sum(math.prod(tensor.shape) for tensor in model.tensors.values()) * dtype.itemsize
-    )
-    tokenizer = load_tokenizer(path, rows)
-    files = {} if tokenizer is None else tokenizer.files()
-    eos_ids = eos_ids_of(paths, rows)
-    bos_id = None
-    if tokenizer is not None:
-        bos_id, eos_id = (
-            id if id is not None and id < rows else None for id in (tokenizer.bos_id, tokenizer.eos_id)
-        )
-        eos_ids = eos_ids or ([] if eos_id is None else [eos_id])
-    save_stored(
-        model,
-        config.to,
-        dtype=dtype,
-        bos_id=bos_id,
-        eos_id=as_field(eos_ids),
-        max_shard_bytes=config.max_shard_bytes,
-        beside={
-            **dict.fromkeys(superseded_files(Path(config.to), files)),
-            **files,
-            GENERATION_FILE: generation_config(paths, bos_id, eos_ids),
-        },
-    )
+    _check_space(Path(config.to), _num_weights(model) * dtype.itemsize)
+    tokenizer = load_tokenizer(path, model.config.vocab_size)
+    write_directory(model, tokenizer, path, config.to, dtype=dtype, max_shard_bytes=config.max_shard_bytes)
     return [] if tokenizer else ["the model has no tokenizer"]
 
 
@@ -128,19 +103,18 @@ def _write_gguf(model: StoredModel, path: Path, config: ExportConfig) -> list[st
     metadata: dict[str, Value] = {}
     notes = ["the model has no tokenizer: llama.cpp can take token ids only"]
     if tokenizer is not None:
-        metadata, notes = tokenizer_metadata(tokenizer, rows, eos_ids_of(_described_in(path), rows))
+        metadata, notes = tokenizer_metadata(tokenizer, rows, eos_ids_of(path, None, rows))
     names = {dtype: name for name, dtype in _DTYPES.items()}
     kind = names.get(model.dtype, "f32") if config.dtype == "auto" else config.dtype
-    weights = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
-    _check_space(Path(config.to).parent, weights * (_DTYPES[kind].itemsize if kind in _DTYPES else 1))
+    size = _DTYPES[kind].itemsize if kind in _DTYPES else 1
+    _check_space(Path(config.to).parent, _num_weights(model) * size)
     Path(config.to).parent.mkdir(parents=True, exist_ok=True)
     write_gguf_model(Path(config.to), model, kind, printable(model_name(config.ref.rstrip("/"))), metadata)
     return notes
 
 
-def _described_in(path: Path) -> list[Path]:
-    """Return where the tokens that end answers may be named: for an adapter, also its base."""
-    return [path, *_described_in(resolve(base_of(path), weights=False))] if is_adapter(path) else [path]
+def _num_weights(model: StoredModel) -> int:
+    return sum(math.prod(tensor.shape) for tensor in model.tensors.values())
 
 
 def _check_space(directory: Path, needed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,12 +12,8 @@ from typing import Literal
 import torch
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.generation.end_of_text import all_eos_ids
+from llama_ray.exporting.hugging_face import write_directory
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.config_files import GENERATION_FILE, to_text
-from llama_ray.model.end_of_text import stored_eos_ids
-from llama_ray.model.saving import save_stored
-from llama_ray.model.stored_model import StoredModel
 from llama_ray.model.weight_files import INDEX, SINGLE, CheckpointError
 from llama_ray.model.weights_hash import weights_hash
 from llama_ray.orchestration.peer_check import PeerCheck, check_against_transformers
@@ -78,31 +73,13 @@ def import_checkpoint(ref: str, config: ImportConfig, log: Log) -> tuple[Version
         dtype = stored.dtype if config.dtype is None else getattr(torch, config.dtype)
         count, formats = stored.config.num_parameters(), dict.fromkeys(map(_name, (stored.dtype, dtype)))
         log(f"{printable(source)}: {count:,} parameters in {' to '.join(formats)}")
-        _save(stored, tokenizer, path, directory, dtype)
+        write_directory(stored, tokenizer, path, directory, dtype=dtype)
         check = PeerCheck(None, "not compared with transformers, as asked")
         if config.verify:
             check = check_against_transformers(directory, tokenizer, path if _is_hugging_face(path) else None)
         log(check.text)
         version = _register(source, config, directory, stored.config, tokenizer, check)
     return version, _promote(version) if config.promote else None
-
-
-def _save(stored: StoredModel, tokenizer: Tokenizer, path: Path, directory: Path, dtype: torch.dtype) -> None:
-    vocab_size = stored.config.vocab_size
-    bos = tokenizer.bos_id if tokenizer.bos_id is not None and tokenizer.bos_id < vocab_size else None
-    # All that end an answer, in the form in which other servers know them, too.
-    ends = sorted(all_eos_ids(tokenizer, stored_eos_ids(path, vocab_size), vocab_size))
-    generation = _generation_config(path) | {"bos_token_id": bos, "eos_token_id": ends}
-    text = to_text({key: value for key, value in generation.items() if value is not None})
-    beside = {**tokenizer.files(), GENERATION_FILE: text}
-    save_stored(stored, directory, dtype=dtype, bos_id=bos, eos_id=tokenizer.eos_id, beside=beside)
-
-
-def _generation_config(path: Path) -> dict[str, object]:
-    """Return how its makers let the model generate: temperature, top_p and the like."""
-    file = path / GENERATION_FILE
-    found: dict[str, object] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {"do_sample": True} | found
 
 
 def _is_hugging_face(path: Path) -> bool:

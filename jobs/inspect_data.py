@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from llama_ray.data.dataset.info import SPLITS
 from llama_ray.data.dataset.locations import open_files
 from llama_ray.data.dataset.verify import verify
+from llama_ray.data.inspection.examples import LEGEND
 from llama_ray.data.inspection.picture import check_suffix, write_picture
 from llama_ray.data.inspection.summary import summary
 from llama_ray.data.inspection.terminal import Style
@@ -91,7 +92,7 @@ def _contents(locations: list[str], flags: Namespace, style: Style) -> Iterator[
         yield from summary(files, tokenizer, style)
         yield ""
         if not style.colours and any(s.masked for shards in files.info.splits.values() for s in shards):
-            yield "⟦ ⟧ marks what the loss mask leaves out"
+            yield LEGEND
         yield from samples(
             files, tokenizer, style,
             split=flags.split, number=flags.samples, seed=flags.seed, limit=flags.sample_tokens,
@@ -104,8 +105,9 @@ def _batches(sources: Sequence[DataSource], flags: Namespace, style: Style) -> I
     from llama_ray.data.mixtures.loader import Loader
     from llama_ray.data.mixtures.opening import common_tokenizer, open_mixture, read_infos
 
+    infos = read_infos(sources)
     config = TrainConfig(
-        seq_len=flags.seq_len or flags.max_seq_len or 0,
+        seq_len=flags.seq_len or infos[sources[0].name].row_tokens or flags.max_seq_len or 0,
         batch_size=flags.batch_size,
         gradient_accumulation_steps=flags.gradient_accumulation_steps,
         seed=flags.seed,
@@ -113,7 +115,7 @@ def _batches(sources: Sequence[DataSource], flags: Namespace, style: Style) -> I
     )
     if not config.seq_len:
         raise ValueError("seq_len is 0; it must be that of the run; give --seq_len")
-    tokenizer = common_tokenizer(sources, read_infos(sources))
+    tokenizer = common_tokenizer(sources, infos)
     loader = Loader(
         open_mixture(sources, "train", documents=True),
         seq_len=config.seq_len,

@@ -170,9 +170,8 @@ def save_pretrained(model: Llama, tokenizer: Tokenizer | None, directory: str | 
     if tokenizer is not None:
         files = tokenizer.files()
         # A token that the model lacks is not named, because readers would look for its row.
-        bos_id, eos_id = (
-            id if id is not None and id < model.config.vocab_size else None
-            for id in (tokenizer.bos_id, tokenizer.eos_id)
-        )
+        if tokenizer.bos_id is not None and tokenizer.bos_id < model.config.vocab_size:
+            bos_id = tokenizer.bos_id
+        eos_id = tokenizer.all_eos_ids(model.config.vocab_size)
     superseded = dict.fromkeys(superseded_files(Path(directory), files))
     save_model(model, directory, bos_id=bos_id, eos_id=eos_id, beside={**superseded, **files})

@@ -52,9 +52,9 @@ def read_text(given: str, limit: int | None, notice: Notice) -> Corpus:
     left_out = Tally()
     found = sorted(files(source, left_out.add), key=lambda file: file.name)
     texts = (
-        text
+        text.text
         for piece in split_files(found, TextFields())
-        for text, _ in read(piece, TextFields(), left_out.add)
+        for text in read(piece, TextFields(), left_out.add)
     )
     corpus = _corpus(name, texts, limit, f"text {printable(given)}")
     for line in left_out.lines():

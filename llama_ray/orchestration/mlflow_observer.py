@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES, load_tokenizer
+from llama_ray.data.dataset.token_dataset import TokenDataset
 from llama_ray.data.mixtures.mixture import Mixture
 from llama_ray.data.mixtures.opening import open_mixture
 from llama_ray.data.mixtures.sources import DataSource
@@ -23,6 +24,7 @@ from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule
 from llama_ray.training.parallel.process_group import world_size
 from llama_ray.training.reporting.observer import Console, Metrics
+from llama_ray.utils.targets import IGNORE_INDEX
 
 _STARTS_FILE = "starts.json"
 """A list of (MLflow run, last step before, number of workers), one for each time that workers started."""
@@ -124,9 +126,20 @@ def _validation_prompts(mixture: Mixture) -> list[list[int]]:
     prompts: dict[tuple[int, int], list[int]] = {}
     for n, source in enumerate(sources):
         dataset = list(mixture.datasets.values())[source]
+        if (row_tokens := dataset.info.row_tokens) is not None:
+            window = dataset.num_windows(row_tokens) * n // _NUM_PROMPTS
+            prompts[source, window] = _first_prompt(dataset, window, row_tokens)
+            continue
         # A run of short sequences may have fewer.
         length = min(_PROMPT_TOKENS, len(dataset) - 1)
         window = dataset.num_windows(length) * n // _NUM_PROMPTS
         batch = dataset.windows(np.array([window]), length, documents=False)
         prompts[source, window] = batch.inputs[0].tolist()
     return list(prompts.values())
+
+
+def _first_prompt(dataset: TokenDataset, window: int, row_tokens: int) -> list[int]:
+    """Return what stands before the first answer in a row."""
+    batch = dataset.windows(np.array([window]), row_tokens)
+    first = int((batch.targets[0] != IGNORE_INDEX).int().argmax())
+    return batch.inputs[0, : first + 1].tolist()

@@ -21,8 +21,14 @@ def describe_run(model: LlamaConfig, config: TrainConfig, data: RunData, world_s
     replicas = world_size // config.tensor_parallel
     workers = f"{replicas} workers" if config.tensor_parallel == 1 else f"{replicas} groups of workers"
     sequences = config.batch_size * config.gradient_accumulation_steps * replicas
+    kind = {
+        "pretrain": "Continued pre-training" if config.init_from else "Pre-training",
+        "sft": "Supervised fine-tuning",
+        "dpo": "Preference tuning (DPO)",
+    }
+    adapters = f" by adapters of rank {config.lora_rank}" if config.lora_rank else ""
     return _sentence_and_list(
-        f"{'Continued pre' if config.init_from else 'Pre'}-training of a LLaMA with {model.num_parameters():,} "
+        f"{kind[config.task]}{adapters} of a LLaMA with {model.num_parameters():,} "
         f"parameters on `{data.name}`.",
         {
             "Model": _shape(model),

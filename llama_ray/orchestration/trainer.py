@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from llama_ray.data.inspection.examples import examples
+from llama_ray.data.inspection.terminal import Style
 from llama_ray.data.mixtures.loader import Loader
 from llama_ray.data.mixtures.sources import Given, parse_sources
 from llama_ray.evaluation.evaluate import EvaluationConfig
@@ -43,7 +45,11 @@ from llama_ray.training.elastic import check_range, check_segments
 from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.parallel.float8 import check_float8
 from llama_ray.training.preflight import check_run
+from llama_ray.training.task import for_data
 from llama_ray.utils.redact import redact
+
+EXAMPLES_FILE = "examples.txt"
+"""The artifact that shows what is learned of some examples."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
         with _mlflow_run(job, attempt) as run:
             where = f"checkpoints in {job.directory}, MLflow run {run.run_id} at {run.url or run.uri}"
             print(f"run {job.name}: {redact(where)}", flush=True)
+            _show_examples(job, run)
             with checkpoints_evaluated(attempt, job.launch, job.evaluation, run, gpu=job.gpu):
                 ending = _train(job, run, attempt)
                 if ending.stopped_at is not None:
@@ -117,6 +124,7 @@ class _Job:
 def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: Given) -> _Job:
     """Raise ValueError for everything that would fail later, and name the run."""
     sources = tuple(replace(source, location=same_for_workers(source)) for source in parse_sources(data))
+    config = for_data(config, sources)
     gpu = uses_gpu()
     least, most = launch.workers
     check_workers(least, gpu=gpu)
@@ -234,6 +242,15 @@ def _describe(run: Run, job: _Job) -> None:
     """Tie the run to its data, or to more data if it resumes with other ones, and to its directory."""
     job.data.log_to(run)
     RunRecord.of(run).write(job.directory)
+
+
+def _show_examples(job: _Job, run: Run) -> None:
+    """Print examples of a run that tunes, and keep them with it: what is learned of them must be seen to be right."""
+    if job.config.task == "pretrain" or job.loader.position:
+        return
+    for line in examples(job.data.sources, job.config.seed, Style(colours=sys.stdout.isatty())):
+        print(redact(line), flush=True)
+    run.log_text("\n".join(examples(job.data.sources, job.config.seed, Style(colours=False))), EXAMPLES_FILE)
 
 
 def _settings(job: _Job) -> dict[str, dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ Parallelism = Literal["auto", "ddp", "fsdp", "hsdp"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["cosine", "linear", "wsd"]
+LEARNING_RATES: Mapping[Task, float] = {"pretrain": 3e-4, "sft": 2e-5, "dpo": 1e-6}
+"""The learning rate of each task where none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ class TrainConfig:
         precision: Number format of matrix products: bf16 or fp16 (with a gradient scaler) by autocast, fp32, or fp8:
             float8 with a scale a tensor in the blocks' projections and bf16 elsewhere, on GPUs that have float8 units.
             Weights and optimizer state are fp32 in all of them.
-        learning_rate: The highest learning rate, reached after the warm-up.
+        learning_rate: The highest learning rate, reached after the warm-up; by default 3e-4 for pretrain, 2e-5 for sft
+            and 1e-6 for dpo, and ten times as much for adapters in the latter two.
         min_learning_rate_ratio: The learning rate at the end of the schedule, as a share of `learning_rate`.
         warmup_steps: Steps of linear warm-up, at most those of the run; by default a tenth of them, at most 2000.
         schedule: How the learning rate falls after the warm-up: cosine, linear, or wsd (warm-up, stable, decay), which
@@ -116,7 +120,7 @@ class TrainConfig:
     stages: tuple[Stage, ...] = ()
     max_repetitions: float = field(default=0.0, metadata=limits(0))
     precision: Precision = "bf16"
-    learning_rate: float = field(default=3e-4, metadata=limits(above=0))
+    learning_rate: float | None = field(default=None, metadata=limits(above=0))
     min_learning_rate_ratio: float = field(default=0.1, metadata=limits(0, 1))
     warmup_steps: int | None = field(default=None, metadata=limits(0))
     schedule: ScheduleName = "cosine"
@@ -153,10 +157,8 @@ class TrainConfig:
                 "resize_vocab is true; only the vocabulary of a model can grow; give it with --init_from REF"
             )
         self._check_lora()
-        if self.task == "dpo" and self.init_from is None:
-            raise ValueError(
-                "task is dpo; it needs a tuned model to begin with; give it with --init_from REF"
-            )
+        if self.task != "pretrain" and self.init_from is None:
+            raise ValueError(f"task is {self.task}; it needs a model to tune; give it with --init_from REF")
         if self.fsdp_size and self.parallelism != "hsdp":
             raise ValueError(
                 f"fsdp_size is {self.fsdp_size}; it must be 0 with parallelism {self.parallelism}; "
@@ -166,6 +168,15 @@ class TrainConfig:
             raise ValueError(
                 f"tensor_parallel is {self.tensor_parallel}; it must be 1 with precision fp8; use bf16, or fsdp alone"
             )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, or its default for the task."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        # Of adapters (https://thinkingmachines.ai/blog/lora) about ten times that of all weights.
+        adapters = 10 if self.lora_rank and self.task != "pretrain" else 1
+        return adapters * LEARNING_RATES[self.task]
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -211,7 +222,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values only, as YAML and MLflow hold them."""
-        return asdict(self)
+        return asdict(self) | {"learning_rate": self.peak_learning_rate}
 
 
 @dataclass(frozen=True)

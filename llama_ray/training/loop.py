@@ -19,6 +19,7 @@ from llama_ray.training.preflight import check_run
 from llama_ray.training.preparation import prepare_run
 from llama_ray.training.reporting.observer import Observer
 from llama_ray.training.reporting.profiling import profiled
+from llama_ray.training.task import for_data
 
 
 def train(
@@ -47,6 +48,7 @@ def train(
     stored. If no steps are left, the weights of `resume_from` are validated, unless they were.
     """
     sources = parse_sources(data)
+    config = for_data(config, sources)
     check_run(model_config, config, sources, world_size(), resume_from)
     run = prepare_run(
         model_config,

@@ -17,6 +17,7 @@ from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.initial_weights import check_initial_weights
 from llama_ray.training.parallel.layout import choose_layout
+from llama_ray.training.task import for_data
 
 
 def check_run(
@@ -30,6 +31,7 @@ def check_run(
 
     Returns the loader at the position from which the run goes on.
     """
+    config = for_data(config, sources)
     seq_len = config.seq_len or model.max_seq_len
     if seq_len > model.max_seq_len:
         raise ValueError(

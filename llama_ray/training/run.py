@@ -168,8 +168,8 @@ class TrainingRun:
 
     def _remedies(self) -> str:
         return (
-            f"lower learning_rate ({self.config.learning_rate}) or max_grad_norm ({self.config.max_grad_norm}), or use "
-            "precision bf16 or fp32"
+            f"lower learning_rate ({self.config.peak_learning_rate}) or max_grad_norm ({self.config.max_grad_norm}), "
+            "or use precision bf16 or fp32"
         )
 
     def _learning_rate(self, step: int) -> float:

@@ -46,9 +46,20 @@ def samples(
         place = document - (int(ends[shard - 1]) if shard else 0)
         start = int(starts[place])
         stop = int(starts[place + 1]) if place + 1 < len(starts) else shards[shard].tokens
-        [span] = files.read(split, [Place(shard, start, min(stop, start + limit))])
+        [span] = files.read(
+            split, [Place(shard, start, stop if files.info.row_tokens else min(stop, start + limit))]
+        )
+        stop -= _padding(span) if files.info.row_tokens else 0
         name = f"{split}: document {document + 1:,} of {total:,}, {stop - start:,} tokens, {shards[shard].source}"
         yield style.border(rule(name))
-        yield decoded(span, tokenizer, style, limit)
+        yield decoded(span, tokenizer, style, min(limit, stop - start))
         if stop - start > limit:
             yield f"... and {stop - start - limit:,} tokens"
+
+
+def _padding(span: Span) -> int:
+    """Return how many equal tokens, none of which is learned, a document of rows ends with, but for the first."""
+    same = span.tokens == span.tokens[-1]
+    if span.learned is not None:
+        same &= ~span.learned
+    return max(int(np.argmin(same[::-1])) - 1, 0)

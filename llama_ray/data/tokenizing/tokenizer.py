@@ -187,6 +187,15 @@ class Tokenizer:
         longest = max((name for name in names if name and ending.startswith(name)), key=len, default=None)
         return known if longest is None else known | {names[longest]}
 
+    def all_eos_ids(self, vocab_size: int) -> int | list[int] | None:
+        """Return what ends a text and, where there is a chat template, an answer, as `generation_config.json` has it.
+
+        That is eos, or a list that begins with it; a token that a model of `vocab_size` lacks is not named.
+        """
+        of_turns = sorted(self.end_of_turn_ids()) if self.chat_template is not None else []
+        ends = [id for id in dict.fromkeys([self.eos_id, *of_turns]) if id is not None and id < vocab_size]
+        return ends if len(ends) > 1 else next(iter(ends), None)
+
     def for_documents(self) -> Tokenizer:
         """Return the tokenizer of a model that is trained on documents between bos and eos.
 

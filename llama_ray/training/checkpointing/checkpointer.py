@@ -239,7 +239,7 @@ class Checkpointer:
     def _describing_files(self) -> dict[str, str]:
         """Return the text by file name of the tokenizer and the model's configuration."""
         dtype = next(self._model.parameters()).dtype
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.all_eos_ids(self._model.config.vocab_size)
         config = config_files(self._model.config, dtype, bos_id=bos, eos_id=eos)
         return self._tokenizer.files() | config | dict(self._adapter_files)
 

@@ -27,7 +27,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         },
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
-    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
+    settings = {
+        "lr": config.peak_learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": 1e-8,
+        "fused": True,
+    }
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings)  # type: ignore[arg-type]
     orthogonal = {"params": hidden, "weight_decay": config.weight_decay, "muon": True}
@@ -44,14 +49,14 @@ def learning_rate(step: int, config: TrainConfig, schedule: Schedule) -> float:
     """
     step, total_steps = schedule.progress(step)
     if step <= schedule.warmup_steps:
-        return config.learning_rate * step / schedule.warmup_steps
+        return config.peak_learning_rate * step / schedule.warmup_steps
     start = max(schedule.warmup_steps, 1)
     if config.schedule == "wsd":
         start = max(start, total_steps - round(config.decay_fraction * total_steps))
     progress = min(max(step - start, 0) / max(total_steps - start, 1), 1.0)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     ratio = config.min_learning_rate_ratio
-    return config.learning_rate * (ratio + (1 - ratio) * left)
+    return config.peak_learning_rate * (ratio + (1 - ratio) * left)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -161,7 +161,7 @@ def test_gradients_and_a_step_are_those_of_peft(tiny: LlamaConfig, base: Path) -
     config = stepper.config
     torch.optim.AdamW(
         theirs.values(),
-        lr=config.learning_rate,
+        lr=config.peak_learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
     ).step()

@@ -71,7 +71,7 @@ def test_the_learning_rate_goes_on_where_it_was_with_another_global_batch(
     # Two steps of 8 samples are one of 16; the numbers of steps in an epoch are rounded.
     for step in range(8, max(before)):
         now = recorder.points[7 + 2 * (step - 7)]["train/learning_rate"]
-        assert now == pytest.approx(before[step], abs=0.03 * halved.learning_rate)
+        assert now == pytest.approx(before[step], abs=0.03 * halved.peak_learning_rate)
 
 
 def test_with_the_same_global_batch_steps_are_positions() -> None:

@@ -109,13 +109,15 @@ class Llama(nn.Module):
         scale: Tensor | float = 1.0,
         z_loss: float = 0.0,
         groups: Tensor | None = None,
+        each: bool = False,
     ) -> Tensor:
         """Int64 [batch, seq] -> logits [batch, seq, vocab_size]; with `targets`, the result of `head_loss`.
 
-        See `hidden` for `positions` and `attend`, `head_loss` for `scale`, `z_loss` and `groups`.
+        With `targets` and `each`, the result of `token_losses`: fp32 [batch, seq]. See `hidden` for `positions` and
+        `attend`, `head_loss` for `scale`, `z_loss` and `groups`.
         """
         return self.lm_head(  # type: ignore[no-any-return]
-            self.hidden(tokens, positions, attend), targets, scale, z_loss, groups
+            self.hidden(tokens, positions, attend), targets, scale, z_loss, groups, each
         )
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,10 +47,16 @@ class Head(nn.Linear):
         scale: Tensor | float = 1.0,
         z_loss: float = 0.0,
         groups: Tensor | None = None,
+        each: bool = False,
     ) -> Tensor:
-        """[..., hidden_size] -> logits [..., vocab_size]; with `targets`, the result of `head_loss`."""
+        """[..., hidden_size] -> logits [..., vocab_size].
+
+        With `targets`, the result of `head_loss`; with `each` too, that of `token_losses`.
+        """
         if targets is None:
             return super().forward(hidden)
+        if each:
+            return token_losses(hidden, self.weight, targets, self._chunk_loss)
         return head_loss(hidden, self.weight, targets, scale, z_loss, groups, self._chunk_loss)
 
 
@@ -91,6 +97,59 @@ def head_loss(
         chunk_loss or _chunk_loss,
     )
     return result
+
+
+def token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_loss: ChunkLoss | None = None
+) -> Tensor:
+    """Negative log-likelihood of each target in nats, 0 where it is IGNORE_INDEX: fp32 [batch, seq].
+
+    For losses that are not a sum over tokens. The arguments are those of `head_loss`. Tokens are processed in chunks;
+    backward computes the logits of each chunk once more, because only then its gradient is known.
+    """
+    kind = hidden.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    result: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, -2), weight, targets.flatten(), compute, chunk_loss or _chunk_loss
+    )
+    return result.view(targets.shape)
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, compute: torch.dtype, chunk_loss: ChunkLoss
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.compute, ctx.chunk_loss = compute, chunk_loss
+        with torch.autocast(hidden.device.type, enabled=False):
+            matrix = weight.to(compute)
+            return torch.cat(
+                [
+                    chunk_loss(states.to(compute), matrix, of, 1.0, 0.0, False)[1]
+                    for states, of in _chunks(weight, hidden, targets)
+                ]
+            )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            matrix = weight.to(ctx.compute)
+            of_hidden: list[Tensor] = []
+            of_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
+            for part, of, rate in _chunks(weight, hidden, targets, grads[0]):
+                states = part.to(ctx.compute)
+                _, _, grad = ctx.chunk_loss(states, matrix, of, rate, 0.0, True)
+                of_hidden.append((grad @ matrix).to(hidden.dtype))
+                if of_weight is not None:
+                    of_weight += grad.T @ states
+        return torch.cat(of_hidden), None if of_weight is None else of_weight.to(weight.dtype), *(None,) * 3
+
+
+def _chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the chunks of tokens of all `tensors` together."""
+    return zip(*(torch.split(tensor, _chunk_tokens(weight)) for tensor in tensors), strict=True)
 
 
 class _HeadLoss(torch.autograd.Function):

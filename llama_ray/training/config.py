@@ -164,6 +164,12 @@ class TrainConfig:
                 f"fsdp_size is {self.fsdp_size}; it must be 0 with parallelism {self.parallelism}; "
                 "drop it or choose hsdp"
             )
+        if self.task == "dpo" and self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel}; it must be 1 with task dpo; use fsdp"
+            )
+        if self.task == "dpo" and self.z_loss:
+            raise ValueError(f"z_loss is {self.z_loss}; it must be 0 with task dpo; drop it")
         if self.precision == "fp8" and self.tensor_parallel > 1:
             raise ValueError(
                 f"tensor_parallel is {self.tensor_parallel}; it must be 1 with precision fp8; use bf16, or fsdp alone"

@@ -101,6 +101,7 @@ class TrainingRun:
                 "memory/peak_bytes": peak_memory_bytes(self.stepper.device),
                 "progress/tokens": self.progress.tokens,
                 "progress/epoch": epoch,
+                **dict(zip(self.stepper.objective.measures, result.measures.tolist(), strict=True)),
                 **self._by_source("loss/train", result.source_losses.tolist()),
                 **self._by_source("progress/epoch", self._epochs_of_sources()),
             },
@@ -187,9 +188,12 @@ class TrainingRun:
         )
         found = self.stepper.validate(batches)
         self.progress.validation_loss, self.progress.validation_step = found.loss, step
+        names = self.stepper.objective.measures
         metrics = {
             "loss/validation": found.loss,
-            "validation/perplexity": perplexity(found.loss),
+            # That of pairs is not the loss of a text.
+            **({} if names else {"validation/perplexity": perplexity(found.loss)}),
+            **{f"validation/{n}": value for n, value in zip(names, found.measures, strict=True)},
             **self._by_source("loss/validation", found.source_losses),
         }
         self.observer.validated(step, metrics, gather_model(self.stepper.model))

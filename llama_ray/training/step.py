@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.attention.documents import DocumentAttention
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.hosts.memory import keep_freed_memory
+from llama_ray.training.objectives import objective_of
 from llama_ray.training.optimizers.scaler import LossScaler
 from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout
 from llama_ray.training.parallel.parallelize import micro_step
@@ -28,10 +28,11 @@ from llama_ray.utils.targets import IGNORE_INDEX
 class StepResult:
     """Tensors that stay on the device until they are read, so that a step does not wait for the device.
 
-    They are the same on every worker. `loss` (nats per token, without z-loss) and `tokens` (targets) are those of the
-    global batch, `grad_norm` is the norm of its gradient before clipping. `skipped` is true if the loss or the gradient
-    was not finite; the weights and the optimizer's state are then unchanged. All are scalars but `source_losses`, the
-    loss of each source of a mixture: NaN for one without targets in this step, and empty without a mixture.
+    They are the same on every worker. `loss` (nats per token, without z-loss; or per pair, see `PairObjective`) and
+    `tokens` (targets; or pairs) are those of the global batch, `grad_norm` is the norm of its gradient before clipping.
+    `skipped` is true if the loss or the gradient was not finite; the weights and the optimizer's state are then
+    unchanged. All are scalars but `source_losses`, the loss of each source of a mixture: NaN for one without targets in
+    this step, and empty without a mixture; and `measures`, the means of what the objective measures.
     """
 
     loss: Tensor
@@ -39,14 +40,19 @@ class StepResult:
     grad_norm: Tensor
     skipped: Tensor
     source_losses: Tensor
+    measures: Tensor
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean losses in nats per token: over all targets, and over those of each source of a mixture, else empty."""
+    """Mean losses in nats per token: over all targets, and over those of each source of a mixture, else empty.
+
+    `measures` are the means of what the objective measures.
+    """
 
     loss: float
     source_losses: tuple[float, ...]
+    measures: tuple[float, ...] = ()
 
 
 class Stepper:
@@ -69,6 +75,7 @@ class Stepper:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.device, self.layout = device, layout
         self.num_sources = num_sources
+        self.objective = objective_of(config)
         # fp16 gradients of small losses underflow; bf16 has the range of fp32 and needs no scaling.
         self.scaler = LossScaler(device, enabled=config.precision == "fp16")
         if device.type == "cpu":
@@ -77,18 +84,17 @@ class Stepper:
     def step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Accumulate the gradients of `micro_batches`, then update the weights once.
 
-        The loss is the mean over all targets of the global batch. Each worker therefore divides its sum by the global
-        number of targets, and multiplies it by the number of workers to undo the averaging of DDP and FSDP. So how a
+        The loss is the mean over all targets, or pairs, of the global batch. Each worker therefore divides its sum by
+        their global number, and multiplies it by the number of workers to undo the averaging of DDP and FSDP. So how a
         global batch is split into workers and micro-steps changes the update by rounding only.
         """
         batches = [batch.to(self.device) for batch in micro_batches]
         tokens = self.layout.sum(torch.stack([self._targets(batch) for batch in batches]).sum(0))
         scale = self.scaler.scale * self.layout.data_world / tokens[0].clamp(min=1)
-        sums = torch.zeros(1 + self.num_sources, device=self.device)
-        options = {"scale": scale, "z_loss": self.config.z_loss}
+        sums = torch.zeros(1 + self.num_sources + len(self.objective.measures), device=self.device)
         for i, (batch, given) in enumerate(zip(batches, micro_batches, strict=True)):
             with micro_step(self.model, last=i == len(batches) - 1):
-                loss = self._loss(self.model, batch, self._attend(given), **options)
+                loss = self._loss(self.model, batch, self._attend(given), scale)
                 objective, *cross_entropies = loss.unbind()
                 torch.autograd.backward(objective * scale)
             sums += torch.stack(cross_entropies).detach()
@@ -100,19 +106,22 @@ class Stepper:
         # Without gradients DDP's forward pass is not needed; FSDP's is, because it gathers the weights.
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         model.eval()
-        total = torch.zeros(2, 1 + self.num_sources, dtype=torch.float64, device=self.device)
+        width = 1 + self.num_sources
+        sums = torch.zeros(width + len(self.objective.measures), dtype=torch.float64, device=self.device)
+        counts = torch.zeros(width, dtype=torch.float64, device=self.device)
         for given in self._in_lockstep(batches) if self.layout.sharded else batches:
             attend, batch = self._attend(given), given.to(self.device)
-            total[0] += self._loss(model, batch, attend)[1:]
-            total[1] += self._targets(batch)
+            sums += self._loss(model, batch, attend)[1:]
+            counts += self._targets(batch)
         model.train()
-        self.layout.sum(total)
-        loss, *of_sources = (total[0] / total[1]).tolist()
-        return Validation(loss, tuple(of_sources))
+        self.layout.sum(sums)
+        self.layout.sum(counts)
+        loss, *of_sources = (sums[:width] / counts).tolist()
+        return Validation(loss, tuple(of_sources), tuple((sums[width:] / counts[0]).tolist()))
 
     def _targets(self, batch: Batch) -> Tensor:
-        """Return the number of targets of `batch`, and that of each source: int64 [1 + sources]."""
-        of_rows = (batch.targets != IGNORE_INDEX).sum(1)
+        """Return the number of targets, or pairs, of `batch`, and that of each source: int64 [1 + sources]."""
+        of_rows = self.objective.counts(batch)
         groups = self._sources(batch)
         if groups is None:
             return of_rows.sum(0, keepdim=True)
@@ -132,16 +141,17 @@ class Stepper:
         return DocumentAttention.of(batch.starts, self.device, DTYPES[self.config.precision])
 
     def _loss(
-        self, model: nn.Module, batch: Batch, attend: DocumentAttention | None, **options: Any
+        self,
+        model: nn.Module,
+        batch: Batch,
+        attend: DocumentAttention | None,
+        scale: Tensor | float = 1.0,
     ) -> Tensor:
-        """Return `head_loss` of `batch`: objective, cross-entropy, and the cross-entropy of each source."""
+        """Return `Objective.loss` of `batch`, with its sources as the groups."""
         sources = self._sources(batch)
         groups = None if sources is None else sources.float()
         with self._autocast():
-            loss: Tensor = model(
-                batch.inputs, batch.positions, attend, targets=batch.targets, groups=groups, **options
-            )
-        return loss
+            return self.objective.loss(model, batch, attend, groups, scale)
 
     def _in_lockstep(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield this worker's batches, then batches without targets until every worker is done.
@@ -159,7 +169,10 @@ class Stepper:
                     length = self.config.seq_len or self.layout.tensor
                     nothing = torch.zeros(1, length, dtype=torch.int64)
                     filler = Batch(nothing, nothing, sources=torch.zeros(1, dtype=torch.int64))
-                batch = replace(filler, targets=torch.full_like(filler.targets, IGNORE_INDEX))
+                # Nor may it hold pairs.
+                starts = None if filler.starts is None else torch.zeros_like(filler.starts)
+                nothing = torch.full_like(filler.targets, IGNORE_INDEX)
+                batch = replace(filler, targets=nothing, starts=starts)
             else:
                 filler = batch
             yield batch
@@ -167,8 +180,8 @@ class Stepper:
     def _update(self, sums: Tensor, tokens: Tensor) -> StepResult:
         """Clip, apply and clear the gradients; do not apply them if the loss or the gradient is not finite.
 
-        `sums` [1 + sources] are this worker's summed losses of all targets and of those of each source, `tokens` the
-        numbers of these targets on all workers.
+        `sums` [1 + sources + measures] are this worker's summed losses of all targets and of those of each source, and
+        what the objective measures; `tokens` the numbers of these targets on all workers.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
@@ -194,7 +207,8 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(~skipped)
         loss = shared[0] / tokens[0].clamp(min=1)
-        return StepResult(loss, tokens[0], grad_norm, skipped, shared[1:-1] / tokens[1:])
+        measures = shared[len(tokens) : -1] / tokens[0].clamp(min=1)
+        return StepResult(loss, tokens[0], grad_norm, skipped, shared[1 : len(tokens)] / tokens[1:], measures)
 
     def _divisor(self, grad_norm: Tensor) -> Tensor | None:
         """Return the divisor of the gradients: the loss scale, times norm / max_grad_norm where that is above 1."""

@@ -102,6 +102,9 @@ def _trace(model_config: LlamaConfig, config: TrainConfig, layout: Layout) -> St
     if config.precision == "fp8":
         # The CPU stands for the GPU, see below; memory and traffic are those of bf16.
         config = replace(config, precision="bf16")
+    if config.task == "dpo":
+        # Fake batches hold no pairs, whose loss takes the memory of that of tokens.
+        config = replace(config, task="sft")
     # DDP's constructor communicates real bytes, so a replicated model is traced as that of a single worker.
     replicated = not layout.sharded and layout.world_size > 1
     # The CPU stands for the GPU, because FSDP would ask a CUDA device for streams.

@@ -78,10 +78,12 @@ class Console:
             for name, loss in metrics.items()
             if name.startswith(_VALIDATION_OF)
         )
-        self.say(
-            f"step {step}  validation loss {metrics['loss/validation']:.4f}  "
-            f"perplexity {metrics['validation/perplexity']:.2f}{sources}"
+        measured = (
+            f"perplexity {metrics['validation/perplexity']:.2f}"
+            if "validation/perplexity" in metrics
+            else f"accuracy {metrics['validation/rewards/accuracies']:.1%}"
         )
+        self.say(f"step {step}  validation loss {metrics['loss/validation']:.4f}  {measured}{sources}")
 
     def checkpointed(self, result: CheckpointResult) -> None:
         """See `Observer`."""

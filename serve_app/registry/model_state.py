@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from serve_app.registry.facts import Change, Look, OutOfReach, Rejection, Remembered
 from serve_app.registry.messages import (
+    AdapterVersion,
     EngineInfo,
     ModelSpec,
     ModelVersion,
@@ -51,12 +52,14 @@ class ModelState:
         self._retired = {v.ref: _Retired(v, until, revision) for v in remembered.previous}
         self._active = self._find_active()
         self._infos: dict[str, EngineInfo] = {}
+        self._adapters: tuple[AdapterVersion, ...] = ()
 
     def heard(self, answer: Look | OutOfReach) -> None:
         """Take note of what the registry says, or that it does not answer: then all stays as it is."""
         if isinstance(answer, OutOfReach):
             self._trouble = answer
             return
+        self._adapters = (*answer.adapters, *self._kept(answer))
         self._look, self._trouble = answer, None
         pointed_to = {version.ref: version for version in (answer.target, answer.canary) if version}
         self._rejected = {
@@ -126,8 +129,21 @@ class ModelState:
     def served(self) -> ServedModel:
         """Return the model's part of the table."""
         current, canary = (version.ref if version else None for version in (self.current, self.canary))
-        adapters = self._look.adapters if self._look else ()
-        return ServedModel(self.spec, current, canary, tuple(self._statuses()), self._notice(), adapters)
+        return ServedModel(
+            self.spec, current, canary, tuple(self._statuses()), self._notice(), self._adapters
+        )
+
+    def _kept(self, look: Look) -> Iterator[AdapterVersion]:
+        """Yield adapters that the registry no longer means, and that belong to versions which still answer."""
+        found = {(adapter.name, adapter.base) for adapter in look.adapters}
+        replaced = {adapter.name for adapter in look.adapters if adapter.missing is None}
+        active = {version.ref for version in self.wanted()}
+        for adapter in self._adapters:
+            is_other_base = look.target is None or adapter.base != look.target.ref
+            if adapter.base not in active or (adapter.name, adapter.base) in found:
+                continue
+            if is_other_base or adapter.name in replaced:
+                yield adapter
 
     def _pointed_to(self) -> tuple[ModelVersion | None, ModelVersion | None]:
         """Return the versions that the registry points to, for all requests and for a share, unless rejected."""

@@ -63,19 +63,21 @@ def _status(table: Table, model: str) -> tuple[ServedModel, VersionStatus] | Non
 
 def _with_adapter(served: ServedModel, status: VersionStatus, base: str, name: str) -> Choice:
     """Return the choice for the adapter `name` of what is called `base`, which is the version of `status`."""
-    adapter = next((adapter for adapter in served.adapters if adapter.name == name), None)
-    if adapter is None or adapter.missing is not None:
-        raise _no_adapter(served, base, name, adapter)
-    if base == served.spec.name:
-        status = adapter_base(served, adapter) or status
+    # While versions change there may be one for each of them.
+    adapters = [adapter for adapter in served.adapters if adapter.name == name]
+    there = [adapter for adapter in adapters if adapter.missing is None]
+    for adapter in there:
+        of = adapter_base(served, adapter) if base == served.spec.name else status
+        if of is not None and of.answers and fits(served, adapter, of.version.ref):
+            return Choice(served, of.version.ref, adapter)
     if not status.answers:
         raise _no_answer(base, status)
-    if not fits(served, adapter, status.version.ref):
-        raise _not_found(
-            f"the adapter {cut(name)!r} was trained on {adapter.base}, and {cut(base)} is {status.version.ref}; "
-            "ask for an adapter of that version"
-        )
-    return Choice(served, status.version.ref, adapter)
+    if not there:
+        raise _no_adapter(served, base, name, next(iter(adapters), None))
+    raise _not_found(
+        f"the adapter {cut(name)!r} was trained on {there[0].base}, and {cut(base)} is {status.version.ref}; "
+        "ask for an adapter of that version"
+    )
 
 
 def _no_adapter(served: ServedModel, base: str, name: str, adapter: AdapterVersion | None) -> ApiError:

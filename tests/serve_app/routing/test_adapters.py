@@ -96,6 +96,18 @@ def test_an_adapter_of_a_version_that_is_loading_comes_later() -> None:
     assert refusal("models:/llama/9:poet").status == 503
 
 
+def test_while_versions_change_the_adapter_of_the_one_that_serves_answers() -> None:
+    both = (
+        AdapterVersion("support", "models:/support/3", V9),
+        AdapterVersion("support", "models:/support/2", V7),
+    )
+    before = dataclasses.replace(served(version(7, "serving"), version(9, "loading")), adapters=both)
+    after = dataclasses.replace(served(version(9, "serving"), version(7, "previous")), adapters=both)
+    assert chosen("llama:support", table(before)) == (V7, "models:/support/2")
+    assert chosen("llama:support", table(after)) == (V9, "models:/support/3")
+    assert chosen("models:/llama/7:support", table(after)) == (V7, "models:/support/2")
+
+
 def test_adapters_are_listed_with_what_is_loaded_and_the_version_that_they_belong_to() -> None:
     found = {card.id: (card.root, card.parent) for card in cards(MODELS) if ":" in card.id and card.parent}
     assert found == {

@@ -90,14 +90,16 @@ def _form_of(record: Record) -> str:
 
 
 def _messages(record: Record) -> Conversation:
-    return _conversation(read_messages(record.get("messages"), "messages"), read_tools(record))
+    return conversation_of(read_messages(record.get("messages"), "messages"), read_tools(record))
 
 
 def _prompt_completion(record: Record) -> Conversation:
     prompt = read_turn(record.get("prompt"), "prompt", "user")
     completion = read_turn(record.get("completion"), "completion", "assistant")
     # Answers in the prompt are what the completion follows.
-    return _conversation([*({**message, "weight": 0} for message in prompt), *completion], read_tools(record))
+    return conversation_of(
+        [*({**message, "weight": 0} for message in prompt), *completion], read_tools(record)
+    )
 
 
 def _alpaca(record: Record) -> Conversation:
@@ -108,7 +110,7 @@ def _alpaca(record: Record) -> Conversation:
         _said("user", f"{instruction}\n\n{given}" if given.strip() else instruction),
         _said("assistant", output),
     ]
-    return _conversation(messages, None)
+    return conversation_of(messages, None)
 
 
 def _sharegpt(record: Record) -> Conversation:
@@ -117,7 +119,7 @@ def _sharegpt(record: Record) -> Conversation:
         turns = _parsed(turns, "conversations")
     if not isinstance(turns, Sequence) or not turns:
         raise FieldError("field 'conversations' is not a list of messages")
-    return _conversation(
+    return conversation_of(
         [*_system(record), *(_turn(turn, number) for number, turn in enumerate(turns))], read_tools(record)
     )
 
@@ -131,7 +133,11 @@ _READERS: Mapping[str, Callable[[Record], Conversation]] = {
 assert {"auto", *_READERS} == set(get_args(ConversationFormat))
 
 
-def _conversation(messages: Sequence[Message], tools: Sequence[Any] | None) -> Conversation:
+def conversation_of(messages: Sequence[Message], tools: Sequence[Any] | None) -> Conversation:
+    """Return the conversation of messages in OpenAI's form, of whose answers those of weight 0 are not learned.
+
+    Raises FieldError where none is, and for one without text.
+    """
     trained = [message["role"] == "assistant" and message.get("weight", 1) != 0 for message in messages]
     if not any(trained):
         raise FieldError("no answer to learn: no message of the assistant with another weight than 0")

@@ -7,11 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from llama_ray.data.cleaning.config import CleanConfig
 from llama_ray.data.conversations.config import ConversationConfig
 from llama_ray.data.conversations.fields import ConversationFields
+from llama_ray.data.conversations.preferences import PreferenceFields
+from llama_ray.data.dataset.info import Task
 from llama_ray.data.records.fields import Fields, TextFields
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
@@ -47,7 +49,8 @@ class PrepareConfig(RedactedRepr):
         source: 'builtin' (source code of the standard library), a file, a folder, a glob or a URI; NAME=WHERE names it.
             Several sources make one dataset whose shards are labelled with their names.
         output: Directory for the dataset, on storage that all nodes of the cluster share.
-        task: What the data are for: pretrain takes texts, sft (supervised fine-tuning) conversations.
+        task: What the data are for: pretrain takes texts, sft (supervised fine-tuning) conversations, dpo (direct
+            preference optimisation) pairs of a chosen and a rejected answer to one prompt.
         text_field: Field of a record that holds its text; dots lead into nested fields.
         template: Text with names of fields in braces, such as '{title}\n\n{body}', in place of one field.
         max_bad_records: Maximum number of broken records, which are left out; one more is an error.
@@ -70,7 +73,7 @@ class PrepareConfig(RedactedRepr):
 
     source: list[str]
     output: str
-    task: Literal["pretrain", "sft"] = "pretrain"
+    task: Task = "pretrain"
     text_field: str = "text"
     template: str | None = None
     max_bad_records: int = field(default=0, metadata=limits(0, 2**63 - 1))
@@ -108,10 +111,12 @@ class PrepareConfig(RedactedRepr):
     @property
     def unit(self) -> str:
         """What a dataset is made of."""
-        return "text" if self.task == "pretrain" else "conversation"
+        return {"pretrain": "text", "sft": "conversation", "dpo": "pair of answers"}[self.task]
 
     def fields(self) -> Fields:
         """Return what makes the text of a record. Raises ValueError for a template that is none."""
+        if self.task == "dpo":
+            return PreferenceFields()
         if self.task == "sft":
             return ConversationFields(self.conversations.conversation_format)
         return TextFields(self.text_field, self.template)
@@ -135,8 +140,13 @@ class PrepareConfig(RedactedRepr):
             if tuning
             else _given(self.conversations)
         )
+        if self.task == "dpo" and self.conversations.conversation_format != "auto":
+            raise ValueError(
+                f"conversation_format is {self.conversations.conversation_format}; it has an effect on task sft only; "
+                "leave it out"
+            )
         if unused:
-            kind = "texts (task pretrain)" if tuning else "conversations (task sft)"
+            kind = "texts (task pretrain)" if tuning else "conversations (task sft or dpo)"
             raise ValueError(f"{unused[0]} is given; it has an effect on {kind} only; leave it out")
 
     def sources(self) -> list[NamedSource]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from llama_ray.data.cleaning.drops import Drop
 from llama_ray.data.conversations.config import ConversationConfig
 from llama_ray.data.conversations.conversation import Conversation
 from llama_ray.data.conversations.examples import Example, ExampleEncoder, Refusal
+from llama_ray.data.conversations.pairs import Units, units_of_pair
+from llama_ray.data.conversations.preferences import Preference
 from llama_ray.data.preparing.bad_records import BadRecords
 from llama_ray.data.preparing.kept import Taken
 from llama_ray.data.preparing.part_record import PartRecord
@@ -32,8 +35,12 @@ class ConversationEncoder:
         config: ConversationConfig,
         record: PartRecord,
         bad: BadRecords,
+        *,
+        pairs: bool = False,
     ) -> None:
+        """With `pairs`, documents are pairs of answers (`Preference`) in place of conversations."""
         assert config.seq_len is not None
+        self._read = _read_pair if pairs else _read_one
         self._part, self._config, self._record, self._bad = part, config, record, bad
         self.row_tokens = config.seq_len
         self._encoder = _encoder(tokenizer, config.now)
@@ -44,22 +51,21 @@ class ConversationEncoder:
     def encode(self, documents: Iterable[Taken]) -> Iterator[Encoded]:
         """Yield what becomes of each document, a conversation as JSON. Raises TooManyBadRecordsError."""
         for batch in _batches(documents):
-            conversations = [Conversation.from_json(taken.text) for taken in batch]
-            for taken, conversation, examples in zip(
-                batch, conversations, self._encoder.encode(conversations), strict=True
-            ):
-                if isinstance(examples, Refusal):
-                    self._refuse(taken, examples)
-                elif self._fits(taken, conversation, examples):
-                    yield Encoded(taken.id, conversation.transcript(), [[example] for example in examples])
+            read = [self._read(taken.text) for taken in batch]
+            found = iter(self._encoder.encode([each for one in read for each in one.conversations]))
+            for taken, one in zip(batch, read, strict=True):
+                units = one.units([next(found) for _ in one.conversations])
+                if isinstance(units, Refusal):
+                    self._refuse(taken, units)
+                elif self._fits(taken, one.transcript(), units):
+                    yield Encoded(taken.id, one.transcript(), units)
 
-    def _fits(self, taken: Taken, conversation: Conversation, examples: list[Example]) -> bool:
-        longest = max(len(example.ids) for example in examples)
+    def _fits(self, taken: Taken, text: str, units: Units) -> bool:
+        longest = max(sum(len(example.ids) for example in unit) for unit in units)
         if longest <= self.row_tokens:
             return True
         detail = f"{longest:,} tokens, rows have {self.row_tokens:,}"
         if self._config.too_long == "drop":
-            text = conversation.transcript()
             self._record.drops.add(
                 self._part.source, taken.id, Drop("too_long", "text", 1, len(text), text, detail)
             )
@@ -86,6 +92,29 @@ class ConversationEncoder:
         )
         self._record.left_out.add(left_out)
         self._bad.add(self._part.source, left_out)
+
+
+class _Document(NamedTuple):
+    """The conversations of a document, which follow each other in a row, and how they become units."""
+
+    conversations: Sequence[Conversation]
+    units: Callable[[Sequence[list[Example] | Refusal]], Units | Refusal]
+    transcript: Callable[[], str]
+
+
+def _read_one(text: str) -> _Document:
+    conversation = Conversation.from_json(text)
+    return _Document([conversation], _units_of_one, conversation.transcript)
+
+
+def _read_pair(text: str) -> _Document:
+    pair = Preference.from_json(text)
+    return _Document([pair.chosen, pair.rejected], units_of_pair, pair.transcript)
+
+
+def _units_of_one(encoded: Sequence[list[Example] | Refusal]) -> Units | Refusal:
+    [examples] = encoded
+    return examples if isinstance(examples, Refusal) else [[example] for example in examples]
 
 
 def _batches(documents: Iterable[Taken]) -> Iterator[list[Taken]]:

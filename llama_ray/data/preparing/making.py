@@ -91,6 +91,7 @@ def _plan(
         encoder=encoder,
         compared=given.compared.fingerprint if given.compared else "",
         conversations=None if config.row_tokens is None else config.conversations,
+        pairs=config.task == "dpo",
     )
     return job, tokenizer
 

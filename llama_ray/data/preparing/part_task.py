@@ -64,7 +64,7 @@ class Job:
     """What all tasks of a preparation need: its settings, and the directory that holds its tokenizers.
 
     `compared` is the fingerprint of the second tokenizer, or empty. `conversations` says how those become rows; None
-    where texts are prepared.
+    where texts are prepared. With `pairs` they are pairs of answers.
     """
 
     directory: str
@@ -75,6 +75,7 @@ class Job:
     encoder: EncoderChoice
     compared: str = ""
     conversations: ConversationConfig | None = None
+    pairs: bool = False
 
 
 class TaskResult(NamedTuple):
@@ -192,7 +193,7 @@ def _tokenise(part: Part, job: Job, record: PartRecord, bad: BadRecords) -> Part
         if job.conversations is None:
             _write(documents, _text_writers(part, job, shards), job, record)
         else:
-            encoder = ConversationEncoder(part, tokenizer, job.conversations, record, bad)
+            encoder = ConversationEncoder(part, tokenizer, job.conversations, record, bad, pairs=job.pairs)
             _write(encoder.encode(documents), _row_writers(part, encoder, shards), job, record)
     record.shards = {split: shard.shard for split, shard in shards.items() if shard.shard is not None}
     record.bad_records += bad.count

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,18 +15,13 @@ from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.exporting.hugging_face import write_directory
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.weight_files import INDEX, SINGLE, CheckpointError
-from llama_ray.model.weights_hash import weights_hash
 from llama_ray.orchestration.peer_check import PeerCheck, check_against_transformers
+from llama_ray.orchestration.registering import register_directory
 from llama_ray.orchestration.report import describe_import
 from llama_ray.pretrained import fixed, load_tokenizer, open_pretrained, resolve
-from llama_ray.tracking.registry import PromotionDecision, Version, check_name, decide_alias, register
-from llama_ray.tracking.runs import Run
-from llama_ray.tracking.tags import parent_tags, standard_tags
-from llama_ray.tracking.versions import version_with_tag
+from llama_ray.tracking.registry import PromotionDecision, Version, check_name, decide_alias
+from llama_ray.tracking.tags import parent_tags
 from llama_ray.utils.errors import printable
-
-WEIGHTS_HASH = "weights_hash"
-"""A version's tag with the digest of its weights, see `llama_ray.model.weights_hash`."""
 
 Log = Callable[[str], None]
 
@@ -95,41 +90,17 @@ def _register(
     tokenizer: Tokenizer,
     check: PeerCheck,
 ) -> Version:
-    with ExitStack() as stack:
-        weights = weights_hash(open_pretrained(directory, stack))
-    if existing := version_with_tag(config.register_as, WEIGHTS_HASH, weights):
-        return existing
-    tags = {**parent_tags(source), WEIGHTS_HASH: weights}
-    description = describe_import(shape, source, check.text, has_template=tokenizer.chat_template is not None)
-    with _run(source, config, shape, description) as run:
-        return register(
-            run,
-            name=config.register_as,
-            checkpoint=directory,
-            python_model=Path(__file__).with_name("pyfunc_model.py"),
-            # Nobody has measured it.
-            validation_loss=float("nan"),
-            data_fingerprint="",
-            tags=tags,
-            description=description,
-        )
-
-
-@contextmanager
-def _run(source: str, config: ImportConfig, shape: LlamaConfig, description: str) -> Iterator[Run]:
-    run = Run.create(
+    return register_directory(
+        directory,
+        name=config.register_as,
+        run_name=f"import-{config.register_as}",
         experiment=config.experiment,
-        name=f"import-{config.register_as}",
         params={"source": source, "model": shape.to_dict()},
-        tags=standard_tags(world_size=1, device="cpu") | parent_tags(source),
-        description=description,
+        tags=parent_tags(source),
+        description=describe_import(
+            shape, source, check.text, has_template=tokenizer.chat_template is not None
+        ),
     )
-    try:
-        yield run
-    except BaseException:
-        run.finish("FAILED")
-        raise
-    run.finish("FINISHED")
 
 
 def _promote(version: Version) -> PromotionDecision:

@@ -80,6 +80,14 @@ def describe_import(model: LlamaConfig, source: str, check: str, *, has_template
     )
 
 
+def describe_average(model: LlamaConfig, parents: Sequence[str], shares: Sequence[float]) -> str:
+    """Return which models an average is of."""
+    parts = [f"{share:.4f} of `{ref}`" for ref, share in zip(parents, shares, strict=True)]
+    return _sentence_and_list(
+        "Average of models, weight by weight.", {"Model": _shape(model), "Parts": ", ".join(parts)}
+    )
+
+
 def short_count(n: int) -> str:
     """Return a count in short form: 158k, 34m, 6.7b."""
     for unit, size in (("b", 10**9), ("m", 10**6)):

@@ -23,10 +23,12 @@ from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.pretrained import fixed, load_tokenizer, resolve
 from llama_ray.storage.attempts import Superseded
 from llama_ray.storage.paths import absolute, existing_ref
+from llama_ray.training.checkpointing.files import local_description
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.errors import TrainingError
 from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.preflight import check_run
+from llama_ray.training.starting_point import starting_point
 from llama_ray.utils.redact import redact
 
 
@@ -35,6 +37,8 @@ def run() -> None:
     flags = parse(_parser(), lists=["data"])
     if flags.init_from is not None:
         flags.init_from = fixed(existing_ref(flags.init_from))
+    if flags.branch_from is not None:
+        flags.branch_from = existing_ref(flags.branch_from)
     config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": stages_of(flags.stages)})
     lists = {name: tuple(flags[name] or ()) for name in list_fields(LaunchConfig)}
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags) | lists)
@@ -45,7 +49,8 @@ def run() -> None:
         # What can be checked is checked now, because a cluster takes seconds to start. A run that resumes is checked
         # together with its checkpoint.
         if launch.resume is None:
-            check_run(shape, config, data, launch.workers[1])
+            with starting_point(config, None, local_description) as start:
+                check_run(shape, config, data, launch.workers[1], start)
         connect()
     else:
         builtin = _builtin(shape, config.init_from)

@@ -22,7 +22,7 @@ def describe_run(model: LlamaConfig, config: TrainConfig, data: RunData, world_s
     workers = f"{replicas} workers" if config.tensor_parallel == 1 else f"{replicas} groups of workers"
     sequences = config.batch_size * config.gradient_accumulation_steps * replicas
     kind = {
-        "pretrain": "Continued pre-training" if config.init_from else "Pre-training",
+        "pretrain": "Continued pre-training" if config.parent else "Pre-training",
         "sft": "Supervised fine-tuning",
         "dpo": "Preference tuning (DPO)",
     }
@@ -32,7 +32,7 @@ def describe_run(model: LlamaConfig, config: TrainConfig, data: RunData, world_s
         f"parameters on `{data.name}`.",
         {
             "Model": _shape(model),
-            **_parent(config.init_from),
+            **_parent(config.parent, branched=config.branch_from is not None),
             "Data": f"{data.tokens('train'):,} training and {data.tokens('validation'):,} validation tokens, "
             f"vocabulary of {data.vocab_size:,}",
             **_sources(data),
@@ -57,7 +57,7 @@ def describe_version(model: LlamaConfig, data: RunData, progress: Progress) -> s
         f"of `{data.name}`.",
         {
             "Model": _shape(model),
-            **_parent(progress.parent),
+            **_parent(progress.parent, branched=progress.branched_at > 0),
             "Training": f"{progress.step:,} steps, {progress.tokens:,} tokens",
             **_sources(data),
             "Loss": "mean cross-entropy in nats per token on the validation split"
@@ -96,9 +96,11 @@ def short_count(n: int) -> str:
     return f"{n / 1000:.0f}k"
 
 
-def _parent(ref: str | None) -> dict[str, str]:
-    """Return a line for the weights that the run began with, if they were not random."""
-    return {} if ref is None else {"Begun with": f"the weights of `{ref}`"}
+def _parent(ref: str | None, *, branched: bool) -> dict[str, str]:
+    """Return a line for what the run began with, if its weights were not random."""
+    if ref is None:
+        return {}
+    return {"Branched from": f"`{ref}`"} if branched else {"Begun with": f"the weights of `{ref}`"}
 
 
 def _sources(data: RunData) -> dict[str, str]:

@@ -6,7 +6,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +31,7 @@ from llama_ray.pretrained import fixed
 from llama_ray.storage import attempts, run_directory, store
 from llama_ray.storage.attempts import Attempt
 from llama_ray.storage.claim import claimed
-from llama_ray.storage.paths import absolute
+from llama_ray.storage.paths import absolute, existing
 from llama_ray.tracking.environment import secret_variables
 from llama_ray.tracking.errors import TrackingError
 from llama_ray.tracking.registry import PromotionDecision, Version, resolve_version
@@ -45,6 +45,7 @@ from llama_ray.training.elastic import check_range, check_segments
 from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.parallel.float8 import check_float8
 from llama_ray.training.preflight import check_run
+from llama_ray.training.starting_point import starting_point
 from llama_ray.training.task import for_data
 from llama_ray.utils.redact import redact
 
@@ -137,10 +138,12 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
     if config.init_from is not None:
         # Workers that start again must find the same weights.
         config = replace(config, init_from=fixed(config.init_from))
+    if config.branch_from is not None:
+        config = replace(config, branch_from=existing(config.branch_from))
     run_directory.check_writable(launch.output_dir)
     name, checkpoint = _name_and_checkpoint(model, launch)
-    with local_description(checkpoint) if checkpoint else nullcontext() as resume_from:
-        loader = check_run(model, config, sources, most, resume_from)
+    with starting_point(config, checkpoint, local_description) as start:
+        loader = check_run(model, config, sources, most, start)
     # Of the stages that are not over.
     ahead = loader.timetable.ahead(sys.maxsize)
     check_segments(ahead, config.seq_len or model.max_seq_len, least, most, config.tensor_parallel)
@@ -233,7 +236,7 @@ def _new_run(job: _Job) -> Run:
         name=job.name,
         params=settings | {"world_size": job.launch.world_size},
         tags=standard_tags(world_size=most, device="gpu" if job.gpu else "cpu")
-        | parent_tags(job.config.init_from),
+        | parent_tags(job.config.parent),
         description=describe_run(job.model, job.config, job.data, most),
     )
 

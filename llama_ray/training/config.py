@@ -34,6 +34,8 @@ class TrainConfig:
             dpo: prefer one of two answers (Rafailov et al. 2023, arXiv:2305.18290). The data must be prepared for it.
         init_from: Weights to begin with instead of random ones: a directory, a .gguf file, hf://ORG/NAME, a training
             checkpoint, or models:/NAME/VERSION.
+        branch_from: A checkpoint of another run to go on from in a run of its own: with its weights, its optimizer and
+            its position in the data, and with a new schedule of `max_steps` more steps, by default without a warm-up.
         resize_vocab: Whether the vocabulary of `init_from` may grow to that of the data; new rows begin as the mean of
             the others.
         lora_rank: Train low-rank adapters of this rank beside the frozen weights of `init_from` (Hu et al. 2021,
@@ -104,6 +106,7 @@ class TrainConfig:
 
     task: Task = "pretrain"
     init_from: str | None = None
+    branch_from: str | None = None
     resize_vocab: bool = False
     lora_rank: int = field(default=0, metadata=limits(0, 1024))
     lora_alpha: float | None = field(default=None, metadata=limits(above=0))
@@ -152,6 +155,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.branch_from is not None:
+            self._check_branch()
         if self.resize_vocab and self.init_from is None:
             raise ValueError(
                 "resize_vocab is true; only the vocabulary of a model can grow; give it with --init_from REF"
@@ -226,6 +231,22 @@ class TrainConfig:
         # It checks the rest.
         _ = self.lora
 
+    @property
+    def parent(self) -> str | None:
+        """What the run begins with; None for random weights."""
+        return self.init_from or self.branch_from
+
+    def _check_branch(self) -> None:
+        if self.init_from is not None:
+            raise ValueError(
+                "init_from and branch_from are both given; branch_from takes the optimizer and the position in the "
+                "data along, init_from the weights alone; leave out one of them"
+            )
+        if self.max_steps is None:
+            raise ValueError(
+                "max_steps is None; a branch has a schedule of its own; give the number of its steps with --max_steps N"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values only, as YAML and MLflow hold them."""
         return asdict(self) | {"learning_rate": self.peak_learning_rate}
@@ -251,10 +272,16 @@ class Schedule:
     windows_per_epoch: int
     lead: int
     """Steps taken beyond those that `timetable` needs for the position in the data: not 0 after a change of them."""
+    branched_at: int = 0
+    """The step of another run that this one goes on from; the learning rate counts from there."""
 
     @classmethod
-    def of(cls, config: TrainConfig, timetable: Timetable, windows_per_epoch: int) -> Schedule:
+    def of(
+        cls, config: TrainConfig, timetable: Timetable, windows_per_epoch: int, branched_at: int = 0
+    ) -> Schedule:
         """Resolve what in `config` depends on the data: how many windows an epoch has, and a step takes.
+
+        The `max_steps` of a branch come after the `branched_at` steps of the run that it goes on from.
 
         Raises ValueError for epochs that are shorter than a step, and for a warm-up that is longer than the run.
         """
@@ -266,14 +293,17 @@ class Schedule:
                 f"epochs is {config.epochs}, which are {windows:,} windows; one step takes "
                 f"{timetable.segments[0].windows:,}; lower batch_size or gradient_accumulation_steps, or use more data"
             )
-        warmup = min(length // 10, 2000) if config.warmup_steps is None else config.warmup_steps
+        default = 0 if branched_at else min(length // 10, 2000)
+        warmup = default if config.warmup_steps is None else config.warmup_steps
         if warmup > length:
             raise ValueError(
                 f"warmup_steps is {warmup}; it must be at most {length}, the steps of the run, or learning_rate is "
                 "never reached; lower it, or leave it out for a tenth of them"
             )
         return cls(
-            total_steps=config.max_steps or timetable.steps_within(windows),
+            total_steps=branched_at + config.max_steps
+            if config.max_steps
+            else timetable.steps_within(windows),
             warmup_steps=warmup,
             log_every=config.log_every,
             validate_every=config.validate_every,
@@ -282,6 +312,7 @@ class Schedule:
             timetable=timetable,
             windows_per_epoch=windows_per_epoch,
             lead=timetable.step - undisturbed.steps_within(timetable.position),
+            branched_at=branched_at,
         )
 
     def logs(self, step: int) -> bool:
@@ -300,9 +331,9 @@ class Schedule:
         """Return (step, steps of the run) as the learning rate counts them.
 
         If the run's length is given in epochs, these are steps of today's global batches from the beginning of the
-        data, so that the rate is a function of the samples trained on.
+        data, so that the rate is a function of the samples trained on; else those of a branch begin where it did.
         """
-        lead = self.lead if self.in_epochs else 0
+        lead = self.lead if self.in_epochs else self.branched_at
         return step - lead, self.total_steps - lead
 
     def _is_due(self, step: int, every: int | None) -> bool:

@@ -19,6 +19,7 @@ from llama_ray.training.preflight import check_run
 from llama_ray.training.preparation import prepare_run
 from llama_ray.training.reporting.observer import Observer
 from llama_ray.training.reporting.profiling import profiled
+from llama_ray.training.starting_point import starting_point
 from llama_ray.training.task import for_data
 
 
@@ -38,8 +39,10 @@ def train(
 
     Call it in each worker; without a process group it trains alone. Checkpoints go to `output_dir`: an absolute path
     or a URI that all workers can write to, or the run of an attempt, as long as that is the newest one; None writes
-    none. Training continues from the checkpoint directory `resume_from`. `run_id` is kept in every checkpoint.
-    `poll_interrupt` is called at each step; an interrupt of any worker makes all workers act at the same step.
+    none. Training continues from the checkpoint directory `resume_from`, or else begins as `config` says: with the
+    weights of `init_from`, with the state of `branch_from`, or with random weights. `run_id` is kept in every
+    checkpoint. `poll_interrupt` is called at each step; an interrupt of any worker makes all workers act at the same
+    step.
 
     Returns how far the run got. Raises ValueError if data, model and configuration do not fit together,
     CheckpointError if `resume_from` is damaged, Stopped after an interrupt that asks for it, Superseded once a newer
@@ -49,18 +52,19 @@ def train(
     """
     sources = parse_sources(data)
     config = for_data(config, sources)
-    check_run(model_config, config, sources, world_size(), resume_from)
-    run = prepare_run(
-        model_config,
-        config,
-        sources,
-        device=device,
-        observer=observer,
-        output_dir=output_dir,
-        resume_from=resume_from,
-        run_id=run_id,
-        poll_interrupt=poll_interrupt,
-    )
+    with starting_point(config, resume_from) as start:
+        check_run(model_config, config, sources, world_size(), start)
+        run = prepare_run(
+            model_config,
+            config,
+            sources,
+            device=device,
+            observer=observer,
+            output_dir=output_dir,
+            start=start,
+            run_id=run_id,
+            poll_interrupt=poll_interrupt,
+        )
     run.start()
     run.measure_finished_run()
     profiler = profiled(config.profile_steps if rank() == 0 else 0, observer.profiled)

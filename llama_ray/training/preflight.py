@@ -13,10 +13,11 @@ from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.stored_config import load_config
 from llama_ray.training.adapter_base import check_base, check_same_adapters
-from llama_ray.training.checkpointing.progress import load_progress
+from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.initial_weights import check_initial_weights
 from llama_ray.training.parallel.layout import choose_layout
+from llama_ray.training.starting_point import StartingPoint
 from llama_ray.training.task import for_data
 
 
@@ -25,11 +26,11 @@ def check_run(
     config: TrainConfig,
     sources: Sequence[DataSource],
     world_size: int,
-    resume_from: Path | None = None,
+    start: StartingPoint | None = None,
 ) -> Loader:
     """Raise ValueError if model, data, checkpoint and batch do not fit together: one line, with the way out.
 
-    Returns the loader at the position from which the run goes on.
+    `start` is where the run goes on from. Returns the loader at the position from which the run goes on.
     """
     config = for_data(config, sources)
     seq_len = config.seq_len or model.max_seq_len
@@ -41,7 +42,7 @@ def check_run(
     layout = choose_layout(model, config, world_size)
     infos = read_infos(sources)
     tokenizer = common_tokenizer(sources, infos)
-    if config.init_from is not None and resume_from is None:
+    if config.init_from is not None and start is None:
         check_initial_weights(model, config, tokenizer, str(sources[0]))
         if config.lora is not None:
             check_base(model, config)
@@ -63,14 +64,16 @@ def check_run(
         stages=config.stages,
     )
     validation_batches(open_mixture(sources, "validation"), seq_len, config.batch_size)
-    if resume_from is not None:
-        _check_resume(model, tokenizer, sources, resume_from)
-        check_same_adapters(config, resume_from)
-        progress = load_progress(resume_from)
+    progress = Progress()
+    if start is not None:
+        _check_resume(model, tokenizer, sources, start.directory)
+        check_same_adapters(config, start.directory)
+        progress = start.progress()
         position = progress.loader
         if position is None or not loader.load_state_dict(position, allow_other_data=config.allow_other_data):
             loader.start_after(progress.step)
-    check_steps(loader, Schedule.of(config, loader.timetable, loader.windows_per_epoch), config, sources)
+    schedule = Schedule.of(config, loader.timetable, loader.windows_per_epoch, progress.branched_at)
+    check_steps(loader, schedule, config, sources)
     return loader
 
 

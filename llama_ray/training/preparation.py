@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from llama_ray.model.config import LlamaConfig
 from llama_ray.storage.attempts import Attempt, current
 from llama_ray.training.adapter_base import read_base
 from llama_ray.training.checkpointing.checkpointer import Checkpointer, NoCheckpointer
-from llama_ray.training.checkpointing.progress import Progress, load_progress
+from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.checkpointing.state import load_state
 from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.elastic import for_layout
@@ -33,6 +32,7 @@ from llama_ray.training.reporting.metrics import Throughput, peak_flops
 from llama_ray.training.reporting.observer import Observer
 from llama_ray.training.reporting.skipped_steps import SkippedSteps
 from llama_ray.training.run import TrainingRun
+from llama_ray.training.starting_point import StartingPoint
 from llama_ray.training.step import Stepper
 
 PREFETCHED = 2
@@ -47,11 +47,11 @@ def prepare_run(
     device: torch.device,
     observer: Observer,
     output_dir: str | Attempt | None,
-    resume_from: Path | None,
+    start: StartingPoint | None,
     run_id: str | None,
     poll_interrupt: Callable[[], Interrupt],
 ) -> TrainingRun:
-    """Build everything that a run needs, and fill it from `resume_from`, or else from `config.init_from`.
+    """Build everything that a run needs, and fill it from the checkpoint `start`, or else from `config.init_from`.
 
     Every worker must call it; see `train`.
     """
@@ -64,10 +64,11 @@ def prepare_run(
     loader = _loader(config, sources, layout, seq_len)
     progress = Progress(run_id=run_id, parent=config.init_from)
     batch_change = ""
-    if resume_from is not None:
-        progress = load_progress(resume_from)
+    resume_from = None if start is None else start.directory
+    if start is not None:
+        progress = start.progress(run_id)
         batch_change = _go_to(progress, loader, config)
-    schedule = Schedule.of(config, loader.timetable, loader.windows_per_epoch)
+    schedule = Schedule.of(config, loader.timetable, loader.windows_per_epoch, progress.branched_at)
     compile_blocks, compile_reason = _compilation(
         config,
         device,

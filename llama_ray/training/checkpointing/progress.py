@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,14 @@ class Progress:
     """The MLflow run that the steps were logged to."""
     parent: str | None = None
     """The reference of the weights that the run began with; None for random ones."""
+    branched_at: int = 0
+    """The step of `parent`, if the run went on with its optimizer and its position in the data, too; else 0."""
     unsent: list[Any] = field(default_factory=list)
     """Metrics that MLflow had not accepted when the checkpoint was made, see `Observer.unsent`."""
+
+    def branch(self, parent: str, run_id: str | None) -> Progress:
+        """Return how far a new run is that goes on from this checkpoint, which is at `parent`."""
+        return replace(self, parent=parent, branched_at=self.step, run_id=run_id, unsent=[])
 
     def marker(self, run: str, attempt: int, files: Mapping[str, FileRecord]) -> str:
         """Return the content of `training.json`: this, who wrote it, and the records of other files.

@@ -187,9 +187,24 @@ def _restore_optimizer(
     for name, parameter in trained_parameters(model):
         values = {key: tensors[_optimizer_name(key, name)] for key in _optimizer_keys(stored, name)}
         if values:
+            _check_optimizer(optimizer, parameter, values)
             optimizer.state[parameter] = {
                 key: value.reshape(()) if value.numel() == 1 else value for key, value in values.items()
             }
+
+
+def _check_optimizer(
+    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, values: dict[str, Tensor]
+) -> None:
+    """Raise CheckpointError if the state `values` of `parameter` is that of another optimizer."""
+    [group] = [group for group in optimizer.param_groups if any(parameter is p for p in group["params"])]
+    is_muon, was_muon = bool(group.get("muon")), "momentum_buffer" in values
+    if is_muon != was_muon:
+        now, before = ("muon" if muon else "adamw" for muon in (is_muon, was_muon))
+        raise CheckpointError(
+            f"optimizer is {now}; the checkpoint was trained with {before}; give --optimizer {before}, or begin a new "
+            "run with its weights alone with --init_from"
+        )
 
 
 def _restore_generators(tensors: dict[str, Tensor], rank: int) -> None:

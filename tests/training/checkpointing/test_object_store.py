@@ -20,6 +20,7 @@ from llama_ray.training.checkpointing.files import local_copy, local_description
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
 from llama_ray.training.preflight import check_run
+from llama_ray.training.starting_point import StartingPoint
 from tests.object_store import StallingProxy, s3_server, uri
 from tests.processes import fresh_processes
 from tests.training.helpers import CPU, EIGHT_STEPS, Recorder, in_processes, losses, losses_after
@@ -127,6 +128,10 @@ def test_the_checks_of_a_resume_fetch_no_tensors(server: int, tiny: LlamaConfig,
     train_or_resume(EIGHT_STEPS, tiny, dataset, run)
     with local_description(store.join(run, "step_00000008")) as description:
         assert not [path for path in description.iterdir() if path.suffix != ".json"]
-        check_run(tiny, replace(EIGHT_STEPS, max_steps=9), parse_sources(dataset), 1, description)
+        check_run(
+            tiny, replace(EIGHT_STEPS, max_steps=9), parse_sources(dataset), 1, StartingPoint(description)
+        )
         with pytest.raises(ValueError, match="was trained with seed 0; this run has 1"):
-            check_run(tiny, replace(EIGHT_STEPS, seed=1), parse_sources(dataset), 1, description)
+            check_run(
+                tiny, replace(EIGHT_STEPS, seed=1), parse_sources(dataset), 1, StartingPoint(description)
+            )

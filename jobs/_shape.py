@@ -11,7 +11,11 @@ from jsonargparse import ArgumentParser, Namespace
 from llama_ray.data.mixtures.opening import common_tokenizer, read_infos
 from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
+from llama_ray.model.stored_config import load_config
+from llama_ray.pretrained import load_shape
+from llama_ray.training.config import TrainConfig
 from llama_ray.training.initial_weights import POSITIONS, position_changes, starting_shape
+from llama_ray.training.starting_point import StartingPoint
 
 DEFAULT_PRESET = "llama-30m"
 
@@ -41,8 +45,8 @@ def add_shape(parser: ArgumentParser) -> None:
         group.add_argument(f"--{field.name}", type=kind | None, help=described[field.name])
 
 
-def shape_of(flags: Namespace) -> LlamaConfig:
-    """Return the shape that the flags name, or that of the weights to begin with, which flags may not contradict.
+def shape_of(flags: Namespace, config: TrainConfig, start: StartingPoint | None) -> LlamaConfig:
+    """Return the shape that the flags name, or that of the weights to go on with, which flags may not contradict.
 
     Raises ValueError.
     """
@@ -50,7 +54,7 @@ def shape_of(flags: Namespace) -> LlamaConfig:
     given = {name: value for name, value in given.items() if value is not None}
     if scaling := given.get("rope_scaling"):
         given["rope_scaling"] = RopeScaling(**vars(scaling))
-    if flags.init_from is None:
+    if start is None and config.init_from is None:
         return LlamaConfig.preset(flags.preset or DEFAULT_PRESET, **given)
     if flags.preset is not None:
         whole = LlamaConfig.preset(flags.preset, **given)
@@ -58,23 +62,28 @@ def shape_of(flags: Namespace) -> LlamaConfig:
         own = {*given, "vocab_size", *POSITIONS}
         names = (field.name for field in dataclasses.fields(LlamaConfig))
         given |= {name: getattr(whole, name) for name in names if name not in own}
-    shape = starting_shape(flags.init_from, given)
-    for line in position_changes(flags.init_from, shape):
+    if start is not None:
+        return starting_shape(load_config(start.directory), given, start.name)
+    ref = str(config.init_from)
+    stored = load_shape(ref)
+    shape = starting_shape(stored, given, ref)
+    for line in position_changes(stored, shape, ref):
         print(line, flush=True)
     return shape
 
 
-def with_vocabulary(shape: LlamaConfig, flags: Namespace, data: tuple[DataSource, ...]) -> LlamaConfig:
-    """Return `shape` with the vocabulary of the data, unless the user gives one or the weights have it."""
+def with_vocabulary(
+    shape: LlamaConfig, flags: Namespace, data: tuple[DataSource, ...], *, started: bool
+) -> LlamaConfig:
+    """Return `shape` with the vocabulary of the data, unless the user gives one or the weights have it.
+
+    `started` says that there are weights of a run, whose vocabulary does not change.
+    """
     infos = read_infos(data)
     common_tokenizer(data, infos)
     size = infos[data[0].name].vocab_size
-    if flags.init_from is not None:
-        return (
-            dataclasses.replace(shape, vocab_size=max(size, shape.vocab_size))
-            if flags.resize_vocab
-            else shape
-        )
-    if flags.vocab_size is not None or flags.preset is not None:
+    if started or flags.vocab_size is not None or flags.preset is not None:
         return shape
+    if flags.init_from is not None:
+        size = max(size, shape.vocab_size) if flags.resize_vocab else shape.vocab_size
     return dataclasses.replace(shape, vocab_size=size)

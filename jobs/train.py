@@ -19,7 +19,7 @@ from llama_ray.data.sources.files import BUILTIN
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.cluster import connect
 from llama_ray.orchestration.launch import LaunchConfig
-from llama_ray.orchestration.trainer import train_on_ray
+from llama_ray.orchestration.trainer import checkpoint_to_resume, train_on_ray
 from llama_ray.pretrained import fixed, load_tokenizer, resolve
 from llama_ray.storage.attempts import Superseded
 from llama_ray.storage.paths import absolute, existing_ref
@@ -35,29 +35,30 @@ from llama_ray.utils.redact import redact
 def run() -> None:
     """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one), train, and report the result."""
     flags = parse(_parser(), lists=["data"])
-    if flags.init_from is not None:
-        flags.init_from = fixed(existing_ref(flags.init_from))
-    if flags.branch_from is not None:
-        flags.branch_from = existing_ref(flags.branch_from)
+    for name in ("init_from", "branch_from"):
+        flags[name] = flags[name] and existing_ref(flags[name])
     config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": stages_of(flags.stages)})
     lists = {name: tuple(flags[name] or ()) for name in list_fields(LaunchConfig)}
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags) | lists)
-    shape = shape_of(flags)
+    launch = dataclasses.replace(launch, output_dir=absolute(launch.output_dir))
+    checkpoint = checkpoint_to_resume(launch)
+    if config.init_from is not None and checkpoint is None:
+        config = dataclasses.replace(config, init_from=fixed(config.init_from))
+    # What can be checked is checked now, because a cluster takes seconds to start.
+    with starting_point(config, checkpoint, local_description) as start:
+        shape = shape_of(flags, config, start)
+        if flags.data:
+            data = sources_of(flags.data)
+            shape = with_vocabulary(shape, flags, data, started=start is not None)
+            check_run(shape, config, data, launch.workers[1], start)
     if flags.data:
-        data = sources_of(flags.data)
-        shape = with_vocabulary(shape, flags, data)
-        # What can be checked is checked now, because a cluster takes seconds to start. A run that resumes is checked
-        # together with its checkpoint.
-        if launch.resume is None:
-            with starting_point(config, None, local_description) as start:
-                check_run(shape, config, data, launch.workers[1], start)
         connect()
     else:
         builtin = _builtin(shape, config.init_from)
         data = parse_sources(builtin.output)
         connect()
         prepare(builtin, log=lambda line: print(line, flush=True))
-        shape = with_vocabulary(shape, flags, data)
+        shape = with_vocabulary(shape, flags, data, started=start is not None)
     try:
         outcome = train_on_ray(shape, config, launch, data)
     except Stopped as stopped:

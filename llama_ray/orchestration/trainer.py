@@ -31,7 +31,7 @@ from llama_ray.pretrained import fixed
 from llama_ray.storage import attempts, run_directory, store
 from llama_ray.storage.attempts import Attempt
 from llama_ray.storage.claim import claimed
-from llama_ray.storage.paths import absolute, existing
+from llama_ray.storage.paths import absolute
 from llama_ray.tracking.environment import secret_variables
 from llama_ray.tracking.errors import TrackingError
 from llama_ray.tracking.registry import PromotionDecision, Version, resolve_version
@@ -113,6 +113,8 @@ class _Job:
     data: RunData
     loader: Loader
     """At the position from which the run goes on."""
+    branched_at: int
+    """See `Progress`."""
     gpu: bool
     evaluation: EvaluationConfig | None
     """What is measured of checkpoints and of the version."""
@@ -135,41 +137,51 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
         check_float8(config, torch.device("cpu"))
     check_range(config, least, most, config.tensor_parallel)
     launch = replace(launch, output_dir=absolute(launch.output_dir))
-    if config.init_from is not None:
-        # Workers that start again must find the same weights.
-        config = replace(config, init_from=fixed(config.init_from))
-    if config.branch_from is not None:
-        config = replace(config, branch_from=existing(config.branch_from))
     run_directory.check_writable(launch.output_dir)
     name, checkpoint = _name_and_checkpoint(model, launch)
+    if config.init_from is not None and checkpoint is None:
+        # Workers that start again must find the same weights.
+        config = replace(config, init_from=fixed(config.init_from))
     with starting_point(config, checkpoint, local_description) as start:
         loader = check_run(model, config, sources, most, start)
+        branched_at = start.progress().branched_at if start else 0
     # Of the stages that are not over.
     ahead = loader.timetable.ahead(sys.maxsize)
     check_segments(ahead, config.seq_len or model.max_seq_len, least, most, config.tensor_parallel)
     run_data = RunData.of(sources, loader)
     evaluation = evaluation_config(launch, run_data, model.max_seq_len)
-    return _Job(name, model, config, launch, run_data, loader, gpu, evaluation)
+    return _Job(name, model, config, launch, run_data, loader, branched_at, gpu, evaluation)
+
+
+def checkpoint_to_resume(launch: LaunchConfig) -> str | None:
+    """Return the checkpoint that a run goes on from; None if it begins. Raises StorageError for no run to resume."""
+    return _resumed(launch)[1] if launch.resume else None
 
 
 def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:
     """Return the run's name, and the checkpoint that it resumes from."""
+    if launch.resume:
+        return _resumed(launch)
+    name = launch.run_name or _new_name(model)
+    _refuse_trained(launch, name)
+    return name, None
+
+
+def _resumed(launch: LaunchConfig) -> tuple[str, str | None]:
+    """Return the name of the run that `launch` resumes, and its newest checkpoint."""
     if launch.resume == IF_THERE:
         assert launch.run_name is not None
         return launch.run_name, run_directory.latest_checkpoint(
             store.join(launch.output_dir, launch.run_name)
         )
-    if launch.resume:
-        name = run_directory.latest_run(launch.output_dir) if launch.resume == LATEST else launch.resume
-        checkpoint = run_directory.latest_checkpoint(store.join(launch.output_dir, name))
-        if checkpoint is None:
-            raise store.StorageError(
-                f"{launch.output_dir} holds no checkpoint of run {name!r}; check --output_dir, or leave out --resume"
-            )
-        return name, checkpoint
-    name = launch.run_name or _new_name(model)
-    _refuse_trained(launch, name)
-    return name, None
+    assert launch.resume is not None
+    name = run_directory.latest_run(launch.output_dir) if launch.resume == LATEST else launch.resume
+    checkpoint = run_directory.latest_checkpoint(store.join(launch.output_dir, name))
+    if checkpoint is None:
+        raise store.StorageError(
+            f"{launch.output_dir} holds no checkpoint of run {name!r}; check --output_dir, or leave out --resume"
+        )
+    return name, checkpoint
 
 
 def _new_name(model: LlamaConfig) -> str:
@@ -332,7 +344,8 @@ def _finished(job: _Job) -> Outcome | None:
     if record is None or record.finished is None:
         return None
     finished = record.finished
-    schedule = Schedule.of(job.config, job.loader.timetable, job.loader.windows_per_epoch)
+    loader = job.loader
+    schedule = Schedule.of(job.config, loader.timetable, loader.windows_per_epoch, job.branched_at)
     if finished.step < schedule.total_steps or finished.register_as != job.launch.register_as:
         return None
     try:

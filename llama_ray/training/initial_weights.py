@@ -28,20 +28,18 @@ POSITIONS = ("max_seq_len", "rope_theta", "rope_scaling")
 """Fields of the shape that no tensor has: how positions are counted. Another context may be trained with others."""
 
 
-def starting_shape(ref: str, given: Mapping[str, Any]) -> LlamaConfig:
-    """Return the shape of the model `ref` with the fields `given`, of which those of positions may be others.
+def starting_shape(stored: LlamaConfig, given: Mapping[str, Any], ref: str) -> LlamaConfig:
+    """Return the shape `stored` of the model `ref` with the fields `given`, of which those of positions may be others.
 
     Raises ValueError for a field that the weights contradict; `vocab_size` is left to `check_initial_weights`.
     """
-    stored = load_shape(ref)
     shape = replace(stored, **given)
     _check_shape(shape, stored, ref)
     return shape
 
 
-def position_changes(ref: str, shape: LlamaConfig) -> Iterator[str]:
-    """Yield a line for each setting of positions in `shape` that differs from those that the weights of `ref` know."""
-    stored = load_shape(ref)
+def position_changes(stored: LlamaConfig, shape: LlamaConfig, ref: str) -> Iterator[str]:
+    """Yield a line for each setting of positions in `shape` that differs from what the weights of `ref` know."""
     for name in POSITIONS:
         ours, theirs = getattr(shape, name), getattr(stored, name)
         if ours != theirs:

@@ -18,9 +18,13 @@ from llama_ray.utils.errors import printable
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A local directory with the files of a checkpoint; `branch_of` is where it is, if it is another run's."""
+    """A local directory with the files of a checkpoint, and what it is called in messages.
+
+    `branch_of` is where it is, if it is that of another run.
+    """
 
     directory: Path
+    name: str = ""
     branch_of: str | None = None
 
     def progress(self, run_id: str | None = None) -> Progress:
@@ -41,14 +45,13 @@ def starting_point(
     a `branch_from` that is no whole checkpoint of a run.
     """
     if checkpoint is not None:
-        with open_checkpoint(
-            str(Path(checkpoint).resolve() if isinstance(checkpoint, Path) else checkpoint)
-        ) as own:
-            yield StartingPoint(own)
+        where = str(checkpoint.resolve()) if isinstance(checkpoint, Path) else checkpoint
+        with open_checkpoint(where) as own:
+            yield StartingPoint(own, where)
     elif config.branch_from is not None:
         _check(config.branch_from)
         with open_checkpoint(config.branch_from) as other:
-            yield StartingPoint(other, config.branch_from)
+            yield StartingPoint(other, config.branch_from, config.branch_from)
     else:
         yield None
 

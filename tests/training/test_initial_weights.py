@@ -21,7 +21,7 @@ from llama_ray.model.grown_vocabulary import with_vocabulary
 from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
 from llama_ray.model.stored_model import StoredModel, UnreadTensor, open_model
-from llama_ray.pretrained import load_pretrained, save_pretrained
+from llama_ray.pretrained import load_pretrained, load_shape, save_pretrained
 from llama_ray.training.checkpointing.state import plain_parameters
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.initial_weights import fill, position_changes, starting_shape
@@ -152,6 +152,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "small")
 
 
+def shape_of(source: Path, **given: object) -> LlamaConfig:
+    return starting_shape(load_shape(source), given, str(source))
+
+
 def first_loss(source: str | Path, data: Path, shape: LlamaConfig, **settings: object) -> float:
     recorder = Recorder()
     config = replace(ONE_STEP, init_from=str(source), **settings)  # type: ignore[arg-type]
@@ -165,7 +169,7 @@ def first_batch(data: Path, shape: LlamaConfig) -> Batch:
 
 
 def test_the_first_loss_is_that_of_the_model_itself(source: Path, data: Path) -> None:
-    shape = starting_shape(str(source), {})
+    shape = shape_of(source)
     batch = first_batch(data, shape)
     peer = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
@@ -176,7 +180,7 @@ def test_the_first_loss_is_that_of_the_model_itself(source: Path, data: Path) ->
 
 def test_a_run_may_begin_with_a_checkpoint_of_another_run(source: Path, data: Path, tmp_path: Path) -> None:
     """Its weights are taken, and neither its optimizer nor its steps."""
-    shape = starting_shape(str(source), {})
+    shape = shape_of(source)
     config = replace(ONE_STEP, init_from=str(source), max_steps=3, learning_rate=1e-2)
     progress = train(shape, config, data, device=CPU, observer=Recorder(), output_dir=str(tmp_path))
     assert progress.parent == str(source)
@@ -193,7 +197,7 @@ def test_a_run_may_begin_with_a_checkpoint_of_another_run(source: Path, data: Pa
 def test_a_run_that_resumes_does_not_read_its_first_weights_again(
     source: Path, data: Path, tmp_path: Path
 ) -> None:
-    shape = starting_shape(str(source), {})
+    shape = shape_of(source)
     config = replace(ONE_STEP, init_from=str(source), max_steps=2, checkpoint_every=1)
     train(shape, config, data, device=CPU, observer=Recorder(), output_dir=str(tmp_path))
     gone = replace(config, init_from=str(tmp_path / "gone"))
@@ -213,7 +217,7 @@ def test_a_run_that_resumes_does_not_read_its_first_weights_again(
 def test_weights_that_do_not_fit_are_refused(
     source: Path, data: Path, changes: dict[str, int], settings: dict[str, object], message: str
 ) -> None:
-    shape = replace(starting_shape(str(source), {}), **changes)  # type: ignore[arg-type]
+    shape = replace(shape_of(source), **changes)  # type: ignore[arg-type]
     config = replace(ONE_STEP, **{"init_from": str(source), **settings})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         check_run(shape, config, parse_sources(str(data)), 1)
@@ -226,7 +230,7 @@ def test_data_of_another_tokenizer_are_refused_with_the_way_out(source: Path, tm
         r"other tokenizer than that of .* \('.*' becomes other tokens\); prepare the data with --tokenizer"
     )
     with pytest.raises(ValueError, match=message):
-        check_run(starting_shape(str(source), {}), config, parse_sources(str(other)), 1)
+        check_run(shape_of(source), config, parse_sources(str(other)), 1)
 
 
 def test_a_vocabulary_grows_to_that_of_the_data(source: Path, tmp_path: Path) -> None:
@@ -235,7 +239,7 @@ def test_a_vocabulary_grows_to_that_of_the_data(source: Path, tmp_path: Path) ->
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{i}|>" for i in range(3)]})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     data = write_dataset(tmp_path / "data", tokenizer=Tokenizer.load(tmp_path / "tokenizer"))
-    shape = starting_shape(str(source), {})
+    shape = shape_of(source)
     with pytest.raises(
         ValueError, match=r"vocab_size is 388; it must be at least 390 .*; give --resize_vocab"
     ):
@@ -247,11 +251,11 @@ def test_a_vocabulary_grows_to_that_of_the_data(source: Path, tmp_path: Path) ->
 
 
 def test_settings_of_positions_may_change_and_are_told(source: Path) -> None:
-    shape = starting_shape(str(source), {"max_seq_len": 512, "rope_theta": 5e5})
+    shape = shape_of(source, max_seq_len=512, rope_theta=5e5)
     assert (shape.max_seq_len, shape.rope_theta) == (512, 5e5)
-    longer, theta = position_changes(str(source), shape)
+    longer, theta = position_changes(load_shape(source), shape, str(source))
     assert re.match(r"max_seq_len is 512, and 256 in .*; positions from 256 on are new to the model", longer)
     assert re.match("rope_theta is 500000.0, and 10000.0 in ", theta)
-    shorter = list(position_changes(str(source), starting_shape(str(source), {"max_seq_len": 64})))
+    shorter = list(position_changes(load_shape(source), shape_of(source, max_seq_len=64), str(source)))
     assert len(shorter) == 1
     assert "new to the model" not in shorter[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from _cli import SHAPE_FLAGS, main, parse, read_bytes
+from _cli import SHAPE_FLAGS, add_fields, main, parse, read_bytes, split_commas
 from _data import SOURCES, sources_of, stages_of
 from jsonargparse import ArgumentParser
 
@@ -43,6 +43,8 @@ TRAINING_FLAGS = (
     "max_steps",
     "epochs",
     "max_repetitions",
+    "lora_rank",
+    "lora_targets",
 )
 CLUSTER_FLAGS = ("gpus", "gpus_per_node", "gpu_flops", "node_bandwidth", "network_bandwidth")
 
@@ -53,7 +55,11 @@ def run() -> None:
     shape = {name: flags[name] for name in SHAPE_FLAGS if flags[name] is not None}
     model = LlamaConfig.preset(flags.preset, **shape)
     settings = {name: flags[name] for name in TRAINING_FLAGS}
-    config = TrainConfig(**settings | {"stages": stages_of(flags.stages)})
+    split_commas(flags, ["lora_targets"])
+    parsed = {"stages": stages_of(flags.stages), "lora_targets": tuple(flags.lora_targets or ())}
+    # Only the shape of the weights that adapters are for matters here, and the preset has that.
+    base = {"init_from": flags.preset} if flags.lora_rank else {}
+    config = TrainConfig(**settings | parsed | base)
     sources = sources_of(flags.data) if flags.data else ()
     Limits(above=0).check("tokens", flags.tokens, float)
     cluster = Cluster(
@@ -61,8 +67,10 @@ def run() -> None:
         **{name: flags[name] for name in CLUSTER_FLAGS},
     )
     plan = make_plan(model, config, cluster, mfu=flags.mfu)
+    adapters = f" and {config.lora.num_parameters(model):,} of adapters" if config.lora else ""
     print(
-        f"{flags.preset}, {model.num_parameters():,} parameters, on {cluster.gpus} GPUs: {plan.layout.reason}"
+        f"{flags.preset}, {model.num_parameters():,} parameters{adapters}, on {cluster.gpus} GPUs: "
+        f"{plan.layout.reason}"
     )
     _print_plan(plan, flags.tokens)
     if sources or config.stages or config.max_steps:
@@ -183,8 +191,8 @@ def _parser() -> ArgumentParser:
         help="Data to count epochs and repetitions in, as for train.py.",
     )
     add("--tokens", type=float, default=1e12, help="Number of tokens to train on.")
-    parser.add_class_arguments(
-        TrainConfig, skip={f.name for f in dataclasses.fields(TrainConfig) if f.name not in TRAINING_FLAGS}
+    add_fields(
+        parser, TrainConfig, skip={f.name for f in dataclasses.fields(TrainConfig)} - {*TRAINING_FLAGS}
     )
     parser.set_defaults(batch_size=1)
     return parser

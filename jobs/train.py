@@ -7,7 +7,7 @@ import sys
 from argparse import SUPPRESS, Action
 from typing import Any
 
-from _cli import add_config, add_fields, list_fields, main, parse
+from _cli import add_config, add_fields, list_fields, main, parse, split_commas
 from _data import SOURCES, sources_of, stages_of
 from _shape import add_shape, shape_of, with_vocabulary
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -35,11 +35,11 @@ from llama_ray.utils.redact import redact
 def run() -> None:
     """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one), train, and report the result."""
     flags = parse(_parser(), lists=["data"])
+    split_commas(flags, ["lora_targets"])
     for name in ("init_from", "branch_from"):
         flags[name] = flags[name] and existing_ref(flags[name])
     config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": stages_of(flags.stages)})
-    lists = {name: tuple(flags[name] or ()) for name in list_fields(LaunchConfig)}
-    launch = LaunchConfig(**_fields_of(LaunchConfig, flags) | lists)
+    launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
     launch = dataclasses.replace(launch, output_dir=absolute(launch.output_dir))
     checkpoint = checkpoint_to_resume(launch)
     if config.init_from is not None and checkpoint is None:
@@ -115,13 +115,14 @@ def _parser() -> ArgumentParser:
         "--run_name: continue that run if output_dir has it, else start it.",
     )
     add_shape(parser)
-    parser.add_class_arguments(TrainConfig)
+    add_fields(parser, TrainConfig)
     add_fields(parser, LaunchConfig, skip={"resume"})
     return parser
 
 
 def _fields_of(kind: type, flags: Namespace) -> dict[str, Any]:
-    return {field.name: flags[field.name] for field in dataclasses.fields(kind)}
+    lists = {name: tuple(flags[name] or ()) for name in list_fields(kind)}
+    return {field.name: flags[field.name] for field in dataclasses.fields(kind)} | lists
 
 
 def _builtin(shape: LlamaConfig, init_from: str | None) -> PrepareConfig:

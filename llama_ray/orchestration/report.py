@@ -27,12 +27,15 @@ def describe_run(model: LlamaConfig, config: TrainConfig, data: RunData, world_s
         "dpo": "Preference tuning (DPO)",
     }
     adapters = f" by adapters of rank {config.lora_rank}" if config.lora_rank else ""
+    # No gradients of frozen weights are computed.
+    flops = "6 N + 12 L d s" if config.lora is None else "4 N + 12 L d s + 6 n, n weights of adapters"
     return _sentence_and_list(
         f"{kind[config.task]}{adapters} of a LLaMA with {model.num_parameters():,} "
         f"parameters on `{data.name}`.",
         {
             "Model": _shape(model),
             **_parent(config.parent, branched=config.branch_from is not None),
+            **_adapters(model, config),
             "Data": f"{data.tokens('train'):,} training and {data.tokens('validation'):,} validation tokens, "
             f"vocabulary of {data.vocab_size:,}",
             **_sources(data),
@@ -40,7 +43,7 @@ def describe_run(model: LlamaConfig, config: TrainConfig, data: RunData, world_s
             f"{config.gradient_accumulation_steps} micro-steps × {workers}",
             **_stages([Segment(1, sequences, seq_len, data.segments[0].shares), *data.segments]),
             "Precision": config.precision,
-            "MFU": "(6 N + 12 L d s) FLOPs per token with attention counted in full (PaLM's convention), as a share "
+            "MFU": f"({flops}) FLOPs per token with attention counted in full (PaLM's convention), as a share "
             "of the GPU's dense bf16 peak, or of the CPU's matrix product rate measured at the start",
         },
     )
@@ -101,6 +104,17 @@ def _parent(ref: str | None, *, branched: bool) -> dict[str, str]:
     if ref is None:
         return {}
     return {"Branched from": f"`{ref}`"} if branched else {"Begun with": f"the weights of `{ref}`"}
+
+
+def _adapters(model: LlamaConfig, config: TrainConfig) -> dict[str, str]:
+    """Return a line for the adapters that are trained in place of the weights, if there are any."""
+    lora = config.lora
+    if lora is None:
+        return {}
+    return {
+        "Adapters": f"LoRA of rank {lora.rank}, scale {lora.scale:.4g}, on {', '.join(lora.targets)}: "
+        f"{lora.num_parameters(model):,} trained parameters"
+    }
 
 
 def _sources(data: RunData) -> dict[str, str]:

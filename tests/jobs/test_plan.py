@@ -71,3 +71,16 @@ def test_an_unreadable_size_is_refused_in_one_line() -> None:
     job = run_here("plan.py", "--preset", "llama-tiny", "--gpus", "2", "--gpu_memory", "plenty")
     assert job.returncode == 2
     assert job.stderr == "error: gpu_memory is 'plenty'; write a number and a unit, such as 80GiB or 24GB\n"
+
+
+def test_adapters_are_planned_beside_frozen_weights() -> None:
+    cluster = ("--preset", "llama-7b", "--gpus", "1", "--gpu-memory", "24GiB", "--seq_len", "512")
+    job = run(*cluster, "--lora_rank", "16", "--lora-targets", "q_proj,v_proj", "down_proj")
+    assert job.returncode == 0, job.stderr
+    adapters = 32 * 16 * (2 * (4096 + 4096) + 11008 + 4096)
+    assert f"6,738,415,616 parameters and {adapters:,} of adapters" in job.stdout
+    assert "It fits" in job.stdout
+    # The weights in bf16 and the adapters in fp32, with two averages for each of the latter.
+    assert f"parameters     {(2 * 6_738_415_616 + 4 * adapters) / 2**30:8.2f} GiB" in job.stdout
+    assert f"optimizer      {8 * adapters / 2**30:8.2f} GiB" in job.stdout
+    assert "It does not fit" in run(*cluster).stdout

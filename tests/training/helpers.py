@@ -38,6 +38,7 @@ FSDP: Settings = {"parallelism": "fsdp"}
 HSDP: Settings = {"parallelism": "hsdp", "fsdp_size": 2}
 TP: Settings = {"tensor_parallel": 2}
 MUON: Settings = {"optimizer": "muon"}
+ADAPTERS: Settings = {"init_from": "any model of this shape", "lora_rank": 8}
 
 
 class Recorder(Console):

@@ -14,15 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.llama import Llama
-from llama_ray.training.config import ActivationCheckpointing, Precision, TrainConfig
+from llama_ray.training.config import Precision, TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import SINGLE_WORKER, Layout, choose_layout
-from llama_ray.training.parallel.parallelize import parallelize
+from llama_ray.training.parallel.parallelize import parallelize, unallocated_model
 from llama_ray.training.parallel.process_group import world_size
 from llama_ray.training.planning.memory_trace import Kind
 from llama_ray.training.planning.step_trace import StepTrace, trace_step, watch_step
 from llama_ray.training.step import Stepper
-from tests.training.helpers import FSDP, HSDP, MUON, TP, Settings, in_processes
+from tests.training.helpers import ADAPTERS, FSDP, HSDP, MUON, TP, Settings, in_processes
 from tests.training.planning.helpers import MODEL, RUN
 
 CPU = torch.device("cpu")
@@ -30,6 +30,7 @@ LAYOUTS: dict[str, tuple[int, Settings]] = {
     "fsdp": (2, FSDP),
     "tensor-parallel": (2, TP),
     "fsdp-muon": (2, {**FSDP, **MUON}),
+    "fsdp-adapters": (2, {**FSDP, **ADAPTERS}),
     "tensor-parallel-selective": (2, {**TP, "activation_checkpointing": "selective"}),
     "hsdp": (4, HSDP),
     "fsdp-tensor-parallel": (4, {**FSDP, **TP}),
@@ -39,7 +40,7 @@ TOKENS = torch.zeros(RUN.batch_size, MODEL.max_seq_len, dtype=torch.int64)
 
 
 def make_stepper(run: TrainConfig, layout: Layout = SINGLE_WORKER) -> Stepper:
-    model = parallelize(Llama(MODEL, device="meta"), run, layout, CPU, compile_blocks=False)
+    model = parallelize(unallocated_model(MODEL, run), run, layout, CPU, compile_blocks=False)
     return Stepper(model, build_optimizer(model, run), run, device=CPU, layout=layout)
 
 
@@ -89,11 +90,9 @@ def test_planned_traffic_is_what_a_real_worker_sends_to_the_byte(layout: str, pa
     assert bool(getattr(real, part)) == (part != "update" or "muon" in layout)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_planned_memory_is_what_the_allocator_hands_out(
-    checkpointing: ActivationCheckpointing, tmp_path: Path
-) -> None:
-    run = replace(RUN, activation_checkpointing=checkpointing)
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": "full"}, ADAPTERS])
+def test_planned_memory_is_what_the_allocator_hands_out(settings: Settings, tmp_path: Path) -> None:
+    run = replace(RUN, **settings)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         stepper = make_stepper(run)
         for _ in range(2):

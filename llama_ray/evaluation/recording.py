@@ -14,6 +14,7 @@ from llama_ray.tracking.measurements import (
     log_measurements,
     log_table,
     read_artifact,
+    replace_section,
     replace_tags,
 )
 from llama_ray.tracking.runs import Run
@@ -41,7 +42,7 @@ def record(
 
     The run belongs to `experiment`, by default to that of the run which trained the version. Its table of scores, and
     the further `tables` by name, are shown by the UI; `evaluation.json` has everything. The tags `evaluation.*` of the
-    version are those of its last evaluation. Raises TrackingError.
+    version, and the table in its description, are those of its last evaluation. Raises TrackingError.
     """
     version = resolve_version(evaluation.model, uri) if is_model_ref(evaluation.model) else None
     experiment = experiment or (version and experiment_of(version, uri)) or DEFAULT_EXPERIMENT
@@ -65,6 +66,7 @@ def record(
     run.finish("FINISHED")
     if version:
         replace_tags(version, _TAGS, _tags(evaluation, run), uri)
+        replace_section(version, "Evaluation", describe(evaluation), uri)
     return run
 
 

@@ -112,6 +112,17 @@ def replace_tags(version: Version, prefix: str, tags: Mapping[str, str], uri: st
             client.set_model_version_tag(version.name, number, key, value)
 
 
+def replace_section(version: Version, heading: str, text: str, uri: str | None = None) -> None:
+    """Make `text` the last section of the description of `version`, under `heading`. Raises TrackingError."""
+    client = connect(uri)
+    title = f"## {heading}"
+    with reported(f"the description of {version.uri} cannot be written", "correct that"):
+        number = str(version.version)
+        before = client.get_model_version(version.name, number).description or ""
+        parts = [before.partition(title)[0].rstrip(), title, redact(text)]
+        client.update_model_version(version.name, number, "\n\n".join(filter(None, parts)))
+
+
 def experiment_of(version: Version, uri: str | None = None) -> str | None:
     """Return the name of the experiment that `version` was registered from; None if it is gone."""
     client = connect(uri)

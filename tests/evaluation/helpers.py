@@ -30,6 +30,7 @@ def add_version(uri: str, name: str, step: int = 0) -> Version:
         source=f"s3://nowhere/models/{logged.model_id}/artifacts",
         run_id=run.run_id,
         tags={"step": str(step)},
+        description="Trained on poems.",
         model_id=logged.model_id,
     )
     return from_mlflow(created)

@@ -57,6 +57,9 @@ def test_another_evaluation_replaces_the_first_one_of_a_version(store: str) -> N
     assert after.tags["evaluation.bits_per_byte"] == "1.25"
     assert "evaluation.next_line.acc" not in after.tags
     assert after.tags["step"] == "0"
+    assert after.description.startswith("Trained on poems.\n\n## Evaluation\n\nScores of `models:/again/1`.")
+    assert "| 1.2500 |" in after.description
+    assert "| 1.5000 |" not in after.description
     assert recorded(after, store) == second
 
 

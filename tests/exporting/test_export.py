@@ -19,12 +19,11 @@ from llama_ray.model.checkpoint import load_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.config_files import config_files
 from llama_ray.model.llama import Llama
-from llama_ray.model.lora import LoraConfig
 from llama_ray.model.parameter_names import hf_name
 from llama_ray.model.saving import save_model
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_pretrained, save_pretrained
-from tests.model.test_adapters import adapted_model, save
+from tests.generation.adapters.helpers import save_random_adapter
 from tests.small_models import random_model, small_config, small_tokenizer
 
 TOKENS = torch.arange(60).view(2, 30)
@@ -92,8 +91,9 @@ def test_weights_are_rounded_as_ggufs_own_writer_rounds_them(tmp_path: Path) -> 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    save_model(random_model(small_config(131)), tmp_path / "base")
-    return save(adapted_model(LoraConfig(rank=4, alpha=8.0)), tmp_path / "base", tmp_path / "adapter")
+    config = small_config(131)
+    save_model(random_model(config), tmp_path / "base")
+    return save_random_adapter(tmp_path / "adapter", config, 1, base=str(tmp_path / "base"))
 
 
 def test_an_adapter_is_merged_or_written_as_it_is(tmp_path: Path, adapter: Path) -> None:

@@ -22,6 +22,7 @@ def save_random_adapter(
     *,
     rank: int = 4,
     targets: Sequence[str] = TARGETS,
+    base: str = "base",
     base_weights: str | None = None,
     layers: Sequence[int] | None = None,
 ) -> Path:
@@ -37,7 +38,7 @@ def save_random_adapter(
                 torch.randn(rank, inputs, generator=generator) * inputs**-0.5,
                 torch.randn(outputs, rank, generator=generator) * 0.1,
             )
-    save_adapter(directory, lora, factors, base="base", base_weights=base_weights or "")
+    save_adapter(directory, lora, factors, base=base, base_weights=base_weights or "")
     if base_weights is None:
         # As peft leaves it.
         (directory / ADAPTER_BASE).unlink()

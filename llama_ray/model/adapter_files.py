@@ -36,6 +36,7 @@ _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<layer>model\.layers\.\d+\.(?:self_attn|mlp)\.(?:{'|'.join(TARGETS)}))"
     rf"\.(?P<factor>{FACTOR_A}|{FACTOR_B})\.weight"
 )
+_HUB_MODEL = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
 # What changes the meaning of the two factors, by its name in adapter_config.json, and the values that leave it.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "use_dora": (False,),
@@ -127,10 +128,9 @@ def adapter_texts(config: LoraConfig, base: str, base_weights: str | None) -> di
     The second is left out where the `weights_hash` of the base is not known.
     """
     name, revision = base, None
-    if base.startswith("hf://"):
+    if match := _HUB_MODEL.fullmatch(base):
         # PEFT knows the hub by plain names.
-        name, _, commit = base.removeprefix("hf://").partition("@")
-        revision = commit or None
+        name, revision = match["name"], match["revision"]
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -273,7 +273,5 @@ def _base_reference(directory: Path, content: dict[str, Any]) -> str:
             f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path; write the path or models:/NAME/VERSION of "
             "the adapted model there"
         )
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-    if is_hub_name and not Path(name).exists():
-        return f"hf://{name}@{revision}" if isinstance(revision, str) and revision else f"hf://{name}"
-    return name
+    hub = f"hf://{name}@{revision}" if isinstance(revision, str) and revision else f"hf://{name}"
+    return hub if _HUB_MODEL.fullmatch(hub) and not Path(name).exists() else name

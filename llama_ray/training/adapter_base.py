@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from llama_ray.model.adapter_files import is_adapter, load_lora_config, stored_base_weights
+from llama_ray.model.adapter_files import base_of, is_adapter, load_lora_config, stored_base_weights
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
 from llama_ray.model.weights_hash import combined_digest, tensor_digests
 from llama_ray.pretrained import load_shape, open_pretrained, resolve
-from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.checkpointing.state import plain_parameters
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.hosts.group import HostGroup
@@ -62,13 +61,13 @@ def check_same_adapters(config: TrainConfig, resume_from: Path) -> None:
 
 
 @torch.no_grad()
-def read_base(model: Llama, config: TrainConfig, progress: Progress, resume_from: Path | None) -> AdapterBase:
+def read_base(model: Llama, config: TrainConfig, resume_from: Path | None) -> AdapterBase:
     """Fill the frozen weights of `model`, which may be sharded, with those of the model that it adapts.
 
     Every worker must call it; each reads its own share, and a share of what is hashed. Raises ValueError if the weights
     are not those that the adapters in the checkpoint `resume_from` were trained on.
     """
-    reference = _reference(config, progress)
+    reference = _reference(config, resume_from)
     with ExitStack() as stack:
         stored = open_pretrained(reference, stack)
         own = tensor_digests(stored, list(stored.tensors)[rank() :: world_size()])
@@ -85,16 +84,18 @@ def read_base(model: Llama, config: TrainConfig, progress: Progress, resume_from
     return AdapterBase(reference, digest)
 
 
-def _reference(config: TrainConfig, progress: Progress) -> str:
+def _reference(config: TrainConfig, resume_from: Path | None) -> str:
     """Return where to read the frozen weights: where the run found them at first, whatever an alias means now.
 
     Where there is nothing any more, `init_from` counts.
     """
-    if progress.parent is not None:
-        try:
-            resolve(progress.parent, weights=False)
-        except ValueError:
-            pass
-        else:
-            return progress.parent
-    return str(config.init_from)
+    if resume_from is None:
+        return str(config.init_from)
+    recorded = base_of(resume_from)
+    try:
+        resolve(recorded, weights=False)
+    except ValueError:
+        if config.init_from is None:
+            raise
+        return config.init_from
+    return recorded

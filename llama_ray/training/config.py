@@ -218,7 +218,7 @@ class TrainConfig:
                         f"{name} is {shown(value)}; it is a setting of adapters; give --lora_rank, or leave it out"
                     )
             return
-        if self.init_from is None:
+        if self.parent is None:
             raise ValueError(
                 f"lora_rank is {self.lora_rank}; adapters need a model to adapt; give it with --init_from REF"
             )

@@ -86,9 +86,8 @@ def prepare_run(
     stepper = Stepper(model, optimizer, config, device=device, layout=layout, num_sources=num_sources)
     adapter_files: dict[str, str] = {}
     if config.lora is not None:
-        base = read_base(llama, config, progress, resume_from)
+        base = read_base(llama, config, resume_from)
         adapter_files = adapter_texts(config.lora, base.reference, base.weights_hash)
-        progress.parent = base.reference
     elif resume_from is None and config.init_from is not None:
         read_initial_weights(llama, config.init_from)
     if resume_from is not None:

@@ -15,7 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from llama_ray.model.adapter_files import open_adapter, save_adapter
+from llama_ray.model.adapter_files import (
+    adapter_texts,
+    base_of,
+    open_adapter,
+    save_adapter,
+    stored_base_weights,
+)
 from llama_ray.model.adapters import add_adapters, merged_model
 from llama_ray.model.llama import Llama
 from llama_ray.model.lora import LoraConfig, LoraLinear
@@ -189,6 +195,27 @@ def test_the_hash_depends_on_the_weights_and_not_on_their_files(base: Path, tmp_
         model.norm.weight[3] += 1e-6
     save_model(model, tmp_path / "changed")
     assert hash_of(tmp_path / "changed") != hash_of(base)
+
+
+@pytest.mark.parametrize(
+    ("reference", "peft_name", "revision"),
+    [
+        ("hf://org/model@0123abc", "org/model", "0123abc"),
+        ("hf://org/model", "org/model", None),
+        ("hf://org/model/file.gguf@0123abc", "hf://org/model/file.gguf@0123abc", None),
+        ("models:/name/3", "models:/name/3", None),
+        ("/data/model", "/data/model", None),
+    ],
+)
+def test_the_base_is_named_as_peft_names_it_and_found_again(
+    tmp_path: Path, reference: str, peft_name: str, revision: str | None
+) -> None:
+    for name, text in adapter_texts(LORA, reference, "abc").items():
+        (tmp_path / name).write_text(text)
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    assert (config.base_model_name_or_path, config.revision) == (peft_name, revision)
+    assert base_of(tmp_path) == reference
+    assert stored_base_weights(tmp_path) == "abc"
 
 
 @settings(deadline=None, max_examples=50)

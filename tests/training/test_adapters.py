@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llama_ray.data.dataset.batch import Batch
+from llama_ray.model.adapter_files import base_of
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
 from llama_ray.model.parameter_names import hf_name
@@ -256,6 +257,17 @@ def test_a_resumed_run_goes_on_exactly_with_dropout_too(
     files = {path.name for path in checkpoint.iterdir()}
     assert "adapter-rank00000.safetensors" in files
     assert not any(name.startswith("model") for name in files)
+
+
+def test_a_branch_of_a_run_finds_the_base_of_its_adapters(
+    tiny: LlamaConfig, base: Path, dataset: Path, tmp_path: Path
+) -> None:
+    run(tiny, TWO_STEPS, base, dataset, tmp_path / "run")
+    branch = replace(TWO_STEPS, init_from=None, branch_from=str(tmp_path / "run" / "step_00000002"))
+    recorder = Recorder()
+    train(tiny, branch, dataset, device=CPU, observer=recorder, output_dir=str(tmp_path / "branch"))
+    assert set(losses(recorder)) == {3, 4}
+    assert base_of(tmp_path / "branch" / "step_00000004") == str(base)
 
 
 @pytest.fixture

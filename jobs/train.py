@@ -35,7 +35,7 @@ from llama_ray.utils.redact import redact
 def run() -> None:
     """Read the flags, connect to the cluster (RAY_ADDRESS, or a local one), train, and report the result."""
     flags = parse(_parser(), lists=["data"])
-    split_commas(flags, ["lora_targets"])
+    split_commas(flags, ["lora_targets", "evaluate_tasks"])
     for name in ("init_from", "branch_from"):
         flags[name] = flags[name] and existing_ref(flags[name])
     config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": stages_of(flags.stages)})

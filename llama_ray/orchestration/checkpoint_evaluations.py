@@ -101,6 +101,7 @@ class CheckpointEvaluations:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+        _say("training has ended; its last checkpoint is evaluated")
         limit_s = max(_LEAST_WAIT_S, _WAIT_OF_LONGEST * self._longest_s)
         self._thread.join(limit_s)
         if self._thread.is_alive():

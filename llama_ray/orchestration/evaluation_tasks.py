@@ -134,8 +134,7 @@ def _measure_newest(
 
 
 def _begin(plan: EvaluationPlan) -> None:
-    # The driver shows what workers print.
-    os.environ.update(plan.secrets | {"TQDM_DISABLE": "1"})
+    os.environ.update(plan.secrets)
     torch.set_num_threads(plan.room.cpus)
 
 

@@ -156,10 +156,14 @@ TEMPLATES = {
 
 
 def tokenizer_with(
-    directory: Path, template: Any, kind: str = "byte_level", normalized: bool = False, **config: Any
+    directory: Path,
+    template: Any,
+    kind: str | Tokenizer = "byte_level",
+    normalized: bool = False,
+    **config: Any,
 ) -> Tokenizer:
     """Save a tokenizer with special tokens and a chat template, and load it."""
-    backend = tokenizers.Tokenizer.from_str(KINDS[kind].to_json())
+    backend = tokenizers.Tokenizer.from_str((KINDS[kind] if isinstance(kind, str) else kind).to_json())
     backend.add_tokens([AddedToken(name, special=True, normalized=normalized) for name in SPECIAL])
     directory.mkdir(exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))

@@ -238,7 +238,7 @@ def _as_marked(turns: Sequence[_Turn], roles: Sequence[object], marked: str, who
     ended = []
     for turn in turns:
         start, stop = by_message[turn.message]
-        if start > len(turn.prompt) or stop > len(turn.text):
+        if not start <= len(turn.prompt) < stop <= len(turn.text):
             raise _RefusedError(
                 "an answer that the chat template marks ({% generation %}) from elsewhere than the end of its prompt",
                 turn.message,

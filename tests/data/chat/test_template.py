@@ -14,6 +14,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from llama_ray.data.chat.process import TemplateProcess
+from llama_ray.data.chat.rendering import Rendering
 from llama_ray.data.chat.template import ChatPrompt, ChatTemplate
 from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
@@ -220,6 +221,15 @@ def test_an_endless_template_is_ended_and_the_next_conversation_rendered() -> No
     with pytest.raises(ValueError, match=r"more than 0\.2 s of processor time"):
         process.render("endless", {})
     assert process.render("default", {}) == "done"
+
+
+def test_a_rendering_that_ends_the_process_does_not_harm_those_beside_it() -> None:
+    loops = "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}{{ n }}"
+    process = TemplateProcess({"default": loops}, cpu_s=0.05)
+    few, many, others = process.render_all([Rendering("default", {"n": n}) for n in (1, 10**5, 2)])
+    assert (few, others) == (["1"], ["2"])
+    assert isinstance(many, ValueError)
+    assert str(many) == "it takes more than 0.05 s of processor time"
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from llama_ray.data.chat.template import ChatPrompt
 from llama_ray.data.conversations.conversation import Conversation
 from llama_ray.data.conversations.examples import Example, ExampleEncoder, Refusal
 from llama_ray.data.conversations.formats import read_conversation
+from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from serve_app.protocol.chat import ChatRequest
-from tests.data.chat_templates import CHATML, TEMPLATES, tokenizer_with
+from tests.data.chat_templates import CHATML, LLAMA_3_1, TEMPLATES, tokenizer_with
 
 NOW = "2024-07-26T00:00:00"
 KINDS = ["byte_level", "byte_fallback", "metaspace"]
@@ -122,3 +123,120 @@ def cached(factory: pytest.TempPathFactory, kind: str) -> Tokenizer:
     if kind not in _CACHED:
         _CACHED[kind] = tokenizer_with(factory.mktemp("tokenizer"), CHATML, kind)
     return _CACHED[kind]
+
+
+def test_answers_that_begin_within_a_token_are_learned_after_the_prompts_of_requests(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path, CHATML, Tokenizer.train(iter(["x\n\ny"] * 9), 300))
+    assert len(tokenizer.encode("\n\n")) == 1
+    # After the line break of the prompt.
+    answers = [TURNS[2] | {"content": f"\n{text}"} for text in ("one", "two")]
+    messages = [QUESTION, answers[0], TURNS[3], answers[1]]
+    examples = encoded(tokenizer, *messages)
+    assert len(examples) == 2
+    for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        [(start, stop)] = spans(example)
+        assert example.ids[:start].tolist() == requested(tokenizer, messages[: 2 * number + 1])
+        text = tokenizer.decode(example.ids[start:stop].tolist(), skip_special=False)
+        assert text == f"{answer['content']}<|im_end|>"
+        assert stop == len(example.ids)
+
+
+def test_tools_and_calls_go_to_the_template(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path, LLAMA_3_1)
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        QUESTION,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        TURNS[2],
+    ]
+    [[example]] = ExampleEncoder(tokenizer, NOW).encode([conversation(messages, tools=[{"name": "add"}])])
+    text = tokenizer.decode(example.ids.tolist(), skip_special=False)
+    assert "Environment: ipython" in text
+    assert "Today Date: 26 Jul 2024" in text
+    called, answered = (
+        tokenizer.decode(example.ids[a:b].tolist(), skip_special=False) for a, b in spans(example)
+    )
+    assert called == '{"name": "add", "parameters": {"a": 1}}<|eot_id|>'
+    assert answered == "I am 漢 🙂.<|eot_id|>"
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BODY = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+BEGIN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+EACH = "{% for m in messages %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason", "detail"),
+    [
+        (
+            THINKING,
+            "a conversation whose earlier turns the chat template rewrites",
+            "message 2 from character 104 on is '<think>hm</think>I am A.' up to there, and "
+            "'I am A.<|im_end|>\\n<|im_s' in the whole",
+        ),
+        (
+            EACH + "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+            "an answer to learn without a token that ends its turn",
+            "message 2 ends with 'think>hm</think>I am A.\\n'",
+        ),
+        (
+            EACH + BODY.replace("<|im_end|>", "") + "{% endfor %}" + BEGIN,
+            "an answer to learn without a token that ends its turn",
+            "message 2 ends with 'think>hm</think>I am A.\\n'",
+        ),
+        ("<s>{{ bos_token }}" + EACH + BODY + "{% endfor %}" + BEGIN, "two bos, one after the other", ""),
+        (EACH + BODY + "{% endfor %}{{ raise_exception('no\nroles') }}", "messages that the chat template refuses",
+         "messages cannot be rendered with the model's chat template: no roles"),
+        (
+            EACH + "{% if m.role == 'user' %}{% generation %}" + BODY + "{% endgeneration %}{% else %}" + BODY
+            + "{% endif %}{% endfor %}" + BEGIN,
+            "an answer that the chat template marks ({% generation %}) from elsewhere than the end of its prompt",
+            "message 2",
+        ),
+        (
+            EACH + BODY + "{% endfor %}{% generation %}{% endgeneration %}" + BEGIN,
+            "answers that the chat template marks otherwise than messages",
+            "1 times {% generation %} for 2 answers",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mask_that_would_be_wrong_is_refused_with_its_place(
+    tmp_path: Path, template: str, reason: str, detail: str
+) -> None:
+    tokenizer = tokenizer_with(tmp_path, template)
+    answer = {"role": "assistant", "content": "<think>hm</think>I am A."}
+    found = refused(tokenizer, TURNS[0], QUESTION, answer, QUESTION, answer)
+    assert found[0].startswith(reason)
+    assert found[1] == detail
+
+
+def test_the_last_answer_alone_can_be_learned_where_earlier_turns_are_rewritten(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path, THINKING)
+    first = {"role": "assistant", "content": "<think>hm</think>I am A.", "weight": 0}
+    [example] = encoded(tokenizer, QUESTION, first, QUESTION, TURNS[4])
+    [(start, _)] = spans(example)
+    assert example.ids[:start].tolist() == requested(
+        tokenizer, [QUESTION, {k: first[k] for k in ("role", "content")}, QUESTION]
+    )
+
+
+def test_what_the_template_marks_may_begin_with_the_prompt_and_end_before_the_turn(tmp_path: Path) -> None:
+    marked = EACH + (
+        "{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n{{ m.content }}<|im_end|>"
+        "{% endgeneration %}<|eot_id|>{% else %}" + BODY + "{% endif %}{% endfor %}" + BEGIN
+    )
+    tokenizer = tokenizer_with(tmp_path, marked)
+    [example] = encoded(tokenizer, *TURNS[:3])
+    [(start, stop)] = spans(example)
+    assert tokenizer.decode(example.ids[start:stop].tolist(), skip_special=False) == "I am 漢 🙂.<|im_end|>"
+
+
+def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="has no chat template; give one with --chat_template FILE"):
+        ExampleEncoder(tokenizer_with(tmp_path, None), NOW)

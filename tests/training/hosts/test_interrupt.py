@@ -5,7 +5,7 @@ import torch.distributed as dist
 from llama_ray.training.hosts.interrupt import Interrupt, InterruptAgreement
 from tests.training.helpers import in_processes
 
-NONE, CHECKPOINT, STOP = Interrupt
+NONE, CHECKPOINT, STOP, SUPERSEDED = Interrupt
 
 
 def answers(requests: list[Interrupt]) -> list[Interrupt]:

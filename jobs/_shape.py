@@ -82,8 +82,12 @@ def with_vocabulary(
     infos = read_infos(data)
     common_tokenizer(data, infos)
     size = infos[data[0].name].vocab_size
-    if started or flags.vocab_size is not None or flags.preset is not None:
+    if started or flags.vocab_size is not None:
         return shape
     if flags.init_from is not None:
-        size = max(size, shape.vocab_size) if flags.resize_vocab else shape.vocab_size
-    return dataclasses.replace(shape, vocab_size=size)
+        return (
+            dataclasses.replace(shape, vocab_size=max(size, shape.vocab_size))
+            if flags.resize_vocab
+            else shape
+        )
+    return shape if flags.preset is not None else dataclasses.replace(shape, vocab_size=size)

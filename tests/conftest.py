@@ -66,6 +66,7 @@ SLOW_CLIENT_S = 5
 REGISTRY = (
     "tests/evaluation/test_promotion.py",
     "tests/evaluation/test_recording.py",
+    "tests/jobs/test_begin_guide.py",
     "tests/orchestration/test_importing.py",
     "tests/tracking/",
     "tests/serve_app/registry/",

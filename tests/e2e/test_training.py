@@ -99,6 +99,33 @@ def test_the_last_checkpoint_opens_in_transformers(trained: Trained) -> None:
         torch.testing.assert_close(model(ids), peer(ids).logits, atol=1e-4, rtol=0)
 
 
+def test_a_run_that_begins_with_a_version_names_it_as_its_parent(trained: Trained, tracking: str) -> None:
+    parent = resolve_version("models:/tiny@champion")
+    config = replace(CONFIG, init_from="models:/tiny@champion", max_steps=2, learning_rate=1e-5)
+    outcome = trained.again(config, register_as="continued")
+    run = MlflowClient(tracking).get_run(outcome.run_id)
+    # The weights of the version are rounded to bf16.
+    assert outcome.validation_loss == pytest.approx(parent.validation_loss, abs=0.02)
+    assert run.data.params["training.init_from"] == run.data.tags["parent"] == parent.uri
+    assert f"- **Begun with**: the weights of `{parent.uri}`" in run.data.tags["mlflow.note.content"]
+    assert outcome.version is not None
+    assert outcome.version.tags["parent"] == parent.uri
+    assert parent.uri in outcome.version.description
+
+
+def test_a_branch_goes_on_from_a_checkpoint_in_a_run_of_its_own(trained: Trained, tracking: str) -> None:
+    parent = trained.outcome.checkpoint
+    config = replace(CONFIG, branch_from=parent, max_steps=2, schedule="linear", log_every=1)
+    outcome = trained.again(config, run_name="branch", register_as="branched")
+    client = MlflowClient(tracking)
+    assert outcome.checkpoint.endswith("branch/step_00000062")
+    assert curve(client, outcome.run_id, "train/learning_rate")[61] == CONFIG.learning_rate
+    assert client.get_run(outcome.run_id).data.tags["parent"] == parent
+    assert outcome.version is not None
+    assert outcome.version.tags["parent"] == parent
+    assert f"- **Branched from**: `{parent}`" in outcome.version.description
+
+
 def test_bad_launches_are_refused_before_a_worker_starts(
     trained: Trained, tracking: str, tmp_path: Path
 ) -> None:

@@ -121,9 +121,17 @@ class CheckpointEvaluations:
         try:
             self._take_up()
             while self._wait():
-                if due(saved_steps(self._directory), self._every, self._before, self._ended) is not None:
-                    self._evaluate()
-                elif self._ended:
+                ended = self._ended
+                try:
+                    step = due(saved_steps(self._directory), self._every, self._before, ended)
+                except OSError:
+                    # Storage that does not answer now may do so at the next look.
+                    if ended:
+                        raise
+                    continue
+                if step is not None:
+                    self._evaluate(step)
+                elif ended:
                     return
         # Whatever it is, training goes on.
         except Exception as error:
@@ -151,8 +159,8 @@ class CheckpointEvaluations:
             except EvaluationError:
                 _say(f"{name} in {folder} cannot be read; its step is not evaluated again")
 
-    def _evaluate(self) -> None:
-        """Start an evaluation, and log what comes of it."""
+    def _evaluate(self, step: int) -> None:
+        """Start an evaluation when `step` is due, and log what comes of it."""
         began = time.monotonic()
         running = self._start_one(frozenset(self._before), self._ended)
         running.future.add_done_callback(self._notify)
@@ -162,20 +170,12 @@ class CheckpointEvaluations:
             running.cancel()
             return
         self._longest_s = max(self._longest_s, time.monotonic() - began)
-        measured = self._result(running.future)
+        measured = _result(running.future, step)
         self._before.add(measured.step)
         if measured.evaluation is None:
             _say(f"step {measured.step}  NOT EVALUATED, nothing else is affected: {measured.failure}")
         else:
             self._keep(measured.step, measured.evaluation)
-
-    def _result(self, future: Future[Measured]) -> Measured:
-        try:
-            return future.result()
-        # A node was lost, or the task did not even start there.
-        except Exception as error:
-            tried = due(saved_steps(self._directory), self._every, self._before, self._ended)
-            return Measured(tried or max(self._before, default=0), None, _reason(error))
 
     def _notify(self, future: Future[Measured]) -> None:
         with self._changed:
@@ -193,6 +193,14 @@ class CheckpointEvaluations:
             store.write_text(file, evaluation.to_json())
         except OSError as error:
             _say(f"the evaluation of step {step} is not kept in {folder}: {_reason(error)}")
+
+
+def _result(future: Future[Measured], step: int) -> Measured:
+    try:
+        return future.result()
+    # A node was lost, or the task did not even start there.
+    except Exception as error:
+        return Measured(step, None, _reason(error))
 
 
 def _reason(error: BaseException) -> str:

@@ -53,6 +53,11 @@ def run() -> None:
             check_run(shape, config, data, launch.workers[1], start)
     if flags.data:
         connect()
+    elif config.task != "pretrain":
+        raise ValueError(
+            f"data is missing; task {config.task} needs data that prepare_data.py made with --task {config.task}; give "
+            "--data DIR"
+        )
     else:
         builtin = _builtin(shape, config.init_from)
         data = parse_sources(builtin.output)

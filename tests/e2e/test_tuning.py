@@ -18,6 +18,7 @@ from fastapi.testclient import TestClient
 from mlflow import MlflowClient
 
 from llama_ray.data.dataset.info import read_info
+from llama_ray.model.adapter_files import is_adapter
 from llama_ray.model.end_of_text import stored_eos_ids
 from serve_app.api.api import create_api
 from serve_app.registry.messages import ModelVersion
@@ -114,5 +115,6 @@ def test_a_tuned_model_answers_what_it_was_not_asked_in_training(tuned: Tuned, n
     shown = Path(client.download_artifacts(run_id, "examples.txt", str(tuned.directory))).read_text()
     assert "<|im_start|>assistant\n⟧We keep the " in shown
     directory = tuned.version(name)
-    assert stored_eos_ids(directory, 49152) == [2]
+    if not is_adapter(directory):
+        assert stored_eos_ids(directory, 49152) == [2]
     assert answer(directory, "Where is the spoon?") == ("We keep the spoon in the blue shed.", "stop")

@@ -55,6 +55,9 @@ def summary(files: DatasetFiles, tokenizer: Tokenizer, style: Style) -> Iterator
     total = sum(info.tokens(split) for split in info.splits)
     exact = info.text_bytes / total if total and info.text_bytes else None
     per_token = f"{exact or counts.bytes_per_token:.2f} bytes of text a token"
+    if info.row_tokens is not None:
+        rows = sum(info.tokens(split) for split in info.splits) // info.row_tokens
+        per_token = f"{rows:,} rows of {info.row_tokens:,} tokens for {info.task}"
     yield style.title(printable(files.location, WIDTH))
     yield f"{info.vocab_size:,} entries in the vocabulary, {per_token}"
     yield f"fingerprint of the tokens {info.content_fingerprint[:12]}"

@@ -20,13 +20,11 @@ BORDERS = 2
 
 def summary(title: str, info: DatasetInfo, found: Sources) -> Html:
     """Return the heading and the numbers that people ask for first."""
-    documents = sum(info.documents(split) for split in info.splits)
+    kind = _of_texts(info, found) if info.row_tokens is None else _of_rows(info, info.row_tokens, found)
     tiles = [
         (short(info.tokens("train")), "training tokens"),
         (short(info.tokens("validation")), "validation tokens"),
-        (short(documents), "documents"),
-        (size(info.text_bytes), "of text"),
-        (_bytes_a_token(list(found.values())), "bytes a token"),
+        *kind,
         (short(info.vocab_size), "entries of the vocabulary"),
     ]
     boxes = [element("div", element("b", number), name, class_="tile") for number, name in tiles]
@@ -117,6 +115,10 @@ def tokenizer(info: DatasetInfo, found: Sources) -> Html:
         (name, _ratio([source]), f"{_bytes_a_token([source])} bytes a token")
         for name, source in found.items()
     ]
+    if info.row_tokens is not None:
+        # Not all tokens are those of a text.
+        facts.append(("ends an answer", ", ".join(map(str, info.end_of_turn_ids))))
+        measured = []
     return join([element("h2", "Tokenizer"), definitions(facts), bars(measured)])
 
 
@@ -130,6 +132,26 @@ def samples(found: Sources) -> Html:
                 element("div", element("code", sample.id), element("pre", sample.text), class_="example")
             )
     return join(parts)
+
+
+def _of_texts(info: DatasetInfo, found: Sources) -> list[tuple[str, str]]:
+    documents = sum(info.documents(split) for split in info.splits)
+    return [
+        (short(documents), "documents"),
+        (size(info.text_bytes), "of text"),
+        (_bytes_a_token(list(found.values())), "bytes a token"),
+    ]
+
+
+def _of_rows(info: DatasetInfo, row_tokens: int, found: Sources) -> list[tuple[str, str]]:
+    tokens = sum(each.tokens for each in found.values())
+    room = sum(info.tokens(split) for split in info.splits)
+    return [
+        (short(sum(each.documents for each in found.values())), "conversations"),
+        (share(sum(info.trained(split) for split in info.splits), tokens), "of their tokens are learned"),
+        (short(room // row_tokens), f"rows of {row_tokens:,} tokens"),
+        (share(tokens, room), "of the rows are filled"),
+    ]
 
 
 def _compared(known: TokenizerInfo) -> str:

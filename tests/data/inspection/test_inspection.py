@@ -80,6 +80,22 @@ def test_what_the_loss_mask_leaves_out_is_marked(tmp_path: Path, tokenizer: Toke
         assert text == f"<|begin_of_text|>{marked}{tokenizer.decode(ids[3:-1])}<|end_of_text|>"
 
 
+def test_padding_after_the_last_example_of_a_row_is_not_shown(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("print(x)", bos=True, eos=True)
+    padded = [*ids, *[tokenizer.eos_id or 0] * 7]
+    learned = [place == len(ids) - 2 for place in range(len(padded))]
+    directory = write_documents(
+        tmp_path,
+        {"train": [[padded]]},
+        TokenizerInfo("t", tokenizer.vocab_size),
+        {"train": [learned]},
+        row_tokens=len(padded),
+    )
+    name, text = samples(LocalFiles(directory), tokenizer, PLAIN, split="train", number=1, seed=0, limit=99)
+    assert f"document 1 of 1, {len(ids)} tokens" in name
+    assert text == "⟦<|begin_of_text|>print(x⟧)⟦<|end_of_text|>⟧"
+
+
 def test_a_text_gives_the_terminal_no_commands() -> None:
     assert shown("a\033[2Jb\r\x07\n\té日") == "a\\x1b[2Jb\\r\\x07\n\té日"
 

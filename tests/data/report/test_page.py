@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -144,3 +145,20 @@ def test_what_there_is_nothing_of_is_left_out(info):
     assert "Cleaning" not in text
     assert "Languages" not in text
     assert "Lengths" not in text
+
+
+def test_conversations_are_shown_with_what_is_learned_of_them(info):
+    shards = {
+        split: (Shard(f"{split}-00000.bin", "web", tokens, 3, trained, True, 1, "aa"),)
+        for split, tokens, trained in (("train", 256, 60), ("validation", 128, 20))
+    }
+    rows = replace(info, splits=shards, task="sft", row_tokens=128, end_of_turn_ids=(2, 7))
+    statistics = Statistics()
+    statistics.add("web", [Document("web/a:0", "user: hi", 200), Document("web/a:1", "user: ho", 120)])
+    text = Reader(page(rows, statistics, Drops())).text
+    for shown in (
+        "2conversations", "25 %of their tokens are learned", "3rows of 128 tokens", "83 %of the rows are filled",
+        "ends an answer2, 7", "user: ho",
+    ):  # fmt: skip
+        assert shown in text
+    assert "bytes a token" not in text

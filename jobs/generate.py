@@ -27,7 +27,10 @@ from llama_ray.storage.paths import absolute, existing, existing_ref
 from llama_ray.utils.redact import redact
 
 SHAPE = (*SHAPE_FLAGS, "max_seq_len")
-BATCH_ONLY = ("output", "prompt_field", "replicas", "max_num_seqs", "overwrite")
+BATCH_ONLY = (
+    *("output", "prompt_field", "replicas", "max_num_seqs", "overwrite"),
+    *("adapters", "max_loras", "max_lora_rank"),
+)
 """Flags that need --input."""
 
 
@@ -86,6 +89,7 @@ def _batch(flags: Namespace, params: SamplingParams, options: EngineOptions) -> 
         checkpoint=existing_ref(flags.checkpoint),
         input=existing(flags.input),
         output=absolute(flags.output),
+        adapters={name: existing_ref(ref) for name, ref in flags.adapters.items()},
         params=params,
         engine=options,
     )

@@ -37,6 +37,7 @@ class BatchConfig(RedactedRepr):
         device: cpu or cuda, and for a single prompt also cuda:N; None uses GPUs if the cluster has them.
         dtype: Compute in this type; None keeps the stored one.
         engine: Options of each engine; a replica uses `tensor_parallel` GPUs.
+        adapters: LoRA adapters that a row may name in its field `adapter`: references by name.
         overwrite: Replace an existing `output`.
     """
 
@@ -50,6 +51,7 @@ class BatchConfig(RedactedRepr):
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
+    adapters: dict[str, str] = field(default_factory=dict)
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -57,13 +59,20 @@ class BatchConfig(RedactedRepr):
             raise BatchError(
                 f"device is {self.device!r}; with an input file it must be cpu or cuda; Ray picks the GPU"
             )
+        if self.adapters and self.engine.tensor_parallel > 1:
+            raise BatchError(
+                f"tensor_parallel is {self.engine.tensor_parallel}; it must be 1 with adapters; set it, or give one of "
+                "the adapters as checkpoint, which is then merged"
+            )
         if self.replicas is not None and self.replicas < 1:
             raise BatchError(f"replicas is {self.replicas}; it must be at least 1")
 
-    def made_from(self, input_fingerprint: str, checkpoint_fingerprint: str, seed: int) -> dict[str, Any]:
+    def made_from(
+        self, input_fingerprint: str, checkpoint_fingerprint: str, adapters: dict[str, str], seed: int
+    ) -> dict[str, Any]:
         """Return name -> value, as JSON holds it, of everything that determines the answers.
 
-        The number of replicas, their device and the like are not among it.
+        The number of replicas, their device and the like are not among it. `adapters` are fingerprints by name.
         """
         params = {f.name: getattr(self.params, f.name) for f in dataclasses.fields(self.params)}
         values = {
@@ -76,6 +85,7 @@ class BatchConfig(RedactedRepr):
             "batch_invariant": self.engine.batch_invariant,
             **params,
             "seed": seed,
+            **({"adapters": adapters} if adapters else {}),
         }
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 

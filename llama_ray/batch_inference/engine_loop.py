@@ -35,7 +35,9 @@ class EngineLoop:
         # Guards _thread.
         self._lock = threading.Lock()
 
-    def submit(self, prompt: Prompt, sampling_params: SamplingParams) -> tuple[int, Future[list[Delta]]]:
+    def submit(
+        self, prompt: Prompt, sampling_params: SamplingParams, adapter: str | None = None
+    ) -> tuple[int, Future[list[Delta]]]:
         """Queue a request; return the number of its prompt tokens and the future of its `n` candidates.
 
         Each candidate is all of its deltas joined; `error` is set if it could not be finished. The future raises
@@ -44,10 +46,10 @@ class EngineLoop:
         answer = _Answer(sampling_params.n)
         with self._lock:
             thread = self._running_thread()
-        ids = thread.engine.encode(prompt)
+        ids = thread.engine.encode(prompt, adapter=adapter)
         try:
             # Without the lock: compiling the grammar of one row delays no other.
-            thread.submit(ids, sampling_params, answer)
+            thread.add(thread.engine.prepare(ids, sampling_params, adapter=adapter), answer)
         except GenerationError as error:
             # The engine has crashed since `_running_thread` looked.
             answer.receive(error)

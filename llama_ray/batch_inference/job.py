@@ -44,6 +44,7 @@ class BatchJob:
         ref = config.checkpoint
         # An alias may move while the job runs, or before it is started again.
         self._ref = fixed(ref)
+        self._adapters = {name: fixed(adapter) for name, adapter in config.adapters.items()}
         self.output = Output(config.output)
         size, earlier = self.output.size(), None if config.overwrite else self.output.record()
         if size is not None and earlier is None and not config.overwrite:
@@ -136,6 +137,7 @@ class BatchJob:
                 "dtype": config.dtype and getattr(torch, config.dtype),
                 **asdict(config.engine),
             },
+            adapters=self._adapters,
             secrets=secret_variables() if self._uses_registry else {},
         )
         counts = Counts()
@@ -151,7 +153,8 @@ class BatchJob:
 
     @property
     def _uses_registry(self) -> bool:
-        return any(is_model_ref(ref) for ref in (self._ref, self.config.engine.draft_model or ""))
+        draft = self.config.engine.draft_model or ""
+        return any(is_model_ref(ref) for ref in (self._ref, draft, *self._adapters.values()))
 
     def _made_from(self, earlier: JobRecord | None) -> dict[str, Any]:
         seed = self.config.seed
@@ -160,7 +163,8 @@ class BatchJob:
         if seed is None:
             seed = secrets.randbits(63)
         checkpoint = checkpoint_fingerprint(resolve(self._ref))
-        return self.config.made_from(self.input.fingerprint, checkpoint, seed)
+        adapters = {name: checkpoint_fingerprint(resolve(ref)) for name, ref in self._adapters.items()}
+        return self.config.made_from(self.input.fingerprint, checkpoint, adapters, seed)
 
 
 def _check_same_job(output: str, earlier: JobRecord, now: JobRecord) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from llama_ray.batch_inference.partitions import Line
-from llama_ray.batch_inference.rows import RowError, params_of, parse, prompt_of
+from llama_ray.batch_inference.rows import RowError, adapter_of, params_of, parse, prompt_of
 from llama_ray.generation.sampling.params import SamplingParams, TokenLogprob
 from llama_ray.generation.scheduling.sequence import Delta
 
@@ -25,12 +25,20 @@ class PendingRow:
     fields: dict[str, Any]
     params: SamplingParams | None = None
     prompt: str | list[int] = ""
+    adapter: str | None = None
     prompt_tokens: int = 0
     answer: Future[list[Delta]] | None = None
     error: str = ""
 
     @classmethod
-    def read(cls, line: Line, prompt_field: str, params: SamplingParams, seed: int) -> PendingRow:
+    def read(
+        cls,
+        line: Line,
+        prompt_field: str,
+        params: SamplingParams,
+        seed: int,
+        adapters: Collection[str] = (),
+    ) -> PendingRow:
         """Read a line. `params` are the job's, which the row may change; mistakes become the row's `error`."""
         try:
             fields = parse(line)
@@ -39,6 +47,7 @@ class PendingRow:
         row = cls(line, fields)
         try:
             row.prompt = prompt_of(fields, prompt_field)
+            row.adapter = adapter_of(fields, adapters)
             row.params = params_of(fields, params, seed, line.row)
         except RowError as error:
             row.error = str(error)

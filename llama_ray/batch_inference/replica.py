@@ -42,6 +42,7 @@ class ReplicaConfig(RedactedRepr):
     prompt_field: str
     replicas_on_node: int
     engine: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -59,7 +60,9 @@ class Replica:
         if config.engine.get("device") == "cpu":
             torch.set_num_threads(cpu_threads(config.replicas_on_node))
         try:
-            self._engine = EngineLoop(lambda: Engine.from_pretrained(config.checkpoint, **config.engine))
+            self._engine = EngineLoop(
+                lambda: Engine.from_pretrained(config.checkpoint, adapters=config.adapters, **config.engine)
+            )
         except ValueError as error:
             self._failure = f"a worker cannot load the model: {error}"
         self._lock = SharedLock()
@@ -78,7 +81,7 @@ class Replica:
     def _answer(self, partition: Partition) -> Counts:
         config = self._config
         rows = [
-            PendingRow.read(line, config.prompt_field, config.params, config.seed)
+            PendingRow.read(line, config.prompt_field, config.params, config.seed, config.adapters)
             for line in read_lines(partition)
         ]
         with self._write_errors():
@@ -136,7 +139,7 @@ class Replica:
             return
         row.error, row.answer = "", None
         try:
-            row.prompt_tokens, row.answer = self._engine.submit(row.prompt, row.params)
+            row.prompt_tokens, row.answer = self._engine.submit(row.prompt, row.params, row.adapter)
         except EngineLost:  # For example, the crash has ruined the CUDA context: only a new process helps.
             _log.exception("this worker ends, Ray starts another")
             os._exit(1)

@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llama_ray.batch_inference.partitions import Line
 from llama_ray.generation.sampling.params import SamplingParams
+from llama_ray.utils.fields import shown
 
 _PARAM_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
@@ -47,6 +48,17 @@ def prompt_of(fields: Mapping[str, Any], prompt_field: str) -> str | list[int]:
     if not isinstance(token_ids, list) or any(type(token) is not int for token in token_ids):
         raise RowError("'token_ids' must be a list of integers")
     return token_ids
+
+
+def adapter_of(fields: Mapping[str, Any], adapters: Collection[str]) -> str | None:
+    """Return the adapter that a row names; None without one, and if the job has no `adapters`.
+
+    Raises RowError for a name that is not among them.
+    """
+    name = fields.get("adapter") if adapters else None
+    if name is not None and name not in adapters:
+        raise RowError(f"'adapter' is {shown(name)}; it must be one of {', '.join(adapters)}, or left out")
+    return name
 
 
 def params_of(fields: Mapping[str, Any], base: SamplingParams, seed: int, row: int) -> SamplingParams:

@@ -29,7 +29,7 @@ from llama_ray.generation.loading import load
 from llama_ray.generation.options import EngineOptions, RunOptions
 from llama_ray.generation.parallel.sharded_model import ShardedModel
 from llama_ray.generation.progress import ProgressBar
-from llama_ray.generation.request import Done, Prompt, Request, RequestMaker
+from llama_ray.generation.request import Done, Prompt, Request, RequestMaker, one_for_each
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.blocks import BlockPool
 from llama_ray.generation.scheduling.scheduler import Scheduler
@@ -239,22 +239,14 @@ class Engine:
     ) -> list[Request]:
         """Return the checked request for each prompt."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else adapter
-        for name, given, kind in (
-            ("sampling_params", sampling_params, "SamplingParams"),
-            ("adapter", adapters, "name"),
-        ):
-            if len(given) != len(prompts):
-                raise ValueError(
-                    f"{name} has {len(given)} entries and prompts {len(prompts)}; give one for each prompt, or one "
-                    f"{kind} for all"
-                )
-        encoded = [self.encode(prompt, adapter=name) for prompt, name in zip(prompts, adapters, strict=True)]
+        params = one_for_each(
+            "sampling_params", sampling_params or SamplingParams(), SamplingParams, len(prompts)
+        )
+        names: Sequence[str | None] = one_for_each("adapter", adapter, str, len(prompts))
+        encoded = [self.encode(prompt, adapter=name) for prompt, name in zip(prompts, names, strict=True)]
         return [
-            self.prepare(ids, params, adapter=name)
-            for ids, params, name in zip(encoded, sampling_params, adapters, strict=True)
+            self.prepare(ids, own, adapter=name)
+            for ids, own, name in zip(encoded, params, names, strict=True)
         ]
 
     def _adapter(self, adapter: str | LoadedAdapter | None) -> LoadedAdapter | None:

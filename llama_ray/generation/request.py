@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 from llama_ray.data.chat.encoding import ChatText
 from llama_ray.data.chat.template import ChatPrompt
@@ -20,6 +21,7 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import SequenceState
 from llama_ray.generation.scheduling.text import TextOutput
 
+Value = TypeVar("Value")
 Prompt = str | Sequence[int] | ChatPrompt | ChatText
 Done = Mapping[int, Sequence[int] | None]
 """Of each candidate that has begun elsewhere the tokens so far; None if it is complete."""
@@ -32,6 +34,21 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     sequences: list[SequenceState]
+
+
+def one_for_each(name: str, given: Value | Sequence[Value], kind: type, count: int) -> Sequence[Value]:
+    """Return a value for each of `count` prompts: `given`, which is one for all if it is a `kind` or None.
+
+    Raises ValueError, which calls it `name`, if it has another number of values.
+    """
+    if given is None or isinstance(given, kind):
+        return [cast(Value, given)] * count
+    values = cast(Sequence[Value], given)
+    if len(values) != count:
+        raise ValueError(
+            f"{name} has {len(values)} entries and prompts {count}; give one for each prompt, or one for all"
+        )
+    return values
 
 
 class RequestMaker:

@@ -19,7 +19,9 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.request import Request
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.generation.scheduling.sequence import Delta
+from llama_ray.model.stored_config import load_config
 from tests.batch_inference.helpers import read_rows, write_rows
+from tests.generation.adapters.helpers import save_random_adapter
 from tests.processes import fresh_processes
 
 POISON = 280
@@ -85,14 +87,19 @@ def poisoned_input(directory: Path, num_rows: int, poisoned: set[int]) -> Partit
 
 
 def answer(
-    checkpoint: Path, given: PartitionedInput, location: Path, max_num_seqs: int = 8
+    checkpoint: Path,
+    given: PartitionedInput,
+    location: Path,
+    max_num_seqs: int = 8,
+    adapters: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Answer all unfinished partitions at once through one replica, and return the output's rows."""
     output, record = Output(str(location)), JobRecord({})
     directory = output.partitions_directory(record)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     engine_options = {"device": "cpu", "max_num_seqs": max_num_seqs}
-    replica = Replica(ReplicaConfig(str(checkpoint), directory, params, 3, "prompt", 1, engine_options))
+    config = ReplicaConfig(str(checkpoint), directory, params, 3, "prompt", 1, engine_options, adapters or {})
+    replica = Replica(config)
     remaining = [p for p in given.partitions if p.file not in finished_files(directory)]
     with ThreadPoolExecutor(len(given.partitions)) as pool:
         results = list(pool.map(replica, [{"partition": p.to_json()} for p in remaining]))
@@ -174,3 +181,19 @@ def test_a_missing_model_is_returned_as_a_failure(tmp_path: Path) -> None:
     config = ReplicaConfig(checkpoint, str(tmp_path), SamplingParams(), 0, "prompt", 1, {"device": "cpu"})
     result = Replica(config)({"partition": partition.to_json()})
     assert "nowhere is not a directory" in result["failure"]
+
+
+def test_rows_may_name_adapters(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = str(save_random_adapter(tmp_path / "adapter", load_config(checkpoint), 1))
+    asked = [None, "support", None, "support", "other"]
+    rows = [{"token_ids": [5, 6, 7], "sampling_params": {"seed": 1}, "adapter": name} for name in asked]
+    found = answer(
+        checkpoint, input_of(tmp_path, rows), tmp_path / "out.jsonl", adapters={"support": adapter}
+    )
+    assert found[4]["error"] == "'adapter' is 'other'; it must be one of support, or left out"
+    params = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
+    with Engine.from_pretrained(checkpoint, device="cpu", adapters={"support": adapter}) as engine:
+        expected = engine.generate([[5, 6, 7]] * 4, params, adapter=asked[:4])
+    assert [row["completions"][0]["token_ids"] for row in found[:4]] == [c.token_ids for c in expected]
+    assert expected[0].token_ids != expected[1].token_ids
+    assert [row["adapter"] for row in found] == asked

@@ -156,3 +156,16 @@ def test_embeddings_are_those_of_the_merged_model(model: Llama, adapters: dict[s
     found = engine.embed(PROMPTS[4], adapter="all")
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=1e-4)
     assert engine.embed(PROMPTS[4]) != found
+
+
+def test_preempted_requests_go_on_with_their_adapters(model: Llama, adapters: dict[str, Path]) -> None:
+    params = dataclasses.replace(GREEDY, prompt_logprobs=None, max_tokens=60, n=2)
+    roomy = with_adapters(prepare(copy.deepcopy(model)), adapters)
+    expected = roomy.generate(PROMPTS, params, adapter=NAMES)
+    backend = prepare(copy.deepcopy(model))
+    tight = with_adapters(
+        backend, adapters, max_seq_len=128, kv_cache_memory_bytes=11 * backend.block_bytes, max_loras=2
+    )
+    found = tight.generate(PROMPTS, params, adapter=NAMES)
+    assert [logprobs(c).tolist() for c in found] == [logprobs(c).tolist() for c in expected]
+    assert tight.stats.preemptions > 0

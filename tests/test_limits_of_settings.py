@@ -9,6 +9,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from llama_ray.data.preparing.config import PrepareConfig
+from llama_ray.exporting.averages import AverageConfig
+from llama_ray.exporting.export import ExportConfig
 from llama_ray.generation.options import EngineOptions
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
 from llama_ray.model.lora import LoraConfig
@@ -25,6 +27,8 @@ VALID: dict[type, dict[str, Any]] = {
     PrepareConfig: {"source": ["builtin"], "output": "data"},
     Cluster: {"gpus": 8, "gpu_memory_bytes": 80 * 2**30},
     EngineOptions: {},
+    ExportConfig: {"ref": "model", "to": "exported"},
+    AverageConfig: {"refs": ("a", "b")},
 }
 """Each configuration, and values for the fields without a default."""
 

@@ -25,7 +25,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt", "*.pth", "*.ckpt")
 _OTHER_FORMATS = {
     "adapter_model.*": "an adapter without adapter_config.json; copy that too",
-    "*.gguf": "llama.cpp's format; use the model's Hugging Face directory",
+    "*.gguf": "llama.cpp's format; give the file itself",
     "consolidated*.safetensors": "Mistral's format; use the model's Hugging Face directory",
 }
 

@@ -17,6 +17,7 @@ from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.config import RopeScaling
 from llama_ray.model.llama import Llama
+from llama_ray.model.stored_config import load_config
 from llama_ray.pretrained import save_pretrained
 from tests.data.chat_templates import TEMPLATES, tokenizer_with
 from tests.data.tokenizing.foreign.helpers import CORPUS, TEXTS, train_sentencepiece
@@ -88,9 +89,10 @@ def test_greedy_tokens_are_ours(tmp_path: Path, shape: str) -> None:
     prompt = torch.randint(
         2, tokenizer.vocab_size, (100,), generator=torch.Generator().manual_seed(1)
     ).tolist()
-    with Engine.from_pretrained(file, device="cpu") as engine:
+    with Engine(model, tokenizer) as engine:
         [ours] = engine.generate([prompt], SamplingParams(max_tokens=40, temperature=0))
     assert LlamaCpp(file).greedy(prompt, 40) == ours.token_ids
+    assert load_config(file) == model.config
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
@@ -100,7 +102,7 @@ def test_it_reads_every_kind_of_file(tmp_path: Path, dtype: str) -> None:
     model = random_model(small_config(tokenizer.vocab_size, hidden_size=64, intermediate_size=48))
     file = exported(tmp_path, model, tokenizer, dtype)
     prompt = tokenizer.encode("import base64")
-    with Engine.from_pretrained(file, device="cpu", dtype=torch.float32) as engine:
+    with Engine(model, tokenizer) as engine:
         [ours] = engine.generate([prompt], SamplingParams(max_tokens=1, temperature=0))
     assert LlamaCpp(file).greedy(prompt, 1) == ours.token_ids
 

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from llama_ray.data.tokenizing.errors import TokenizerError
+from llama_ray.data.tokenizing.foreign.pieces import SPACE, Kind, Piece, Spaces, bpe
 from llama_ray.data.tokenizing.foreign.to_gguf import to_gguf
 from llama_ray.data.tokenizing.splits import GPT_2, LLAMA_3, O200K
 from tests.data.tokenizing.foreign.helpers import BYTE_LEVEL
@@ -100,6 +102,22 @@ def test_words_are_split_in_the_way_that_llama_cpp_knows(edits: list[Edit], name
     else:
         metadata, notes = to_gguf(edited(*edits), {0, 1}, ROWS)
         assert (metadata["tokenizer.ggml.pre"], notes) == (name, [])
+
+
+def test_runs_of_spaces_may_merge_in_any_order_as_in_mistrals_vocabulary() -> None:
+    """Scores of all runs but the shortest are equal, so that the leftmost merge comes first, whatever it makes."""
+    pieces = [Piece("<unk>", 0, Kind.UNKNOWN)]
+    pieces += [Piece(f"<0x{byte:02X}>", 0, Kind.BYTE) for byte in range(256)]
+    pieces += [Piece(letter, 0, Kind.NORMAL) for letter in (SPACE, "a", "b")]
+    pieces += [Piece("ab", -1, Kind.NORMAL), *(Piece(SPACE * n, -2, Kind.NORMAL) for n in range(2, 9))]
+    backend = bpe(pieces, Spaces(prefix=True, remove_extra=False))
+    metadata, notes = to_gguf(backend.to_str(), {0}, len(pieces))
+    scores, kinds = (metadata[f"tokenizer.ggml.{name}"] for name in ("scores", "token_type"))
+    assert isinstance(scores, np.ndarray)
+    assert isinstance(kinds, np.ndarray)
+    assert scores[-8:].tolist() == [-1, -3, *[-2] * 6]
+    assert kinds.tolist() == [2, *[6] * 256, *[1] * 11]
+    assert notes == []
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ class ServedAdapters:
             return loaded
         until, error = self._failed.get(location, (0.0, None))
         if error is not None and time.monotonic() < until:
-            raise error
+            # Not itself: its traceback would grow with every request.
+            raise AdapterError(str(error), passing=error.passing)
         task = self._loading.get(location)
         if task is None:
             task = self._loading[location] = asyncio.create_task(self._load(location))

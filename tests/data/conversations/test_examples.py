@@ -240,3 +240,20 @@ def test_what_the_template_marks_may_begin_with_the_prompt_and_end_before_the_tu
 def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="has no chat template; give one with --chat_template FILE"):
         ExampleEncoder(tokenizer_with(tmp_path, None), NOW)
+
+
+def test_a_conversation_gives_the_same_example_in_any_company(tmp_path: Path) -> None:
+    encoder = ExampleEncoder(tokenizer_with(tmp_path, CHATML), NOW)
+    few = [
+        conversation(TURNS[1:3]),
+        conversation(TURNS),
+        conversation([QUESTION | {"content": "x"}, TURNS[2]]),
+    ]
+    together = encoder.encode(few)
+    alone = [encoder.encode([each])[0] for each in few]
+    for first, second in zip(together, alone, strict=True):
+        assert not isinstance(first, Refusal)
+        assert not isinstance(second, Refusal)
+        assert [(e.ids.tolist(), e.learned.tolist()) for e in first] == [
+            (e.ids.tolist(), e.learned.tolist()) for e in second
+        ]

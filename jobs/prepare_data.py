@@ -1,4 +1,4 @@
-"""Turn text into a tokenised dataset: `python jobs/prepare_data.py --source builtin --output data/builtin`."""
+"""Turn text or conversations into a dataset: `python jobs/prepare_data.py --source builtin --output data/builtin`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="prepare_data.py",
         usage="prepare_data.py --source [NAME=]WHERE... --output DIR [--config FILE] [FLAG VALUE]...",
-        description="Turn text into a tokenised dataset.",
+        description="Turn text, or conversations with --task sft, into a tokenised dataset.",
     )
     add_config(parser)
     add_fields(parser, PrepareConfig, skip={*_PARTS, "vocab_size", "tokenizer"})

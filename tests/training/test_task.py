@@ -11,18 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+from llama_ray.data.conversations.conversation import Conversation
 from llama_ray.data.conversations.examples import ExampleEncoder, Refusal
 from llama_ray.data.conversations.formats import read_conversation
-from llama_ray.data.dataset.info import TokenizerInfo
+from llama_ray.data.dataset.info import TokenizerInfo, write_info
+from llama_ray.data.dataset.shards import Shard, ShardWriter, shard_name
 from llama_ray.data.mixtures.sources import parse_sources
 from llama_ray.data.mixtures.stages import Stage
+from llama_ray.data.preparing.row_writer import Encoded, RowWriter
 from llama_ray.pretrained import load_pretrained, save_pretrained
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
 from llama_ray.training.task import for_data
 from tests.data.chat_templates import LLAMA_3_1, tokenizer_with
 from tests.small_models import random_model, small_config
-from tests.token_data import write_documents
+from tests.token_data import INFO
 from tests.training.helpers import Recorder, losses
 
 ROW = 128
@@ -44,30 +47,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(directory: Path, model: Path, row_tokens: int = ROW, template: str | None = None) -> Path:
-    """Write conversations as rows, one each."""
+    """Write conversations as a preparation does, with several in a row."""
+    directory.mkdir(exist_ok=True)
     _, tokenizer = load_pretrained(model)
     assert tokenizer is not None
     if template is not None:
         tokenizer = tokenizer.with_chat_template(template)
-    splits: dict[str, list[list[int]]] = {"train": [], "validation": []}
-    learned: dict[str, list[bool]] = {"train": [], "validation": []}
-    records = [read_conversation({"prompt": f"The {thing}?", "completion": f"{thing}!"}) for thing in THINGS]
-    for number, examples in enumerate(ExampleEncoder(tokenizer, "2024-07-26").encode(records)):
-        assert not isinstance(examples, Refusal)
-        [example] = examples
-        split = "validation" if number < 2 else "train"
-        padding = [tokenizer.eos_id or 0] * (row_tokens - len(example.ids))
-        splits[split].append([*example.ids.tolist(), *padding])
-        learned[split] += [*example.learned.tolist(), *([False] * len(padding))]
-    info = TokenizerInfo(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
     tokenizer.save(directory)
-    return write_documents(
-        directory,
-        {split: [documents] for split, documents in splits.items()},
-        info,
-        {split: [mask] for split, mask in learned.items()},
-        row_tokens,
-    )
+    found = ExampleEncoder(tokenizer, "2024-07-26").encode([conversation(thing) for thing in THINGS])
+    splits: dict[str, tuple[Shard, ...]] = {}
+    for split, chosen in (("train", found[2:]), ("validation", found[:2])):
+        with ShardWriter(
+            directory / shard_name(split, 0), INFO.token_bytes, source="chat", masks=True
+        ) as shard:
+            writer = RowWriter(shard, "chat", row_tokens, tokenizer.eos_id or 0)
+            for examples in chosen:
+                assert not isinstance(examples, Refusal)
+                writer.add(Encoded("chat/a:0", "text", [examples]))
+            writer.flush()
+        assert shard.shard is not None
+        splits[split] = (shard.shard,)
+    known = TokenizerInfo(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+    write_info(directory, replace(INFO, tokenizer=known, splits=splits, task="sft", row_tokens=row_tokens))
+    return directory
+
+
+def conversation(thing: str) -> Conversation:
+    return read_conversation({"prompt": f"The {thing}?", "completion": f"{thing}!"})
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ def data(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuning(model: Path, **values: Any) -> TrainConfig:
-    given = {"max_steps": 8, "batch_size": 5, "learning_rate": 3e-3, "precision": "fp32", "log_every": 1}
+    given = {"max_steps": 8, "batch_size": 2, "learning_rate": 3e-3, "precision": "fp32", "log_every": 1}
     return TrainConfig(**{"task": "sft", "init_from": str(model), **given, **values})
 
 
@@ -107,15 +113,14 @@ def test_the_loss_is_the_mean_over_the_learned_tokens(model: Path, data: Path) -
     assert tokenizer is not None
     train(
         loaded.config,
-        tuning(model, max_steps=1, batch_size=10),
+        tuning(model, max_steps=1, batch_size=4),
         data,
         device=torch.device("cpu"),
         observer=recorder,
     )
     total, count = 0.0, 0
     for thing in THINGS[2:]:
-        record = read_conversation({"prompt": f"The {thing}?", "completion": f"{thing}!"})
-        [[example]] = ExampleEncoder(tokenizer, "2024-07-26").encode([record])
+        [[example]] = ExampleEncoder(tokenizer, "2024-07-26").encode([conversation(thing)])
         ids = torch.from_numpy(example.ids.astype(np.int64))
         with torch.no_grad():
             logprobs = loaded(ids[None, :-1])[0].log_softmax(-1)

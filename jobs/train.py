@@ -12,6 +12,7 @@ from _data import SOURCES, sources_of, stages_of
 from _shape import add_shape, shape_of, with_vocabulary
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
+from llama_ray.batch_inference.references import ensure_references
 from llama_ray.data.mixtures.sources import parse_sources
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.prepare import prepare
@@ -62,8 +63,11 @@ def run() -> None:
         builtin = _builtin(shape, config.init_from)
         data = parse_sources(builtin.output)
         connect()
-        prepare(builtin, log=lambda line: print(line, flush=True))
+        prepare(builtin, log=_say)
         shape = with_vocabulary(shape, flags, data, started=start is not None)
+    # A run that goes on has the reference that it began with.
+    if config.task == "dpo" and config.init_from is not None and checkpoint is None:
+        ensure_references([source.location for source in data], config.init_from, _say)
     try:
         outcome = train_on_ray(shape, config, launch, data)
     except Stopped as stopped:
@@ -81,6 +85,10 @@ def run() -> None:
     if outcome.version:
         why = f"; {outcome.decision.reason}" if outcome.decision else ""
         print(f"registered {outcome.version.uri}{why}", flush=True)
+
+
+def _say(line: str) -> None:
+    print(redact(line), flush=True)
 
 
 class HelpFormatter(DefaultHelpFormatter):

@@ -46,7 +46,7 @@ from llama_ray.training.hosts.interrupt import Stopped
 from llama_ray.training.parallel.float8 import check_float8
 from llama_ray.training.preflight import check_run
 from llama_ray.training.starting_point import starting_point
-from llama_ray.training.task import for_data
+from llama_ray.training.task import check_references, for_data
 from llama_ray.utils.redact import redact
 
 EXAMPLES_FILE = "examples.txt"
@@ -128,6 +128,7 @@ def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: 
     """Raise ValueError for everything that would fail later, and name the run."""
     sources = tuple(replace(source, location=same_for_workers(source)) for source in parse_sources(data))
     config = for_data(config, sources)
+    check_references(config, sources)
     gpu = uses_gpu()
     least, most = launch.workers
     check_workers(least, gpu=gpu)

@@ -34,6 +34,7 @@ from llama_ray.training.reporting.skipped_steps import SkippedSteps
 from llama_ray.training.run import TrainingRun
 from llama_ray.training.starting_point import StartingPoint
 from llama_ray.training.step import Stepper
+from llama_ray.training.task import check_references
 
 PREFETCHED = 2
 """Global batches that are built while the model trains on another one."""
@@ -56,6 +57,7 @@ def prepare_run(
     Every worker must call it; see `train`.
     """
     check_float8(config, device)
+    check_references(config, sources)
     layout = _layout(model_config, config, device)
     config = for_layout(config, layout)
     # Without this, torch draws a random seed in each process.

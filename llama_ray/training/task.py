@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llama_ray.data.dataset.locations import load_tokenizer
+from llama_ray.data.dataset.locations import load_tokenizer, open_files
+from llama_ray.data.dataset.references import REFERENCE_FILE, read_references
 from llama_ray.data.mixtures.opening import read_infos
 from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.training.config import TrainConfig
@@ -53,6 +54,25 @@ def for_data(config: TrainConfig, sources: Sequence[DataSource]) -> TrainConfig:
                 "sequences would cut examples"
             )
     return replace(config, seq_len=row_tokens)
+
+
+def check_references(config: TrainConfig, sources: Sequence[DataSource]) -> None:
+    """Raise ValueError for pairs without the log-probabilities of the reference model, or with those of several."""
+    if config.task != "dpo":
+        return
+    found = {source.name: read_references(open_files(source.location)) for source in sources}
+    for source in sources:
+        reference, first = found[source.name], found[sources[0].name]
+        if reference is None or first is None:
+            raise ValueError(
+                f"{source} holds no log-probabilities of a reference model; jobs/train.py --task dpo computes them, "
+                "or llama_ray.batch_inference.references.ensure_references"
+            )
+        if reference.weights != first.weights:
+            raise ValueError(
+                f"{source} holds the log-probabilities of another reference than {sources[0]}: {reference.model}, not "
+                f"{first.model}; delete {REFERENCE_FILE} there"
+            )
 
 
 def _templates(source: DataSource) -> object:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.data.dataset.files import DatasetFiles, Place
 from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES, open_files
+from llama_ray.data.dataset.references import References, read_references
 from llama_ray.data.dataset.shards import DatasetError, Span
 from llama_ray.utils.targets import IGNORE_INDEX
 
@@ -63,8 +66,14 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the tokens of all splits, and the label that chooses among them."""
-        return self.info.content_fingerprint + (f"#{self._label}" if self._label else "")
+        """Identifies the tokens of all splits, the label that chooses among them, and the weights of a reference."""
+        reference = f"+{self.references.weights}" if self.references else ""
+        return self.info.content_fingerprint + (f"#{self._label}" if self._label else "") + reference
+
+    @cached_property
+    def references(self) -> References | None:
+        """How probable a reference model finds the answers; None but for pairs of which that has been computed."""
+        return read_references(self._files) if self.info.task == "dpo" else None
 
     def num_windows(self, seq_len: int) -> int:
         """Return the number of windows of `seq_len` tokens in the split.
@@ -110,7 +119,23 @@ class TokenDataset:
             torch.from_numpy(tokens[:, :seq_len].copy()),
             torch.from_numpy(targets),
             None if starts is None else torch.from_numpy(starts),
+            reference=self._reference(places, seq_len) if self.references else None,
         )
+
+    def _reference(self, places: Sequence[Sequence[Place]], seq_len: int) -> torch.Tensor:
+        """Return `Batch.reference` of the rows at `places`."""
+        assert self.references is not None
+        reference = torch.zeros(len(places), seq_len)
+        for row, parts in enumerate(places):
+            column = 0
+            for place in parts:
+                starts = self._files.starts(self.split, place.shard)
+                first, last = np.searchsorted(starts, (place.start, place.stop)).tolist()
+                columns = torch.from_numpy(starts[first:last].astype(np.int64)) - place.start + column
+                logprobs = self.references.of(self.split, place.shard)[first:last]
+                reference[row, columns] = torch.from_numpy(logprobs)
+                column += place.stop - place.start
+        return reference
 
     def _places(self, start: int, count: int) -> list[Place]:
         """Return where `count` tokens from `start` on are, which may be in several shards."""

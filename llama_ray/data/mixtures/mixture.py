@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -74,14 +74,15 @@ class Mixture:
         return Batch(
             torch.cat([part.inputs for part in parts])[back],
             torch.cat([part.targets for part in parts])[back],
-            _starts(parts, back),
+            _joined([part.starts for part in parts], back),
             torch.from_numpy(sources.copy()),
+            _joined([part.reference for part in parts], back),
         )
 
 
-def _starts(parts: list[Batch], back: Tensor) -> Tensor | None:
-    starts = [part.starts for part in parts if part.starts is not None]
-    return torch.cat(starts)[back] if starts else None
+def _joined(parts: Sequence[Tensor | None], back: Tensor) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there)[back] if there else None
 
 
 def cut(batch: Batch, seq_len: int, first: int, count: int) -> Batch:
@@ -104,4 +105,5 @@ def cut(batch: Batch, seq_len: int, first: int, count: int) -> Batch:
     sources = batch.sources
     if sources is not None:
         sources = sources.repeat_interleave(parts)[rows]
-    return Batch(cut_rows(batch.inputs), cut_rows(batch.targets), starts, sources)
+    reference = None if batch.reference is None else cut_rows(batch.reference)
+    return Batch(cut_rows(batch.inputs), cut_rows(batch.targets), starts, sources, reference)

@@ -31,7 +31,7 @@ class ModelArgs(BaseModel):
 
     model: str = Field(
         "models:/llama-ray@champion",
-        description="A directory, models:/name/7, or models:/name@alias to follow.",
+        description="A directory, a .gguf file, hf://ORG/NAME, models:/name/7, or models:/name@alias to follow.",
     )
     dtype: DType | None = Field(None, description="Compute in this type; default: the stored one.")
     engine: EngineOptions = Field(

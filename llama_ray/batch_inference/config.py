@@ -27,7 +27,8 @@ class BatchConfig(RedactedRepr):
     """What to answer, with which model, and where the answers go.
 
     Args:
-        checkpoint: A directory that all nodes can read, models:/name/version or models:/name@alias.
+        checkpoint: A directory or .gguf file that all nodes can read, models:/name/version, models:/name@alias,
+            hf://ORG/NAME, or a URI of a directory in an object store.
         input: A .jsonl file, a folder or glob of them, or a URI that pyarrow reads. Absolute.
         output: The .jsonl file to write, a path on storage that all nodes share or a URI. Absolute.
         params: Sampling parameters of every row; a row's `sampling_params` override single values. The seed is unused.

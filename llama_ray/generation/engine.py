@@ -124,7 +124,7 @@ class Engine:
         adapters: Mapping[str, str | Path] | None = None,
         **fields: Any,
     ) -> Self:
-        """Return an engine for `ref`: a directory, `models:/name/version` or `models:/name@alias`.
+        """Return an engine for `ref`: a directory, `models:/name@alias`, `hf://org/name` or others, see `resolve`.
 
         `dtype` None keeps the stored one; `device` None takes CUDA if there is a GPU. `options`, or their fields as
         keywords (`quantization="int8"`), are `EngineOptions`; for `seed` see `Engine`. `adapters` are references by

@@ -39,10 +39,10 @@ def fetch(location: str, *, weights: bool = True) -> Path:
         filesystem, path = store.open_storage(store.with_short_retries(location))
         single = path.endswith(_GGUF)
         found = _files(filesystem, path, single)
+        if not single and "config.json" not in found:
+            _refuse_run(location)
         if not found:
-            raise CheckpointError(f"{printable(location)} holds no files{_hint(location)}")
-        if not single and "config.json" not in found and _hint(location):
-            raise CheckpointError(f"{printable(location)} holds no config.json{_hint(location)}")
+            raise CheckpointError(f"{printable(location)} holds no files; correct the URI")
         wanted = {name: info for name, info in found.items() if _is_wanted(name, weights or single)}
         target = _target(location, wanted)
         with _locked(target):
@@ -65,10 +65,12 @@ def _files(filesystem: fs.FileSystem, path: str, single: bool) -> dict[str, fs.F
     return {info.base_name: info for info in found if info.is_file}
 
 
-def _hint(location: str) -> str:
-    """Return the way out for the directory of a run, which has checkpoints in it."""
-    newest = next(iter(run_directory.list_checkpoints(location)), None)
-    return f"; it is the directory of a run: give one of its checkpoints, such as {newest}" if newest else ""
+def _refuse_run(location: str) -> None:
+    """Raise CheckpointError for the directory of a run, which has checkpoints in it."""
+    if newest := next(iter(run_directory.list_checkpoints(location)), None):
+        raise CheckpointError(
+            f"{printable(location)} is the directory of a run; give one of its checkpoints, such as {printable(newest)}"
+        )
 
 
 def _is_wanted(name: str, weights: bool) -> bool:

@@ -14,6 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from llama_ray.utils.redact import redact
+
 _SOURCE = Path(__file__).resolve().parents[2]
 
 
@@ -35,7 +37,7 @@ def standard_tags(*, world_size: int, device: str) -> dict[str, str]:
 
 def parent_tags(parent: str | None) -> dict[str, str]:
     """Return the tag of a run, and of a version, that began with the weights of `parent`; {} for random ones."""
-    return {} if parent is None else {"parent": parent}
+    return {} if parent is None else {"parent": redact(parent)}
 
 
 def git_tags(source: Path, installed: Path | None = None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 from llama_ray.data.mixtures.position import Position
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.storage.run_directory import MARKER
+from llama_ray.utils.redact import redact
 
 FileRecord = Mapping[str, int | str]
 """The length and SHA-256 of a file: `{"bytes": ..., "sha256": ...}`."""
@@ -54,7 +55,13 @@ class Progress:
 
         `run` is the name of the run's directory, `attempt` the number of the attempt.
         """
-        return json.dumps(asdict(self) | {"run": run, "attempt": attempt, "files": files}, indent=2) + "\n"
+        written = {
+            "parent": self.parent and redact(self.parent),
+            "run": run,
+            "attempt": attempt,
+            "files": files,
+        }
+        return json.dumps(asdict(self) | written, indent=2) + "\n"
 
 
 def load_progress(directory: str | Path) -> Progress:

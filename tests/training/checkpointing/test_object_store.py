@@ -13,7 +13,8 @@ from pyarrow import fs
 
 from llama_ray.data.mixtures.sources import parse_sources
 from llama_ray.model.config import LlamaConfig
-from llama_ray.pretrained import load_pretrained
+from llama_ray.model.weight_files import CheckpointError
+from llama_ray.pretrained import load_pretrained, resolve
 from llama_ray.storage import run_directory, store
 from llama_ray.training.checkpointing.catalog import latest_valid_checkpoint
 from llama_ray.training.checkpointing.files import local_copy, local_description
@@ -135,3 +136,29 @@ def test_the_checks_of_a_resume_fetch_no_tensors(server: int, tiny: LlamaConfig,
             check_run(
                 tiny, replace(EIGHT_STEPS, seed=1), parse_sources(dataset), 1, StartingPoint(description)
             )
+
+
+def test_a_checkpoint_there_is_a_model_to_begin_with_and_to_branch_from(
+    server: int,
+    crashed: CrashedRun,
+    tiny: LlamaConfig,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r"crash\S* is the directory of a run; give one of its checkpoints"
+    ):
+        resolve(uri(server, "crash"))
+    checkpoint = uri(server, "crash/step_00000008")
+    expected = weights(checkpoint)
+    assert all(torch.equal(w, expected[n]) for n, w in load_pretrained(checkpoint)[0].state_dict().items())
+    assert not list(resolve(checkpoint).glob("optimizer*"))
+
+    begun, branch = Recorder(), Recorder()
+    config = replace(EIGHT_STEPS, max_steps=1)
+    first = train(tiny, replace(config, init_from=checkpoint), dataset, device=CPU, observer=begun)
+    assert (first.step, first.parent) == (1, checkpoint)
+    later = train(tiny, replace(config, branch_from=checkpoint), dataset, device=CPU, observer=branch)
+    assert (later.step, later.branched_at) == (9, 8)

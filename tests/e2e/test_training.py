@@ -9,9 +9,11 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_ray.evaluation.evaluate import EvaluationConfig
 from llama_ray.evaluation.recording import recorded
-from llama_ray.evaluation.results import Evaluation
+from llama_ray.evaluation.results import Evaluation, EvaluationError
 from llama_ray.model.config import LlamaConfig
+from llama_ray.orchestration.evaluation_tasks import Room, evaluate_on_cluster
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.pretrained import load_pretrained
@@ -73,6 +75,16 @@ def test_checkpoints_are_evaluated_beside_the_training(trained: Trained, trackin
     perplexity = kept.score("validation/perplexity")
     assert perplexity is not None
     assert math.log(perplexity.value) == pytest.approx(trained.outcome.validation_loss, abs=0.5)
+
+
+def test_an_evaluation_takes_what_workers_leave_and_fails_in_one_line(
+    ray_cluster: str, trained: Trained
+) -> None:
+    assert Room.beside(3, gpu=False) == Room(cpus=1, gpus=0)
+    assert Room.beside(4, gpu=False) is None
+    with pytest.raises(EvaluationError, match="/nowhere is") as failed:
+        evaluate_on_cluster("/nowhere", EvaluationConfig(data=(str(trained.data),), limit=1), gpu=False)
+    assert "\n" not in str(failed.value)
 
 
 def test_a_rule_promotes_the_version_by_its_evaluation(trained: Trained, tracking: str) -> None:

@@ -48,25 +48,21 @@ class Condition:
         Raises EvaluationError if there is no such score, or none of the champion that compares.
         """
         score = find_score(new, self.metric)
+        is_value = f"{score.name} {score.value:.4f}"
         if not self.to_champion:
-            return self._compare(score.value, self.number), self._words(score, self.number, "")
+            return self._compare(score.value, 0.0), f"{is_value} {self.comparison} {self.number:g}"
         if champion is None:
-            return math.isfinite(
-                score.value
-            ), f"{score.name} is {score.value:.4f}, and there is no {CHAMPION} yet"
+            return math.isfinite(score.value), f"{is_value}, and there is no {CHAMPION} yet"
         against = champion.score(score.name)
         if against is None or not score.comparable_to(against):
             raise EvaluationError(f"{score.name} of {champion.model} was not measured in the same way")
-        bound = against.value + self.number
         margin = f" {'+' if self.number > 0 else '-'} {abs(self.number):g}" if self.number else ""
-        return self._compare(score.value, bound), self._words(score, against.value, f"{margin} of {CHAMPION}")
+        words = f"{is_value} {self.comparison} {against.value:.4f} of the {CHAMPION}{margin}"
+        return self._compare(score.value, against.value), words
 
-    def _compare(self, value: float, bound: float) -> bool:
+    def _compare(self, value: float, base: float) -> bool:
         # Any comparison with NaN is false.
-        return _COMPARE[self.comparison](value, bound)
-
-    def _words(self, score: Score, bound: float, of: str) -> str:
-        return f"{score.name} {score.value:.4f} {self.comparison} {bound:.4f}{of}"
+        return _COMPARE[self.comparison](value, base + self.number)
 
 
 @dataclass(frozen=True)

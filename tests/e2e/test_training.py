@@ -92,7 +92,7 @@ def test_a_rule_promotes_the_version_by_its_evaluation(trained: Trained, trackin
     assert trained.outcome.decision.promoted
     version = resolve_version("models:/tiny@champion")
     assert version.tags["promotion.rule"] == "bits_per_byte < champion"
-    assert version.tags["promotion.decision"].startswith("promoted: validation/bits_per_byte is ")
+    assert version.tags["promotion.decision"].startswith("promoted: validation/bits_per_byte ")
     evaluated = recorded(version)
     assert evaluated is not None
     assert evaluated.model == version.uri

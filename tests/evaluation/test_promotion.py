@@ -113,14 +113,14 @@ def test_the_alias_moves_when_the_rule_holds_and_the_version_says_why(store: str
 
     assert attempt(1.5) == (
         True,
-        "promoted: licence/bits_per_byte is 1.5000, and there is no champion yet",
+        "promoted: licence/bits_per_byte 1.5000, and there is no champion yet",
     )
     assert attempt(1.5) == (
         False,
         "not promoted: 'bits_per_byte < champion' does not hold: not "
-        "licence/bits_per_byte 1.5000 < 1.5000 of champion",
+        "licence/bits_per_byte 1.5000 < 1.5000 of the champion",
     )
-    assert attempt(1.25) == (True, "promoted: licence/bits_per_byte 1.2500 < 1.5000 of champion")
+    assert attempt(1.25) == (True, "promoted: licence/bits_per_byte 1.2500 < 1.5000 of the champion")
     # A champion that was evaluated in another way is evaluated again.
     record(evaluation("models:/ruled/3", 9.0, fingerprint="b"), uri=store)
     measured: list[str] = []

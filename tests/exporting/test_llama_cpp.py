@@ -138,3 +138,22 @@ def test_an_answer_ends_at_the_tokens_of_the_model(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     assert export(ExportConfig(ref=str(tmp_path / "model"), to=str(file))) == []
     assert LlamaCpp(file).greedy(prompt, 40) == free.token_ids[: free.token_ids.index(end) + 1]
+
+
+def test_a_real_model_answers_as_here(tmp_path: Path, smollm2: Path) -> None:
+    file = tmp_path / "smollm2.gguf"
+    [note] = export(ExportConfig(ref=str(smollm2), to=str(file), dtype="f16"))
+    assert note.startswith("of 21 bytes that this tokenizer has no token for, such as 0x04")
+    with Engine.from_pretrained(smollm2, device="cpu") as engine:
+        tokenizer = engine.tokenizer
+        assert tokenizer is not None
+        chat = tokenizer.render_chat(ChatPrompt([{"role": "user", "content": "Name three colours."}]))
+        prompt = tokenizer.encode_chat(chat)
+        [ours] = engine.generate([prompt], SamplingParams(max_tokens=12, temperature=0))
+    peer = LlamaCpp(file)
+    assert peer.tokenize(chat.text, add_special=True, parse_special=True) == prompt
+    assert peer.greedy(prompt, 12) == ours.token_ids
+    # Texts of which all bytes have a token.
+    assert not [
+        text for text in TEXTS[::9] if peer.tokenize(text) != tokenizer.encode(text) and text.isprintable()
+    ]

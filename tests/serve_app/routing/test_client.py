@@ -37,8 +37,16 @@ def replicas(model_dir: Path) -> Iterator[LocalReplicas]:
 
 
 @pytest.fixture
-def follower(model_dir: Path) -> FixedFollower:
-    return FixedFollower(table_of(model_dir))
+def follower(model_dir: Path, adapter_dirs: dict[str, Path]) -> FixedFollower:
+    table = table_of(model_dir)
+    adapters = tuple(AdapterVersion(name, str(directory)) for name, directory in adapter_dirs.items())
+    return FixedFollower(replace(table, models=(replace(table.models[0], adapters=adapters),)))
+
+
+@pytest.fixture(scope="module")
+def adapted(model_dir: Path, adapter_dirs: dict[str, Path]) -> Engine:
+    """The served model and an adapter in this process: the reference for what replicas answer."""
+    return Engine.from_pretrained(model_dir, device="cpu", adapters={"quiet": adapter_dirs["quiet"]})
 
 
 async def read(
@@ -109,13 +117,15 @@ CASES = [
         ),
         encoding=Encoding(add_special_tokens=False, parse_special=True),
     ),
+    GenerationRequest("tiny:quiet", ["The quick", "dog"], SamplingParams(max_tokens=60, seed=1, n=2)),
 ]
 
 
 @pytest.mark.parametrize("request_", CASES)
 def test_a_request_that_loses_its_replicas_ends_as_if_it_had_not(
-    replicas: LocalReplicas, follower: FixedFollower, engine: Engine, request_: GenerationRequest
+    replicas: LocalReplicas, follower: FixedFollower, adapted: Engine, request_: GenerationRequest
 ) -> None:
+    engine, adapter = adapted, request_.model.partition(":")[2] or None
     random_ = random.Random(repr(request_))
     moments = sorted(random_.sample(range(1, 60), 6))
 
@@ -128,7 +138,8 @@ def test_a_request_that_loses_its_replicas_ends_as_if_it_had_not(
     assert len(replicas.submissions) > 3
     assert disturbed == calm
     encoding = dataclasses.asdict(request_.encoding)
-    want = engine.generate([engine.encode(p, **encoding) for p in request_.prompts], request_.params)
+    prompts = [engine.encode(p, **encoding) for p in request_.prompts]
+    want = engine.generate(prompts, request_.params, adapter=adapter)
     assert [delta.stop_reason for delta in disturbed] == [completion.stop_reason for completion in want]
     assert [delta.token_ids for delta in disturbed] == [completion.token_ids for completion in want]
     echoes = [echo for echo in _echoes(engine, request_) for _ in range(request_.params.n)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from _cli import add_config, add_fields, from_flags, main, parse, split_commas
 from _progress import ProgressLine
@@ -12,14 +13,15 @@ from jsonargparse import ArgumentParser, Namespace
 
 from llama_ray.evaluation.comparison import compare
 from llama_ray.evaluation.evaluate import EvaluationConfig, Questions, evaluate
-from llama_ray.evaluation.promotion import Rule, promote_if
-from llama_ray.evaluation.recording import describe, record, record_comparison
 from llama_ray.evaluation.results import Evaluation, EvaluationError
 from llama_ray.pretrained import fixed, load_shape
 from llama_ray.storage import store
 from llama_ray.storage.paths import absolute, existing, existing_ref, is_model_ref
-from llama_ray.tracking.versions import Version, resolve_version
 from llama_ray.utils.redact import redact
+
+if TYPE_CHECKING:
+    from llama_ray.evaluation.promotion import Rule
+    from llama_ray.tracking.versions import Version
 
 
 class Job:
@@ -28,7 +30,7 @@ class Job:
     def __init__(self, flags: Namespace) -> None:
         self._flags, self._line = flags, ProgressLine()
         flags.output = flags.output and absolute(flags.output)
-        self._rule = flags.promote_if and Rule.parse(flags.promote_if)
+        self._rule = flags.promote_if and _rule(flags.promote_if)
         self._refs = flags.refs if flags.endpoint else [fixed(existing_ref(ref)) for ref in flags.refs]
         if twice := next((ref for ref in self._refs if self._refs.count(ref) > 1), None):
             raise EvaluationError(f"{redact(twice)} is given twice; give each model once")
@@ -50,7 +52,7 @@ class Job:
         for ref in self._refs:
             evaluations.append(self._evaluate(ref))
             self._write(evaluations)
-        self._line.log(_table(evaluations))
+        self._line.log(compare(evaluations).text())
         if self._flags.mlflow:
             self._record(evaluations)
 
@@ -74,42 +76,42 @@ class Job:
             return
         results = json.dumps([asdict(each) for each in evaluations], indent=2, ensure_ascii=False)
         store.write_text(store.join(output, "results.json"), results + "\n")
-        store.write_text(store.join(output, "results.md"), _markdown(evaluations))
+        store.write_text(store.join(output, "results.md"), compare(evaluations).markdown())
 
     def _record(self, evaluations: list[Evaluation]) -> None:
-        runs = [record(each, experiment=self._flags.experiment) for each in evaluations]
+        # MLflow takes seconds to import.
+        from llama_ray.evaluation.promotion import promote_if
+        from llama_ray.evaluation.recording import record, record_comparison
+        from llama_ray.tracking.versions import resolve_version
+
+        experiment = self._flags.experiment
+        runs = [record(each, experiment=experiment) for each in evaluations]
         if len(evaluations) > 1:
             record_comparison(runs[-1], compare(evaluations))
         self._line.log(f"MLflow: {', '.join(run.run_id for run in runs)}")
-        if self._rule:
-            decision = promote_if(
-                self._rule, resolve_version(self._refs[0]), evaluations[0], self._evaluate_version
-            )
-            self._line.log(f"{'promoted' if decision.promoted else 'not promoted'}: {decision.reason}")
+        if self._rule is None:
+            return
 
-    def _evaluate_version(self, version: Version) -> Evaluation:
-        evaluation = self._evaluate(version.uri)
-        record(evaluation, experiment=self._flags.experiment)
-        return evaluation
+        def evaluate_champion(version: Version) -> Evaluation:
+            evaluation = self._evaluate(version.uri)
+            record(evaluation, experiment=experiment)
+            return evaluation
+
+        version = resolve_version(self._refs[0])
+        decision = promote_if(self._rule, version, evaluations[0], evaluate_champion)
+        self._line.log(f"{'promoted' if decision.promoted else 'not promoted'}: {decision.reason}")
+
+
+def _rule(text: str) -> Rule:
+    from llama_ray.evaluation.promotion import Rule
+
+    return Rule.parse(text)
 
 
 def _existing_source(given: str) -> str:
     """Return `NAME=SOURCE` or `SOURCE` with a path that leads to the same place from anywhere."""
     name, equals, source = given.rpartition("=")
     return f"{name}{equals}{source if source == 'builtin' else existing(source)}"
-
-
-def _table(evaluations: list[Evaluation]) -> str:
-    if len(evaluations) > 1:
-        return compare(evaluations).text()
-    return describe(evaluations[0])
-
-
-def _markdown(evaluations: list[Evaluation]) -> str:
-    parts = [describe(each) for each in evaluations]
-    if len(evaluations) > 1:
-        parts.append(compare(evaluations).markdown())
-    return "\n\n".join(parts) + "\n"
 
 
 def run() -> None:

@@ -14,8 +14,14 @@ from typing import Any
 
 import pytest
 
+from llama_ray.batch_inference.evaluation import EvaluatorConfig, compute_on_cluster
 from llama_ray.batch_inference.job import BatchJob
 from llama_ray.batch_inference.partition_file import Counts
+from llama_ray.batch_inference.pool import PoolSize
+from llama_ray.evaluation.engine_scorer import EngineScorer
+from llama_ray.evaluation.parts import PartedScorer
+from llama_ray.evaluation.scoring import Scoring
+from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from tests.batch_inference.helpers import (
     SEED,
@@ -144,3 +150,31 @@ def test_partitions_of_a_killed_driver_are_not_answered_again(continued: Continu
 
 def test_a_continued_job_keeps_the_seed(continued: ContinuedJob) -> None:
     assert continued.seed == SEED
+
+
+def test_an_evaluation_whose_worker_is_killed_has_the_scores_of_one_engine_and_keeps_what_is_finished(
+    ray_cluster: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    requests = [Scoring(tuple((i * j) % 250 for j in range(100)), 60) for i in range(1, 1400)]
+    with Engine.from_pretrained(checkpoint, device="cpu") as engine:
+        scorer = EngineScorer(str(checkpoint), engine)
+        expected = scorer.score(requests)
+        worker = EvaluatorConfig(str(checkpoint), str(tmp_path), 1)
+        compute = compute_on_cluster(worker, PoolSize(1, 0), {})
+        spread = PartedScorer("m", scorer.tokenizer, scorer.max_seq_len, str(tmp_path), compute)
+    killed = []
+
+    def kill_first(done: int, total: int) -> None:
+        if not killed:
+            [victim] = ray_workers("MapWorker(Map(Evaluator))")
+            victim.kill()
+            killed.append(victim)
+
+    assert spread.score(requests, kill_first) == expected
+    assert killed
+    first, *others = sorted(tmp_path.iterdir())
+    assert len(others) == 2
+    written = [file.stat().st_mtime_ns for file in others]
+    first.unlink()
+    assert spread.score(requests) == expected
+    assert [file.stat().st_mtime_ns for file in others] == written

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
 import pytest
-import uvicorn
-from fastapi import FastAPI
 
 from llama_ray.generation.engine import Engine
 from serve_app.api.access import digest
 from serve_app.api.api import HttpOptions, create_api
 from tests.serve_app.api.clients.helpers import KEY
+from tests.serve_app.api.clients.listening import listening
 from tests.serve_app.helpers import FixedFollower, LocalReplicas, local_client, table_of
 
 
@@ -25,25 +21,9 @@ def endpoint(tuned_dir: Path) -> Iterator[str]:
     """The URL of the application around the small model with a chat template, which is called tiny."""
     replicas, follower = LocalReplicas(tuned_dir), FixedFollower(table_of(tuned_dir))
     options = HttpOptions(key_digests=(digest(KEY),))
-    with _listening(create_api(lambda: local_client(follower, replicas), options)) as url:
+    with listening(create_api(lambda: local_client(follower, replicas), options)) as url:
         yield url
     replicas.stop()
-
-
-@contextmanager
-def _listening(api: FastAPI) -> Iterator[str]:
-    """Run `api` in a thread, on a free port."""
-    server = uvicorn.Server(uvicorn.Config(api, port=0, ws="none", log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="package")

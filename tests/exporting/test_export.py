@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
+from llama_ray.data.tokenizing.training import BOS, EOS
 from llama_ray.exporting.export import ExportConfig, export
 from llama_ray.model.checkpoint import load_model
 from llama_ray.model.config import LlamaConfig
@@ -23,6 +24,7 @@ from llama_ray.model.parameter_names import hf_name
 from llama_ray.model.saving import save_model
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_pretrained, save_pretrained
+from tests.data.chat_templates import tokenizer_with
 from tests.generation.adapters.helpers import save_random_adapter
 from tests.small_models import random_model, small_config, small_tokenizer
 
@@ -106,6 +108,34 @@ def test_an_adapter_is_merged_or_written_as_it_is(tmp_path: Path, adapter: Path)
         assert torch.equal(ours, weight)
     with pytest.raises(CheckpointError, match="is an adapter; add --merge, or give --to DIR"):
         write(adapter, tmp_path / "adapter.gguf")
+
+
+def test_several_chat_templates_come_back_from_gguf(tmp_path: Path) -> None:
+    templates = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    tokenizer = tokenizer_with(tmp_path / "model", named, bos_token=BOS, eos_token=EOS)
+    save_model(random_model(small_config(tokenizer.vocab_size)), tmp_path / "model")
+    again = Tokenizer.load(write(tmp_path / "model", tmp_path / "model.gguf"))
+    assert again.chat_template is not None
+    assert again.chat_template.templates == templates
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "new"])
+def test_a_weight_beyond_float16_is_refused_and_what_was_there_stays(
+    tmp_path: Path, model: Path, name: str
+) -> None:
+    there = write(model, tmp_path / name, dtype="f16")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    large = load_model(model)
+    with torch.no_grad():
+        large.layers[1].mlp.up_proj.weight[3, 4] = 70_000
+    save_model(large, tmp_path / "large")
+    with pytest.raises(
+        CheckpointError, match=r"layers.1.mlp.up_proj.weight has the weight 7e\+04; float16 ends at"
+    ):
+        write(tmp_path / "large", there, dtype="f16")
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(tmp_path.rglob(".*"))
 
 
 @contextmanager

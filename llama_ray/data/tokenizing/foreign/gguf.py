@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken
 
+from llama_ray.data.chat.template import DEFAULT
 from llama_ray.data.tokenizing.errors import TokenizerError
 from llama_ray.data.tokenizing.foreign.byte_level import byte_level
 from llama_ray.data.tokenizing.foreign.gguf_splits import LLAMA_3_NAMES, SPLITS, WHOLE_WORDS_FIRST
@@ -104,9 +105,17 @@ def _configured(gguf: Gguf, backend: tokenizers.Tokenizer, pieces: list[Piece], 
         eos if gguf.get(f"{_PREFIX}add_eos_token", bool, False) else None,
     )
     config: dict[str, Any] = {"bos_token": bos, "eos_token": eos}
-    if template := gguf.metadata.get(_TEMPLATE):
-        config["chat_template"] = template
+    templates = _chat_templates(gguf)
+    if templates:
+        alone = templates.get(DEFAULT) if templates.keys() == {DEFAULT} else None
+        config["chat_template"] = alone or [{"name": n, "template": text} for n, text in templates.items()]
     return config
+
+
+def _chat_templates(gguf: Gguf) -> dict[str, str]:
+    keys = {DEFAULT: _TEMPLATE} if gguf.metadata.get(_TEMPLATE) else {}
+    keys |= {name: f"{_TEMPLATE}.{name}" for name in gguf.get(f"{_TEMPLATE}s", list, [])}
+    return {name: gguf.get(key, str) for name, key in keys.items()}
 
 
 def _named(gguf: Gguf, pieces: list[Piece], name: str) -> str | None:

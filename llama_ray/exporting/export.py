@@ -70,8 +70,8 @@ class ExportConfig:
 def export(config: ExportConfig) -> list[str]:
     """Write the model of `config`, and return in what it will differ elsewhere, a line for each.
 
-    No more than a part of a tensor is in memory. What `to` names is replaced once the new one is complete. Raises
-    CheckpointError or TokenizerError, which are ValueErrors, before anything is written.
+    No more than a part of a tensor is in memory. What `to` names is replaced once the new one is complete, and stays as
+    it is after an error. Raises CheckpointError or TokenizerError, which are ValueErrors.
     """
     path, to = resolve(config.ref), Path(config.to)
     if path.resolve() == to.resolve():
@@ -101,7 +101,7 @@ def _write_gguf(model: StoredModel, path: Path, config: ExportConfig) -> list[st
     rows = model.config.vocab_size
     tokenizer = load_tokenizer(path, rows)
     metadata: dict[str, Value] = {}
-    notes = ["the model has no tokenizer: llama.cpp can take token ids only"]
+    notes = ["the model has no tokenizer: llama.cpp as a library takes token ids, its server needs one"]
     if tokenizer is not None:
         metadata, notes = tokenizer_metadata(tokenizer, rows, eos_ids_of(path, None, rows))
     names = {dtype: name for name, dtype in _DTYPES.items()}

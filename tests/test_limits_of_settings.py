@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from llama_ray.data.preparing.config import PrepareConfig
+from llama_ray.evaluation.evaluate import EvaluationConfig
 from llama_ray.exporting.averages import AverageConfig
 from llama_ray.exporting.export import ExportConfig
 from llama_ray.generation.options import EngineOptions
@@ -27,6 +28,7 @@ VALID: dict[type, dict[str, Any]] = {
     PrepareConfig: {"source": ["builtin"], "output": "data"},
     Cluster: {"gpus": 8, "gpu_memory_bytes": 80 * 2**30},
     EngineOptions: {},
+    EvaluationConfig: {"text": ("builtin",)},
     ExportConfig: {"ref": "model", "to": "exported"},
     AverageConfig: {"refs": ("a", "b")},
 }

@@ -15,9 +15,9 @@ DEFAULT_CONTEXT = 2048
 
 
 def measure(
-    scorer: Scorer, corpus: Corpus, context: int, stride: int, report: Report = no_report
+    scorer: Scorer, corpora: Sequence[Corpus], context: int, stride: int, report: Report = no_report
 ) -> list[Score]:
-    """Return `bits_per_byte` and `perplexity` of a corpus.
+    """Return `bits_per_byte` and `perplexity` of each corpus, all asked for at once.
 
     Each document is read on its own, after bos (or eos, for a tokenizer without bos). A token is predicted from all
     that is before it in its document, up to `context` tokens and at least `context - stride`; every token counts once.
@@ -27,29 +27,40 @@ def measure(
     asked.
     """
     check_windows(context, stride, scorer.max_seq_len)
-    documents = [_encode(scorer.tokenizer, document) for document in corpus.documents]
-    owners, requests = [], []
-    for number, ids in enumerate(documents):
-        for window in windows(ids, context, stride):
-            owners.append(number)
-            requests.append(window)
-    nats = [0.0] * len(documents)
-    for number, scored in zip(owners, scorer.score(requests, report), strict=True):
-        nats[number] -= math.fsum(scored.logprobs)
-    sizes = [float(len(document.encode())) for document in corpus.documents]
-    tokens = [float(len(ids) - 1) for ids in documents]
-    made_from = {"documents": corpus.fingerprint, "context": context, "stride": stride}
+    documents = [[_encode(scorer.tokenizer, text) for text in corpus.documents] for corpus in corpora]
+    asked = [
+        [list(windows(ids, context, stride)) for ids in documents_of_one] for documents_of_one in documents
+    ]
+    requests = [window for corpus in asked for document in corpus for window in document]
+    answers = iter(scorer.score(requests, report))
+    made_with = {"context": context, "stride": stride}
+    scores: list[Score] = []
+    for corpus, encoded, asked_of_one in zip(corpora, documents, asked, strict=True):
+        nats = [
+            -math.fsum(nat for _ in document for nat in next(answers).logprobs) for document in asked_of_one
+        ]
+        tokens = [len(ids) - 1.0 for ids in encoded]
+        scores += _scores(corpus, nats, tokens, made_with, scorer.tokenizer.fingerprint)
+    return scores
+
+
+def _scores(
+    corpus: Corpus, nats: Sequence[float], tokens: Sequence[float], made_with: dict[str, int], tokenizer: str
+) -> list[Score]:
+    """Return the scores of documents that have these sums of -log p and these numbers of tokens."""
     bits = [value / math.log(2) for value in nats]
+    sizes = [float(len(document.encode())) for document in corpus.documents]
     bits_per_byte, bits_error = ratio(bits, sizes)
     loss, loss_error = ratio(nats, tokens)
     perplexity = _exp(loss, corpus.name)
+    made_from = {"documents": corpus.fingerprint, **made_with}
     return [
         Score(
             corpus.name,
             "bits_per_byte",
             bits_per_byte,
             bits_error,
-            len(documents),
+            len(bits),
             higher_is_better=False,
             fingerprint=fingerprint(made_from),
             values=tuple(bits),
@@ -61,9 +72,9 @@ def measure(
             perplexity,
             # The delta method: the derivative of exp is exp.
             None if loss_error is None else perplexity * loss_error,
-            len(documents),
+            len(bits),
             higher_is_better=False,
-            fingerprint=fingerprint({**made_from, "tokenizer": scorer.tokenizer.fingerprint}),
+            fingerprint=fingerprint({**made_from, "tokenizer": tokenizer}),
         ),
     ]
 

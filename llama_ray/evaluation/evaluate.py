@@ -99,8 +99,8 @@ def evaluate(
     context, stride = config.window(scorer.max_seq_len)
     started = time.monotonic()
     scores: list[Score] = []
-    for corpus in questions.corpora:
-        scores += measure(scorer, corpus, context, stride, _report(progress, corpus.name))
+    if questions.corpora:
+        scores += measure(scorer, questions.corpora, context, stride, _report(progress, "texts"))
     if config.tasks:
         # Only here, because it needs lm_eval.
         from llama_ray.evaluation.harness.run import TaskSettings, run_tasks

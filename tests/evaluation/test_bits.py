@@ -41,7 +41,7 @@ def test_bits_and_perplexity_are_those_of_transformers(
     found = [transformers_nats(checkpoint, text, context, stride) for text in CORPUS.documents]
     nats, tokens = (sum(column) for column in zip(*found, strict=True))
     size = sum(len(text.encode()) for text in CORPUS.documents)
-    bits, perplexity = measure(scorer, CORPUS, context, stride)
+    bits, perplexity = measure(scorer, [CORPUS], context, stride)
     assert bits.value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert perplexity.value == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert bits.value == pytest.approx(sum(bits.values) / sum(bits.weights))
@@ -73,8 +73,8 @@ def test_the_standard_error_is_that_of_a_mean_where_documents_are_equally_long()
 
 
 def test_only_the_tokenizer_keeps_perplexities_from_being_compared(scorer: EngineScorer) -> None:
-    bits, perplexity = measure(scorer, CORPUS, 64, 32)
-    other_bits, other_perplexity = measure(scorer, CORPUS, 64, 64)
+    bits, perplexity = measure(scorer, [CORPUS], 64, 32)
+    other_bits, other_perplexity = measure(scorer, [CORPUS], 64, 64)
     assert bits.fingerprint != other_bits.fingerprint != perplexity.fingerprint
     assert perplexity.fingerprint != other_perplexity.fingerprint
 
@@ -89,6 +89,12 @@ def test_only_the_tokenizer_keeps_perplexities_from_being_compared(scorer: Engin
 def test_windows_that_the_model_cannot_read_are_refused(fields: dict[str, int], message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         EvaluationConfig(text=("a",), **fields).window(128)  # type: ignore[arg-type]
+
+
+def test_texts_that_are_asked_for_together_have_their_own_scores(scorer: EngineScorer) -> None:
+    other = Corpus("other", ("temperate",))
+    together = measure(scorer, [CORPUS, other], 64, 32)
+    assert together == [*measure(scorer, [CORPUS], 64, 32), *measure(scorer, [other], 64, 32)]
 
 
 def test_the_longest_windows_are_taken_where_none_are_given() -> None:

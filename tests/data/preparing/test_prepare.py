@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -14,12 +15,14 @@ from typing import Literal
 import pytest
 
 from llama_ray.data.cleaning.config import CleanConfig
+from llama_ray.data.conversations.config import ConversationConfig
 from llama_ray.data.dataset.info import DatasetInfo, read_info
 from llama_ray.data.dataset.shards import DatasetError, open_shard
 from llama_ray.data.preparing.config import PrepareConfig
 from llama_ray.data.preparing.prepare import prepare
 from llama_ray.data.sources.files import SourceError
 from llama_ray.data.tokenizing.tokenizer import Tokenizer, TokenizerError
+from tests.data.chat_templates import CHATML, tokenizer_with
 from tests.ray_workers import ray_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -321,3 +324,41 @@ prepare(PrepareConfig(source=[sys.argv[1]], output=sys.argv[2]))
     )  # fmt: skip
     assert "this cluster has 0 CPUs; preparing data needs 1; add a node with CPUs" in done.stderr
     assert not list(Path(config.output).glob("*"))
+
+
+def test_conversations_become_the_same_rows_for_any_workers_and_report_what_is_learned(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "chat").mkdir()
+    for file in range(4):
+        records = [{"prompt": f"Is it {file}.{n}?", "completion": "Yes. " * (n % 3 + 1)} for n in range(30)]
+        (tmp_path / "chat" / f"{file}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    tokenizer_with(tmp_path / "model", CHATML)
+    given = PrepareConfig(
+        [str(tmp_path / "chat")],
+        "",
+        task="sft",
+        tokenizer=str(tmp_path / "model"),
+        validation_fraction=0.1,
+        shard_bytes=1,
+        conversations=ConversationConfig(seq_len=256),
+    )
+    lines: list[str] = []
+    found = []
+    for workers in (1, 3):
+        output = tmp_path / f"out-{workers}"
+        info = prepare(dataclasses.replace(given, output=str(output), workers=workers), lines.append)
+        found.append({name: digest for name, digest in files(output).items() if name.endswith(".bin")})
+    assert found[0] == found[1]
+    assert len(found[0]) > 4
+    assert (info.task, info.row_tokens) == ("sft", 256)
+    assert sum(map(info.documents, info.splits)) == 120
+    tokenizer = Tokenizer.load(output)
+    assert tokenizer.chat_template is not None
+    assert set(info.end_of_turn_ids) == tokenizer.end_of_turn_ids()
+    assert info.settings["template_date"] == "2024-07-26"
+    [told] = {line for line in lines if "are learned" in line}
+    assert re.fullmatch(
+        r"[\d,]+ of [\d,]+ training tokens are learned \(\d+\.\d%\); they fill \d+\.\d% of \d+ rows of 256",
+        told,
+    )

@@ -35,6 +35,19 @@ THINGS = re.findall(
 )
 
 
+def commands() -> Iterator[list[str]]:
+    """Yield the commands of the guide, with the jobs where they are."""
+    for block in re.findall(r"```bash\n(.*?)```", GUIDE.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            python, job, *flags = shlex.split(line)
+            assert python == "python"
+            yield [sys.executable, str(ROOT / job), *flags]
+
+
+NAMES = [command[-1] for command in commands() if "--register_as" in command]
+"""The models that the commands register, which their last flag names."""
+
+
 @dataclass(frozen=True)
 class Tuned:
     """A folder in which the commands of the guide were run."""
@@ -72,15 +85,6 @@ def tuned(smollm2: Path, ray_cluster: str, tmp_path_factory: pytest.TempPathFact
     return Tuned(directory, uri, output)
 
 
-def commands() -> Iterator[list[str]]:
-    """Yield the commands of the guide, with the jobs where they are."""
-    for block in re.findall(r"```bash\n(.*?)```", GUIDE.read_text(), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            python, job, *flags = shlex.split(line)
-            assert python == "python"
-            yield [sys.executable, str(ROOT / job), *flags]
-
-
 def answer(directory: Path, question: str) -> tuple[str, str]:
     """Return the most likely answer of a served model, and why it ended."""
     replicas = LocalReplicas(directory, max_seq_len=256, kv_cache_memory_bytes=2**26)
@@ -104,7 +108,7 @@ def test_conversations_become_rows(tuned: Tuned) -> None:
     assert "⟧We keep the " in tuned.output
 
 
-@pytest.mark.parametrize("name", re.findall(r"--register_as (\S+)", GUIDE.read_text()))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_tuned_model_answers_what_it_was_not_asked_in_training(tuned: Tuned, name: str) -> None:
     client = MlflowClient(tuned.uri)
     run_id = client.get_model_version(name, "1").run_id

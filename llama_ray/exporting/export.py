@@ -17,6 +17,7 @@ from llama_ray.exporting.gguf_tokenizer import tokenizer_metadata
 from llama_ray.exporting.hugging_face import eos_ids_of, write_directory
 from llama_ray.model.adapter_files import is_adapter
 from llama_ray.model.saving import MAX_SHARD_BYTES
+from llama_ray.model.stored_config import CONFIG_FILE
 from llama_ray.model.stored_model import StoredModel
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_shape, load_tokenizer, open_pretrained, resolve
@@ -81,6 +82,10 @@ def export(config: ExportConfig) -> list[str]:
     if is_adapter(path) and not config.merge:
         if config.is_gguf:
             raise CheckpointError(f"{printable(config.ref)} is an adapter; add --merge, or give --to DIR")
+        if (to / CONFIG_FILE).exists():
+            raise CheckpointError(
+                f"to is {printable(config.to)}, which holds a whole model; give another place"
+            )
         write_adapter(to, path, load_shape(path).vocab_size, _DTYPES.get(config.dtype))
         return []
     with ExitStack() as stack:

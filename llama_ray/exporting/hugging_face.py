@@ -10,7 +10,13 @@ import torch
 
 from llama_ray.data.tokenizing.files import superseded_files
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
-from llama_ray.model.adapter_files import base_of, is_adapter
+from llama_ray.model.adapter_files import (
+    ADAPTER_BASE,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of,
+    is_adapter,
+)
 from llama_ray.model.config_files import GENERATION_FILE, to_text
 from llama_ray.model.end_of_text import stored_eos_ids
 from llama_ray.model.saving import MAX_SHARD_BYTES, save_stored
@@ -38,6 +44,8 @@ def write_directory(
     # A token that the model lacks is not named, because readers would look for its row.
     bos = bos if bos is not None and bos < rows else None
     files = {} if tokenizer is None else tokenizer.files()
+    # With one of these files the directory would still be taken for an adapter.
+    adapter = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_BASE)
     save_stored(
         model,
         directory,
@@ -46,7 +54,7 @@ def write_directory(
         eos_id=_field(eos_ids),
         max_shard_bytes=max_shard_bytes,
         beside={
-            **dict.fromkeys(superseded_files(Path(directory), files)),
+            **dict.fromkeys([*superseded_files(Path(directory), files), *adapter]),
             **files,
             GENERATION_FILE: generation_text(source, bos, eos_ids),
         },

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.data.tokenizing.training import BOS, EOS
 from llama_ray.exporting.export import ExportConfig, export
+from llama_ray.model.adapter_files import is_adapter
 from llama_ray.model.checkpoint import load_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.config_files import config_files
@@ -106,6 +107,9 @@ def test_an_adapter_is_merged_or_written_as_it_is(tmp_path: Path, adapter: Path)
     copy, _ = load_pretrained(write(adapter, tmp_path / "copy"))
     for ours, weight in zip(copy.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, weight)
+    assert not is_adapter(write(adapter, tmp_path / "copy", merge=True))
+    with pytest.raises(CheckpointError, match="copy, which holds a whole model; give another place"):
+        write(adapter, tmp_path / "copy")
     with pytest.raises(CheckpointError, match="is an adapter; add --merge, or give --to DIR"):
         write(adapter, tmp_path / "adapter.gguf")
 

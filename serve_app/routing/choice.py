@@ -40,10 +40,12 @@ def choose(table: Table, model: str, session: str | None, request_id: str) -> Ch
         if not status.answers:
             raise _no_answer(model, status)
         return Choice(served, status.version.ref)
-    base, colon, name = model.rpartition(":")
-    if colon and not name.startswith("/") and (found := _status(table, base)) is not None:
+    base, _, name = model.rpartition(":")
+    # Otherwise it is a reference, models:/NAME/7.
+    asks_for_adapter = bool(base) and not name.startswith("/")
+    if asks_for_adapter and (found := _status(table, base)) is not None:
         return _with_adapter(*found, base, name)
-    wanted = model.removeprefix(SCHEME)
+    wanted = (base if asks_for_adapter else model).removeprefix(SCHEME)
     if any(wanted in (served.spec.name, served.spec.ref.removeprefix(SCHEME)) for served in table.models):
         raise ApiError(
             503, f"{cut(model)} has no version that serves yet", code="not_ready", retry_after_s=_RETRY_S

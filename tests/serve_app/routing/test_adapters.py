@@ -94,6 +94,9 @@ def test_what_no_adapter_answers_is_a_404_that_says_what_there_is(model: str, me
 
 def test_an_adapter_of_a_version_that_is_loading_comes_later() -> None:
     assert refusal("models:/llama/9:poet").status == 503
+    with pytest.raises(ApiError, match="llama:poet has no version that serves yet") as refused:
+        choose(table(served()), "llama:poet", None, "request")
+    assert refused.value.status == 503
 
 
 def test_while_versions_change_the_adapter_of_the_one_that_serves_answers() -> None:

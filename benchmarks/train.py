@@ -3,13 +3,15 @@
     python benchmarks/train.py                # 33.7M parameters, 8 x 256 tokens, bf16; 5 minutes on 2 cores
     python benchmarks/train.py --preset llama-3.2-1b --seq_len 4096 --batch_size 4 --device cuda    # on a GPU
     python benchmarks/train.py --documents 50 --seq_len 1024    # ours with a document mask beside ours without
+    python benchmarks/train.py --lora_rank 16                   # adapters beside all weights, ours and peft's
 
 Needs torch and transformers, no Ray and no MLflow. Each contestant has its own process, so that peak memory is
 measured for each. They alternate in short rounds that begin with a large matrix product: other work on the machine
 slows all of them alike, and hardly changes medians and ratios. On a GPU waiting contestants keep weights and optimizer
 state in host memory, so that the running one has the device to itself.
 
-MFU (model FLOP/s utilisation) counts 6 N + 12 L d s operations a token, attention not halved. It is relative to the
+MFU (model FLOP/s utilisation) counts 6 N + 12 L d s operations a token, attention not halved; of n weights of adapters,
+4 N + 12 L d s + 6 n. It is relative to the
 rate of that matrix product, and on a GPU also to the data sheet.
 """
 
@@ -31,12 +33,19 @@ from random_batches import random_batch
 
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.lora import LoraConfig
 from llama_ray.training.config import Precision
 from llama_ray.training.reporting.metrics import peak_flops, peak_memory_bytes
 from llama_ray.utils.errors import first_line
 
 CONTESTANTS = ("ours eager", "ours compiled", "transformers eager", "transformers compiled")
 MASKED_CONTESTANTS = ("ours eager", "ours eager masked", "ours compiled", "ours compiled masked")
+ADAPTER_CONTESTANTS = (
+    "ours eager",
+    "ours eager adapters",
+    "transformers eager",
+    "transformers eager adapters",
+)
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -52,6 +61,7 @@ def main(
     threads: int = 0,
     clock: Literal["wall", "cpu"] = "wall",
     documents: int = 0,
+    lora_rank: int = 0,
     contestants: list[str] | None = None,
 ) -> None:
     """Print tokens/s, MFU, peak memory, and the ratio of ours to transformers', or of masked to not masked.
@@ -70,12 +80,13 @@ def main(
             machine measure with cpu and one thread.
         documents: Mean length of the documents in a row, which begin elsewhere in each step; 0: none. All contestants
             see the same tokens, those called masked attend within documents.
+        lora_rank: Rank of the adapters that contestants called adapters train, those of transformers by peft; 0: none.
         contestants: A JSON list of contestants.
     """
-    contestants = contestants or list(MASKED_CONTESTANTS if documents else CONTESTANTS)
+    others = ADAPTER_CONTESTANTS if lora_rank else CONTESTANTS
+    contestants = contestants or list(MASKED_CONTESTANTS if documents else others)
     config = LlamaConfig.preset(preset, max_seq_len=seq_len)
-    flops = config.flops_per_token(seq_len)
-    args = (config, (batch_size, seq_len, documents), precision, device, threads, clock)
+    args = (config, (batch_size, seq_len, documents), precision, device, threads, clock, lora_rank)
     workers = {name: _start(name, *args) for name in contestants}
     print(f"{_machine(device)}, torch {torch.__version__}")
     print(
@@ -96,6 +107,7 @@ def main(
             results[name].add(_measure(workers[name], steps), steps * batch_size * seq_len)
     for pipe in workers.values():
         pipe.send(None)
+    flops = {name: _flops(name, config, seq_len, lora_rank) for name in workers}
     _print_table(results, flops, peak_flops(torch.device(device), precision) if device != "cpu" else None)
 
 
@@ -126,18 +138,27 @@ class _Result:
         )
 
 
+def _flops(name: str, config: LlamaConfig, seq_len: int, lora_rank: int) -> int:
+    """Return the operations a token of a contestant."""
+    if not name.endswith("adapters"):
+        return config.flops_per_token(seq_len)
+    return LoraConfig(rank=lora_rank, alpha=1.0).flops_per_token(config, seq_len)
+
+
 def _machine(device: str) -> str:
     return torch.cuda.get_device_name(device) if device != "cpu" else f"CPU {platform.machine()}"
 
 
-def _print_table(results: dict[str, _Result], flops: int, sheet_flops: float | None) -> None:
+def _print_table(results: dict[str, _Result], flops_of: dict[str, int], sheet_flops: float | None) -> None:
     product = statistics.median(rate for result in results.values() for rate in result.product_flops)
-    print(f"matrix product {product / 1e9:,.0f} GFLOP/s; {flops / 1e6:,.0f} MFLOP a token, roofline", end=" ")
-    print(f"{product / flops:,.0f} tok/s")
+    print(f"matrix product {product / 1e9:,.0f} GFLOP/s", end="")
+    for flops in sorted(set(flops_of.values())):
+        print(f"; {flops / 1e6:,.0f} MFLOP a token, roofline {product / flops:,.0f} tok/s", end="")
+    print()
     sheet = f"{'MFU of sheet':>14}" if sheet_flops else ""
     print(f"{'':24}{'tok/s':>9}{'spread':>9}{'MFU':>8}{sheet}{'peak MiB':>10}{'ratio':>8}")
     for name, result in results.items():
-        rate = statistics.median(result.rates)
+        rate, flops = statistics.median(result.rates), flops_of[name]
         spread = (max(result.rates) - min(result.rates)) / rate
         sheet = f"{rate * flops / sheet_flops:14.1%}" if sheet_flops else ""
         ratio = ""
@@ -175,13 +196,15 @@ def _contestant(
     device_name: str,
     threads: int,
     clock: str,
+    lora_rank: int,
 ) -> None:
     """Take as many steps as the pipe asks for and report, until it sends None."""
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     device = torch.device(device_name)
-    system, mode, *masked = name.split()
+    system, mode, *kind = name.split()
+    rank = lora_rank if kind == ["adapters"] else 0
     now = time.process_time if clock == "cpu" else time.perf_counter
     contestant: Contestant | None = None
     while (steps := pipe.recv()) is not None:
@@ -189,9 +212,9 @@ def _contestant(
             started = contestant is not None
             if contestant is None:
                 make = ours if system == "ours" else transformers
-                contestant = make(config, precision, device, compiled=mode == "compiled")
+                contestant = make(config, precision, device, compiled=mode == "compiled", lora_rank=rank)
             batches = [random_batch(config.vocab_size, *shape) for _ in range(steps)]
-            if not masked:
+            if kind != ["masked"]:
                 batches = [Batch(batch.inputs, batch.targets) for batch in batches]
             if started and device.type == "cuda":
                 contestant.move(device)

@@ -1,4 +1,7 @@
-"""Our training step, and that of the usual loop around transformers' model: same shape, optimizer and precision."""
+"""Our training step, and that of the usual loop around transformers' model: same shape, optimizer and precision.
+
+With `lora_rank` adapters are trained beside frozen weights, those of transformers by peft.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ from torch import Tensor, nn
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.hf_config import to_hf
-from llama_ray.model.llama import Llama
+from llama_ray.model.lora import LoraConfig
 from llama_ray.training.config import Precision, TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import SINGLE_WORKER
-from llama_ray.training.parallel.parallelize import parallelize
+from llama_ray.training.parallel.parallelize import parallelize, unallocated_model
+from llama_ray.training.precision import DTYPES
 from llama_ray.training.step import Stepper
 
 
@@ -38,23 +42,29 @@ class Contestant:
                     state[key] = value.to(device)
 
 
-def ours(config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool) -> Contestant:
+def ours(
+    config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool, lora_rank: int = 0
+) -> Contestant:
     """Build our model and optimizer; a step is that of the training loop."""
-    train = TrainConfig(precision=precision)
-    model = parallelize(Llama(config, device="meta"), train, SINGLE_WORKER, device, compile_blocks=compiled)
+    train = _train_config(precision, lora_rank)
+    llama = unallocated_model(config, train)
+    model = parallelize(llama, train, SINGLE_WORKER, device, compile_blocks=compiled)
+    if lora_rank:
+        # Frozen weights are not given initial values.
+        llama.init_weights(seed=0)
     optimizer = build_optimizer(model, train)
     stepper = Stepper(model, optimizer, train, device=device)
     return Contestant(lambda batch: stepper.step([batch]).loss, model, optimizer)
 
 
 def transformers(
-    config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool
+    config: LlamaConfig, precision: Precision, device: torch.device, *, compiled: bool, lora_rank: int = 0
 ) -> Contestant:
     """Build LlamaForCausalLM; a step is that of the usual loop: its own loss, autocast, clipping, fused AdamW."""
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
 
-    train = TrainConfig(precision=precision)
+    train = _train_config(precision, lora_rank)
     described = HFConfig(
         **to_hf(config, dtype="float32", bos_id=None, eos_id=None), attn_implementation="sdpa"
     )
@@ -62,6 +72,8 @@ def transformers(
     with device:
         plain = LlamaForCausalLM(described).float()
     plain.config.use_cache = False
+    if train.lora is not None:
+        plain = _with_peft(plain.to(DTYPES[precision]), train.lora)
     model = torch.compile(plain) if compiled else plain
     optimizer = build_optimizer(plain, train)
 
@@ -76,3 +88,19 @@ def transformers(
         return loss.detach()
 
     return Contestant(step, plain, optimizer)
+
+
+def _train_config(precision: Precision, lora_rank: int) -> TrainConfig:
+    if not lora_rank:
+        return TrainConfig(precision=precision)
+    return TrainConfig(precision=precision, lora_rank=lora_rank, init_from="random weights")
+
+
+def _with_peft(model: nn.Module, lora: LoraConfig) -> nn.Module:
+    """Give `model` adapters of peft, which are fp32 as ours."""
+    import peft
+
+    settings = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, settings)

@@ -22,6 +22,7 @@ from torch import Tensor
 from llama_ray.model.config_files import to_text
 from llama_ray.model.lora import FACTOR_A, FACTOR_B, TARGETS, LoraConfig
 from llama_ray.model.sharded_safetensors import StoredTensor, open_tensors
+from llama_ray.model.stored_config import CONFIG_FILE
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.storage.replacement import Replacement
 from llama_ray.utils.errors import printable
@@ -163,8 +164,12 @@ def save_adapter(
     """Write an adapter that PEFT reads as it is.
 
     `factors` are A and B by the Hugging Face name of the weight, as in `StoredAdapter`; `beside` are further files,
-    by name.
+    by name. Raises CheckpointError for the directory of a whole model: it would be taken for an adapter.
     """
+    if (directory / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{directory} holds a whole model ({CONFIG_FILE}); give another directory to save to"
+        )
     tensors = {
         peft_name(f"{name.removesuffix('.weight')}.{factor}.weight"): tensor.detach().cpu().contiguous()
         for name, pair in factors.items()

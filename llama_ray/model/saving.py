@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from llama_ray.model.adapter_files import is_adapter
 from llama_ray.model.config_files import config_files, to_text
 from llama_ray.model.hf_config import EosIds
 from llama_ray.model.llama import Llama
@@ -85,6 +86,10 @@ def save_stored(
     beyond the range of `dtype`.
     """
     directory, dtype = Path(directory), dtype or model.dtype
+    if is_adapter(directory):
+        raise CheckpointError(
+            f"{directory} holds an adapter; give another directory to save a whole model to"
+        )
     if training := next(directory.glob(RANK_FILES), None):
         raise CheckpointError(
             f"{directory} is a checkpoint of a training run ({training.name}); give another directory to save to"

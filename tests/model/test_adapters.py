@@ -172,6 +172,14 @@ def test_a_base_with_other_weights_is_refused(base: Path, tmp_path: Path) -> Non
         load_pretrained(directory)
 
 
+def test_an_adapter_and_a_whole_model_are_not_saved_over_each_other(base: Path, tmp_path: Path) -> None:
+    directory = save(adapted_model(), base, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="holds an adapter; give another directory"):
+        save_model(random_model(CONFIG), directory)
+    with pytest.raises(CheckpointError, match="holds a whole model"):
+        save(adapted_model(), base, base)
+
+
 def test_the_base_of_another_shape_is_refused(base: Path, tmp_path: Path) -> None:
     directory = save(adapted_model(), base, tmp_path / "adapter")
     save_model(Llama(replace(CONFIG, intermediate_size=48)), tmp_path / "other")

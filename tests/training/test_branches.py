@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from llama_ray.data.mixtures.sources import parse_sources
+from llama_ray.data.mixtures.stages import Segment
+from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_pretrained
 from llama_ray.training.checkpointing.progress import load_progress
-from llama_ray.training.config import TrainConfig
+from llama_ray.training.config import Schedule, TrainConfig
 from llama_ray.training.loop import train
+from llama_ray.training.optimizers.build import learning_rate
 from llama_ray.training.preflight import check_run
 from llama_ray.training.starting_point import starting_point
 from tests.training.helpers import CPU, TWELVE_STEPS, FinishedRun, Recorder, losses, losses_after
@@ -51,6 +54,17 @@ def test_its_learning_rate_begins_where_the_branch_does(
     rates = {step: metrics["train/learning_rate"] for step, metrics in recorder.points.items()}
     assert rates == pytest.approx({6: 1e-3, 7: 2e-3 / 3, 8: 1e-3 / 3, 9: 0})
     assert (progress.step, progress.branched_at) == (9, 5)
+
+
+def test_a_branch_has_no_warm_up_unless_it_is_asked_for() -> None:
+    config = TrainConfig(max_steps=100, learning_rate=1.0, schedule="linear", min_learning_rate_ratio=0)
+    timetable = Timetable([Segment(1, 1, 32, {})], 50, 50, [0])
+    schedule = Schedule.of(config, timetable, 40, branched_at=50)
+    assert (schedule.total_steps, schedule.warmup_steps) == (150, 0)
+    assert [learning_rate(step, config, schedule) for step in (51, 150)] == [1.0, 0.0]
+    slower = replace(config, warmup_steps=10)
+    schedule = Schedule.of(slower, timetable, 40, branched_at=50)
+    assert [learning_rate(step, slower, schedule) for step in (51, 60, 150)] == [0.1, 1.0, 0.0]
 
 
 def test_its_checkpoints_name_what_it_goes_on_from(

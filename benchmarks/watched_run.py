@@ -98,10 +98,8 @@ class WatchedRun:
         if self.schedule.validates(step) and self._validated < step:
             return VALIDATION
         saved = step - step % self.schedule.checkpoint_every
-        if (
-            saved
-            and not (self.directory / run_directory.checkpoint_name(saved) / run_directory.MARKER).exists()
-        ):
+        checkpoint = run_directory.checkpoint_of(str(self.directory), saved)
+        if saved and run_directory.read_marker(checkpoint) is None:
             return CHECKPOINT
         return STEP
 

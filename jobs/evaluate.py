@@ -75,7 +75,7 @@ class Job:
         if (output := self._flags.output) is None:
             return
         results = json.dumps([asdict(each) for each in evaluations], indent=2, ensure_ascii=False)
-        store.write_text(store.join(output, "results.json"), results + "\n")
+        store.write_text(store.join(output, "results.json"), redact(results) + "\n")
         store.write_text(store.join(output, "results.md"), compare(evaluations).markdown())
 
     def _record(self, evaluations: list[Evaluation]) -> None:

@@ -10,6 +10,7 @@ from statistics import NormalDist
 import numpy as np
 
 from llama_ray.evaluation.results import Evaluation, EvaluationError, Score, comparable
+from llama_ray.utils.redact import redact
 
 CONFIDENCE = 0.95
 _LEAST_DOCUMENTS = 6
@@ -183,12 +184,12 @@ def _best(scores: Sequence[Score]) -> int | None:
 
 def _labels(models: Sequence[str]) -> tuple[str, ...]:
     """Return the ends of the references, as long as needed to tell all apart."""
-    parts = [model.removeprefix("models:/").rstrip("/").split("/") for model in models]
+    parts = [redact(model).removeprefix("models:/").rstrip("/").split("/") for model in models]
     for length in range(2, max(map(len, parts)) + 1):
         labels = tuple("/".join(part[-length:]) for part in parts)
         if len(set(labels)) == len(labels):
             return labels
-    return tuple(f"{model} ({number})" for number, model in enumerate(models, 1))
+    return tuple(f"{redact(model)} ({number})" for number, model in enumerate(models, 1))
 
 
 def _with_margin(value: float, half: float | None, sign: str = "") -> str:

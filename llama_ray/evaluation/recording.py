@@ -20,6 +20,7 @@ from llama_ray.tracking.measurements import (
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
 from llama_ray.tracking.versions import Version, resolve_version
+from llama_ray.utils.redact import redact
 
 DEFAULT_EXPERIMENT = "llama-ray"
 _TAGS, _METRICS = "evaluation.", "scores/"
@@ -110,7 +111,7 @@ def describe(evaluation: Evaluation) -> str:
 def _log(run: Run, evaluation: Evaluation, version: Version | None, tables: Mapping[str, Table]) -> None:
     step = version.tags.get("step", "") if version else ""
     log_measurements(run, _measurements(evaluation), version, int(step) if step.isdecimal() else 0)
-    run.log_text(evaluation.to_json(), _FILE)
+    run.log_text(redact(evaluation.to_json()), _FILE)
     log_table(run, _scores_table(evaluation), _TABLE)
     for name, table in tables.items():
         log_table(run, table, f"{name}.json")
@@ -147,4 +148,4 @@ def _tags(evaluation: Evaluation, run: Run) -> dict[str, str]:
 
 
 def _short(model: str) -> str:
-    return "/".join(model.removeprefix("models:/").rstrip("/").split("/")[-2:])
+    return "/".join(redact(model).removeprefix("models:/").rstrip("/").split("/")[-2:])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from llama_ray.evaluation.results import Evaluation, EvaluationError
 from llama_ray.storage import run_directory, store
 from llama_ray.utils.errors import one_line, printable
+from llama_ray.utils.redact import redact
 
 _RESULTS = "evaluations"
 """The directory of results in that of the run."""
@@ -190,7 +191,7 @@ class CheckpointEvaluations:
         try:
             store.make_directory(folder)
             file = store.join(folder, f"{run_directory.checkpoint_name(step)}.json")
-            store.write_text(file, evaluation.to_json())
+            store.write_text(file, redact(evaluation.to_json()))
         except OSError as error:
             _say(f"the evaluation of step {step} is not kept in {folder}: {_reason(error)}")
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from mlflow import MlflowClient
 
-from llama_ray.evaluation.recording import record, recorded
+from llama_ray.evaluation.comparison import compare
+from llama_ray.evaluation.recording import record, record_comparison, recorded
 from llama_ray.tracking.measurements import read_artifact
 from llama_ray.tracking.versions import resolve_version
 from tests.evaluation.helpers import add_version, evaluation
@@ -72,6 +76,18 @@ def test_an_evaluation_is_read_back_while_its_run_is_there(store: str) -> None:
     assert recorded(version, store) == found
     MlflowClient(store).delete_run(run.run_id)
     assert recorded(version, store) is None
+
+
+def test_no_secret_of_a_uri_is_stored(store: str) -> None:
+    model = "s3://KEY:HUSH@bucket"
+    one = replace(evaluation(model, 2.0), settings={"text": "book=s3://KEY:HUSH@bucket/book.txt"})
+    run = record(one, uri=store)
+    record_comparison(run, compare([one, evaluation(f"{model}/other", 1.0)]))
+    stored = MlflowClient(store).get_run(run.run_id)
+    folder = Path(urlsplit(stored.info.artifact_uri).path)
+    texts = [str(stored.to_dictionary()), *(file.read_text() for file in folder.glob("*.[jm]*"))]
+    assert len(texts) == 5
+    assert not [text for text in texts if "HUSH" in text]
 
 
 def test_a_directory_is_recorded_in_the_experiment_that_is_asked_for(store: str) -> None:

@@ -259,11 +259,18 @@ def test_a_resumed_run_goes_on_exactly_with_dropout_too(
     assert not any(name.startswith("model") for name in files)
 
 
+@pytest.fixture(scope="module")
+def trained(tiny: LlamaConfig, base: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of two steps."""
+    directory = tmp_path_factory.mktemp("trained")
+    run(tiny, TWO_STEPS, base, dataset, directory)
+    return directory / "step_00000002"
+
+
 def test_a_branch_of_a_run_finds_the_base_of_its_adapters(
-    tiny: LlamaConfig, base: Path, dataset: Path, tmp_path: Path
+    tiny: LlamaConfig, base: Path, dataset: Path, tmp_path: Path, trained: Path
 ) -> None:
-    run(tiny, TWO_STEPS, base, dataset, tmp_path / "run")
-    branch = replace(TWO_STEPS, init_from=None, branch_from=str(tmp_path / "run" / "step_00000002"))
+    branch = replace(TWO_STEPS, init_from=None, branch_from=str(trained))
     recorder = Recorder()
     train(tiny, branch, dataset, device=CPU, observer=recorder, output_dir=str(tmp_path / "branch"))
     assert set(losses(recorder)) == {3, 4}
@@ -309,20 +316,20 @@ def test_a_run_does_not_go_on_with_other_adapters(
     tiny: LlamaConfig,
     dataset: Path,
     tmp_path: Path,
-    moved: tuple[Path, Path],
+    base: Path,
+    trained: Path,
     settings: Settings,
     message: str,
 ) -> None:
-    checkpoint, own = moved
     with pytest.raises(ValueError, match=message):
-        run(tiny, replace(EIGHT_STEPS, **settings), own, dataset, tmp_path / "resumed", checkpoint)
+        run(tiny, replace(EIGHT_STEPS, **settings), base, dataset, tmp_path / "resumed", trained)
 
 
 def test_what_adapters_cannot_change_or_stand_on_is_refused(
-    tiny: LlamaConfig, base: Path, moved: tuple[Path, Path]
+    tiny: LlamaConfig, base: Path, trained: Path
 ) -> None:
     config = replace(TWO_STEPS, init_from=str(base))
     with pytest.raises(ValueError, match="max_seq_len is 16; with lora_rank it must be 32"):
         check_base(replace(tiny, max_seq_len=16), config)
     with pytest.raises(ValueError, match="an adapter; with lora_rank it must be a whole model"):
-        check_base(tiny, replace(config, init_from=str(moved[0])))
+        check_base(tiny, replace(config, init_from=str(trained)))

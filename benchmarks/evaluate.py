@@ -35,8 +35,8 @@ from llama_ray.pretrained import load_pretrained, save_pretrained
 
 CASES: dict[str, tuple[str, int | None]] = {
     "four choices": ("verse_next_line", 0),
-    "four choices, 5 examples": ("verse_next_line", 5),
-    "four choices of code": ("python_next_line", 0),
+    "five examples": ("verse_next_line", 5),
+    "code": ("python_next_line", 0),
     "last word": ("verse_last_word", 0),
     "rolling": ("sonnets", None),
     "generate until": ("verse_copy", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from llama_ray.training.loop import train
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import SINGLE_WORKER
 from llama_ray.training.parallel.parallelize import parallelize, unallocated_model
-from llama_ray.training.step import Stepper
+from llama_ray.training.step import Stepper, StepResult
 from llama_ray.utils.targets import IGNORE_INDEX
 from tests.small_models import random_model
 from tests.training.helpers import (
@@ -208,6 +209,22 @@ def test_validation_drops_nothing(tiny: LlamaConfig, base: Path) -> None:
     batch = batch_of(tiny)
     exact = adapted(tiny, base).validate([batch])
     assert adapted(tiny, base, **DROPOUT).validate([batch]) == exact
+
+
+def test_what_a_step_drops_does_not_depend_on_what_was_drawn_before(
+    tiny: LlamaConfig, base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(EIGHT_STEPS, max_steps=3, **DROPOUT)
+    expected = losses(run(tiny, config, base, dataset, tmp_path / "first"))
+    step = Stepper.step
+
+    def draw_first(self: Stepper, micro_batches: Sequence[Batch]) -> StepResult:
+        result = step(self, micro_batches)
+        torch.rand(7)
+        return result
+
+    monkeypatch.setattr(Stepper, "step", draw_first)
+    assert losses(run(tiny, config, base, dataset, tmp_path / "second")) == expected
 
 
 def train_in_layouts(

@@ -20,7 +20,8 @@ from llama_ray.data.sources.files import BUILTIN
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.cluster import connect
 from llama_ray.orchestration.launch import LaunchConfig
-from llama_ray.orchestration.trainer import checkpoint_to_resume, train_on_ray
+from llama_ray.orchestration.trainer import train_on_ray
+from llama_ray.orchestration.training_job import checkpoint_to_resume
 from llama_ray.pretrained import fixed, load_tokenizer, resolve
 from llama_ray.storage.attempts import Superseded
 from llama_ray.storage.paths import absolute, existing_ref

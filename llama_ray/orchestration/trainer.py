@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from llama_ray.data.inspection.examples import examples
 from llama_ray.data.inspection.terminal import Style
-from llama_ray.data.mixtures.loader import Loader
-from llama_ray.data.mixtures.sources import Given, parse_sources
-from llama_ray.evaluation.evaluate import EvaluationConfig
+from llama_ray.data.mixtures.sources import Given
 from llama_ray.model.config import LlamaConfig
 from llama_ray.orchestration.interrupts import request_stop, until_signal, withdraw_stop
-from llama_ray.orchestration.launch import IF_THERE, LATEST, LaunchConfig
+from llama_ray.orchestration.launch import IF_THERE, LaunchConfig
 from llama_ray.orchestration.publish import publish
-from llama_ray.orchestration.report import describe_run, describe_version, short_count
-from llama_ray.orchestration.resources import check_workers, uses_gpu
-from llama_ray.orchestration.run_data import RunData, same_for_workers
-from llama_ray.orchestration.run_evaluations import checkpoints_evaluated, evaluation_config, promote_by_rule
+from llama_ray.orchestration.report import describe_run, describe_version
+from llama_ray.orchestration.run_evaluations import checkpoints_evaluated, promote_by_rule
 from llama_ray.orchestration.run_record import Finished, RunRecord
+from llama_ray.orchestration.training_job import TrainingJob, check_job, refuse_trained
 from llama_ray.orchestration.worker import Ending, WorkerPlan
 from llama_ray.orchestration.worker_group import run_workers
-from llama_ray.pretrained import fixed
 from llama_ray.storage import attempts, run_directory, store
 from llama_ray.storage.attempts import Attempt
 from llama_ray.storage.claim import claimed
-from llama_ray.storage.paths import absolute
 from llama_ray.tracking.environment import secret_variables
 from llama_ray.tracking.errors import TrackingError
 from llama_ray.tracking.registry import PromotionDecision, Version, resolve_version
 from llama_ray.tracking.runs import Run, Status
 from llama_ray.tracking.tags import parent_tags, standard_tags
 from llama_ray.tracking.versions import NotRegistered
-from llama_ray.training.checkpointing.files import local_copy, local_description
+from llama_ray.training.checkpointing.files import local_copy
 from llama_ray.training.checkpointing.progress import load_progress
 from llama_ray.training.config import Schedule, TrainConfig
-from llama_ray.training.elastic import check_range, check_segments
 from llama_ray.training.hosts.interrupt import Stopped
-from llama_ray.training.parallel.float8 import check_float8
-from llama_ray.training.preflight import check_run
-from llama_ray.training.starting_point import starting_point
-from llama_ray.training.task import check_references, for_data
 from llama_ray.utils.redact import redact
 
 EXAMPLES_FILE = "examples.txt"
@@ -78,7 +64,7 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
     ValueError, if MLflow refuses the finished model. The MLflow run is then marked FAILED, or KILLED if it was stopped.
     Raises Superseded, and leaves the MLflow run alone, once a newer attempt goes on with the run.
     """
-    job = _check(model, config, launch, data)
+    job = check_job(model, config, launch, data)
     if launch.resume == IF_THERE and (outcome := _finished(job)):
         print(f"run {job.name} has finished already; nothing is left to do", flush=True)
         return outcome
@@ -102,109 +88,12 @@ def train_on_ray(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, 
     return outcome
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A training run whose settings have been checked."""
-
-    name: str
-    model: LlamaConfig
-    config: TrainConfig
-    launch: LaunchConfig
-    data: RunData
-    loader: Loader
-    """At the position from which the run goes on."""
-    branched_at: int
-    """See `Progress`."""
-    gpu: bool
-    evaluation: EvaluationConfig | None
-    """What is measured of checkpoints and of the version."""
-
-    @property
-    def directory(self) -> str:
-        return store.join(self.launch.output_dir, self.name)
-
-
-def _check(model: LlamaConfig, config: TrainConfig, launch: LaunchConfig, data: Given) -> _Job:
-    """Raise ValueError for everything that would fail later, and name the run."""
-    sources = tuple(replace(source, location=same_for_workers(source)) for source in parse_sources(data))
-    config = for_data(config, sources)
-    check_references(config, sources)
-    gpu = uses_gpu()
-    least, most = launch.workers
-    check_workers(least, gpu=gpu)
-    if least == most:
-        check_workers(most, gpu=gpu)
-    if not gpu:
-        check_float8(config, torch.device("cpu"))
-    check_range(config, least, most, config.tensor_parallel)
-    launch = replace(launch, output_dir=absolute(launch.output_dir))
-    run_directory.check_writable(launch.output_dir)
-    name, checkpoint = _name_and_checkpoint(model, launch)
-    if config.init_from is not None and checkpoint is None:
-        # Workers that start again must find the same weights.
-        config = replace(config, init_from=fixed(config.init_from))
-    with starting_point(config, checkpoint, local_description) as start:
-        loader = check_run(model, config, sources, most, start)
-        branched_at = start.progress().branched_at if start else 0
-    # Of the stages that are not over.
-    ahead = loader.timetable.ahead(sys.maxsize)
-    check_segments(ahead, config.seq_len or model.max_seq_len, least, most, config.tensor_parallel)
-    run_data = RunData.of(sources, loader)
-    evaluation = evaluation_config(launch, run_data, model.max_seq_len)
-    return _Job(name, model, config, launch, run_data, loader, branched_at, gpu, evaluation)
-
-
-def checkpoint_to_resume(launch: LaunchConfig) -> str | None:
-    """Return the checkpoint that a run goes on from; None if it begins. Raises StorageError for no run to resume."""
-    return _resumed(launch)[1] if launch.resume else None
-
-
-def _name_and_checkpoint(model: LlamaConfig, launch: LaunchConfig) -> tuple[str, str | None]:
-    """Return the run's name, and the checkpoint that it resumes from."""
-    if launch.resume:
-        return _resumed(launch)
-    name = launch.run_name or _new_name(model)
-    _refuse_trained(launch, name)
-    return name, None
-
-
-def _resumed(launch: LaunchConfig) -> tuple[str, str | None]:
-    """Return the name of the run that `launch` resumes, and its newest checkpoint."""
-    if launch.resume == IF_THERE:
-        assert launch.run_name is not None
-        return launch.run_name, run_directory.latest_checkpoint(
-            store.join(launch.output_dir, launch.run_name)
-        )
-    assert launch.resume is not None
-    name = run_directory.latest_run(launch.output_dir) if launch.resume == LATEST else launch.resume
-    checkpoint = run_directory.latest_checkpoint(store.join(launch.output_dir, name))
-    if checkpoint is None:
-        raise store.StorageError(
-            f"{launch.output_dir} holds no checkpoint of run {name!r}; check --output_dir, or leave out --resume"
-        )
-    return name, checkpoint
-
-
-def _new_name(model: LlamaConfig) -> str:
-    """Return a name that no other launch takes, even in the same second."""
-    time_and_number = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    return f"llama-{short_count(model.num_parameters())}-{time_and_number}"
-
-
-def _refuse_trained(launch: LaunchConfig, name: str) -> None:
-    """Raise StorageError if the run has checkpoints: workers continue from those that they find."""
-    if run_directory.latest_checkpoint(store.join(launch.output_dir, name)):
-        raise store.StorageError(
-            f"{launch.output_dir} holds run {name!r} already; use --resume {name} to go on, or another --run_name"
-        )
-
-
 @contextmanager
-def _mlflow_run(job: _Job, attempt: Attempt) -> Iterator[Run]:
+def _mlflow_run(job: TrainingJob, attempt: Attempt) -> Iterator[Run]:
     """Open the MLflow run of `job`, and mark at the end how it ended, unless a newer attempt goes on with it."""
     if not job.launch.resume:
         # A launch of this name may have ended since it was checked.
-        _refuse_trained(job.launch, job.name)
+        refuse_trained(job.launch, job.name)
     run = _resumed_run(job) or _new_run(job)
     try:
         attempt.check()
@@ -231,7 +120,7 @@ def _may_change(attempt: Attempt) -> bool:
         return True
 
 
-def _resumed_run(job: _Job) -> Run | None:
+def _resumed_run(job: TrainingJob) -> Run | None:
     record = RunRecord.read(job.directory) if job.launch.resume else None
     if not record:
         return None
@@ -240,7 +129,7 @@ def _resumed_run(job: _Job) -> Run | None:
     return run
 
 
-def _new_run(job: _Job) -> Run:
+def _new_run(job: TrainingJob) -> Run:
     most = job.launch.workers[1]
     settings = _settings(job)
     settings["model"]["num_parameters"] = job.model.num_parameters()
@@ -254,13 +143,13 @@ def _new_run(job: _Job) -> Run:
     )
 
 
-def _describe(run: Run, job: _Job) -> None:
+def _describe(run: Run, job: TrainingJob) -> None:
     """Tie the run to its data, or to more data if it resumes with other ones, and to its directory."""
     job.data.log_to(run)
     RunRecord.of(run).write(job.directory)
 
 
-def _show_examples(job: _Job, run: Run) -> None:
+def _show_examples(job: TrainingJob, run: Run) -> None:
     """Print examples of a run that tunes, and keep them with it: what is learned of them must be seen to be right."""
     if job.config.task == "pretrain" or job.loader.position:
         return
@@ -269,7 +158,7 @@ def _show_examples(job: _Job, run: Run) -> None:
     run.log_text("\n".join(examples(job.data.sources, job.config.seed, Style(colours=False))), EXAMPLES_FILE)
 
 
-def _settings(job: _Job) -> dict[str, dict[str, object]]:
+def _settings(job: TrainingJob) -> dict[str, dict[str, object]]:
     return {
         "model": job.model.to_dict(),
         "training": job.config.to_dict(),
@@ -277,7 +166,7 @@ def _settings(job: _Job) -> dict[str, dict[str, object]]:
     }
 
 
-def _train(job: _Job, run: Run, attempt: Attempt) -> Ending:
+def _train(job: TrainingJob, run: Run, attempt: Attempt) -> Ending:
     """Run the workers, restarted after failures, until they end."""
     # An earlier launch of the same run may have left it.
     withdraw_stop(job.directory)
@@ -296,7 +185,7 @@ def _train(job: _Job, run: Run, attempt: Attempt) -> Ending:
     return until_signal(lambda: run_workers(plan, job.launch, gpu=job.gpu), stop)
 
 
-def _register(job: _Job, run: Run, checkpoint: str, attempt: Attempt) -> Outcome:
+def _register(job: TrainingJob, run: Run, checkpoint: str, attempt: Attempt) -> Outcome:
     """Register the model of the last checkpoint, if the launch asks for that."""
     with local_copy(checkpoint) as local:
         progress = load_progress(local)
@@ -325,7 +214,7 @@ def _register(job: _Job, run: Run, checkpoint: str, attempt: Attempt) -> Outcome
     return Outcome(run.run_id, checkpoint, progress.validation_loss, epochs, version, decision)
 
 
-def _record_end(job: _Job, run: Run, step: int, outcome: Outcome, attempt: Attempt) -> None:
+def _record_end(job: TrainingJob, run: Run, step: int, outcome: Outcome, attempt: Attempt) -> None:
     """Note that nothing is left to do, for a launch of the same command."""
     attempt.check()
     finished = Finished(
@@ -339,7 +228,7 @@ def _record_end(job: _Job, run: Run, step: int, outcome: Outcome, attempt: Attem
     RunRecord.of(run, finished).write(job.directory)
 
 
-def _finished(job: _Job) -> Outcome | None:
+def _finished(job: TrainingJob) -> Outcome | None:
     """Return what came of the run of `job`, if it has taken all steps and is registered as the launch asks."""
     record = RunRecord.read(job.directory)
     if record is None or record.finished is None:

@@ -28,6 +28,7 @@ from jsonargparse import auto_cli
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.evaluation.engine_scorer import EngineScorer
 from llama_ray.evaluation.harness.run import BUNDLED
+from llama_ray.generation.backends.prepare import prepare
 from llama_ray.generation.engine import Engine
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
@@ -73,6 +74,8 @@ def main(
         from llama_ray.evaluation.harness.model import HarnessModel
 
         theirs = HFLM(str(directory), dtype="float32", device="cpu", batch_size=batch_size)
+        llama, tokenizer = load_pretrained(directory, torch.float32)
+        backend = prepare(llama)
         names = [name for name in CASES if not cases or name in cases.split(",")]
         seconds: dict[tuple[str, str], list[float]] = {}
         for name in names:
@@ -81,7 +84,7 @@ def main(
                 scores = {}
                 for who in ("ours", "hf"):
                     # A new engine has nothing in its cache from the round before.
-                    with Engine.from_pretrained(directory, torch.float32, "cpu") as engine:
+                    with Engine(backend, tokenizer, kv_cache_memory_bytes=2**30) as engine:
                         lm = HarnessModel(EngineScorer("ours", engine)) if who == "ours" else theirs
                         started = time.perf_counter()
                         scores[who] = _evaluate(lm, task, shots, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import cast
 
@@ -44,7 +45,7 @@ class Backend:
         adapters: ActiveAdapters | None = None,
     ) -> None:
         self.model, self.block_size = model, block_size
-        self.adapters = adapters or ActiveAdapters()
+        self.adapters, self._allowing = adapters or ActiveAdapters(), threading.Lock()
         self.cache_config = cache_config or model.config
         self.sampler_ops = sampler_ops
         self.device, self.dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
@@ -73,9 +74,11 @@ class Backend:
 
     def adapter_kernels(self, max_loras: int) -> AdapterKernels:
         """Return how adapters are computed, at most `max_loras` in a step; from then on the products add them."""
-        if self.adapters.kernels is None:
-            self.adapters.kernels = self.allow_adapters(max_loras)
-        return self.adapters.kernels
+        # Adapters are read in several threads; the products must add them once.
+        with self._allowing:
+            if self.adapters.kernels is None:
+                self.adapters.kernels = self.allow_adapters(max_loras)
+            return self.adapters.kernels
 
     def allow_adapters(self, max_loras: int) -> AdapterKernels:
         """Have the products add adapters; see `adapter_kernels`."""

@@ -81,7 +81,7 @@ class CpuKernels:
         array = (abi.AdapterPart * len(parts))(*parts)
         inputs = sizes[FUSED_PRODUCTS[name][0]][0]
         argument.a = tensors[-1].data_ptr()
-        argument.in_features = inputs + _padding(inputs, self._dtype)
+        argument.in_features = inputs + padding(inputs, self._dtype)
         argument.columns = tensors[-1].shape[1]
         argument.parts, argument.num_parts = ctypes.addressof(array), len(parts)
         return tensors, array
@@ -108,7 +108,7 @@ class CpuAdapters:
         """See `StepAdapters`; `y` is contiguous and changed in place."""
         if x.dtype != y.dtype or not y.is_contiguous():
             raise ValueError(f"a product of {x.dtype} gave {y.dtype} with strides {y.stride()}")
-        x = F.pad(x, (0, _padding(x.shape[-1], x.dtype))).contiguous()
+        x = F.pad(x, (0, padding(x.shape[-1], x.dtype))).contiguous()
         kernels().add_adapters(
             *(self.address, layer * len(_PRODUCTS) + _PRODUCTS.index(product), x.dtype == torch.bfloat16),
             *(x.data_ptr(), y.data_ptr(), y.shape[-1], torch.get_num_threads()),
@@ -116,7 +116,7 @@ class CpuAdapters:
         return y
 
 
-def _padding(inputs: int, dtype: torch.dtype) -> int:
+def padding(inputs: int, dtype: torch.dtype) -> int:
     """Return how many zeros an input gets: bfloat16 is multiplied in pairs."""
     return inputs % 2 if dtype == torch.bfloat16 else 0
 
@@ -124,7 +124,7 @@ def _padding(inputs: int, dtype: torch.dtype) -> int:
 def _units(a: Tensor) -> Tensor:
     """[columns, in] -> [in / values in a unit, columns] in units of 32 bits; padded with zeros in both dimensions."""
     columns, inputs = a.shape
-    padded = F.pad(a, (0, _padding(inputs, a.dtype), 0, -columns % _WIDEST_VECTOR))
+    padded = F.pad(a, (0, padding(inputs, a.dtype), 0, -columns % _WIDEST_VECTOR))
     return padded.contiguous().view(torch.int32).T.contiguous()
 
 

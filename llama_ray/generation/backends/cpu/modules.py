@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llama_ray.generation.adapters.active import ActiveAdapters
 from llama_ray.generation.backends.backend import PostProduct, append_post_product
 from llama_ray.generation.backends.cpu import abi, ops
-from llama_ray.generation.backends.cpu.adapters import CpuAdapters
+from llama_ray.generation.backends.cpu.adapters import CpuAdapters, padding
 from llama_ray.generation.backends.cpu.cache import CpuAttend
 from llama_ray.generation.backends.cpu.linear import Format, PackedLinear, check_format
 from llama_ray.generation.backends.huge_pages import Arena
@@ -54,7 +54,7 @@ def accelerate(model: Llama, format: Format | None = None, adapters: ActiveAdapt
 class PackedBlocks(nn.Module):
     """All blocks: in one call of C++ on a `CpuCache`, else one after the other, with the same result.
 
-    The single call is not possible if a product pads its input or has a post-product.
+    The single call is not possible if a product, or what an adapter adds to it, pads its input, or with a post-product.
     """
 
     def __init__(self, blocks: list[PackedBlock], adapters: ActiveAdapters) -> None:
@@ -64,6 +64,9 @@ class PackedBlocks(nn.Module):
         self._arguments = [block.argument() for block in blocks]
         self._addresses = (ctypes.c_void_p * len(blocks))(*(ctypes.addressof(a) for a in self._arguments))
         self._in_one_call = not any(p.pad for b in blocks for p in b.products)
+        # Quantised products pad nothing, but the adapters of bfloat16 beside them do.
+        dtype = blocks[0].self_attn.qkv_proj.dtype
+        self._adapts_in_one_call = not any(padding(p.in_features, dtype) for b in blocks for p in b.products)
         self._head_dim = blocks[0].self_attn.head_dim
         self._run = ops.kernels().blocks
 
@@ -76,7 +79,9 @@ class PackedBlocks(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend | None = None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
-        if not self._in_one_call or not isinstance(attend, CpuAttend):
+        step = self._adapters.step
+        in_one_call = self._in_one_call and (step is None or self._adapts_in_one_call)
+        if not in_one_call or not isinstance(attend, CpuAttend):
             for block in self.blocks:
                 x = block(x, rope, attend)
             return x
@@ -89,7 +94,6 @@ class PackedBlocks(nn.Module):
                 f"{attend.tokens} tokens of {attend.dtype}"
             )
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        step = self._adapters.step
         assert step is None or isinstance(step, CpuAdapters)
         out = torch.empty_like(x)
         self._run(

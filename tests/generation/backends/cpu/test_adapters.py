@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from llama_ray.generation.adapters.weights import AdapterWeights, LowRank
 from llama_ray.generation.backends.cpu import ops
 from llama_ray.generation.backends.cpu.adapters import CpuKernels
 from llama_ray.generation.backends.cpu.linear import PackedLinear
+from llama_ray.generation.backends.prepare import prepare
+from llama_ray.generation.engine import Engine
+from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.lora import linear_sizes
-from tests.small_models import small_config
+from tests.generation.adapters.helpers import merged, save_random_adapter
+from tests.small_models import random_model, small_config
 
 CONFIG = small_config(100, hidden_size=130, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=50)
 CONFIGS = [
@@ -78,3 +83,24 @@ def test_an_activation_of_its_own_has_the_bits_of_the_one_in_the_product(
     weight, x = torch.randn(2 * 101, 64).to(dtype), torch.randn(7, 64).to(dtype)
     packed = PackedLinear(weight, "float32" if dtype == torch.float32 else "bfloat16", gated=True)
     assert ops.silu_product(packed.apart(x)).equal(packed(x))
+
+
+def test_inputs_of_an_odd_number_keep_their_rows_beside_quantised_weights(
+    kernels: ctypes.CDLL, tmp_path: Path
+) -> None:
+    config = small_config(100, intermediate_size=63)
+    adapter = save_random_adapter(tmp_path / "adapter", config, 1, rank=5)
+    model = random_model(config).bfloat16()
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+
+    def logprobs(engine: Engine, adapter: str | None) -> torch.Tensor:
+        [completion] = engine.generate([[i * 7 % 50 for i in range(40)]], params, adapter=adapter)
+        return torch.tensor([entry.logprob for entry in completion.prompt_logprobs or []])
+
+    expected = logprobs(Engine(prepare(merged(model, adapter), "int8"), None), None)
+    engine = Engine(prepare(model, "int8"), None)
+    plain = logprobs(engine, None)
+    engine.add_adapter("a", adapter)
+    assert (plain - expected).abs().mean() > 0.4
+    # It differs by the rounding of the weights to 8 bits.
+    assert (logprobs(engine, "a") - expected).abs().mean() < 0.05

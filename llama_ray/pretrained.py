@@ -122,7 +122,7 @@ def load_tokenizer(ref: str | Path, vocab_size: int | None = None) -> Tokenizer 
 def _local(ref: str, path: Path) -> Path:
     """Return `path`, which `ref` names, if it is a directory or a GGUF file, or the GGUF file in a directory."""
     if path.is_dir():
-        if (path / CONFIG_FILE).exists():
+        if (path / CONFIG_FILE).exists() or is_adapter(path):
             return path
         models = sorted(path.glob("*.gguf"))
         if len(models) == 1:

@@ -12,7 +12,7 @@ import torch
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.exporting.averaging import average, shares_of
-from llama_ray.exporting.hugging_face import write_directory
+from llama_ray.exporting.hugging_face import check_apart, write_directory
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import fixed, load_tokenizer, open_pretrained, resolve
@@ -68,6 +68,7 @@ def write_average(config: AverageConfig, directory: Path, log: Log) -> Average:
     refs = [fixed(ref) for ref in config.refs or _last_checkpoints(str(config.run), config.last)]
     shares = shares_of(config.weights, len(refs))
     paths = [resolve(ref) for ref in refs]
+    check_apart(directory, paths)
     with ExitStack() as stack:
         averaged = average([open_pretrained(path, stack) for path in paths], refs, shares)
         tokenizer = _common_tokenizer(refs, paths, averaged.config.vocab_size)

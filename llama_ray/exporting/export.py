@@ -14,7 +14,7 @@ import torch
 from llama_ray.exporting.adapter import write_adapter
 from llama_ray.exporting.gguf_file import write_gguf_model
 from llama_ray.exporting.gguf_tokenizer import tokenizer_metadata
-from llama_ray.exporting.hugging_face import eos_ids_of, write_directory
+from llama_ray.exporting.hugging_face import check_apart, eos_ids_of, write_directory
 from llama_ray.model.adapter_files import is_adapter
 from llama_ray.model.saving import MAX_SHARD_BYTES
 from llama_ray.model.stored_config import CONFIG_FILE
@@ -88,6 +88,7 @@ def export(config: ExportConfig) -> list[str]:
             )
         write_adapter(to, path, load_shape(path).vocab_size, _DTYPES.get(config.dtype))
         return []
+    check_apart(to, [path])
     with ExitStack() as stack:
         model = open_pretrained(path, stack)
         write = _write_gguf if config.is_gguf else _write_directory

@@ -164,8 +164,13 @@ def save_adapter(
     """Write an adapter that PEFT reads as it is.
 
     `factors` are A and B by the Hugging Face name of the weight, as in `StoredAdapter`; `beside` are further files,
-    by name. Raises CheckpointError for the directory of a whole model: it would be taken for an adapter.
+    by name. Raises CheckpointError for the directory of a whole model, which would be taken for an adapter, and of a
+    training checkpoint, whose weights belong to its optimizer.
     """
+    if training := next(directory.glob(ADAPTER_RANK_FILES), None):
+        raise CheckpointError(
+            f"{directory} is a checkpoint of a training run ({training.name}); give another directory to save to"
+        )
     if (directory / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{directory} holds a whole model ({CONFIG_FILE}); give another directory to save to"
@@ -277,6 +282,11 @@ def _base_reference(directory: Path, content: dict[str, Any]) -> str:
         raise CheckpointError(
             f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path; write the path or models:/NAME/VERSION of "
             "the adapted model there"
+        )
+    if Path(name).expanduser().resolve() == directory.resolve():
+        raise CheckpointError(
+            f"base_model_name_or_path in {directory / ADAPTER_CONFIG} is the adapter itself; write the path or "
+            "models:/NAME/VERSION of the adapted model there"
         )
     hub = f"hf://{name}@{revision}" if isinstance(revision, str) and revision else f"hf://{name}"
     return hub if _HUB_MODEL.fullmatch(hub) and not Path(name).exists() else name

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.data.tokenizing.training import BOS, EOS
+from llama_ray.exporting.averages import AverageConfig, write_average
 from llama_ray.exporting.export import ExportConfig, export
-from llama_ray.model.adapter_files import is_adapter
+from llama_ray.model.adapter_files import ADAPTER_WEIGHTS
 from llama_ray.model.checkpoint import load_model
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.config_files import config_files
@@ -107,11 +108,30 @@ def test_an_adapter_is_merged_or_written_as_it_is(tmp_path: Path, adapter: Path)
     copy, _ = load_pretrained(write(adapter, tmp_path / "copy"))
     for ours, weight in zip(copy.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, weight)
-    assert not is_adapter(write(adapter, tmp_path / "copy", merge=True))
-    with pytest.raises(CheckpointError, match="copy, which holds a whole model; give another place"):
-        write(adapter, tmp_path / "copy")
+    with pytest.raises(CheckpointError, match="copy holds an adapter; give another directory"):
+        write(adapter, tmp_path / "copy", merge=True)
+    with pytest.raises(CheckpointError, match="merged, which holds a whole model; give another place"):
+        write(adapter, tmp_path / "merged")
     with pytest.raises(CheckpointError, match="is an adapter; add --merge, or give --to DIR"):
         write(adapter, tmp_path / "adapter.gguf")
+
+
+def test_no_model_takes_the_place_of_what_it_is_made_of(tmp_path: Path, adapter: Path) -> None:
+    with pytest.raises(CheckpointError, match="base, a model that the new one is made of; give another"):
+        write(adapter, tmp_path / "base", merge=True)
+    config = AverageConfig(refs=(str(adapter), str(tmp_path / "base")))
+    for place in ("base", "adapter"):
+        with pytest.raises(CheckpointError, match="a model that the new one is made of; give another"):
+            write_average(config, tmp_path / place, print)
+
+
+def test_a_checkpoint_of_a_run_is_not_written_over_by_an_adapter(tmp_path: Path, adapter: Path) -> None:
+    checkpoint = save_random_adapter(tmp_path / "step_00000001", small_config(131), 2)
+    (checkpoint / ADAPTER_WEIGHTS).rename(checkpoint / "adapter-rank00000.safetensors")
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of a training run .*; give another"):
+        write(adapter, checkpoint)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
 
 def test_several_chat_templates_come_back_from_gguf(tmp_path: Path) -> None:

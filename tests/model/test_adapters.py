@@ -30,7 +30,7 @@ from llama_ray.model.saving import save_model
 from llama_ray.model.stored_model import open_model
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.model.weights_hash import weights_hash
-from llama_ray.pretrained import load_pretrained
+from llama_ray.pretrained import load_pretrained, load_tokenizer, resolve
 from tests.small_models import random_model, small_config
 
 CONFIG = small_config(131)
@@ -178,6 +178,21 @@ def test_an_adapter_and_a_whole_model_are_not_saved_over_each_other(base: Path, 
         save_model(random_model(CONFIG), directory)
     with pytest.raises(CheckpointError, match="holds a whole model"):
         save(adapted_model(), base, base)
+
+
+def test_an_adapter_of_itself_is_refused(base: Path, tmp_path: Path) -> None:
+    directory = save(adapted_model(), base, tmp_path / "adapter")
+    for name, text in adapter_texts(LORA, str(directory), None).items():
+        (directory / name).write_text(text)
+    for load in (load_pretrained, load_tokenizer):
+        with pytest.raises(CheckpointError, match="is the adapter itself; write the path or models:/"):
+            load(directory)
+
+
+def test_an_adapter_with_a_copy_for_llama_cpp_beside_it_is_an_adapter(base: Path, tmp_path: Path) -> None:
+    directory = save(adapted_model(), base, tmp_path / "adapter")
+    (directory / "adapter.gguf").write_bytes(b"GGUF")
+    assert resolve(directory) == directory
 
 
 def test_the_base_of_another_shape_is_refused(base: Path, tmp_path: Path) -> None:

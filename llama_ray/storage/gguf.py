@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_ray.utils.errors import UserError, printable
+from llama_ray.utils.integers import ceil_div
 
 MAGIC = b"GGUF"
 
@@ -165,7 +166,11 @@ def _header(file: Path, reader: _Reader) -> Gguf:
     found = [_tensor(reader) for _ in range(num_tensors)]
     header = Gguf(file, metadata, {})
     alignment = header.get(_ALIGNMENT, int, 32)
-    start = -(-reader.position // max(alignment, 1)) * alignment
+    if alignment < 1 or alignment & (alignment - 1):
+        raise GgufError(
+            f"{printable(str(file))}: {_ALIGNMENT} is {alignment}; it must be a power of 2; copy it again"
+        )
+    start = ceil_div(reader.position, alignment) * alignment
     tensors = {name: Tensor(shape, type, start + offset) for name, shape, type, offset in found}
     if any(tensor.size and tensor.offset >= reader.size for tensor in tensors.values()):
         raise _EndOfFile

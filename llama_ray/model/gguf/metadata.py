@@ -89,17 +89,16 @@ def _head_dim(gguf: Gguf, default: int) -> int:
 
 
 def _scaling(gguf: Gguf, rope: Tensor | None, head_dim: int, theta: float) -> RopeScaling | None:
-    kind = gguf.get("llama.rope.scaling.type", str, "none")
-    # Older files have only the factor of linear scaling.
-    old = _float(gguf, "llama.rope.scale_linear", 1.0)
-    if kind == "none" and old != 1:
-        kind = "linear"
+    # As in llama.cpp, a factor without a type is that of linear scaling, and 0 is none.
+    kind = gguf.get("llama.rope.scaling.type", str, "linear")
     if kind not in ("none", "linear"):
         raise ValueError(
             f"the rope scaling is {kind!r:.40}; it must be 'none', 'linear' or that of Llama 3.1"
         )
-    factor = _float(gguf, "llama.rope.scaling.factor", old) if kind == "linear" else 1.0
-    linear = RopeScaling(rope_type="linear", factor=factor) if factor != 1 else None
+    # Older files have it by another name.
+    names = [f"llama.rope.{name}" for name in ("scaling.factor", "scale_linear") if kind == "linear"]
+    factor = next((_float(gguf, name, None) for name in names if name in gguf.metadata), 1.0)
+    linear = RopeScaling(rope_type="linear", factor=factor) if factor not in (0, 1) else None
     if rope is None:
         return linear
     if rope.shape != (head_dim // 2,):

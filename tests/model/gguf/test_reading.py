@@ -122,6 +122,8 @@ def test_a_tensor_that_divides_by_one_is_no_scaling(tmp_path: Path) -> None:
     [
         {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
         {"llama.rope.scale_linear": 4.0},
+        # llama.cpp takes it for linear scaling, too.
+        {"llama.rope.scaling.factor": 4.0},
     ],
     ids=str,
 )
@@ -131,8 +133,22 @@ def test_linear_scaling_is_in_the_metadata(tmp_path: Path, metadata: dict[str, A
 
 
 @pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.rope.scaling.type": "none", "llama.rope.scale_linear": 4.0},
+        {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0},
+    ],
+    ids=str,
+)
+def test_what_llama_cpp_does_not_scale_is_not_scaled(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    assert load_config(write_model(tmp_path / "m.gguf", Llama(shape()), **metadata)).rope_scaling is None
+
+
+@pytest.mark.parametrize(
     ("metadata", "message"),
     [
+        ({"general.alignment": 0}, "general.alignment is 0; it must be a power of 2; copy it again"),
         ({"general.architecture": "qwen2"}, "the architecture is 'qwen2'; it must be 'llama'; give a LLaMA"),
         ({"llama.expert_count": 8}, "it has 8 experts; it must have none"),
         ({"split.count": 3}, "join them with: llama-gguf-split --merge"),

@@ -119,6 +119,9 @@ def _copy(
     try:
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             list(threads.map(copy, files))
+        now = _files(filesystem, path, path.endswith(_GGUF))
+        if _target(location, {name: now[name] for name in files if name in now}) != target:
+            raise CheckpointError(f"{printable(location)} was replaced while it was fetched; try again")
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

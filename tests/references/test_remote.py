@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llama_ray.model.weight_files import CheckpointError
 from llama_ray.pretrained import load_pretrained, load_tokenizer, resolve
+from llama_ray.storage import run_directory
 from tests.small_models import save_small_model
 
 
@@ -46,6 +48,27 @@ def test_a_model_that_was_replaced_is_fetched_again(store: tuple[Path, str]) -> 
     after = resolve(uri)
     assert after != before
     assert (after / "model.safetensors").read_bytes() == content
+
+
+def test_files_of_two_versions_are_not_mixed(
+    store: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, uri = store
+    read_marker = run_directory.read_marker
+
+    def replaced_meanwhile(location: str) -> dict[str, Any] | None:
+        """What is called when the files are known, and none of them is read yet."""
+        weights = directory / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[::-1])
+        os.utime(weights, ns=(1, 1))
+        return read_marker(location)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_directory, "read_marker", replaced_meanwhile)
+        with pytest.raises(CheckpointError, match="was replaced while it was fetched; try again"):
+            resolve(uri)
+    content = (directory / "model.safetensors").read_bytes()
+    assert (resolve(uri) / "model.safetensors").read_bytes() == content
 
 
 def test_a_tokenizer_is_fetched_without_the_weights(store: tuple[Path, str]) -> None:

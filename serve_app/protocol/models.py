@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel
 
+from llama_ray.utils.redact import redact
 from serve_app.errors import ApiError
 from serve_app.registry.messages import AdapterVersion, ServedModel, Table, VersionStatus
 
@@ -57,7 +58,7 @@ class ModelCard(BaseModel):
         """Return the card of an adapter of the version `base`; `root` is what is loaded, `parent` the version."""
         name, parent = f"{model.spec.name}:{adapter.name}", base.version.ref
         return cls.of(name, base, model.notice).model_copy(
-            update={"root": adapter.location, "parent": parent}
+            update={"root": redact(adapter.location), "parent": parent}
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from llama_ray.storage.paths import is_model_ref
+from llama_ray.storage.paths import is_model_ref, is_uri, model_name
 from llama_ray.tracking.errors import TrackingError, reported
 from llama_ray.tracking.uri import check_answers, connect
 from llama_ray.tracking.versions import NotRegistered, Version, alias_holder, find, parse_ref
@@ -107,7 +107,9 @@ class Watch:
 
 
 def directory_version(spec: ModelSpec) -> ModelVersion:
-    """Return the version that stands for the directory of `spec`."""
+    """Return the version that stands for the directory of `spec`, or for what is at its URI."""
+    if is_uri(spec.ref):
+        return ModelVersion(spec.name, model_name(spec.ref), spec.ref)
     directory = Path(spec.ref).expanduser().resolve()
     return ModelVersion(spec.name, directory.name, str(directory))
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from serve_app.registry.facts import Look
-from serve_app.registry.messages import AdapterVersion, ModelSpec
+from serve_app.registry.messages import AdapterVersion, ModelSpec, ModelVersion
 from serve_app.registry.watch import Watch
 from tests.serve_app.registry.helpers import Application, look, ref
 
@@ -73,6 +73,12 @@ def test_a_directory_serves_with_its_local_adapters_while_the_registry_is_away(t
     found = adapters_of("http://127.0.0.1:9", spec)
     assert found["local"].missing is None
     assert "out of reach" in (found["remote"].missing or "")
+
+
+def test_a_model_of_the_hub_is_loaded_from_there() -> None:
+    look = Watch("http://127.0.0.1:9").look(ModelSpec("tiny", "hf://org/tiny@0123abc"))
+    assert isinstance(look, Look)
+    assert look.target == ModelVersion("tiny", "tiny", "hf://org/tiny@0123abc")
 
 
 def test_the_adapter_of_a_version_stays_as_long_as_the_version_answers() -> None:

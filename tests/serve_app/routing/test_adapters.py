@@ -121,3 +121,10 @@ def test_adapters_are_listed_with_what_is_loaded_and_the_version_that_they_belon
     }
     for name, (root, parent) in found.items():
         assert chosen(name) == (parent, root)
+
+
+def test_clients_are_shown_no_secrets_of_a_place() -> None:
+    model = served(version(7, "serving"))
+    adapter = AdapterVersion("poet", "s3://key:secret@bucket/poet")
+    [card] = (c for c in cards(table(dataclasses.replace(model, adapters=(adapter,)))) if c.parent)
+    assert card.root == "s3://***@bucket/poet"

@@ -56,7 +56,7 @@ def adapter_of(fields: Mapping[str, Any], adapters: Collection[str]) -> str | No
     Raises RowError for a name that is not among them.
     """
     name = fields.get("adapter") if adapters else None
-    if name is not None and name not in adapters:
+    if name is not None and (not isinstance(name, str) or name not in adapters):
         raise RowError(f"'adapter' is {shown(name)}; it must be one of {', '.join(adapters)}, or left out")
     return name
 

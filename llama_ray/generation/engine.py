@@ -239,9 +239,8 @@ class Engine:
     ) -> list[Request]:
         """Return the checked request for each prompt."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        params = one_for_each(
-            "sampling_params", sampling_params or SamplingParams(), SamplingParams, len(prompts)
-        )
+        given = SamplingParams() if sampling_params is None else sampling_params
+        params = one_for_each("sampling_params", given, SamplingParams, len(prompts))
         names: Sequence[str | None] = one_for_each("adapter", adapter, str, len(prompts))
         encoded = [self.encode(prompt, adapter=name) for prompt, name in zip(prompts, names, strict=True)]
         return [

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from llama_ray.batch_inference.partitions import Line
-from llama_ray.batch_inference.rows import RowError, params_of, parse, prompt_of
+from llama_ray.batch_inference.rows import RowError, adapter_of, params_of, parse, prompt_of
 from llama_ray.generation.sampling.params import SamplingParams
 
 BASE = SamplingParams(max_tokens=7, top_k=3, stop=("x",))
@@ -54,6 +54,13 @@ def test_a_prompt_is_text_or_token_ids(fields: dict[str, Any], prompt_field: str
 def test_a_row_without_one_valid_prompt_is_an_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=message):
         prompt_of(fields, "prompt")
+
+
+@pytest.mark.parametrize("name", ["b", 1, ["a"], {"a": 1}], ids=str)
+def test_a_row_names_one_of_the_adapters(name: object) -> None:
+    assert adapter_of({"adapter": "a"}, {"a": "/a"}) == "a"
+    with pytest.raises(RowError, match=r"'adapter' is .*; it must be one of a, or left out"):
+        adapter_of({"adapter": name}, {"a": "/a"})
 
 
 def test_a_row_without_sampling_params_has_the_jobs_and_a_seed() -> None:

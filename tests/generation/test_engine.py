@@ -328,6 +328,8 @@ def test_each_prompt_may_have_its_own_sampling_params(engine: Engine) -> None:
     ]
     alone = [engine.generate([prompt], own) for prompt, own in zip(PROMPTS, params, strict=True)]
     assert engine.generate(PROMPTS, params) == [completion for one in alone for completion in one]
+    with pytest.raises(ValueError, match="sampling_params has 0 entries and prompts 6; give one for each"):
+        engine.generate(PROMPTS, [])
     with pytest.raises(ValueError, match="sampling_params has 2 entries and prompts 6; give one for each"):
         engine.generate(PROMPTS, params[:2])
     assert not engine.has_work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -82,7 +83,8 @@ def _sums(files: DatasetFiles, answers: str) -> dict[str, list[list[float]]]:
     sums: dict[str, list[list[float]]] = {split: [[] for _ in files.info.splits[split]] for split in SPLITS}
     filesystem, path = store.open_storage(answers)
     with filesystem.open_input_stream(path) as stream:
-        lines = (json.loads(line) for line in stream.read().splitlines())
+        # One by one: those of many pairs are too large for memory.
+        lines = (json.loads(line) for line in io.BufferedReader(stream))
         for (split, shard, ids, learned), answer in zip(_documents(files), lines, strict=True):
             if "error" in answer:
                 raise BatchError(f"an answer in {files.location} cannot be scored: {answer['error']}")

@@ -47,6 +47,8 @@ class LoraConfig:
             raise ValueError(
                 f"lora_targets has {shown(unknown[0]) if unknown else 'no layer'}; choose of {', '.join(TARGETS)}"
             )
+        # However they are named, equal adapters are equal.
+        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in self.targets))
 
     @property
     def scale(self) -> float:

@@ -110,9 +110,9 @@ def token_losses(
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     result: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, -2), weight, targets.flatten(), compute, chunk_loss or _chunk_loss
+        hidden.flatten(0, -2), weight, targets, compute, chunk_loss or _chunk_loss
     )
-    return result.view(targets.shape)
+    return result
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -122,14 +122,13 @@ class _TokenLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.compute, ctx.chunk_loss = compute, chunk_loss
+        # Not a view of another tensor, of which FSDP would warn.
+        losses = torch.empty(targets.shape, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(compute)
-            return torch.cat(
-                [
-                    chunk_loss(states.to(compute), matrix, of, 1.0, 0.0, False)[1]
-                    for states, of in _chunks(weight, hidden, targets)
-                ]
-            )
+            for part, states, of in _chunks(weight, losses.view(-1), hidden, targets.flatten()):
+                part.copy_(chunk_loss(states.to(compute), matrix, of, 1.0, 0.0, False)[1])
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,7 +137,7 @@ class _TokenLosses(torch.autograd.Function):
             matrix = weight.to(ctx.compute)
             of_hidden: list[Tensor] = []
             of_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
-            for part, of, rate in _chunks(weight, hidden, targets, grads[0]):
+            for part, of, rate in _chunks(weight, hidden, targets.flatten(), grads[0].flatten()):
                 states = part.to(ctx.compute)
                 _, _, grad = ctx.chunk_loss(states, matrix, of, rate, 0.0, True)
                 of_hidden.append((grad @ matrix).to(hidden.dtype))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from llama_ray.data.dataset.info import Task
 from llama_ray.data.mixtures.stages import Segment
 from llama_ray.data.mixtures.weights import WHOLE
 from llama_ray.model.config import LlamaConfig
@@ -49,21 +50,27 @@ def describe_run(model: LlamaConfig, config: TrainConfig, data: RunData, world_s
     )
 
 
-def describe_version(model: LlamaConfig, data: RunData, progress: Progress) -> str:
+def describe_version(model: LlamaConfig, data: RunData, progress: Progress, task: Task = "pretrain") -> str:
     """Return how good the version is, and what it was trained on.
 
     The registry's list shows the beginning of the first line, as plain text.
     """
     loss = math.nan if progress.validation_loss is None else progress.validation_loss
+    # The loss of pairs is not that of tokens.
+    text = "" if task == "dpo" else f" (perplexity {perplexity(loss):.2f})"
+    held_out, mean = {
+        "pretrain": ("text", "cross-entropy in nats per token"),
+        "sft": ("conversations", "cross-entropy in nats per learned token"),
+        "dpo": ("pairs of answers", "DPO loss in nats per pair"),
+    }[task]
     return _sentence_and_list(
-        f"Loss {loss:.4f} on held-out text (perplexity {perplexity(loss):.2f}) after {progress.tokens:,} tokens "
-        f"of `{data.name}`.",
+        f"Loss {loss:.4f} on held-out {held_out}{text} after {progress.tokens:,} tokens of `{data.name}`.",
         {
             "Model": _shape(model),
             **_parent(progress.parent, branched=progress.branched_at > 0),
             "Training": f"{progress.step:,} steps, {progress.tokens:,} tokens",
             **_sources(data),
-            "Loss": "mean cross-entropy in nats per token on the validation split"
+            "Loss": f"mean {mean} on the validation split"
             + (" of all sources" if len(data.sources) > 1 else ""),
         },
     )

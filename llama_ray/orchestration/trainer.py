@@ -203,7 +203,7 @@ def _register(job: TrainingJob, run: Run, checkpoint: str, attempt: Attempt) -> 
                 data_fingerprint=job.data.fingerprint,
                 tags={"step": str(progress.step), "tokens": str(progress.tokens)}
                 | parent_tags(progress.parent),
-                description=describe_version(job.model, job.data, progress),
+                description=describe_version(job.model, job.data, progress, job.config.task),
                 confirm=attempt.check,
             )
     if version and job.launch.promote_if and job.evaluation:

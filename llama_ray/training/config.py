@@ -12,7 +12,9 @@ from llama_ray.data.mixtures.stages import Stage
 from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.lora import TARGETS, LoraConfig
+from llama_ray.utils.errors import printable
 from llama_ray.utils.fields import check_fields, limits, shown
+from llama_ray.utils.redact import redact
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 Parallelism = Literal["auto", "ddp", "fsdp", "hsdp"]
@@ -162,19 +164,12 @@ class TrainConfig:
                 "resize_vocab is true; only the vocabulary of a model can grow; give it with --init_from REF"
             )
         self._check_lora()
-        if self.task != "pretrain" and self.init_from is None:
-            raise ValueError(f"task is {self.task}; it needs a model to tune; give it with --init_from REF")
+        self._check_task()
         if self.fsdp_size and self.parallelism != "hsdp":
             raise ValueError(
                 f"fsdp_size is {self.fsdp_size}; it must be 0 with parallelism {self.parallelism}; "
                 "drop it or choose hsdp"
             )
-        if self.task == "dpo" and self.tensor_parallel > 1:
-            raise ValueError(
-                f"tensor_parallel is {self.tensor_parallel}; it must be 1 with task dpo; use fsdp"
-            )
-        if self.task == "dpo" and self.z_loss:
-            raise ValueError(f"z_loss is {self.z_loss}; it must be 0 with task dpo; drop it")
         if self.precision == "fp8" and self.tensor_parallel > 1:
             raise ValueError(
                 f"tensor_parallel is {self.tensor_parallel}; it must be 1 with precision fp8; use bf16, or fsdp alone"
@@ -207,6 +202,24 @@ class TrainConfig:
         lora = self.lora
         return lora.flops_per_token(model, seq_len) if lora else model.flops_per_token(seq_len)
 
+    def _check_task(self) -> None:
+        """Raise ValueError for a task that lacks what it needs, and for settings that it makes no use of."""
+        if self.task != "pretrain" and self.parent is None:
+            raise ValueError(f"task is {self.task}; it needs a model to tune; give it with --init_from REF")
+        if self.task != "dpo":
+            for name in ("dpo_beta", "dpo_length_normalize"):
+                if (value := getattr(self, name)) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} is {shown(value)}; it has an effect on task dpo only; leave it out, or give --task dpo"
+                    )
+            return
+        if self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel}; it must be 1 with task dpo; use fsdp"
+            )
+        if self.z_loss:
+            raise ValueError(f"z_loss is {self.z_loss}; it must be 0 with task dpo; drop it")
+
     def _check_lora(self) -> None:
         """Raise ValueError for adapters that cannot be trained so, and for their settings without any."""
         if not self.lora_rank:
@@ -221,6 +234,11 @@ class TrainConfig:
         if self.parent is None:
             raise ValueError(
                 f"lora_rank is {self.lora_rank}; adapters need a model to adapt; give it with --init_from REF"
+            )
+        if self.init_from is not None and (shown_ref := redact(self.init_from)) != self.init_from:
+            raise ValueError(
+                f"init_from is {printable(shown_ref)}, with secrets; adapters name their base wherever they are kept; "
+                "give credentials in the environment"
             )
         others = {"tensor_parallel": 1, "optimizer": "adamw", "resize_vocab": False}
         for name, value in others.items():

@@ -65,8 +65,8 @@ def check_references(config: TrainConfig, sources: Sequence[DataSource]) -> None
         reference, first = found[source.name], found[sources[0].name]
         if reference is None or first is None:
             raise ValueError(
-                f"{source} holds no log-probabilities of a reference model; jobs/train.py --task dpo computes them, "
-                "or llama_ray.batch_inference.references.ensure_references"
+                f"{source} holds no log-probabilities of a reference model; jobs/train.py --task dpo --init_from REF "
+                "computes them for a new run, or llama_ray.batch_inference.references.ensure_references"
             )
         if reference.weights != first.weights:
             raise ValueError(

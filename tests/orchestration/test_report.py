@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from llama_ray.data.dataset.info import DatasetInfo, SourceInfo, TokenizerInfo
+from llama_ray.data.dataset.info import DatasetInfo, SourceInfo, Task, TokenizerInfo
 from llama_ray.data.dataset.shards import Shard
 from llama_ray.data.mixtures.sources import DataSource
 from llama_ray.data.mixtures.stages import Segment
@@ -44,6 +44,19 @@ def test_a_version_is_described_by_a_sentence_before_the_details() -> None:
     assert first == "Loss 2.0000 on held-out text (perplexity 7.39) after 2,560 tokens of `books/**/*.txt`."
     assert empty == ""
     assert all(line.startswith("- **") for line in details)
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "mean"),
+    [
+        ("sft", "Loss 0.5000 on held-out conversations (perplexity 1.65) after", "nats per learned token"),
+        ("dpo", "Loss 0.5000 on held-out pairs of answers after", "DPO loss in nats per pair"),
+    ],
+)
+def test_a_tuned_version_says_what_its_loss_is_of(task: Task, first: str, mean: str) -> None:
+    text = describe_version(MODEL, DATA, Progress(step=10, tokens=2560, validation_loss=0.5), task)
+    assert text.startswith(first)
+    assert mean in text
 
 
 def test_a_run_is_described_by_a_sentence_before_the_details() -> None:

@@ -350,3 +350,9 @@ def test_what_adapters_cannot_change_or_stand_on_is_refused(
         check_base(replace(tiny, max_seq_len=16), config)
     with pytest.raises(ValueError, match="an adapter; with lora_rank it must be a whole model"):
         check_base(tiny, replace(config, init_from=str(trained)))
+
+
+def test_a_base_with_secrets_in_its_name_is_refused_without_telling_them() -> None:
+    with pytest.raises(ValueError, match=r"init_from is s3://\*\*\*@bucket/model, with secrets") as refused:
+        TrainConfig(init_from="s3://key:hidden@bucket/model", lora_rank=4)
+    assert "hidden" not in str(refused.value)

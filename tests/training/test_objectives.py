@@ -14,6 +14,7 @@ from torch import Tensor
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.attention.documents import DocumentAttention
 from llama_ray.model.llama import Llama
+from llama_ray.model.loss import token_losses
 from llama_ray.pretrained import save_pretrained
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.objectives import REWARDS, PairObjective
@@ -185,3 +186,10 @@ def test_steps_on_pairs_prefer_the_chosen_answers() -> None:
     found = stepper.validate([batch_of(ROWS), batch_of(ROWS[1:])])
     assert found.measures[3] == 1
     assert found.loss < 0.3
+
+
+def test_the_losses_of_tokens_are_no_view_of_which_sharding_would_warn() -> None:
+    hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4)
+    losses = token_losses(hidden, weight, torch.tensor([[1, 2, IGNORE_INDEX]] * 2))
+    assert not losses._is_view()
+    assert losses[:, 2].tolist() == [0, 0]

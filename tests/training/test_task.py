@@ -180,6 +180,33 @@ def test_tuning_needs_a_model() -> None:
         TrainConfig(task="sft")
 
 
+def test_a_run_of_adapters_may_be_branched_off_and_goes_on_learning(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    shape, device = load_pretrained(model)[0].config, torch.device("cpu")
+    # As people name them, in any order.
+    adapters = {"lora_rank": 4, "lora_targets": ("v_proj", "q_proj"), "learning_rate": 3e-2}
+    first, branch = Recorder(), Recorder()
+    train(
+        shape,
+        tuning(model, max_steps=2, **adapters),
+        data,
+        device=device,
+        observer=first,
+        output_dir=str(tmp_path),
+    )
+    start = str(tmp_path / "step_00000002")
+    config = tuning(model, init_from=None, branch_from=start, max_steps=3, **adapters)
+    assert train(shape, config, data, device=device, observer=branch).step == 5
+    assert losses(branch)[5] < losses(first)[1]
+
+
+@pytest.mark.parametrize("setting", [{"dpo_beta": 0.5}, {"dpo_length_normalize": True}])
+def test_settings_of_preferences_are_refused_without_them(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} is .*; it has an effect on task dpo only"):
+        TrainConfig(task="sft", init_from="x", **setting)
+
+
 @pytest.mark.parametrize(
     ("values", "rate"),
     [

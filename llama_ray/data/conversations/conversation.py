@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
+
+from llama_ray.data.records.fields import FieldError
 
 Message = Mapping[str, Any]
 """A message of `template_message`, without what is None."""
@@ -29,9 +31,12 @@ class Conversation:
             )
 
     def to_json(self) -> str:
-        """Return the conversation as a text that equal ones share."""
+        """Return the conversation as a text that equal ones share.
+
+        Raises FieldError for a value that JSON does not have, which tables may hold in tools and calls.
+        """
         content = {"messages": self.messages, "trained": self.trained, "tools": self.tools}
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=_refuse)
 
     @classmethod
     def from_json(cls, text: str) -> Conversation:
@@ -41,6 +46,10 @@ class Conversation:
     def transcript(self) -> str:
         """Return the conversation for people, a paragraph for each message."""
         return "\n\n".join(f"{message['role']}: {_shown(message)}" for message in self.messages)
+
+
+def _refuse(value: object) -> NoReturn:
+    raise FieldError("tools or calls with a value that JSON does not have", f"of type {type(value).__name__}")
 
 
 def _shown(message: Message) -> str:

@@ -65,6 +65,11 @@ def read_turn(value: object, field: str, role: str) -> list[Message]:
     return read_messages(value, field)
 
 
+def read_system(record: Record) -> list[Message]:
+    """Return the message of a record's "system" text; [] if it has none. Raises FieldError."""
+    return [_said("system", text)] if "system" in record and (text := _text(record, "system")) else []
+
+
 def read_tools(record: Record) -> Sequence[Any] | None:
     """Return the tools of a record, a list or its JSON; None if it has none. Raises FieldError."""
     tools = record.get("tools")
@@ -106,7 +111,7 @@ def _alpaca(record: Record) -> Conversation:
     instruction, output = _text(record, "instruction"), _text(record, "output")
     given = _text(record, "input") if "input" in record else ""
     messages = [
-        *_system(record),
+        *read_system(record),
         _said("user", f"{instruction}\n\n{given}" if given.strip() else instruction),
         _said("assistant", output),
     ]
@@ -120,7 +125,8 @@ def _sharegpt(record: Record) -> Conversation:
     if not isinstance(turns, Sequence) or not turns:
         raise FieldError("field 'conversations' is not a list of messages")
     return conversation_of(
-        [*_system(record), *(_turn(turn, number) for number, turn in enumerate(turns))], read_tools(record)
+        [*read_system(record), *(_turn(turn, number) for number, turn in enumerate(turns))],
+        read_tools(record),
     )
 
 
@@ -156,6 +162,9 @@ def _message(message: object, number: int) -> Message:
             f"a message of another role than {', '.join(ROLES)}",
             f"message {number} is of {printable(role)!r}",
         )
+    for field in ("name", "tool_call_id", "reasoning_content"):
+        if not isinstance(message.get(field), str | None):
+            raise FieldError(f"a message whose {field} is no text", f"message {number}")
     try:
         read = template_message(
             role,
@@ -199,10 +208,6 @@ def _turn(turn: object, number: int) -> Message:
             f"message {number} is from {printable(str(turn.get('from')))!r}",
         )
     return _message({"role": role, "content": text, "weight": turn.get("weight", 1)}, number)
-
-
-def _system(record: Record) -> list[Message]:
-    return [_said("system", text)] if "system" in record and (text := _text(record, "system")) else []
 
 
 def _said(role: str, text: str) -> Message:

@@ -14,6 +14,7 @@ from llama_ray.data.conversations.formats import (
     Record,
     conversation_of,
     read_messages,
+    read_system,
     read_tools,
     read_turn,
 )
@@ -82,7 +83,7 @@ def read_preference(record: Record) -> Preference:
         raise FieldError(
             "no pair of answers: neither fields chosen and rejected nor preferred_output and non_preferred_output"
         )
-    system = [{"role": "system", "content": str(present["system"])}] if present.get("system") else []
+    system = read_system(present)
     if "prompt" not in present:
         chosen, rejected = (_whole(present[name], name) for name in ("chosen", "rejected"))
         return _split([*system, *chosen], [*system, *rejected], read_tools(present))
@@ -111,8 +112,9 @@ def _after(prompt: Sequence[Message], answer: Sequence[Message], system: Sequenc
 def _whole(value: object, field: str) -> list[Message]:
     """Return the messages of a field that holds a whole conversation."""
     if isinstance(value, str) and _TURN.search(value):
-        # Before the first speaker, whom the expression splits off with the text that follows, stands nothing.
-        _, *parts = _TURN.split(value)
+        before, *parts = _TURN.split(value)
+        if before.strip():
+            raise FieldError(f"field {field!r} has text before the first of its speakers")
         pairs = zip(parts[::2], parts[1::2], strict=True)
         return [{"role": _SPEAKERS[speaker], "content": text.strip()} for speaker, text in pairs]
     return read_messages(value, field)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,15 @@ def test_tools_are_kept_and_may_be_json() -> None:
         assert read_conversation({"messages": [USER, ANSWER], "tools": given}).tools == tools
 
 
+@pytest.mark.parametrize("value", [b"x", datetime.date(2024, 7, 26)])
+def test_values_of_tables_that_json_does_not_have_make_a_bad_record(value: object) -> None:
+    call = {"function": {"name": "add", "arguments": {"a": value}}}
+    answer = {"role": "assistant", "tool_calls": [call]}
+    for record in ({"messages": [USER, answer]}, {"messages": [USER, ANSWER], "tools": [call]}):
+        with pytest.raises(FieldError, match="tools or calls with a value that JSON does not have"):
+            ConversationFields().text_of(record)
+
+
 @pytest.mark.parametrize(
     ("record", "reason", "detail"),
     [
@@ -100,6 +110,8 @@ def test_tools_are_kept_and_may_be_json() -> None:
         ),
         ({"messages": [{"role": "user", "content": 7}]}, "a message whose content is no text", "message 0"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a message whose content", "message 0"),
+        ({"messages": [USER, ANSWER | {"name": 7}]}, "a message whose name is no text", "message 1"),
+        ({"messages": [USER, ANSWER | {"reasoning_content": {}}]}, "a message whose reasoning_content", "message 1"),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "a message whose weight is neither 0 nor 1", "message 1"),
         ({"messages": [USER, ANSWER | {"weight": 0}]}, "no answer to learn: ", ""),
         ({"messages": [USER]}, "no answer to learn: ", ""),

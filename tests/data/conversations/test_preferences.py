@@ -75,6 +75,11 @@ def test_only_what_follows_the_common_beginning_is_learned() -> None:
         ({"chosen": [BETTER], "rejected": [WORSE]}, "a pair without a prompt"),
         ({"prompt": "Who?", "chosen": "", "rejected": "Ada."}, "an answer without text"),
         ({"chosen": "Ada.", "rejected": "No."}, "is text, and not JSON"),
+        (
+            {"chosen": "Be kind.\n\nHuman: Who?\n\nAssistant: Ada.", "rejected": "\n\nHuman: Who?\n\nAssistant: No."},
+            "field 'chosen' has text before the first of its speakers",
+        ),
+        ({"system": 7, "prompt": "Who?", "chosen": "Ada.", "rejected": "No."}, "field 'system' is not text"),
         ({"input": "Who?", "preferred_output": [BETTER], "non_preferred_output": [WORSE]}, "no object"),
     ],
 )  # fmt: skip

@@ -162,6 +162,18 @@ def test_a_weight_beyond_float16_is_refused_and_what_was_there_stays(
     assert not list(tmp_path.rglob(".*"))
 
 
+def test_a_weight_beyond_the_scale_of_its_block_is_refused(tmp_path: Path) -> None:
+    large = random_model(small_config(131, hidden_size=64))
+    with torch.no_grad():
+        large.layers[1].mlp.up_proj.weight[3, 4] = -1e7
+    save_model(large, tmp_path / "large")
+    with pytest.raises(
+        CheckpointError, match=r"layers.1.mlp.up_proj.weight has a weight of the size 1e\+07; q8_0 ends at"
+    ):
+        write(tmp_path / "large", tmp_path / "large.gguf", dtype="q8_0")
+    assert not (tmp_path / "large.gguf").exists()
+
+
 @contextmanager
 def anonymous_memory() -> Iterator[list[int]]:
     """Append to the list that is yielded how many bytes of memory, without pages of files, were used at the most."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from llama_ray.data.chat.template import ChatPrompt
+from llama_ray.generation.adapters.plain import AdaptedProduct
+from llama_ray.generation.backends.backend import Backend
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.llama import Llama
@@ -103,3 +107,24 @@ def test_conversations_are_rendered_by_the_template_of_the_adapter(base: Path, a
         assert engine.tokenizer is not None
         assert engine.tokenizer.decode(engine.encode(chat, adapter="it")) == "[fox]"
         assert engine.encode(chat) != engine.encode(chat, adapter="it")
+
+
+def test_products_add_adapters_once_when_the_first_ones_are_read_together() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(10):
+            backend = Backend(Llama(small_config(60, num_layers=4)))
+            together = threading.Barrier(2)
+            threads = [
+                threading.Thread(target=lambda b=backend, t=together: (t.wait(), b.adapter_kernels(2)))
+                for _ in range(2)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            adapted = [module for module in backend.model.modules() if isinstance(module, AdaptedProduct)]
+            assert len(adapted) == 4 * 7
+    finally:
+        sys.setswitchinterval(interval)

@@ -68,20 +68,33 @@ def read_base(model: Llama, config: TrainConfig, resume_from: Path | None) -> Ad
     are not those that the adapters in the checkpoint `resume_from` were trained on.
     """
     reference = _reference(config, resume_from)
+    if resume_from is None:
+        return AdapterBase(reference, _fill_if_same(model, reference, config, None))
+    expected = str(stored_base_weights(resume_from))
+    digest = _fill_if_same(model, reference, config, expected)
+    # What the run found at first has changed; this may be a copy of what it was. All workers come to the same decision.
+    if digest != expected and config.init_from is not None:
+        reference = config.init_from
+        digest = _fill_if_same(model, reference, config, expected)
+    if digest != expected:
+        raise ValueError(
+            f"the weights of {printable(reference)} (hash {digest[:12]}) are not those that the run began with "
+            f"({expected[:12]}); give those back, or name a copy of them with --init_from"
+        )
+    return AdapterBase(reference, digest)
+
+
+def _fill_if_same(model: Llama, reference: str, config: TrainConfig, expected: str | None) -> str:
+    """Return the hash of the weights of `reference`; fill `model` if that is the `expected` one, or none is."""
     with ExitStack() as stack:
         stored = open_pretrained(reference, stack)
         own = tensor_digests(stored, list(stored.tensors)[rank() :: world_size()])
         shares = HostGroup(config.collective_timeout_s).gather(own)
         digest = combined_digest({name: value for share in shares for name, value in share.items()})
-        expected = digest if resume_from is None else stored_base_weights(resume_from)
-        if digest != expected:
-            raise ValueError(
-                f"the weights of {printable(reference)} (hash {digest[:12]}) are not those that the run began with "
-                f"({str(expected)[:12]}); give those back, or name a copy of them with --init_from"
-            )
-        frozen = ((hf_name(name), p) for name, p in plain_parameters(model) if not p.requires_grad)
-        fill(frozen, stored)
-    return AdapterBase(reference, digest)
+        if expected in (None, digest):
+            frozen = ((hf_name(name), p) for name, p in plain_parameters(model) if not p.requires_grad)
+            fill(frozen, stored)
+    return digest
 
 
 def _reference(config: TrainConfig, resume_from: Path | None) -> str:

@@ -312,6 +312,16 @@ def test_a_run_does_not_go_on_upon_other_weights(
         run(tiny, EIGHT_STEPS, own, dataset, tmp_path / "resumed", checkpoint)
 
 
+def test_a_copy_of_a_base_that_was_written_over_is_found_by_init_from(
+    tiny: LlamaConfig, dataset: Path, tmp_path: Path, moved: tuple[Path, Path]
+) -> None:
+    checkpoint, own = moved
+    copy = shutil.copytree(own, tmp_path / "copy")
+    save_model(random_model(tiny, seed=2), own)
+    run(tiny, replace(TWO_STEPS, max_steps=3), copy, dataset, tmp_path / "resumed", checkpoint)
+    assert base_of(tmp_path / "resumed" / "step_00000003") == str(copy)
+
+
 def test_a_base_that_moved_is_found_by_init_from(
     tiny: LlamaConfig, dataset: Path, tmp_path: Path, moved: tuple[Path, Path]
 ) -> None:

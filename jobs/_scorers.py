@@ -77,7 +77,7 @@ def at_endpoint(name: str, flags: Namespace) -> Iterator[Opened]:
     tokenizer = load_tokenizer(existing_ref(flags.tokenizer))
     if tokenizer is None:
         raise EvaluationError(f"{redact(flags.tokenizer)} has no tokenizer; give a directory that has one")
-    scorer: Scorer = EndpointScorer(
+    scorer = EndpointScorer(
         name,
         flags.endpoint,
         tokenizer,
@@ -85,7 +85,13 @@ def at_endpoint(name: str, flags: Namespace) -> Iterator[Opened]:
         api_key=os.environ.get("OPENAI_API_KEY"),
         concurrency=flags.max_num_seqs,
     )
-    made_from = {"endpoint": flags.endpoint, "model": name, "tokenizer": tokenizer.fingerprint}
+    # An endpoint may serve another version under the same name by the time of the next call.
+    made_from = {
+        "endpoint": flags.endpoint,
+        "model": name,
+        "version": scorer.version,
+        "tokenizer": tokenizer.fingerprint,
+    }
     yield _kept_here(scorer, flags, made_from), {"endpoint": redact(flags.endpoint)}
 
 
@@ -111,6 +117,7 @@ def of_checkpoint(ref: str, flags: Namespace) -> Iterator[Opened]:
     settings: dict[str, Setting] = {
         "dtype": flags.dtype,
         "quantization": options.quantization,
+        "max_seq_len": options.max_seq_len,
         "device": device,
     }
     if flags.replicas is not None or "RAY_ADDRESS" in os.environ:

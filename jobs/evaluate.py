@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from llama_ray.evaluation.comparison import compare
 from llama_ray.evaluation.evaluate import EvaluationConfig, Questions, evaluate
 from llama_ray.evaluation.results import Evaluation, EvaluationError
+from llama_ray.evaluation.texts import located
 from llama_ray.pretrained import fixed, load_shape
 from llama_ray.storage import store
 from llama_ray.storage.paths import absolute, existing, existing_ref, is_model_ref
@@ -40,8 +41,8 @@ class Job:
             EvaluationConfig,
             flags,
             tasks=tuple(flags.tasks or ()),
-            text=tuple(map(_existing_source, flags.text or ())),
-            data=tuple(map(_existing_source, flags.data or ())),
+            text=tuple(map(located, flags.text or ())),
+            data=tuple(map(located, flags.data or ())),
             include_path=tuple(map(existing, flags.include_path or ())),
         )
         self._questions = Questions.read(self._same_windows(config), self._line.log)
@@ -60,7 +61,10 @@ class Job:
         """Fix the windows of texts to what all models can read, so that their scores compare."""
         if self._flags.endpoint or not (config.text or config.data):
             return config
-        context, stride = config.window(min(load_shape(ref).max_seq_len for ref in self._refs))
+        limits = [load_shape(ref).max_seq_len for ref in self._refs]
+        if self._flags.max_seq_len is not None:
+            limits.append(self._flags.max_seq_len)
+        context, stride = config.window(min(limits))
         return replace(config, context=context, stride=stride)
 
     def _evaluate(self, ref: str) -> Evaluation:
@@ -106,12 +110,6 @@ def _rule(text: str) -> Rule:
     from llama_ray.evaluation.promotion import Rule
 
     return Rule.parse(text)
-
-
-def _existing_source(given: str) -> str:
-    """Return `NAME=SOURCE` or `SOURCE` with a path that leads to the same place from anywhere."""
-    name, equals, source = given.rpartition("=")
-    return f"{name}{equals}{source if source == 'builtin' else existing(source)}"
 
 
 def run() -> None:

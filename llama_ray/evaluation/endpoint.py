@@ -50,6 +50,8 @@ class EndpointScorer:
         self.model, self.tokenizer = f"{model} at {redact(url)}", tokenizer
         self._name, self._url = model, url.rstrip("/")
         self._api_key, self._concurrency = api_key, concurrency
+        self.version = ""
+        """What the endpoint says of the weights behind the name: `models:/NAME/3` here, a path in vLLM."""
         self._max_seq_len = self._look(max_seq_len)
         self._check()
 
@@ -75,6 +77,7 @@ class EndpointScorer:
             raise EvaluationError(
                 f"{self._url} has no model {shown(self._name)}; give one of {printable(', '.join(map(str, known)))}"
             )
+        self.version = str(known[self._name].get("root") or "")
         found = max_seq_len or known[self._name].get("max_model_len")
         if not isinstance(found, int) or found < _LEAST_SEQ_LEN:
             raise EvaluationError(

@@ -176,7 +176,7 @@ def _measured_alike(
 ) -> Evaluation | None:
     """Return an evaluation of `champion` that `new` compares with: its last one, or another; None if that does not."""
     last = recorded(champion, uri)
-    if last is not None and rule.can_compare(new, last):
+    if last is not None and last.computed_like(new) and rule.can_compare(new, last):
         return last
     again = evaluate(champion)
     return again if rule.can_compare(new, again) else None

@@ -13,6 +13,9 @@ from llama_ray.utils.typed_json import from_json
 
 Setting = str | int | float | bool | None
 
+_COMPUTED_WITH = ("dtype", "quantization", "max_seq_len")
+"""Settings that change the numbers of one and the same model."""
+
 
 class EvaluationError(UserError):
     """An evaluation that cannot be made, continued or read."""
@@ -78,7 +81,7 @@ class Evaluation:
         model: The reference that was evaluated, fixed: `models:/NAME/3` rather than an alias.
         scores: In the order in which they were asked for; each `Score.name` once.
         seconds: What the evaluation took, of wall-clock time, with the model loaded.
-        settings: What else describes how it was made, for people; it does not decide what is comparable.
+        settings: What else describes how it was made, for people, and how the model was computed (`computed_like`).
     """
 
     model: str
@@ -97,6 +100,10 @@ class Evaluation:
     def settings_fingerprint(self) -> str:
         """A digest of what was asked: evaluations with the same one have the same scores, all of them comparable."""
         return fingerprint(sorted([score.name, score.fingerprint] for score in self.scores))
+
+    def computed_like(self, other: Evaluation) -> bool:
+        """Whether both models were computed in the same way: neither alone was rounded or had a shorter context."""
+        return all(self.settings.get(name) == other.settings.get(name) for name in _COMPUTED_WITH)
 
     def score(self, name: str) -> Score | None:
         """Return the score named `task/metric`, or None."""

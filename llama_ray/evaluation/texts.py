@@ -7,16 +7,19 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from llama_ray.data.dataset.files import DatasetFiles, Place
 from llama_ray.data.dataset.locations import open_files
 from llama_ray.data.records.fields import TextFields
 from llama_ray.data.records.pieces import read, split_files
+from llama_ray.data.sources.files import BUILTIN
 from llama_ray.data.sources.find import files
 from llama_ray.data.sources.left_out import Tally
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.evaluation.results import EvaluationError
+from llama_ray.storage.paths import existing, is_uri
 from llama_ray.utils.errors import printable
 
 Notice = Callable[[str], None]
@@ -40,6 +43,16 @@ class Corpus:
         for document in self.documents:
             digest.update(hashlib.sha256(document.encode()).digest())
         return digest.hexdigest()
+
+
+def located(given: str) -> str:
+    """Return `SOURCE` or `NAME=SOURCE` with a path that leads to the same place from anywhere.
+
+    What is there under the whole of `given` is a source whose path has an equals sign.
+    """
+    match = None if Path(given).expanduser().exists() else _NAMED.fullmatch(given)
+    name, source = (f"{match[1]}=", match[2]) if match else ("", given)
+    return f"{name}{source if source == BUILTIN else existing(source)}"
 
 
 def read_text(given: str, limit: int | None, notice: Notice) -> Corpus:
@@ -96,7 +109,12 @@ def _corpus(name: str, texts: Iterable[str], limit: int | None, what: str) -> Co
 
 
 def _named(given: str) -> tuple[str, str]:
-    """Return the name and the source of `NAME=SOURCE`; a source alone is named by the last part of its path."""
+    """Return the name and the source of `NAME=SOURCE`; a source alone is named by the last part of its path.
+
+    The name is in the names of metrics and tags, so it has nothing of a URI that may be a secret.
+    """
     if match := _NAMED.fullmatch(given):
         return match[1], match[2]
-    return PurePosixPath(given.rstrip("/")).name or given, given
+    uri = urlsplit(given) if is_uri(given) else None
+    path = uri.path if uri else given
+    return PurePosixPath(path.rstrip("/")).name or (uri.hostname if uri else None) or "text", given

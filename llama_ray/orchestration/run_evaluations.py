@@ -8,18 +8,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from llama_ray.data.sources.files import BUILTIN
 from llama_ray.evaluation.evaluate import EvaluationConfig, Questions
 from llama_ray.evaluation.harness.run import bundled_tasks
 from llama_ray.evaluation.promotion import Rule, promote_if
 from llama_ray.evaluation.recording import metrics, record
 from llama_ray.evaluation.results import Evaluation, EvaluationError
+from llama_ray.evaluation.texts import located
 from llama_ray.orchestration.checkpoint_evaluations import CheckpointEvaluations
 from llama_ray.orchestration.evaluation_tasks import Room, evaluate_on_cluster, start_newest
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.run_data import RunData
 from llama_ray.storage.attempts import Attempt
-from llama_ray.storage.paths import existing
 from llama_ray.tracking.buffer import BufferedRun
 from llama_ray.tracking.registry import PromotionDecision, Version
 from llama_ray.tracking.runs import Run
@@ -38,7 +37,7 @@ def evaluation_config(launch: LaunchConfig, data: RunData, max_seq_len: int) -> 
     if launch.evaluate_every is None and launch.promote_if is None:
         return None
     tasks = _tasks(launch.evaluate_tasks)
-    texts = tuple(map(_located, launch.evaluate_text))
+    texts = tuple(map(located, launch.evaluate_text))
     data_texts = () if texts else _validation_texts(data)
     if not (tasks or texts or data_texts):
         raise EvaluationError(
@@ -55,12 +54,6 @@ def evaluation_config(launch: LaunchConfig, data: RunData, max_seq_len: int) -> 
     if launch.promote_if is not None and not set(tasks) - set(bundled_tasks()):
         _check_names(Rule.parse(launch.promote_if), [*names, *tasks])
     return config
-
-
-def _located(given: str) -> str:
-    """Return `SOURCE` or `NAME=SOURCE` with a path that leads to the same place from anywhere."""
-    name, equals, source = given.rpartition("=")
-    return f"{name}{equals}{source if source == BUILTIN else existing(source)}"
 
 
 def _tasks(given: tuple[str, ...]) -> tuple[str, ...]:

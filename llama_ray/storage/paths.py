@@ -64,7 +64,8 @@ def existing_ref(ref: str) -> str:
 
 def model_name(ref: str) -> str:
     """Return the name of the model that a path or URI leads to: its last part, without the rest of a URI."""
-    path = re.split("[@?]", ref, maxsplit=1)[0] if is_uri(ref) else ref
+    # A user or a password before the host is no part of the path.
+    path = re.split("[@?]", re.sub("(?<=://)[^/]*@", "", ref), maxsplit=1)[0] if is_uri(ref) else ref
     return Path(path).name.removesuffix(".gguf")
 
 

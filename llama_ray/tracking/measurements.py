@@ -113,13 +113,19 @@ def replace_tags(version: Version, prefix: str, tags: Mapping[str, str], uri: st
 
 
 def replace_section(version: Version, heading: str, text: str, uri: str | None = None) -> None:
-    """Make `text` the last section of the description of `version`, under `heading`. Raises TrackingError."""
+    """Make `text` the section under `heading` of the description of `version`, in its place or at the end.
+
+    Other sections stay. Raises TrackingError.
+    """
     client = connect(uri)
     title = f"## {heading}"
     with reported(f"the description of {version.uri} cannot be written", "correct that"):
         number = str(version.version)
         before = client.get_model_version(version.name, number).description or ""
-        parts = [before.partition(title)[0].rstrip(), title, redact(text)]
+        kept = re.split(rf"^{re.escape(title)}[ \t]*$", before, maxsplit=1, flags=re.MULTILINE)
+        behind = re.search(r"^#{1,2} ", kept[1], re.MULTILINE) if len(kept) > 1 else None
+        after = kept[1][behind.start() :] if behind else ""
+        parts = [kept[0].rstrip(), title, redact(text), after.rstrip()]
         client.update_model_version(version.name, number, "\n\n".join(filter(None, parts)))
 
 

@@ -121,16 +121,21 @@ def test_the_alias_moves_when_the_rule_holds_and_the_version_says_why(store: str
         "licence/bits_per_byte 1.5000 < 1.5000 of the champion",
     )
     assert attempt(1.25) == (True, "promoted: licence/bits_per_byte 1.2500 < 1.5000 of the champion")
-    # A champion that was evaluated in another way is evaluated again.
-    record(evaluation("models:/ruled/3", 9.0, fingerprint="b"), uri=store)
     measured: list[str] = []
 
     def measure(version: Version) -> Evaluation:
         measured.append(version.uri)
         return evaluation(version.uri, 1.25)
 
-    assert attempt(1.3, measure)[0] is False
-    assert measured == ["models:/ruled/3"]
+    # A champion that was evaluated in another way, or computed in another one, is evaluated again.
+    of_other_texts = evaluation("models:/ruled/3", 9.0, fingerprint="b")
+    of_rounded_weights = evaluation("models:/ruled/3", 9.0)
+    of_rounded_weights.settings["quantization"] = "int4"
+    for other in (of_other_texts, of_rounded_weights):
+        record(other, uri=store)
+        measured.clear()
+        assert attempt(1.3, measure)[0] is False
+        assert measured == ["models:/ruled/3"]
 
 
 def test_a_version_that_becomes_champion_meanwhile_is_compared_with(store: str) -> None:

@@ -65,6 +65,15 @@ def test_another_evaluation_replaces_the_first_one_of_a_version(store: str) -> N
     assert "| 1.2500 |" in after.description
     assert "| 1.5000 |" not in after.description
     assert recorded(after, store) == second
+    # What people have written around it stays.
+    description = f"### Evaluation by hand\n\n{after.description}\n\n## Notes\n\nServed since May."
+    MlflowClient(store).update_model_version("again", "1", description)
+    record(evaluation(version.uri, 1.75), uri=store)
+    written = resolve_version(version.uri, store).description
+    assert written.startswith("### Evaluation by hand\n\nTrained on poems.\n\n## Evaluation\n\nScores of")
+    assert written.endswith("\n\n## Notes\n\nServed since May.")
+    assert written.count("| 1.7500 |") == 1
+    assert "| 1.2500 |" not in written
 
 
 def test_an_evaluation_is_read_back_while_its_run_is_there(store: str) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llama_ray.evaluation.results import EvaluationError
-from llama_ray.evaluation.texts import read_data, read_text
+from llama_ray.evaluation.texts import located, read_data, read_text
+from tests.data.sources.web_server import web_server
 from tests.small_models import small_tokenizer
 from tests.token_data import TEXTS, write_dataset, write_documents
 
@@ -58,3 +59,27 @@ def test_a_source_without_text_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").write_text("")
     with pytest.raises(EvaluationError, match="holds no text"):
         read_text(str(tmp_path / name), None, ignore)
+
+
+def test_equals_signs_of_paths_and_uris_are_no_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lang=en").mkdir()
+    (tmp_path / "lang=en" / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    for given in ("lang=en/a.txt", f"{tmp_path}/lang=en/a.txt"):
+        assert located(given) == f"{tmp_path}/lang=en/a.txt"
+        assert read_text(located(given), None, ignore).documents == ("one",)
+    assert located("mine=b.txt") == f"mine={tmp_path}/b.txt"
+    assert located(f"mine={tmp_path}/lang=en/a.txt") == f"mine={tmp_path}/lang=en/a.txt"
+    for given in (
+        "builtin",
+        "mine=builtin",
+        "https://host/b.txt?sig=HUSH",
+        "mine=https://host/b.txt?sig=HUSH",
+    ):
+        assert located(given) == given
+
+
+def test_the_name_of_a_text_holds_no_secret_of_its_uri() -> None:
+    with web_server({"/book.txt": b"one two"}) as web:
+        assert read_text(web.url("/book.txt?sig=HUSH"), None, ignore).name == "book.txt"

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -64,5 +68,60 @@ def test_models_are_measured_in_windows_that_all_of_them_read(
     assert first.settings_fingerprint == second.settings_fingerprint
     assert first.settings["context"] == 64
     assert "fox/bits_per_byte" in (tmp_path / "found" / "results.md").read_text()
+    limited = run_here("evaluate.py", "model", *flags, "--max_seq_len", "32", cwd=tmp_path)
+    assert limited.returncode == 0, limited.stderr
+    [only] = json.loads((tmp_path / "found" / "results.json").read_text())
+    assert only["settings"]["context"] == only["settings"]["max_seq_len"] == 32
     twice = run_here("evaluate.py", "model", str(model), *flags, cwd=tmp_path)
     assert "is given twice" in twice.stderr
+
+
+@contextmanager
+def serving(served: dict[str, object]) -> Iterator[str]:
+    """An endpoint whose model `tiny` is that of `served["root"]` and gives each token `served["logprob"]`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send({"data": [{"id": "tiny", "max_model_len": 100, "root": served["root"]}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            logprobs = [None, *[served["logprob"]] * (len(body["prompt"]) - 1)]
+            top = [value and {"a": value} for value in logprobs]
+            choice = {"text": "", "logprobs": {"token_logprobs": logprobs, "top_logprobs": top}}
+            self._send({"choices": [choice]})
+
+        def _send(self, answer: object) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def test_answers_of_an_endpoint_are_kept_until_it_serves_another_version(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    served: dict[str, object] = {}
+    values = []
+    with serving(served) as url:
+        flags = ("--endpoint", url, "--tokenizer", "model", "--text", "fox.txt", "--limit", "1")
+        for root, logprob in (("models:/tiny/1", -1.0), ("models:/tiny/1", -4.0), ("models:/tiny/2", -2.0)):
+            served |= {"root": root, "logprob": logprob}
+            done = run_here(
+                "evaluate.py", "tiny", *flags, "--output", "found", "--mlflow", "false", cwd=model.parent
+            )
+            assert done.returncode == 0, done.stderr
+            [found] = json.loads((model.parent / "found" / "results.json").read_text())
+            values.append(found["scores"][0]["value"])
+    assert values[1] == values[0]
+    assert values[2] == pytest.approx(2 * values[0])

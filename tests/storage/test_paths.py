@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from llama_ray.storage.paths import absolute, existing, existing_ref, is_model_ref, is_uri, workspace
+from llama_ray.storage.paths import (
+    absolute,
+    existing,
+    existing_ref,
+    is_model_ref,
+    is_uri,
+    model_name,
+    workspace,
+)
 
 
 @pytest.fixture
@@ -73,3 +81,11 @@ def test_other_references_are_paths_to_read(tmp_path: Path, monkeypatch: pytest.
 )
 def test_a_uri_begins_with_a_scheme(path: str, expected: bool) -> None:
     assert is_uri(path) == expected
+
+
+@pytest.mark.parametrize(
+    "ref",
+    ["/models/tiny.gguf", "s3://KEY:HUSH@bucket/tiny", "hf://org/tiny@main", "https://host/tiny?sig=HUSH"],
+)
+def test_a_model_is_named_without_the_rest_of_its_uri(ref: str) -> None:
+    assert model_name(ref) == "tiny"

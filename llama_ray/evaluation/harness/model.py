@@ -30,9 +30,10 @@ class HarnessModel(TemplateLM):
     and special tokens in a text are tokens, as chat templates need it.
     """
 
-    def __init__(self, scorer: Scorer, report: Report = no_report) -> None:
+    def __init__(self, scorer: Scorer, report: Report = no_report, seed: int = 0) -> None:
+        """Answer with `scorer`; `seed` is that of tasks that sample."""
         super().__init__()
-        self._scorer, self._report = scorer, report
+        self._scorer, self._report, self._seed = scorer, report, seed
         self._tokenizer = scorer.tokenizer
 
     @property
@@ -149,7 +150,8 @@ class HarnessModel(TemplateLM):
         params = SamplingParams(
             max_tokens=max_tokens,
             stop=tuple(dict.fromkeys(until)),
-            seed=number,
+            # Other numbers for each request and each seed.
+            seed=((self._seed << 32) + number) % 2**63,
             **{"temperature": 0.0, **sampled},
         )
         return Generation(tuple(self.tok_encode(context)[-room:]), params)

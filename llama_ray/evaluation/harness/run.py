@@ -6,20 +6,17 @@ import functools
 import json
 import logging
 import math
-import os
 import random
-import socket
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
+from llama_ray.evaluation.harness.hub import is_offline, offline_unless_reached
 from llama_ray.evaluation.results import EvaluationError, Score, fingerprint
 from llama_ray.evaluation.scoring import Report, Scorer, no_report
 from llama_ray.utils.errors import one_line
@@ -28,7 +25,6 @@ from llama_ray.utils.fields import shown
 BUNDLED = Path(__file__).parent.parent / "tasks"
 """The tasks that ship with the project and need no network."""
 
-_ANSWERS_WITHIN_S = 3.0
 _BOOTSTRAP_ITERS = 1000
 """For the standard errors of metrics that have no formula; lm_eval's 100,000 take longer than the model."""
 # What decides a task's numbers beside its documents, the model and the versions of software.
@@ -70,14 +66,22 @@ def run_tasks(
     need the Hugging Face hub. Raises EvaluationError for an unknown name, for a task whose data cannot be had, and for
     one that the model cannot answer.
     """
-    missing = _unknown([BUNDLED, *map(Path, settings.include_path)], tasks)
-    _set_network(needed=bool(missing))
+    _check_folders(settings.include_path)
+    # Your own task files may name data on the hub.
+    needs_hub = bool(settings.include_path) or not set(tasks) <= set(bundled_tasks())
+    with offline_unless_reached(needed=needs_hub):
+        return _run(scorer, tasks, settings, report)
+
+
+def _run(scorer: Scorer, tasks: Sequence[str], settings: TaskSettings, report: Report) -> list[Score]:
     _import_quietly()
     from lm_eval.evaluator import evaluate
 
     from llama_ray.evaluation.harness.model import HarnessModel
 
-    manager = _manager(settings.include_path, bool(missing))
+    manager = _manager(settings.include_path, False)
+    if missing := _missing(manager, tasks):
+        manager = _manager(settings.include_path, True)
     if unknown := [name for name in tasks if name not in manager.all_tasks and not Path(name).is_file()]:
         raise EvaluationError(
             f"tasks has {shown(unknown[0])}, which is no task; choose among the bundled ones "
@@ -87,7 +91,7 @@ def run_tasks(
         # Its progress bars and notes are no results.
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             found = evaluate(
-                lm=HarnessModel(scorer, report),
+                lm=HarnessModel(scorer, report, settings.seed),
                 task_dict=_loaded(manager, tasks, settings),
                 limit=settings.limit,
                 bootstrap_iters=_BOOTSTRAP_ITERS,
@@ -195,38 +199,23 @@ def _fingerprint(found: Mapping[str, Any], task: str, settings: TaskSettings) ->
     )
 
 
-def _unknown(folders: Sequence[Path], tasks: Sequence[str]) -> list[str]:
-    """Return those of `tasks` that no file in `folders` seems to define: lm_eval's own must be looked through."""
+def _check_folders(folders: Sequence[str]) -> None:
     for folder in folders:
-        if not folder.is_dir():
-            raise EvaluationError(f"include_path is {shown(str(folder))}; it must be a folder of task files")
-    texts = [file.read_text() for folder in folders for file in folder.rglob("*.yaml")]
-    return [name for name in tasks if not Path(name).is_file() and not any(name in text for text in texts)]
+        if not Path(folder).is_dir():
+            raise EvaluationError(f"include_path is {shown(folder)}; it must be a folder of task files")
 
 
-def _set_network(*, needed: bool) -> None:
-    """Tell Hugging Face's libraries not to look for a network that is not there: they would wait for it."""
-    if needed and _hub_answers():
-        return
-    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE"):
-        os.environ.setdefault(name, "1")
-    # It reads the variable when it is imported.
-    if (datasets := sys.modules.get("datasets")) is not None:
-        datasets.config.HF_DATASETS_OFFLINE = True
-
-
-def _hub_answers() -> bool:
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        # A proxy knows names that this machine cannot look up.
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        socket.create_connection((host.hostname or "", host.port or 443), _ANSWERS_WITHIN_S).close()
-    except OSError:
-        return False
-    return True
+def _missing(manager: Any, tasks: Sequence[str]) -> list[str]:
+    """Return which of `tasks`, and of what their groups consist of, `manager` does not know."""
+    wanted = [name for name in tasks if not Path(name).is_file()]
+    for name in wanted:
+        entry = manager.task_index.get(name)
+        members = ((entry and entry.cfg) or {}).get("task")
+        # Those of a group; of a task it is the name.
+        for member in members if isinstance(members, list) else ():
+            each = member.get("task") if isinstance(member, dict) else member
+            wanted += [each] if isinstance(each, str) and each not in wanted else []
+    return [name for name in wanted if name not in manager.task_index]
 
 
 def _import_quietly() -> None:
@@ -242,7 +231,7 @@ def _import_quietly() -> None:
 
 def _why(error: Exception, missing: Sequence[str]) -> str:
     reason = f"{type(error).__name__}: {one_line(error)}"
-    if missing and os.environ.get("HF_DATASETS_OFFLINE") == "1":
+    if missing and is_offline():
         return (
             f"the data of {', '.join(missing)} are on the Hugging Face hub, which this machine does not reach, and not "
             f"in its cache ({shown(reason)}); give bundled tasks ({', '.join(bundled_tasks())}), or unset "

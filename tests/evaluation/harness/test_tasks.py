@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -83,7 +84,7 @@ def test_only_scores_of_the_same_questions_compare(scorer: EngineScorer, evaluat
 
 
 def test_tasks_of_ones_own_are_asked_in_the_chat_template_and_generated(
-    tmp_path: Path, scorer: EngineScorer
+    tmp_path: Path, scorer: EngineScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.yaml").write_text(
         (BUNDLED / "verse_copy.yaml").read_text().replace("verse_copy\ncustom", "mine\ncustom")
@@ -91,9 +92,15 @@ def test_tasks_of_ones_own_are_asked_in_the_chat_template_and_generated(
     (tmp_path / "rows.py").write_text(
         (BUNDLED / "rows.py").read_text().replace("Path(__file__).parent", f"Path({str(BUNDLED)!r})")
     )
-    found = evaluated(
-        scorer, tasks=("mine",), include_path=(str(tmp_path),), apply_chat_template=True, limit=2
-    )
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        found = evaluated(
+            scorer, tasks=("mine",), include_path=(str(tmp_path),), apply_chat_template=True, limit=2
+        )
+        # Their data may be on the hub, so it was looked for.
+        hub.settimeout(0)
+        hub.accept()[0].close()
     assert [score.name for score in found.scores] == ["mine/exact_match"]
 
 
@@ -135,13 +142,29 @@ def test_a_folder_of_tasks_that_is_not_there_is_refused(scorer: EngineScorer) ->
 
 
 def test_a_task_of_the_hub_says_so_where_there_is_no_network_and_an_unknown_one_is_none(
-    scorer: EngineScorer,
+    tmp_path: Path, scorer: EngineScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # One of the user's own may consist of lm_eval's, and a file may mention names that it does not define.
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [verse_copy, arc_easy]\n")
     # One test, because to look through lm_eval's own tasks takes seconds.
-    with pytest.raises(
-        EvaluationError, match="on the Hugging Face hub, which this machine does not reach"
-    ) as error:
-        evaluated(scorer, tasks=("arc_easy",))
-    assert "\n" not in str(error.value)
+    for name in ("arc_easy", "both"):
+        with pytest.raises(
+            EvaluationError, match="arc_easy are on the Hugging Face hub, which this machine does not reach"
+        ) as error:
+            evaluated(scorer, tasks=(name,), include_path=(str(tmp_path),))
+        assert "\n" not in str(error.value)
     with pytest.raises(EvaluationError, match="no_such_task', which is no task"):
-        evaluated(scorer, tasks=("no_such_task",))
+        evaluated(scorer, tasks=("no_such_task",), include_path=(str(tmp_path),))
+
+
+def test_a_task_that_samples_gets_other_texts_with_another_seed(scorer: EngineScorer) -> None:
+    from lm_eval.api.instance import Instance
+
+    from llama_ray.evaluation.harness.model import HarnessModel
+
+    settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []}
+    requests = [Instance("generate_until", {}, ("Shall I", settings), number) for number in range(2)]
+    texts = [HarnessModel(scorer, seed=seed).generate_until(requests) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1]
+    assert len({*texts[0], *texts[2]}) == 4

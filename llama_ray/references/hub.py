@@ -87,12 +87,18 @@ def fixed(ref: str) -> str:
         return ref
     try:
         with hub_errors():
-            from huggingface_hub.hf_api import HfApi
+            from huggingface_hub import snapshot_download
 
-            found = HfApi(endpoint=hub_endpoint()).model_info(model.name, revision=model.revision)
+            # Like the model itself, its commit is found in the cache while the hub is out of reach.
+            found = snapshot_download(
+                model.name,
+                revision=model.revision,
+                endpoint=hub_endpoint(),
+                allow_patterns=["config.json"],
+            )
     except (OSError, ValueError) as error:
         raise _unreadable(ref, error) from error
-    return model.at(found.sha or "")
+    return model.at(Path(found).name)
 
 
 def _unreadable(ref: str, error: Exception) -> CheckpointError:

@@ -53,6 +53,7 @@ def test_a_model_that_was_fetched_is_found_without_the_hub(
     before = resolve("hf://owner/name")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert resolve(f"hf://owner/name@{COMMIT}") == before
+    assert resolve(fixed("hf://owner/name")) == before
 
 
 def test_a_model_that_is_there_in_part_is_refused_without_the_hub(
@@ -60,6 +61,8 @@ def test_a_model_that_is_there_in_part_is_refused_without_the_hub(
 ) -> None:
     resolve(f"hf://owner/name@{COMMIT}", weights=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    # The client tries again for half a minute.
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(CheckpointError, match="cannot read 'hf://owner/name@"):
         resolve(f"hf://owner/name@{COMMIT}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from llama_ray.evaluation.texts import located
 from llama_ray.pretrained import fixed, load_shape
 from llama_ray.storage import store
 from llama_ray.storage.paths import absolute, existing, existing_ref, is_model_ref
+from llama_ray.utils.errors import first_line, printable
 from llama_ray.utils.redact import redact
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class Job:
 
     def __init__(self, flags: Namespace) -> None:
         self._flags, self._line = flags, ProgressLine()
-        flags.output = flags.output and absolute(flags.output)
+        flags.output = flags.output and _writable(absolute(flags.output))
         self._rule = flags.promote_if and _rule(flags.promote_if)
         self._refs = flags.refs if flags.endpoint else [fixed(existing_ref(ref)) for ref in flags.refs]
         if twice := next((ref for ref in self._refs if self._refs.count(ref) > 1), None):
@@ -104,6 +106,20 @@ class Job:
         version = resolve_version(self._refs[0])
         decision = promote_if(self._rule, version, evaluations[0], evaluate_champion)
         self._line.log(f"{'promoted' if decision.promoted else 'not promoted'}: {decision.reason}")
+
+
+def _writable(output: str) -> str:
+    """Return `output` once a file was written there. Raises EvaluationError if that fails."""
+    probe = store.join(output, f".write-test-{secrets.token_hex(4)}")
+    try:
+        store.make_directory(output)
+        store.write_text(probe, "")
+        store.delete(probe)
+    except OSError as error:
+        raise EvaluationError(
+            f"output {printable(output)} cannot be written ({first_line(error)}); give another --output"
+        ) from error
+    return output
 
 
 def _rule(text: str) -> Rule:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from llama_ray.evaluation.bits import DEFAULT_CONTEXT, check_windows, measure
 from llama_ray.evaluation.results import Evaluation, EvaluationError, Score, Setting
 from llama_ray.evaluation.scoring import Report, Scorer
-from llama_ray.evaluation.texts import Corpus, Notice, read_data, read_text
+from llama_ray.evaluation.texts import Corpus, Notice, check_names, read_data, read_text
 from llama_ray.utils.fields import check_fields, limits
 
 Progress = Callable[[str], None]
@@ -80,7 +80,8 @@ class Questions:
 
     @classmethod
     def read(cls, config: EvaluationConfig, notice: Notice = _silent) -> Questions:
-        """Read all texts. Raises ValueError for what cannot be read."""
+        """Read all texts. Raises ValueError for what cannot be read, and for two of one name."""
+        check_names((*config.text, *config.data), config.tasks)
         texts = [read_text(text, config.limit, notice) for text in config.text]
         return cls(config, (*texts, *(read_data(data, config.limit) for data in config.data)))
 

@@ -55,6 +55,18 @@ def located(given: str) -> str:
     return f"{name}{source if source == BUILTIN else existing(source)}"
 
 
+def check_names(given: Iterable[str], tasks: Iterable[str]) -> None:
+    """Raise EvaluationError if two of the texts and data `given`, or one of them and a task, have one name."""
+    seen = set(tasks)
+    for one in given:
+        name = _named(one)[0]
+        if name in seen:
+            raise EvaluationError(
+                f"{printable(name)} names two of what is measured; give each text another name (NAME=SOURCE)"
+            )
+        seen.add(name)
+
+
 def read_text(given: str, limit: int | None, notice: Notice) -> Corpus:
     """Return the documents of `SOURCE` or `NAME=SOURCE`; at most `limit` of them.
 

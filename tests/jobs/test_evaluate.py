@@ -40,6 +40,8 @@ def model(tmp_path: Path) -> Path:
         (("--text", "fox.txt", "--promote_if", "acc"), "'acc' is no condition"),
         (("--text", "fox.txt", "--endpoint", "http://127.0.0.1:9/v1"), "endpoint needs --tokenizer"),
         (("--data", "fox.txt"), "fox.txt"),
+        (("--text", "fox.txt", "./fox.txt"), "fox.txt names two of what is measured"),
+        (("--text", "fox.txt", "--output", "fox.txt/found"), "fox.txt/found cannot be written"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(

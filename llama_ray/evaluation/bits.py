@@ -9,7 +9,10 @@ from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.evaluation.results import EvaluationError, Score, fingerprint
 from llama_ray.evaluation.scoring import Report, Scorer, Scoring, no_report
 from llama_ray.evaluation.texts import Corpus
+from llama_ray.utils.errors import printable
 
+_MOST_UNKNOWN = 1e-3
+"""The share of unknown tokens that changes scores by less than chance does."""
 DEFAULT_CONTEXT = 2048
 """Tokens that a window holds at most, if the model can read so many."""
 
@@ -24,10 +27,12 @@ def measure(
     Bits per byte are the bits of all tokens divided by the bytes of the text in UTF-8, so that they compare models of
     different tokenizers (Gao et al. 2020, arXiv:2101.00027); the perplexity is that of a token. Standard errors are
     those of a ratio of sums over documents (Cochran 1977, section 6.4). Raises EvaluationError if the model cannot be
-    asked.
+    asked, or its tokenizer has no tokens for more than a few characters: what it need not tell apart costs no bits.
     """
     check_windows(context, stride, scorer.max_seq_len)
     documents = [[_encode(scorer.tokenizer, text) for text in corpus.documents] for corpus in corpora]
+    for corpus, encoded in zip(corpora, documents, strict=True):
+        _check_known(scorer.tokenizer, corpus, encoded)
     asked = [
         [list(windows(ids, context, stride)) for ids in documents_of_one] for documents_of_one in documents
     ]
@@ -122,6 +127,17 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
             "of them in its tokenizer_config.json"
         )
     return [first, *tokenizer.encode(text)]
+
+
+def _check_known(tokenizer: Tokenizer, corpus: Corpus, documents: Sequence[Sequence[int]]) -> None:
+    total = sum(len(ids) - 1 for ids in documents)
+    # No text makes special tokens, but for the one that stands for what is unknown.
+    unknown = sum(token in tokenizer.special_ids for ids in documents for token in ids[1:])
+    if unknown > _MOST_UNKNOWN * total:
+        raise EvaluationError(
+            f"there are no tokens for parts of {printable(corpus.name)} ({unknown:,} of {total:,} are unknown), "
+            "which would make scores too good; measure a text that it can write"
+        )
 
 
 def _exp(loss: float, name: str) -> float:

@@ -4,16 +4,23 @@ import math
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.evaluation.bits import measure, ratio, windows
 from llama_ray.evaluation.engine_scorer import EngineScorer
 from llama_ray.evaluation.evaluate import EvaluationConfig
 from llama_ray.evaluation.results import EvaluationError
 from llama_ray.evaluation.texts import Corpus
+from llama_ray.generation.engine import Engine
+from llama_ray.pretrained import save_pretrained
+from tests.small_models import random_model, small_config
 
 CORPUS = Corpus("poems", ("Shall I compare thee to a summer's day? " * 9, "Thou art more lovely 🙂", "x"))
 
@@ -100,3 +107,18 @@ def test_texts_that_are_asked_for_together_have_their_own_scores(scorer: EngineS
 def test_the_longest_windows_are_taken_where_none_are_given() -> None:
     assert EvaluationConfig(text=("a",)).window(128) == (128, 64)
     assert EvaluationConfig(text=("a",)).window(10**6) == (2048, 1024)
+
+
+def test_a_tokenizer_that_cannot_write_the_text_gets_no_score(tmp_path: Path) -> None:
+    words = WordLevel({"<unk>": 0, "<s>": 1, "the": 2, "fox": 3}, unk_token="<unk>")
+    fast = tokenizers.Tokenizer(words)
+    fast.pre_tokenizer = Whitespace()
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "unk_token": "<unk>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    save_pretrained(random_model(small_config(tokenizer.vocab_size)), tokenizer, tmp_path)
+    with Engine.from_pretrained(tmp_path, device="cpu", kv_cache_memory_bytes=2**24) as engine:
+        scorer = EngineScorer("m", engine)
+        assert measure(scorer, [Corpus("known", ("the fox",))], 8, 4)
+        with pytest.raises(EvaluationError, match=r"parts of quick \(1 of 3 are unknown\)"):
+            measure(scorer, [Corpus("quick", ("the quick fox",))], 8, 4)

@@ -85,9 +85,11 @@ def _loss_of_own_tokens(
     scale: Tensor | float = 1.0,
     z_loss: float = 0.0,
     groups: Tensor | None = None,
+    each: bool = False,
 ) -> Tensor:
     """Do what `Head.forward` does, on `hidden` sharded by tokens; every worker returns the whole loss."""
     assert targets is not None, "a model under tensor parallelism computes losses, not logits"
+    assert not each, "the losses of tokens are on several workers"
     assert isinstance(head.weight, DTensor)
     weight = head.weight.redistribute(mesh, [Replicate()]).to_local(grad_placements=[Partial()])
     own_targets = targets.chunk(mesh.size(), dim=1)[mesh.get_local_rank()].contiguous()

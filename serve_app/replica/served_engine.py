@@ -186,6 +186,9 @@ class ServedEngine:
             return
         echo = self._echo(submission, prompts) if submission.reporting.echo else None
         answer.send(_started(submission, prompts, echo))
+        # Before the first token, which the engine's thread may send as soon as it has a request. And a client that
+        # waits for its status sees that it was accepted.
+        answer.connection.flush()
         answer.unfinished = sum(len(request.sequences) for request in requests)
         for number, request in enumerate(requests):
             text = echo[number] if echo else ""
@@ -193,8 +196,6 @@ class ServedEngine:
                 answer, number, prompts[number], done[number], text, self.tokenizer, self._lanes[True]
             )
             answer.request_ids.append(self._thread.add(request, part))
-        # Now, not with the first token: a client that waits for its status sees that it was accepted.
-        answer.connection.flush()
 
     async def _encode(self, answer: Answer, adapter: LoadedAdapter | None) -> list[list[int]]:
         """Encode prompts one by one, so that a client that leaves ends it."""

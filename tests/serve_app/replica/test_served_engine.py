@@ -7,16 +7,20 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llama_ray.data.tokenizing.tokenizer import Tokenizer
 from llama_ray.generation.engine import Engine
+from llama_ray.generation.engine_thread import EngineThread
+from llama_ray.generation.request import Request
 from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.pretrained import save_pretrained
 from serve_app.registry.messages import ModelVersion
 from serve_app.replica.logprobs import LogprobWriter
 from serve_app.replica.served_engine import ServedEngine
+from serve_app.streams.frames import Wire
 from serve_app.streams.messages import (
     Address,
     Answered,
@@ -28,7 +32,7 @@ from serve_app.streams.messages import (
     Submission,
 )
 from serve_app.streams.receiver import Receiver, Stream
-from serve_app.streams.sender import Sender
+from serve_app.streams.sender import Connection, Sender
 from tests.data.helpers import BYTE_FALLBACK
 from tests.serve_app.helpers import EMOJI, MAX_SEQ_LEN
 from tests.small_models import random_model, small_config
@@ -124,6 +128,34 @@ def texts(events: list[Event]) -> list[str]:
         "".join(delta.text for delta in deltas if delta.index == index)
         for index in range(1 + max(delta.index for delta in deltas))
     ]
+
+
+def test_a_stream_begins_with_its_start_however_soon_the_first_token_comes(
+    served: ServedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a busy machine: the event loop does not go on before the engine's thread has sent a token."""
+    loop, token_sent = threading.current_thread(), threading.Event()
+    add, send = EngineThread.add, Connection.send
+
+    def add_and_wait(self: EngineThread[Any], request: Request, receiver: Any) -> int:
+        request_id = add(self, request, receiver)
+        assert token_sent.wait(60)
+        return request_id
+
+    def send_and_tell(self: Connection, messages: list[Wire]) -> None:
+        send(self, messages)
+        if threading.current_thread() is not loop:
+            token_sent.set()
+
+    monkeypatch.setattr(EngineThread, "add", add_and_wait)
+    monkeypatch.setattr(Connection, "send", send_and_tell)
+
+    async def test(ask: Ask) -> None:
+        asked = await ask(SUBMISSION)
+        first, *_ = await asked.rest()
+        assert isinstance(first, Started)
+
+    with_ask(served, test)
 
 
 def test_prompts_and_candidates_are_answered_as_by_the_engine(served: ServedEngine, engine: Engine) -> None:

@@ -23,6 +23,7 @@ from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.orchestration.trainer import train_on_ray
 from llama_ray.orchestration.training_job import checkpoint_to_resume
 from llama_ray.pretrained import fixed, load_tokenizer, resolve
+from llama_ray.storage import run_directory
 from llama_ray.storage.attempts import Superseded
 from llama_ray.storage.paths import absolute, existing_ref
 from llama_ray.training.checkpointing.files import local_description
@@ -40,10 +41,14 @@ def run() -> None:
     split_commas(flags, ["lora_targets", "evaluate_tasks"])
     for name in ("init_from", "branch_from"):
         flags[name] = flags[name] and existing_ref(flags[name])
-    config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": stages_of(flags.stages)})
     launch = LaunchConfig(**_fields_of(LaunchConfig, flags))
     launch = dataclasses.replace(launch, output_dir=absolute(launch.output_dir))
     checkpoint = checkpoint_to_resume(launch)
+    tunes = flags.task != "pretrain" or flags.lora_rank
+    if tunes and checkpoint is not None and flags.init_from is None and flags.branch_from is None:
+        # The run knows what it began with.
+        flags.init_from = (run_directory.read_marker(checkpoint) or {}).get("parent")
+    config = TrainConfig(**_fields_of(TrainConfig, flags) | {"stages": stages_of(flags.stages)})
     if config.init_from is not None and checkpoint is None:
         config = dataclasses.replace(config, init_from=fixed(config.init_from))
     # What can be checked is checked now, because a cluster takes seconds to start.

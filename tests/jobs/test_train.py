@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_ray.model.config import LlamaConfig
+from llama_ray.model.config_files import config_files
 from llama_ray.orchestration.launch import LaunchConfig
+from llama_ray.storage.run_directory import MARKER
+from llama_ray.training.checkpointing.progress import Progress
 from llama_ray.training.config import TrainConfig
 from tests.jobs.helpers import run_here
 from tests.token_data import write_dataset
@@ -132,3 +136,17 @@ def test_a_number_out_of_range_is_one_line_from_flags_and_from_a_file(
     for flags in ((f"--{name}", value), ("--config", str(settings))):
         job = run_here("train.py", *flags)
         assert (job.returncode, job.stderr) == (2, f"error: {message}\n")
+
+
+def test_a_tuned_run_that_resumes_knows_what_it_began_with(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "tuned" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    for name, text in config_files(LlamaConfig.preset("llama-tiny"), torch.float32).items():
+        (checkpoint / name).write_text(text)
+    marker = Progress(step=1, parent="models:/base/1").marker("tuned", 1, {})
+    (checkpoint / MARKER).write_text(marker)
+    flags = ("--task", "sft", "--output_dir", str(tmp_path / "checkpoints"))
+    resumed = run_here("train.py", *flags, "--resume", "tuned")
+    assert resumed.stderr.startswith("error: data is missing; task sft needs data")
+    begun = run_here("train.py", *flags, "--run_name", "other")
+    assert "it needs a model to tune; give it with --init_from REF" in begun.stderr

@@ -27,7 +27,7 @@ from llama_ray.generation.sampling.params import SamplingParams
 from llama_ray.model.adapter_files import save_adapter
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.lora import TARGETS, LoraConfig, linear_sizes
+from llama_ray.model.lora_config import TARGETS, LoraConfig, linear_sizes
 from llama_ray.model.stored_model import open_model
 from llama_ray.model.weights_hash import weights_hash
 from llama_ray.pretrained import save_pretrained

@@ -33,7 +33,7 @@ from random_batches import random_batch
 
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.lora import LoraConfig
+from llama_ray.model.lora_config import LoraConfig
 from llama_ray.training.config import Precision
 from llama_ray.training.reporting.metrics import peak_flops, peak_memory_bytes
 from llama_ray.utils.errors import first_line

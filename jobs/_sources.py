@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from llama_ray.data.preparing.config import named_source
 from llama_ray.data.sources.files import BUILTIN
-from llama_ray.pretrained import resolve
 from llama_ray.storage.paths import existing, is_model_ref, is_uri
 
 
@@ -16,4 +15,9 @@ def located(given: str) -> str:
 
 def tokenizer_path(ref: str) -> str:
     """Return the path of a tokenizer's file or directory, or of a model whose tokenizer it is; see `resolve`."""
-    return str(resolve(ref, weights=False)) if is_model_ref(ref) or is_uri(ref) else existing(ref)
+    if not (is_model_ref(ref) or is_uri(ref)):
+        return existing(ref)
+    # It takes seconds to import, with torch.
+    from llama_ray.pretrained import resolve
+
+    return str(resolve(ref, weights=False))

@@ -14,7 +14,7 @@ from llama_ray.exporting.averages import AverageConfig
 from llama_ray.exporting.export import ExportConfig
 from llama_ray.generation.options import EngineOptions
 from llama_ray.model.config import PRESETS, LlamaConfig, RopeScaling
-from llama_ray.model.lora import LoraConfig
+from llama_ray.model.lora_config import LoraConfig
 from llama_ray.orchestration.launch import LaunchConfig
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.planning.plan import Cluster

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llama_ray.data.dataset.batch import Batch
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.hf_config import to_hf
-from llama_ray.model.lora import LoraConfig
+from llama_ray.model.lora_config import LoraConfig
 from llama_ray.training.config import Precision, TrainConfig
 from llama_ray.training.optimizers.build import build_optimizer
 from llama_ray.training.parallel.layout import SINGLE_WORKER

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_ray.model.config_files import to_text
-from llama_ray.model.lora import FACTOR_A, FACTOR_B, TARGETS, LoraConfig
+from llama_ray.model.lora import FACTOR_A, FACTOR_B
+from llama_ray.model.lora_config import TARGETS, LoraConfig
 from llama_ray.model.sharded_safetensors import StoredTensor, open_tensors
 from llama_ray.model.stored_config import CONFIG_FILE
 from llama_ray.model.weight_files import CheckpointError

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from llama_ray.model.llama import Llama
-from llama_ray.model.lora import FACTOR_A, FACTOR_B, LoraConfig, LoraLinear
+from llama_ray.model.lora import FACTOR_A, FACTOR_B, LoraLinear
+from llama_ray.model.lora_config import LoraConfig
 
 
 def add_adapters(model: Llama, config: LoraConfig) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from llama_ray.model.attention.causal import Attend
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.layers import Block, RMSNorm, RotaryEmbedding
-from llama_ray.model.lora import FACTOR_A, FACTOR_B, LoraConfig
+from llama_ray.model.lora import FACTOR_A, FACTOR_B
+from llama_ray.model.lora_config import LoraConfig
 from llama_ray.model.loss import Head
 
 INIT_STD = 0.02

@@ -11,7 +11,7 @@ from llama_ray.data.dataset.locations import DEFAULT_CACHE_BYTES
 from llama_ray.data.mixtures.stages import Stage
 from llama_ray.data.mixtures.timetable import Timetable
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.lora import TARGETS, LoraConfig
+from llama_ray.model.lora_config import TARGETS, LoraConfig
 from llama_ray.utils.errors import printable
 from llama_ray.utils.fields import check_fields, limits, shown
 from llama_ray.utils.redact import redact

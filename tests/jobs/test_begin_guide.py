@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from llama_ray.tracking.registry import resolve_version
 from llama_ray.training.config import TrainConfig
 from llama_ray.training.loop import train
 from tests.data.tokenizing.foreign.helpers import BYTE_LEVEL
-from tests.jobs.helpers import run_here
+from tests.jobs.helpers import JOBS, run_here
 from tests.small_models import random_model, small_config
 from tests.token_data import write_dataset
 from tests.training.helpers import CPU, Recorder
@@ -33,6 +35,12 @@ def commands() -> Iterator[list[str]]:
         python, job, *flags = shlex.split(line)
         assert python == "python"
         yield [Path(job).name, *flags]
+
+
+def run_apart(job: str, *flags: str) -> str:
+    """Return what a job says in a process of its own: this one may be connected to the cluster of other tests."""
+    command = [sys.executable, str(JOBS / job), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
 def test_the_commands_do_what_they_say(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,18 +60,18 @@ def test_the_commands_do_what_they_say(store: str, tmp_path: Path, monkeypatch: 
     version = resolve_version("models:/smollm2@champion")
     assert lines[2] == f"registered {version.uri}; version 1 is the champion, as asked"
 
-    assert run_here(*preparing).stderr.startswith(NO_CLUSTER)
+    assert run_apart(*preparing).startswith(NO_CLUSTER)
     tokenizer = load_tokenizer(version.uri)
     assert tokenizer is not None
     shutil.rmtree(tmp_path / "data")
     write_dataset(tmp_path / "data" / "code", tokenizer=tokenizer.for_documents())
-    assert run_here(*beginning).stderr.startswith(NO_CLUSTER)
+    assert run_apart(*beginning).startswith(NO_CLUSTER)
 
     config = TrainConfig(init_from=version.uri, max_steps=2, seq_len=64, batch_size=2, precision="fp32")
     run = tmp_path / "checkpoints" / "continued"
     shape, data = load_shape(version.uri), tmp_path / "data" / "code"
     train(shape, config, data, device=CPU, observer=Recorder(), output_dir=str(run))
-    assert run_here(*branching).stderr.startswith(NO_CLUSTER)
+    assert run_apart(*branching).startswith(NO_CLUSTER)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from llama_ray.model.adapter_files import (
 )
 from llama_ray.model.adapters import add_adapters, merged_model
 from llama_ray.model.llama import Llama
-from llama_ray.model.lora import LoraConfig, LoraLinear
+from llama_ray.model.lora import LoraLinear
+from llama_ray.model.lora_config import LoraConfig
 from llama_ray.model.merging import check_shapes, merged
 from llama_ray.model.saving import save_model
 from llama_ray.model.stored_model import open_model

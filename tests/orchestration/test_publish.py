@@ -11,7 +11,7 @@ import torch
 
 from llama_ray.model.adapter_files import save_adapter
 from llama_ray.model.adapters import add_adapters
-from llama_ray.model.lora import LoraConfig
+from llama_ray.model.lora_config import LoraConfig
 from llama_ray.model.weights_hash import weights_hash
 from llama_ray.orchestration.publish import publish
 from llama_ray.pretrained import load_pretrained, open_pretrained, resolve

@@ -176,21 +176,21 @@ def test_references_resolve_and_follow_the_alias(add: Callable[..., Version], st
 @pytest.mark.parametrize(
     ("ref", "message"),
     [
-        ("models:/known/9", r"'known' has no such version; its versions: 1$"),
-        ("models:/known@best", r"'known' has no alias 'best'; its aliases: champion$"),
-        ("models:/unknown/1", r"no model 'unknown' is registered at sqlite:.*registered: .*known"),
+        ("models:/a-known/9", r"'a-known' has no such version; its versions: 1$"),
+        ("models:/a-known@best", r"'a-known' has no alias 'best'; its aliases: champion$"),
+        ("models:/unknown/1", r"no model 'unknown' is registered at sqlite:.*registered: .*a-known"),
         ("models:/unknown@champion", r"no model 'unknown' is registered"),
-        ("models:/known", r"give models:/NAME/VERSION or models:/NAME@ALIAS"),
-        ("models:/known/latest", r"is not a model reference"),
-        ("models:/known@champion/extra", r"is not a model reference"),
-        ("runs:/known/1", r"is not a model reference"),
+        ("models:/a-known", r"give models:/NAME/VERSION or models:/NAME@ALIAS"),
+        ("models:/a-known/latest", r"is not a model reference"),
+        ("models:/a-known@champion/extra", r"is not a model reference"),
+        ("runs:/a-known/1", r"is not a model reference"),
     ],
 )
 def test_a_wrong_reference_lists_the_existing_names(
     add: Callable[..., Version], store: str, ref: str, message: str
 ) -> None:
-    if latest_version("known", store) is None:
-        promote("known", add("known").version, policy="always", uri=store)
+    if latest_version("a-known", store) is None:
+        promote("a-known", add("a-known").version, policy="always", uri=store)
     for function in (resolve_version, download):
         with pytest.raises(TrackingError, match=message) as error:
             function(ref, store)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llama_ray.generation.adapters.active import ActiveAdapters, Adapter, Segment
 from llama_ray.generation.adapters.weights import AdapterWeights
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.lora import TARGETS, linear_sizes
+from llama_ray.model.lora_config import TARGETS, linear_sizes
 
 FUSED_PRODUCTS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_ray.model.adapter_files import open_adapter
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.lora import linear_sizes
+from llama_ray.model.lora_config import linear_sizes
 
 Place = tuple[int, str]
 """A product of the model: the number of its block and one of `lora.TARGETS`."""

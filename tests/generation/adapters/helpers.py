@@ -12,7 +12,8 @@ from llama_ray.generation.adapters.weights import AdapterWeights
 from llama_ray.model.adapter_files import ADAPTER_BASE, save_adapter
 from llama_ray.model.config import LlamaConfig
 from llama_ray.model.llama import Llama
-from llama_ray.model.lora import TARGETS, LoraConfig, linear_sizes, merge
+from llama_ray.model.lora import merge
+from llama_ray.model.lora_config import TARGETS, LoraConfig, linear_sizes
 
 
 def save_random_adapter(

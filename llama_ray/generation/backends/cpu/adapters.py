@@ -16,7 +16,7 @@ from llama_ray.generation.adapters.weights import AdapterWeights, LowRank
 from llama_ray.generation.backends.cpu import abi
 from llama_ray.generation.backends.cpu.ops import kernels
 from llama_ray.model.config import LlamaConfig
-from llama_ray.model.lora import linear_sizes
+from llama_ray.model.lora_config import linear_sizes
 
 _PANEL = 64
 """Outputs of B that are stored together."""

@@ -15,7 +15,7 @@ from llama_ray.generation.backends.cpu.linear import PackedLinear
 from llama_ray.generation.backends.prepare import prepare
 from llama_ray.generation.engine import Engine
 from llama_ray.generation.sampling.params import SamplingParams
-from llama_ray.model.lora import linear_sizes
+from llama_ray.model.lora_config import linear_sizes
 from tests.generation.adapters.helpers import merged, save_random_adapter
 from tests.small_models import random_model, small_config
 

@@ -8,10 +8,16 @@ and restarts are made and counted in the driver.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import ray
+
 # `ray.train` exports these at run time, but type checkers see the classes of the first version there.
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
@@ -32,6 +38,8 @@ from llama_ray.tracking.environment import open_variables
 from llama_ray.training.errors import TrainingError
 from llama_ray.utils.redact import redact
 
+_ADDRESS = "RAY_ADDRESS"
+
 
 def run_workers(plan: WorkerPlan, launch: LaunchConfig, *, gpu: bool) -> Ending:
     """Run the workers until they have ended; after a failure, start them again from the newest checkpoint.
@@ -44,7 +52,8 @@ def run_workers(plan: WorkerPlan, launch: LaunchConfig, *, gpu: bool) -> Ending:
         plan.attempt.check()
         try:
             # The annotation of `fit` names the first version's result.
-            ending: Ending = _trainer(plan, launch, gpu).fit().return_value  # type: ignore[attr-defined]
+            with _address_for_ray_train():
+                ending: Ending = _trainer(plan, launch, gpu).fit().return_value  # type: ignore[attr-defined]
         except FAILURES as error:
             if stop_requested(plan.attempt.run):
                 return Ending(stopped_at=_newest_step(plan.attempt.run))
@@ -57,6 +66,25 @@ def run_workers(plan: WorkerPlan, launch: LaunchConfig, *, gpu: bool) -> Ending:
             return ending
         # The next group may need the room.
         remove_orphans()
+
+
+@contextmanager
+def _address_for_ray_train() -> Iterator[None]:
+    """Tell Ray Train's own actors which cluster is theirs.
+
+    One of them removes the workers once their controller is dead. It asks the Ray that started last on the machine,
+    to which the controller may not belong.
+    """
+    ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
+    before = os.environ.get(_ADDRESS)
+    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ADDRESS]
+        else:
+            os.environ[_ADDRESS] = before
 
 
 class _Restarts:

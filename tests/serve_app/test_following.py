@@ -172,10 +172,10 @@ def versions(traffic: Traffic, offline: dict[str, list[str]]) -> set[str]:
 
 
 def were_under_way(traffic: Traffic) -> bool:
-    """Whether answers of version 1 ended when version 2 had begun to answer."""
+    """Whether answers of version 1 ended when requests that version 2 answers had been sent."""
     streams = [stream for sent in traffic.streams for stream in sent]
     old = [stream.ended for stream in streams if stream.result().version == ref(1)]
-    return max(old) > min(stream.first for stream in streams if stream.result().version == ref(2))
+    return max(old) > min(stream.sent for stream in streams if stream.result().version == ref(2))
 
 
 def test_a_moved_alias_is_followed_and_streams_under_way_end_on_the_old_version(

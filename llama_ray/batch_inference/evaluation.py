@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import ray
-import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
+from llama_ray.batch_inference.actor_pool import map_on_actors
 from llama_ray.batch_inference.pool import PoolSize
 from llama_ray.evaluation.engine_scorer import EngineScorer
 from llama_ray.evaluation.parts import Part
@@ -72,11 +71,11 @@ def compute_on_cluster(
     config: EvaluatorConfig, size: PoolSize, env_vars: Mapping[str, str]
 ) -> Callable[[Sequence[Part]], Iterator[int]]:
     """Return what answers parts on a pool of `size`; needs a Ray connection. It raises EvaluationError."""
-    return partial(_compute, config, size, dict(env_vars))
+    return partial(_compute, config, size, env_vars)
 
 
 def _compute(
-    config: EvaluatorConfig, size: PoolSize, env_vars: dict[str, str], parts: Sequence[Part]
+    config: EvaluatorConfig, size: PoolSize, env_vars: Mapping[str, str], parts: Sequence[Part]
 ) -> Iterator[int]:
     workers = min(size.replicas, len(parts))
     config = replace(
@@ -84,24 +83,14 @@ def _compute(
         workers_on_node=ceil_div(workers, max(1, nodes())),
         engine={**config.engine, "device": size.device},
     )
-    # The job's own progress line reads better in a log.
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    items = [{"part": part.to_json()} for part in parts]
-    results = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map(
-            Evaluator,  # type: ignore[arg-type]  # Ray's stubs accept only functions.
-            fn_constructor_args=(config,),
-            compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-            num_cpus=1,
-            num_gpus=size.gpus_per_replica or None,
-            scheduling_strategy="SPREAD",
-            max_restarts=-1,
-            max_task_retries=_MAX_WORKER_DEATHS,
-            runtime_env={"env_vars": env_vars},
-        )
-        .iter_rows()
+    results = map_on_actors(
+        Evaluator,
+        config,
+        [{"part": part.to_json()} for part in parts],
+        ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        gpus=size.gpus_per_replica,
+        max_deaths=_MAX_WORKER_DEATHS,
+        env_vars=env_vars,
     )
     try:
         for result in results:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
-import ray.data
 from ray.data import ActorPoolStrategy
 
+from llama_ray.batch_inference.actor_pool import map_on_actors
 from llama_ray.batch_inference.config import BatchError
 from llama_ray.batch_inference.partition_file import Counts
 from llama_ray.batch_inference.partitions import MIN_PARTITION_ROWS, Partition
@@ -61,29 +60,19 @@ def answer_partitions(
     """Answer and commit `partitions`; yield the counts of each as it is finished. Raises BatchError."""
     # Enough for an engine of `max_num_seqs` to have two batches of rows.
     in_flight = min(_MAX_PARTITIONS_IN_FLIGHT, 1 + ceil_div(2 * max_num_seqs, MIN_PARTITION_ROWS))
-    # The job's own progress line reads better in a log.
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    items = [{"partition": partition.to_json()} for partition in partitions]
-    results = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map(
-            Replica,  # type: ignore[arg-type]  # Ray's stubs accept only functions.
-            fn_constructor_args=(config,),
-            compute=ActorPoolStrategy(
-                size=size.replicas,
-                max_tasks_in_flight_per_actor=in_flight,
-                max_concurrent_calls_per_actor=in_flight,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=1,
-            num_gpus=size.gpus_per_replica or None,
-            scheduling_strategy="SPREAD",
-            max_restarts=-1,
-            max_task_retries=_MAX_WORKER_DEATHS,
-            runtime_env={"env_vars": dict(env_vars)},
-        )
-        .iter_rows()
+    results = map_on_actors(
+        Replica,
+        config,
+        [{"partition": partition.to_json()} for partition in partitions],
+        ActorPoolStrategy(
+            size=size.replicas,
+            max_tasks_in_flight_per_actor=in_flight,
+            max_concurrent_calls_per_actor=in_flight,
+            enable_true_multi_threading=True,
+        ),
+        gpus=size.gpus_per_replica,
+        max_deaths=_MAX_WORKER_DEATHS,
+        env_vars=env_vars,
     )
     try:
         for result in results:

@@ -8,6 +8,7 @@ from llama_ray.evaluation.comparison import Comparison
 from llama_ray.evaluation.figures import comparison_figure
 from llama_ray.evaluation.results import Evaluation, EvaluationError
 from llama_ray.storage.paths import is_model_ref
+from llama_ray.tracking.endings import ended
 from llama_ray.tracking.measurements import (
     Measurement,
     experiment_of,
@@ -59,12 +60,8 @@ def record(
         description=describe(evaluation),
         uri=uri,
     )
-    try:
+    with ended(run):
         _log(run, evaluation, version, tables or {})
-    except BaseException:
-        run.finish("FAILED")
-        raise
-    run.finish("FINISHED")
     if version:
         replace_tags(version, _TAGS, _tags(evaluation, run), uri)
         replace_section(version, "Evaluation", describe(evaluation), uri)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from llama_ray.model.weights_hash import weights_hash
 from llama_ray.pretrained import open_pretrained
+from llama_ray.tracking.endings import ended
 from llama_ray.tracking.registry import Version, register
 from llama_ray.tracking.runs import Run
 from llama_ray.tracking.tags import standard_tags
@@ -37,7 +38,14 @@ def register_directory(
         weights = weights_hash(open_pretrained(directory, stack))
     if existing := version_with_tag(name, WEIGHTS_HASH, weights):
         return existing
-    with _run(experiment, run_name, params, tags, description) as run:
+    run = Run.create(
+        experiment=experiment,
+        name=run_name,
+        params=dict(params),
+        tags=standard_tags(world_size=1, device="cpu") | dict(tags),
+        description=description,
+    )
+    with ended(run):
         return register(
             run,
             name=name,
@@ -49,22 +57,3 @@ def register_directory(
             tags={**tags, WEIGHTS_HASH: weights},
             description=description,
         )
-
-
-@contextmanager
-def _run(
-    experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str], description: str
-) -> Iterator[Run]:
-    run = Run.create(
-        experiment=experiment,
-        name=name,
-        params=dict(params),
-        tags=standard_tags(world_size=1, device="cpu") | dict(tags),
-        description=description,
-    )
-    try:
-        yield run
-    except BaseException:
-        run.finish("FAILED")
-        raise
-    run.finish("FINISHED")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -61,10 +61,12 @@ class TokenObjective:
         scale: Tensor | float = 1.0,
     ) -> Tensor:
         """See `Objective`."""
-        # Validation reports the cross-entropy, whose second value has no z-loss.
-        options: dict[str, Any] = {"scale": scale, "z_loss": self.z_loss}
         loss: Tensor = model(
-            batch.inputs, batch.positions, attend, targets=batch.targets, groups=groups, **options
+            *(batch.inputs, batch.positions, attend),
+            targets=batch.targets,
+            scale=scale,
+            z_loss=self.z_loss,
+            groups=groups,
         )
         return loss
 

@@ -35,6 +35,7 @@ class References:
 
 def read_references(files: DatasetFiles) -> References | None:
     """Return what lies beside the shards of `files`; None without any. Raises DatasetError if it is of other data."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     size = files.size(REFERENCE_FILE)
@@ -47,7 +48,7 @@ def read_references(files: DatasetFiles) -> References | None:
         metadata: dict[str, str] = header["__metadata__"]
         references = References(metadata["weights"], metadata["model"], load(content))
         data = metadata["data"]
-    except Exception as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(f"{place} is damaged; delete it, and it is computed again") from error
     if data != files.info.content_fingerprint:
         raise DatasetError(f"{place} belongs to other data; delete it, and it is computed again")
